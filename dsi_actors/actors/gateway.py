@@ -1,0 +1,105 @@
+"""The one place that knows ZMQ: a ROUTER socket, decoded messages in, encoded messages out.
+
+The socket is read by a callback on its file descriptor, not through zmq.asyncio: no task and no future per frame. The
+descriptor is edge-triggered, so after every read and every send the socket is asked whether more is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable
+
+import zmq
+
+from dsi_actors.errors import ConfigError
+from dsi_actors.logs import get_logger
+from dsi_protocol import MAX_FRAME_BYTES, FromOrchestrator, Message, ProtocolError, decode, encode
+
+log = get_logger("gateway")
+
+#: Frames taken in one go before the event loop gets its turn.
+_FRAMES_PER_TURN = 256
+_MAX_IDENTITY_BYTES = 255
+
+
+class PeerGone(Exception):
+    """The peer is not connected, or takes no more frames."""
+
+
+class Gateway:
+    """`on_message(identity, message)` is called for every good frame. Bad frames are counted, logged and dropped."""
+
+    def __init__(self, endpoint: str, on_message: Callable[[bytes, Message], None]) -> None:
+        self._on_message = on_message
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an unreachable peer is an error, not silence
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a worker that reconnects keeps its identity
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self._socket.setsockopt(zmq.LINGER, 100)
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            hint = {errno.EADDRINUSE: "another process listens there: choose another port"}.get(error.errno or 0)
+            raise ConfigError(f"cannot listen on {endpoint}: {hint or error.strerror}") from None
+        #: The endpoint with the port that was chosen, if the configuration left that open.
+        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.malformed_frames = 0
+        self._loop = asyncio.get_running_loop()
+        self._descriptor: int = self._socket.getsockopt(zmq.FD)
+        self._loop.add_reader(self._descriptor, self._on_readable)
+        self._look_again = False
+        self._closed = False
+
+    def send(self, identity: bytes, message: FromOrchestrator) -> None:
+        """Hand the message to ZMQ. Never waits. Raises PeerGone."""
+        if self._closed:
+            raise PeerGone
+        try:
+            self._socket.send_multipart([identity, encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:  # EHOSTUNREACH: not connected; EAGAIN: its queue of a thousand frames is full
+            raise PeerGone(error.strerror) from None
+        finally:
+            self._look_soon()
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._loop.remove_reader(self._descriptor)
+            self._context.destroy(linger=100)
+
+    def _look_soon(self) -> None:
+        if not self._look_again:
+            self._look_again = True
+            self._loop.call_soon(self._on_readable)
+
+    def _on_readable(self) -> None:
+        self._look_again = False
+        for _ in range(_FRAMES_PER_TURN):
+            if self._closed:
+                return
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._take(frames)
+        self._look_soon()
+
+    def _take(self, frames: list[bytes]) -> None:
+        if len(frames) != 2 or len(frames[0]) > _MAX_IDENTITY_BYTES:
+            self._refuse(frames[0], f"{len(frames)} frames where identity and message are expected")
+            return
+        identity, frame = frames
+        try:
+            message = decode(frame)
+        except ProtocolError as error:
+            self._refuse(identity, str(error))
+            return
+        self._on_message(identity, message)
+
+    def _refuse(self, identity: bytes, reason: str) -> None:
+        self.malformed_frames += 1
+        if self.malformed_frames & (self.malformed_frames - 1) == 0:  # the 1st, 2nd, 4th, 8th: a flood stays readable
+            log.warning("malformed frame dropped", peer=identity.hex(), reason=reason, so_far=self.malformed_frames)

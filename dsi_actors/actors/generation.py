@@ -1,0 +1,352 @@
+"""One generation: a `GenerationCore`, the workers lent to it, and the stream of its tokens to whoever asked.
+
+The core decides; this actor does what it says. A StartVerify becomes a task that awaits `target.verify(...)` and returns
+one event; a cancel is told to the worker, one way. A rule about tokens in this file is in the wrong file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from dsi_actors.actors.actor import Actor
+from dsi_actors.actors.scheduler import GivenBack, Released, Requested, Scheduler
+from dsi_actors.actors.worker_handle import WorkerHandle
+from dsi_actors.core import GenerationCore
+from dsi_actors.core.actions import Action, CancelDrafts, CancelVerify, EmitTokens, Finish, StartDraft, StartVerify
+from dsi_actors.core.events import (
+    CancelRequested,
+    DraftEnded,
+    DrafterJoined,
+    DrafterLost,
+    DraftsArrived,
+    Event,
+    ServerJoined,
+    ServerLost,
+    VerificationAbandoned,
+    VerificationFinished,
+)
+from dsi_actors.errors import NoTargetError, WorkerLost
+from dsi_actors.logs import get_logger
+from dsi_actors.results import CommittedTokens, GenerationReport
+from dsi_protocol import Cancelled, Draft, Drafted, NeedPrefix, Reply, Verified, Verify, prefix_checksum
+
+log = get_logger("generation")
+
+#: How long the end of a generation waits for the replies that workers still owe, for an exact account.
+_SETTLE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    worker: WorkerHandle
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawn:
+    worker: WorkerHandle
+
+
+@dataclass(frozen=True, slots=True)
+class WaitedForTarget:
+    """It is `waits`' turn to look whether there is a target server by now."""
+
+    waits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """The last reply is in, or waiting for it took too long."""
+
+
+GenerationMessage: TypeAlias = Event | Granted | Withdrawn | WaitedForTarget | Settled
+
+
+class Generation(Actor[GenerationMessage]):
+    """Runs one core to its end. `on_tokens` and `on_end` are called as it goes; both must return at once."""
+
+    def __init__(
+        self,
+        number: int,
+        core: GenerationCore,
+        scheduler: Scheduler,
+        *,
+        correlation: str,
+        first_target_wait_s: float,
+        target_wait_s: float,
+        on_tokens: Callable[[CommittedTokens], None],
+        on_end: Callable[[Exception | None], None],
+    ) -> None:
+        super().__init__(f"generation {number}")
+        self.number = number
+        self.report: GenerationReport | None = None
+        self._core = core
+        self._scheduler = scheduler
+        self._correlation = correlation
+        self._on_tokens = on_tokens
+        self._on_end = on_end
+        self._servers: dict[int, WorkerHandle] = {}
+        self._most_servers = 0
+        self._drafter: WorkerHandle | None = None
+        self._workers_used: dict[int, WorkerHandle] = {}
+        #: _checksums[n] is the checksum of the first n tokens, for committed ones.
+        self._checksums = [0]
+        self._error: Exception | None = None
+        self._pending = 0  # requests without a terminal reply
+        self._account = _Account()
+        self._settling = False
+        self._target_wait_s = target_wait_s
+        self._first_target_wait_s = first_target_wait_s
+        self._waits = 0
+        self._log = log.bind(correlation=correlation)
+
+    def begin(self) -> None:
+        """Ask for workers. Call once, when running."""
+        policy = self._core.policy
+        self._account.begin()
+        self._scheduler.tell(Requested(self, policy.sp, wants_drafter=policy.max_ahead > 0))
+        self._wait_for_target(self._first_target_wait_s)
+
+    # As a client of the scheduler
+
+    def grant(self, worker: WorkerHandle) -> None:
+        self.tell(Granted(worker), control=True)
+
+    def withdraw(self, worker: WorkerHandle) -> None:
+        self.tell(Withdrawn(worker), control=True)
+
+    # Messages
+
+    def receive(self, message: GenerationMessage) -> None:
+        match message:
+            case Granted(worker):
+                self._use(worker)
+            case Withdrawn(worker):
+                self._lose(worker)
+            case WaitedForTarget(waits):
+                if waits == self._waits and not self._servers and not self._core.finished:
+                    self._give_up()
+            case Settled():
+                self._conclude()
+            case _:
+                self._feed(message)
+        if self._core.finished and not self._pending:
+            self._conclude()
+
+    def _feed(self, event: Event) -> None:
+        useful = self._core.counters.useful_verifications
+        actions = self._core.handle(event)
+        if isinstance(event, VerificationFinished) and self._core.counters.useful_verifications > useful:
+            self._account.useful(event.attempt)
+        for action in actions:
+            self._do(action)
+
+    def _do(self, action: Action) -> None:
+        match action:
+            case StartVerify(attempt, server, base, tokens, start):
+                verify = Verify(self.number, attempt, base, self._checksum(base), tokens, start)
+                self._ask(self._verify(verify, self._servers[server]))
+            case StartDraft(attempt, base, tokens, start, count, block):
+                assert self._drafter is not None
+                draft = Draft(self.number, attempt, base, self._checksum(base), tokens, start, count, block)
+                self._ask(self._draft(draft, self._drafter))
+            case CancelVerify(attempt, server):
+                self._servers[server].cancel(self.number, attempt)
+            case CancelDrafts(attempt):
+                if self._drafter is not None:
+                    self._drafter.cancel(self.number, attempt)
+            case EmitTokens(_, tokens, accepted):
+                self._account.commit(len(tokens))
+                self._on_tokens(CommittedTokens(tokens, accepted))
+            case Finish(reason):
+                self._log.info("finished", reason=reason, tokens=len(self._core.output))
+                self._end_stream()
+
+    # Workers
+
+    def _use(self, worker: WorkerHandle) -> None:
+        if self._core.finished:
+            return  # what is lent is given back with the rest, at the end
+        worker.open(self.number, self._core.prompt_length, self._correlation)
+        self._workers_used[worker.number] = worker
+        if worker.role == "target":
+            self._servers[worker.number] = worker
+            self._most_servers = max(self._most_servers, len(self._servers))
+            self._feed(ServerJoined(worker.number))
+        else:
+            self._drafter = worker
+            self._feed(DrafterJoined())
+
+    def _lose(self, worker: WorkerHandle) -> None:
+        """The worker is gone, or not to be used here again. Hearing of it twice changes nothing."""
+        if self._servers.pop(worker.number, None) is not None:
+            self._log.warning("target server lost", worker=str(worker))
+            self._feed(ServerLost(worker.number))
+            if not self._servers:
+                self._wait_for_target(self._target_wait_s)
+        elif self._drafter is worker:
+            self._log.warning("drafter lost: decoding goes on without", worker=str(worker))
+            self._drafter = None
+            self._feed(DrafterLost())
+
+    def _wait_for_target(self, patience_s: float) -> None:
+        self._waits += 1
+        self.spawn(_later(patience_s, WaitedForTarget(self._waits)))
+
+    def _give_up(self) -> None:
+        tokens = tuple(self._core.output)
+        patience_s = self._target_wait_s if self._most_servers else self._first_target_wait_s
+        self._error = NoTargetError(
+            f"no target server for {patience_s:g} s, {len(tokens)} tokens committed: "
+            "start one with python -m dsi_actors.worker --gpu N",
+            tokens,
+        )
+        self._feed(CancelRequested())
+
+    # Requests: each is a task that returns one message
+
+    def _ask(self, request: Coroutine[Any, Any, GenerationMessage]) -> None:
+        self._pending += 1
+        self.spawn(request)
+
+    async def _verify(self, request: Verify, worker: WorkerHandle) -> GenerationMessage:
+        try:
+            reply = await worker.verify(request)
+        except WorkerLost:
+            return Withdrawn(worker)
+        finally:
+            self._pending -= 1
+        match reply:
+            case Verified():
+                self._account.verification(request.attempt, reply.forwards, reply.busy_us)
+                return VerificationFinished(request.attempt, worker.number, reply.start, reply.tokens)
+            case Cancelled():
+                self._account.verification(request.attempt, reply.forwards, reply.busy_us)
+                return VerificationAbandoned(request.attempt, worker.number)
+            case NeedPrefix(_, _, held) if held < request.base:
+                return VerificationAbandoned(request.attempt, worker.number, held)
+        return self._failed(worker, reply)
+
+    async def _draft(self, request: Draft, worker: WorkerHandle) -> GenerationMessage:
+        def on_drafted(block: Drafted) -> None:
+            self._account.drafting(block.busy_us)
+            self.tell(DraftsArrived(request.attempt, block.start, block.tokens))
+
+        try:
+            reply = await worker.draft(request, on_drafted)
+        except WorkerLost:
+            return Withdrawn(worker)
+        finally:
+            self._pending -= 1
+        match reply:
+            case Drafted():
+                complete = reply.start + len(reply.tokens) == request.start + request.count
+                return DraftEnded(request.attempt, complete)
+            case Cancelled():
+                self._account.drafting(reply.busy_us)
+                return DraftEnded(request.attempt, complete=False)
+            case NeedPrefix(_, _, held) if held < request.base:
+                return DraftEnded(request.attempt, complete=False, held=held)
+        return self._failed(worker, reply)
+
+    def _failed(self, worker: WorkerHandle, reply: Reply) -> GenerationMessage:
+        self._log.error("a worker failed this generation", worker=str(worker), reply=str(reply)[:500])
+        self._scheduler.tell(GivenBack(self, worker))
+        return Withdrawn(worker)
+
+    def _checksum(self, base: int) -> int:
+        """The checksum of the first `base` tokens: from a table where they are committed, computed beyond."""
+        core = self._core
+        while len(self._checksums) <= core.committed:
+            known = len(self._checksums) - 1
+            self._checksums.append(prefix_checksum((core.tokens[known],), self._checksums[known]))
+        if base <= core.committed:
+            return self._checksums[base]
+        return prefix_checksum(core.tokens[core.committed : base], self._checksums[core.committed])
+
+    # The end
+
+    def _end_stream(self) -> None:
+        """The reader hears at once; the workers' last replies are awaited for the account."""
+        self._account.end()
+        self._on_end(self._error)
+        if not self._settling:
+            self._settling = True
+            self.spawn(_later(_SETTLE_S, Settled()))
+
+    def _conclude(self) -> None:
+        if self.report is None:
+            self.report = self._account.report(self._core, self._most_servers)
+            self.stop()
+
+    def on_stop(self) -> None:
+        for worker in self._workers_used.values():
+            worker.close(self.number)
+        self._scheduler.tell(Released(self))
+        if not self._core.finished:
+            self._core.handle(CancelRequested())
+        if self.report is None:
+            self.report = self._account.report(self._core, self._most_servers)
+
+
+async def _later(delay_s: float, message: GenerationMessage) -> GenerationMessage:
+    await asyncio.sleep(delay_s)
+    return message
+
+
+class _Account:
+    """Times and costs of one generation."""
+
+    def __init__(self) -> None:
+        self._begun_s = self._first_s = self._last_s = self._ended_s = time.perf_counter()
+        self._first_tokens = self._tokens = 0
+        self._forwards: dict[int, int] = {}
+        self._useful_forwards = 0
+        self._target_busy_us = self._drafter_busy_us = 0
+
+    def begin(self) -> None:
+        self._begun_s = time.perf_counter()
+
+    def commit(self, tokens: int) -> None:
+        self._last_s = time.perf_counter()
+        if not self._tokens:
+            self._first_s, self._first_tokens = self._last_s, tokens
+        self._tokens += tokens
+
+    def end(self) -> None:
+        self._ended_s = time.perf_counter()
+
+    def verification(self, attempt: int, forwards: int, busy_us: int) -> None:
+        self._forwards[attempt] = forwards
+        self._target_busy_us += busy_us
+
+    def useful(self, attempt: int) -> None:
+        self._useful_forwards += self._forwards.get(attempt, 0)
+
+    def drafting(self, busy_us: int) -> None:
+        self._drafter_busy_us += busy_us
+
+    def report(self, core: GenerationCore, servers: int) -> GenerationReport:
+        counters, policy = core.counters, core.policy
+        forwards = sum(self._forwards.values())
+        later_tokens = self._tokens - self._first_tokens
+        return GenerationReport(
+            algorithm=policy.algorithm,
+            sp=servers,
+            lookahead=policy.lookahead if policy.max_ahead else 0,
+            tokens=self._tokens,
+            finish_reason=core.finish_reason or "cancelled",
+            ms_per_token=(self._last_s - self._first_s) * 1e3 / later_tokens if later_tokens else 0.0,
+            first_token_ms=(self._first_s - self._begun_s) * 1e3 if self._tokens else 0.0,
+            total_ms=(self._ended_s - self._begun_s) * 1e3,
+            acceptance_rate=counters.accepted / counters.judged if counters.judged else 0.0,
+            drafted_tokens=counters.drafted,
+            rejections=counters.rejections,
+            target_forwards=forwards,
+            wasted_target_forwards=forwards - self._useful_forwards,
+            target_busy_ms=self._target_busy_us / 1e3,
+            drafter_busy_ms=self._drafter_busy_us / 1e3,
+        )

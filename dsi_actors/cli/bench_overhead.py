@@ -1,0 +1,149 @@
+"""`dsi-actors bench overhead`: what messages, orchestrator and cancels cost, apart from any model.
+
+Real worker processes, real sockets, the `timed` engine. With --target the cancel is measured on that model's forwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dsi_actors.actors.worker_handle import WorkerHandle
+from dsi_actors.cli.machine import describe_machine
+from dsi_actors.cli.options import SubParsers, add_logging_option
+from dsi_actors.config import Config, Sampling
+from dsi_actors.errors import ConfigError
+from dsi_actors.orchestrator import Orchestrator
+from dsi_protocol import Cancelled, Verified, Verify, prefix_checksum
+
+_PROMPT = tuple(range(1, 17))
+#: Not the number of any generation that the orchestrator gives out.
+_GENERATION = 1 << 40
+
+
+def add_parser(benches: SubParsers) -> None:
+    parser = benches.add_parser("overhead", help="round trip, orchestrator CPU, cancel latency", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=1000, metavar="R", help="round trips (default %(default)s)")
+    parser.add_argument("--cancels", type=int, default=200, metavar="R", help="cancels (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=300, metavar="S", help="tokens of the generation for CPU time")
+    parser.add_argument("--target-ms", type=float, default=20.0, metavar="T")
+    parser.add_argument("--drafter-ms", type=float, default=4.0, metavar="D")
+    parser.add_argument("--acceptance", type=float, default=0.8, metavar="A")
+    parser.add_argument("--sp", type=int, default=2, metavar="N")
+    parser.add_argument("--target", metavar="REF", help="measure cancels inside the forwards of this model")
+    parser.add_argument("--json", action="store_true")
+    add_logging_option(parser)
+    parser.set_defaults(command=run)
+
+
+async def run(arguments: argparse.Namespace) -> int:
+    if min(arguments.repeats, arguments.cancels, arguments.tokens) < 1:
+        raise ConfigError("--repeats, --cancels and --tokens must be at least 1")
+    rows = [await _round_trip(arguments), await _orchestrator_cpu(arguments), await _cancel(arguments)]
+    if arguments.json:
+        sys.stdout.write(json.dumps({"machine": describe_machine(), "results": rows}) + "\n")
+        return 0
+    table = Table("measured", "value", title=None)
+    for row in rows:
+        for name, value in row.items():
+            if name != "measured":
+                table.add_row(f"{row['measured']}: {name}", f"{value:.1f}" if isinstance(value, float) else str(value))
+    Console(highlight=False).print(table)
+    return 0
+
+
+def _timed(arguments: argparse.Namespace, **target: float) -> Config:
+    return Config(
+        engine="timed", sp=arguments.sp, devices=("cpu",), log_level=arguments.log_level,
+        target_options={"latency_ms": arguments.target_ms, **target},
+        drafter_options={"latency_ms": arguments.drafter_ms, "acceptance": arguments.acceptance},
+    )  # fmt: skip
+
+
+async def _round_trip(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Orchestrator → worker → orchestrator: a verification that takes no time."""
+    async with Orchestrator(_timed(arguments, latency_ms=0.0)) as orchestrator:
+        target = _a_target(orchestrator)
+        target.open(_GENERATION, len(_PROMPT), "bench")
+        times_us: list[float] = []
+        for attempt in range(1, arguments.repeats + 1):
+            begun = time.perf_counter()
+            reply = await target.verify(_request(attempt))
+            times_us.append((time.perf_counter() - begun) * 1e6)
+            assert isinstance(reply, Verified), reply
+        return {"measured": "round trip", **_percentiles("us", times_us)}
+
+
+async def _orchestrator_cpu(arguments: argparse.Namespace) -> dict[str, Any]:
+    """CPU time of this process for each committed token of a DSI generation."""
+    async with Orchestrator(_timed(arguments)) as orchestrator:
+        await _drain(orchestrator, 16)
+        begun = time.process_time()
+        await _drain(orchestrator, arguments.tokens)
+        cpu_us = (time.process_time() - begun) * 1e6
+    return {"measured": "orchestrator CPU", "us_per_token": cpu_us / arguments.tokens, "tokens": arguments.tokens}
+
+
+async def _drain(orchestrator: Orchestrator, tokens: int) -> None:
+    async for _ in orchestrator.generate(_PROMPT, Sampling(max_tokens=tokens)):
+        pass
+
+
+async def _cancel(arguments: argparse.Namespace) -> dict[str, Any]:
+    """From the cancel to the reply that says that the worker is free again."""
+    if arguments.target is None:
+        config, name = _timed(arguments, latency_ms=10_000.0), "timed"
+    else:
+        config = Config(target=arguments.target, drafter=None, sp=1, log_level=arguments.log_level)
+        name = arguments.target
+    times_us: list[float] = []
+    async with Orchestrator(config) as orchestrator:
+        target = _a_target(orchestrator)
+        target.open(_GENERATION, len(_PROMPT), "bench")
+        attempt = 0
+        late = 0
+        while len(times_us) < arguments.cancels and late < 10 * arguments.cancels:
+            attempt += 1
+            running = asyncio.ensure_future(target.verify(_request(attempt)))
+            # At another point of the forward each time.
+            await asyncio.sleep(0.005 + 0.02 * (attempt % 16) / 16)
+            begun = time.perf_counter()
+            target.cancel(_GENERATION, attempt)
+            reply = await running
+            if isinstance(reply, Cancelled):
+                times_us.append((time.perf_counter() - begun) * 1e6)
+            else:
+                late += 1
+    if not times_us:
+        raise ConfigError(f"the forwards of {name} are too short to be cancelled")
+    return {"measured": f"cancel to free ({name})", **_percentiles("us", times_us)}
+
+
+def _a_target(orchestrator: Orchestrator) -> WorkerHandle:
+    return next(worker for worker in orchestrator.workers if worker.role == "target")
+
+
+def _request(attempt: int) -> Verify:
+    """Verify the prompt from its end; later attempts find it there."""
+    if attempt == 1:
+        return Verify(_GENERATION, attempt, 0, 0, _PROMPT, len(_PROMPT))
+    return Verify(_GENERATION, attempt, len(_PROMPT), prefix_checksum(_PROMPT), (), len(_PROMPT))
+
+
+def _percentiles(unit: str, values: Sequence[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    return {
+        f"p50_{unit}": statistics.median(ordered),
+        f"p99_{unit}": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
+        f"max_{unit}": ordered[-1],
+        "count": len(ordered),
+    }

@@ -1,0 +1,227 @@
+"""`dsi-actors generate`: one prompt, answered on the terminal as tokens are committed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dsi_actors.cli.options import SubParsers, add_algorithm_options, add_worker_options, config_from
+from dsi_actors.config import ALGORITHMS, NGRAM, SELF_INT8, Algorithm, Config, Sampling
+from dsi_actors.errors import ConfigError
+from dsi_actors.models import resolve_model
+from dsi_actors.orchestrator import Orchestrator
+from dsi_actors.results import CommittedTokens, GenerationReport
+from dsi_actors.tokenizer import Tokenizer
+
+_ACCEPTED_STYLE = "green"
+_LABELS: dict[str, str] = {"ar": "AR", "si": "SI", "dsi": "DSI"}
+
+
+def add_parser(commands: SubParsers) -> None:
+    parser = commands.add_parser("generate", help="answer one prompt", description=__doc__)
+    parser.add_argument("prompt", metavar="PROMPT", help="the prompt, or - to read it from standard input")
+    add_worker_options(parser)
+    add_algorithm_options(parser)
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="greedy decoding does not depend on it")
+    parser.add_argument("--raw", action="store_true", help="give the prompt as it is, not as a chat message")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens whatever the model says")
+    parser.add_argument("--listen", metavar="ENDPOINT", help="use workers that connect here, start none")
+    parser.add_argument(
+        "--wait", type=float, default=60.0, metavar="S",
+        help="with --listen: how long to wait for a target server and a drafter (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--compare", action="store_true", help="then run AR, SI and DSI on the same workers")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(command=run)
+
+
+@dataclass(slots=True)
+class _Run:
+    """One generation: its tokens, which of them had been drafted, and what it cost."""
+
+    token_ids: list[int] = field(default_factory=list)
+    accepted: list[bool] = field(default_factory=list)
+    report: GenerationReport | None = None
+
+    def add(self, tokens: CommittedTokens) -> None:
+        self.token_ids.extend(tokens)
+        self.accepted.extend(tokens.accepted)
+
+    def as_dict(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        assert self.report is not None
+        return {"text": tokenizer.decode(self.token_ids), "token_ids": self.token_ids, **self.report.as_dict()}
+
+
+async def run(arguments: argparse.Namespace) -> int:
+    config = config_from(arguments, listen=arguments.listen)
+    tokenizer = Tokenizer(resolve_model(config.target))
+    _check_drafter(config, tokenizer)
+    stop = () if arguments.ignore_eos else tokenizer.stop_token_ids
+    sampling = Sampling(max_tokens=arguments.max_tokens, seed=arguments.seed, stop_token_ids=stop)
+    prompt_ids = _encode(arguments, tokenizer)
+    out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
+    with err.status(_greeting(config)) as status:
+        async with Orchestrator(config) as orchestrator:
+            if config.listen is not None:
+                await _wait_for_workers(orchestrator, arguments, err)
+            status.stop()
+            session = _Session(orchestrator, prompt_ids, sampling, arguments)
+            first = await session.generate(arguments.algorithm, None if arguments.json else _Printer(out, tokenizer))
+            if arguments.compare:
+                return await _compare(session, first, arguments, tokenizer, out)
+    if arguments.json:
+        out.print_json(json.dumps(first.as_dict(tokenizer)))
+    else:
+        _print_summary(out, first)
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Session:
+    orchestrator: Orchestrator
+    prompt_ids: list[int]
+    sampling: Sampling
+    arguments: argparse.Namespace
+
+    async def generate(self, algorithm: Algorithm, printer: _Printer | None = None) -> _Run:
+        result = _Run()
+        async with self.orchestrator.generate(
+            self.prompt_ids, self.sampling, algorithm=algorithm, lookahead=self.arguments.lookahead
+        ) as stream:
+            async for tokens in stream:
+                result.add(tokens)
+                if printer is not None:
+                    printer.show(tokens)
+            result.report = await stream.report()
+        if printer is not None:
+            printer.end()
+        return result
+
+
+class _Printer:
+    """Text as it is committed; what the drafter had guessed right is green."""
+
+    def __init__(self, console: Console, tokenizer: Tokenizer) -> None:
+        self._console = console
+        self._text = tokenizer.stream()
+
+    def show(self, tokens: CommittedTokens) -> None:
+        for token, accepted in zip(tokens, tokens.accepted, strict=True):
+            style = _ACCEPTED_STYLE if accepted else None
+            self._console.print(self._text.add(token), style=style, end="", markup=False)
+        self._console.file.flush()
+
+    def end(self) -> None:
+        self._console.print("\n")
+
+
+def _check_drafter(config: Config, tokenizer: Tokenizer) -> None:
+    """A drafter with other token ids would never be right: say so before anything is started."""
+    if config.drafter in (None, SELF_INT8, NGRAM):
+        return
+    assert config.drafter is not None
+    if Tokenizer(resolve_model(config.drafter)).vocabulary_hash() != tokenizer.vocabulary_hash():
+        raise ConfigError(
+            f"the drafter {config.drafter!r} has another vocabulary than the target {config.target!r}: "
+            "choose a model of the same family, self-int8 or ngram"
+        )
+
+
+def _encode(arguments: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
+    text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    if not text.strip():
+        raise ConfigError("the prompt is empty: give some text")
+    if arguments.raw or not tokenizer.has_chat_template:
+        return tokenizer.encode(text)
+    return tokenizer.encode_chat([{"role": "user", "content": text}])
+
+
+def _greeting(config: Config) -> str:
+    if config.listen is not None:
+        return f"listening on {config.listen}"
+    drafter = "no drafter" if config.drafter is None else f"a drafter ({config.drafter})"
+    return f"starting {config.sp} target servers ({config.target}) and {drafter}"
+
+
+async def _wait_for_workers(orchestrator: Orchestrator, arguments: argparse.Namespace, err: Console) -> None:
+    config = orchestrator.config
+    drafters = 0 if config.drafter is None or arguments.algorithm == "ar" else 1
+    wanted = "a target server" + (" and a drafter" if drafters else "")
+    err.print(f"waiting for {wanted}: python -m dsi_actors.worker --gpu N --connect {orchestrator.endpoint}")
+    if not await orchestrator.wait_for_workers(targets=1, drafters=drafters, timeout_s=arguments.wait):
+        if not await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=0.001):
+            raise ConfigError(f"no target server connected to {orchestrator.endpoint} within {arguments.wait:g} s")
+        err.print("no drafter came: decoding without one")
+
+
+# What is printed at the end
+
+
+def _print_summary(out: Console, run: _Run) -> None:
+    report = run.report
+    assert report is not None
+    out.print(_marks(run), markup=True)
+    out.print(
+        f"{report.tokens} tokens by {_LABELS[report.algorithm]} on {report.sp} target server(s): "
+        f"{report.ms_per_token:.1f} ms per token, first after {report.first_token_ms:.0f} ms; "
+        f"acceptance rate {report.acceptance_rate:.2f}, {report.target_forwards} target forwards "
+        f"({report.wasted_target_forwards} wasted)"
+    )
+
+
+def _marks(run: _Run) -> str:
+    """One mark per token, for terminals without colour too."""
+    marks = "".join("●" if accepted else "○" for accepted in run.accepted)
+    return f"{marks}\n● drafted and accepted: {sum(run.accepted)}   ○ the target's own: {run.accepted.count(False)}"
+
+
+async def _compare(
+    session: _Session, first: _Run, arguments: argparse.Namespace, tokenizer: Tokenizer, out: Console
+) -> int:
+    runs: dict[Algorithm, _Run] = {arguments.algorithm: first}
+    for algorithm in ALGORITHMS:
+        if algorithm not in runs:
+            runs[algorithm] = await session.generate(algorithm)
+    identical = all(run.token_ids == first.token_ids for run in runs.values())
+    if arguments.json:
+        rows = [runs[algorithm].as_dict(tokenizer) for algorithm in ("ar", "si", "dsi")]
+        out.print_json(json.dumps({"identical": identical, "results": rows}))
+        return 0 if identical else 1
+    out.print(_marks(first))
+    out.print(_table(runs))
+    if identical:
+        out.print("The three outputs are the same, token for token.")
+        return 0
+    out.print("The three outputs DIFFER.", style="bold red")
+    return 1
+
+
+def _table(runs: dict[Algorithm, _Run]) -> Table:
+    table = Table(title=None)
+    for column in (
+        "",
+        "ms per token",
+        "first token ms",
+        "acceptance",
+        "target forwards",
+        "wasted",
+        "servers",
+        "lookahead",
+    ):
+        table.add_column(column, justify="right")
+    for algorithm in ("ar", "si", "dsi"):
+        report = runs[algorithm].report  # type: ignore[index]  # the literals are algorithms
+        assert report is not None
+        drafted = report.algorithm != "ar"
+        table.add_row(
+            _LABELS[algorithm], f"{report.ms_per_token:.1f}", f"{report.first_token_ms:.0f}",
+            f"{report.acceptance_rate:.2f}" if drafted else "-", str(report.target_forwards),
+            str(report.wasted_target_forwards), str(report.sp), str(report.lookahead) if drafted else "-",
+        )  # fmt: skip
+    return table

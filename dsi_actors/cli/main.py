@@ -1,0 +1,49 @@
+"""`dsi-actors`: the command line. Results go to standard output, logs and progress to standard error."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable
+
+from dsi_actors.cli import bench_overhead, generate
+from dsi_actors.errors import DsiError
+from dsi_actors.logs import show_logs
+
+Command = Callable[[argparse.Namespace], Awaitable[int]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="dsi-actors", description="Distributed speculative inference.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    generate.add_parser(commands)
+    bench = commands.add_parser("bench", help="measure this machine")
+    benches = bench.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
+    bench_overhead.add_parser(benches)
+    arguments = parser.parse_args()
+    show_logs(arguments.log_level)
+    try:
+        return _run(arguments.command(arguments))
+    except DsiError as error:
+        sys.stderr.write(f"dsi-actors: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("\ndsi-actors: interrupted\n")
+        return 130
+
+
+def _run(work: Awaitable[int]) -> int:
+    async def awaited() -> int:
+        return await work
+
+    if sys.platform == "win32":
+        return asyncio.run(awaited())
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(awaited())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Options that several commands share, and how they become a Config. Defaults are read from the Config itself."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any, Literal, TypeAlias
+
+from dsi_actors.config import ALGORITHMS, Config, Sampling
+from dsi_protocol import OptionValue
+
+SubParsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def default_of(settings: type[Any], name: str) -> Any:
+    return next(field.default for field in dataclasses.fields(settings) if field.name == name)
+
+
+def add_logging_option(parser: argparse.ArgumentParser) -> None:
+    levels = ["debug", "info", "warning", "error"]
+    parser.add_argument("--log-level", choices=levels, default=default_of(Config, "log_level"))
+
+
+def add_worker_options(parser: argparse.ArgumentParser) -> None:
+    """Which models run where."""
+    parser.add_argument(
+        "--target", default=default_of(Config, "target"), metavar="REF",
+        help="the model: a directory, a .gguf file, package:NAME or a hub name (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--drafter", default=default_of(Config, "drafter"), metavar="REF",
+        help="self-int8 (the target's own weights in int8), ngram (prompt lookup), none, or a model with the target's "
+        "vocabulary (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sp", type=int, default=default_of(Config, "sp"), metavar="N",
+        help="target servers that verify at the same time (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gpu", action="append", default=[], metavar="N", dest="devices",
+        help="device of the local workers, in turn; may be repeated; cpu is one (default: all CUDA devices, else cpu)",
+    )  # fmt: skip
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--window", type=int, metavar="W", help="positions in one verification forward")
+    parser.add_argument("--max-length", type=int, metavar="L", help="positions that a generation may have")
+    parser.add_argument("--threads", type=int, metavar="T", help="torch threads of each worker (default 1)")
+    add_logging_option(parser)
+
+
+def add_algorithm_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--algorithm", choices=ALGORITHMS, default="dsi")
+    parser.add_argument("--lookahead", type=lookahead, default="auto", metavar="auto|K")
+    parser.add_argument("--max-tokens", type=int, default=default_of(Sampling, "max_tokens"), metavar="N")
+
+
+def lookahead(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if text.isdecimal() and int(text) >= 1:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: give auto or a whole number of at least 1")
+
+
+def config_from(arguments: argparse.Namespace, *, listen: str | None = None) -> Config:
+    """Raises ConfigError."""
+    engine: dict[str, OptionValue] = {
+        name: value for name in ("window", "max_length", "threads") if (value := getattr(arguments, name)) is not None
+    }
+    return Config(
+        target=arguments.target,
+        drafter=None if arguments.drafter == "none" else arguments.drafter,
+        sp=arguments.sp,
+        devices=tuple(arguments.devices),
+        listen=listen,
+        target_options={**engine, "dtype": arguments.dtype},
+        drafter_options=dict(engine),
+        log_level=arguments.log_level,
+    )

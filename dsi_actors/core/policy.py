@@ -1,0 +1,52 @@
+"""AR, SI and DSI as settings of one state machine.
+
+Four numbers tell them apart: how many servers may verify at once, how many drafted tokens lie between the starts of
+two successive verifications, how many drafts to wait for before the first verification after a correction, and how
+far the drafter may run ahead of what is committed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """When to draft and when to verify. Build one with `autoregressive`, `speculative` or `distributed`."""
+
+    algorithm: str
+    #: Servers that verify at the same time (speculation parallelism), >= 1.
+    sp: int
+    #: Drafted tokens between the ends of two successive live verifications, >= 1.
+    lookahead: int
+    #: Drafted tokens to wait for when nothing is being verified. 0 verifies at once.
+    first_wait: int
+    #: Tokens the drafter may be ahead of the committed ones. 0 drafts nothing.
+    max_ahead: int
+
+    def __post_init__(self) -> None:
+        if self.sp < 1:
+            raise ValueError(f"sp must be at least 1, not {self.sp}")
+        if self.lookahead < 1:
+            raise ValueError(f"lookahead must be at least 1, not {self.lookahead}")
+        if self.first_wait < 0 or self.first_wait > self.max_ahead:
+            raise ValueError(f"first_wait must lie in [0, max_ahead={self.max_ahead}], not {self.first_wait}")
+
+    @staticmethod
+    def autoregressive() -> Policy:
+        """Non-speculative decoding: one forward of one server per token, no drafts."""
+        return Policy("ar", sp=1, lookahead=1, first_wait=0, max_ahead=0)
+
+    @staticmethod
+    def speculative(lookahead: int) -> Policy:
+        """Speculative inference (Leviathan et al., 2023): draft `lookahead` tokens, verify them, repeat."""
+        return Policy("si", sp=1, lookahead=lookahead, first_wait=lookahead, max_ahead=lookahead)
+
+    @staticmethod
+    def distributed(lookahead: int, sp: int, window: int = 1) -> Policy:
+        """DSI (Timor et al., Algorithm 1 with lookahead): drafting never waits, verification starts at once.
+
+        The drafter may run ahead by what `sp` servers verify and one block more, and in any case far enough to fill
+        one verification forward of `window` positions: with few servers that is what overlaps a target forward.
+        """
+        return Policy("dsi", sp=sp, lookahead=lookahead, first_wait=0, max_ahead=max((sp + 1) * lookahead, window - 1))

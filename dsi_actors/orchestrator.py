@@ -1,0 +1,352 @@
+"""The orchestrator: what others embed. `async with Orchestrator(config)`, then `async for tokens in generate(...)`."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, TypeAlias
+
+from dsi_actors.actors.actor import Actor
+from dsi_actors.actors.generation import Generation
+from dsi_actors.actors.scheduler import Scheduler, WorkerGone, WorkerReady
+from dsi_actors.actors.supervisor import WorkerSpec, WorkerSupervisor
+from dsi_actors.actors.worker_handle import WorkerHandle
+from dsi_actors.actors.workforce import Workforce
+from dsi_actors.config import ALGORITHMS, Algorithm, Config, Sampling
+from dsi_actors.core import GenerationCore, Policy
+from dsi_actors.devices import local_devices
+from dsi_actors.errors import ConfigError, DsiError, NoTargetError, OrchestratorClosed, WorkerStartError
+from dsi_actors.logs import get_logger
+from dsi_actors.planning.lookahead import dsi_lookahead, si_lookahead
+from dsi_actors.stream import Channel, GenerationStream
+
+log = get_logger("orchestrator")
+
+#: Used where no drafter is there whose latency could be asked.
+_DEFAULT_LOOKAHEAD = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _ChildEnded:
+    """One of the actors that must live as long as we do has ended."""
+
+    child: Actor[object]
+    error: BaseException | None
+
+
+@dataclass(frozen=True, slots=True)
+class _GenerationEnded:
+    generation: Generation
+    channel: Channel
+    error: BaseException | None
+
+
+_RootMessage: TypeAlias = _ChildEnded | _GenerationEnded
+
+
+class _Root(Actor[_RootMessage]):
+    """The parent of all: if one of the permanent actors fails, everything ends; a generation fails alone."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__("root")
+        self.scheduler = Scheduler()
+        self.workforce = Workforce(config, self._on_worker_ready, self._on_worker_lost)
+        self.supervisor: WorkerSupervisor | None = None
+        self.ready_workers: list[WorkerHandle] = []
+        self.generations: dict[int, tuple[Generation, Channel]] = {}
+        #: Local workers that ended, and how.
+        self.exits: list[tuple[int, WorkerSpec, int]] = []
+        self.closing = False
+        self._watchers: list[asyncio.Future[None]] = []
+
+    def start_permanent(self, child: Actor[object]) -> None:
+        self.start_child(child, lambda error: _ChildEnded(child, error))
+
+    def start_generation(self, generation: Generation, channel: Channel) -> None:
+        self.generations[generation.number] = (generation, channel)
+        self.start_child(generation, lambda error: _GenerationEnded(generation, channel, error))
+        asyncio.get_running_loop().call_soon(generation.begin)
+
+    def receive(self, message: _RootMessage) -> None:
+        match message:
+            case _GenerationEnded(generation, channel, error):
+                del self.generations[generation.number]
+                if error is not None:
+                    log.error("a generation failed", generation=generation.number, exc_info=error)
+                channel.end(error if isinstance(error, Exception) else OrchestratorClosed("the generation was ended"))
+                channel.conclude(generation.report)
+                self.changed()
+            case _ChildEnded(child, error) if not self.closing:
+                raise RuntimeError(f"{child.name} ended") from error
+
+    def on_exit(self, process: int, spec: WorkerSpec, code: int) -> None:
+        if not self.closing:
+            log.warning("a local worker ended", pid=process, role=spec.role, device=spec.device, exit_code=code)
+        self.exits.append((process, spec, code))
+        self.workforce.drop_process(process)
+        self.changed()
+
+    def _on_worker_ready(self, worker: WorkerHandle) -> None:
+        self.ready_workers.append(worker)
+        self.scheduler.tell(WorkerReady(worker))
+        self.changed()
+
+    def _on_worker_lost(self, worker: WorkerHandle) -> None:
+        if worker in self.ready_workers:
+            self.ready_workers.remove(worker)
+            self.scheduler.tell(WorkerGone(worker), control=True)
+        self.changed()
+
+    def of_role(self, role: str) -> list[WorkerHandle]:
+        return [worker for worker in self.ready_workers if worker.role == role]
+
+    def changed(self) -> None:
+        """Wake whoever waits for a change among workers or generations."""
+        watchers, self._watchers = self._watchers, []
+        for watcher in watchers:
+            if not watcher.done():
+                watcher.set_result(None)
+
+    async def wait_until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        """False if the condition does not hold after `timeout_s`. It is looked at after every change."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not condition():
+                    watcher: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                    self._watchers.append(watcher)
+                    await watcher
+        except TimeoutError:
+            return False
+        return True
+
+    def on_stop(self) -> None:
+        for _, channel in self.generations.values():
+            channel.end(OrchestratorClosed("the orchestrator was closed"))
+            channel.conclude(None)
+
+
+class Orchestrator:
+    """Drafter, target servers and generations behind one object. Use as an async context manager.
+
+    With `config.listen` it binds there and waits for workers; without, it starts local workers itself and enters the
+    block once all are ready. Raises ConfigError (nothing was started) and WorkerStartError (everything was ended).
+    """
+
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config if config is not None else Config()
+        self.endpoint = ""
+        self._root: _Root | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._socket_directory: tempfile.TemporaryDirectory[str] | None = None
+        self._numbers = itertools.count(1)
+
+    async def __aenter__(self) -> Orchestrator:
+        self._root = root = _Root(self.config)
+        try:
+            self.endpoint = root.workforce.listen(self.config.listen or self._private_endpoint())
+        except BaseException:
+            self._remove_socket()
+            raise
+        self._task = asyncio.create_task(root.run(), name="dsi-orchestrator")
+        try:
+            await asyncio.sleep(0)  # the root runs from here on
+            root.start_permanent(root.workforce)
+            root.start_permanent(root.scheduler)
+            await asyncio.sleep(0)
+            root.workforce.look_for_silence()
+            if self.config.listen is None:
+                await self._start_local_workers(root)
+        except BaseException:
+            await self._close(root)
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._root is not None
+        await self._close(self._root)
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling | None = None,
+        *,
+        algorithm: Algorithm = "dsi",
+        sp: int | None = None,
+        lookahead: int | Literal["auto"] = "auto",
+        correlation: str | None = None,
+    ) -> GenerationStream:
+        """The target's own continuation of `prompt_ids`, as it is committed.
+
+        Iterate over the result: each item is a `CommittedTokens`, a tuple of ids. Leaving the loop, cancelling the task
+        or closing the stream cancels all work, down to the forwards that run. `sp` and `lookahead` are for this
+        generation; `correlation` names it in the logs of the orchestrator and of every worker.
+
+        Raises ConfigError at once for arguments that cannot be used, and from the first iteration if the target cannot
+        take this prompt; NoTargetError, with the tokens so far, if no target server is there for too long.
+        """
+        sampling = sampling if sampling is not None else Sampling()
+        sp = self.config.sp if sp is None else sp
+        if algorithm not in ALGORITHMS:
+            raise ConfigError(f"unknown algorithm {algorithm!r}: choose one of {', '.join(ALGORITHMS)}")
+        if not prompt_ids:
+            raise ConfigError("the prompt is empty: give at least one token")
+        if not 1 <= sp <= 1024:
+            raise ConfigError(f"sp must lie in [1, 1024], not {sp}")
+        if lookahead != "auto" and not 1 <= lookahead <= 1024:
+            raise ConfigError(f"lookahead must be auto or lie in [1, 1024], not {lookahead}")
+        number = next(self._numbers)
+        channel = Channel()
+
+        async def start() -> Generation:
+            root = self._running()
+            target = await self._first_target(root)
+            self._check_prompt(target, prompt_ids, sampling)
+            if len(root.generations) >= self.config.max_generations:
+                raise DsiError(f"{self.config.max_generations} generations wait or run already: try again later")
+            core = GenerationCore(
+                prompt_ids,
+                policy=self._policy(root, algorithm, sp, lookahead),
+                max_tokens=sampling.max_tokens,
+                stop_tokens=sampling.stop_token_ids,
+            )
+            generation = Generation(
+                number,
+                core,
+                root.scheduler,
+                correlation=correlation or f"generation-{number}",
+                first_target_wait_s=self.config.ready_timeout_s,
+                target_wait_s=self.config.target_wait_s,
+                on_tokens=channel.put,
+                on_end=channel.end,
+            )
+            root.start_generation(generation, channel)
+            return generation
+
+        return GenerationStream(channel, start)
+
+    @property
+    def workers(self) -> list[WorkerHandle]:
+        """The workers that are ready."""
+        return list(self._running().ready_workers)
+
+    @property
+    def process_ids(self) -> list[int]:
+        """The local worker processes."""
+        supervisor = self._running().supervisor
+        return [] if supervisor is None else supervisor.process_ids
+
+    async def wait_for_workers(self, *, targets: int, drafters: int, timeout_s: float) -> bool:
+        """Whether so many workers are ready within `timeout_s`."""
+        root = self._running()
+        return await root.wait_until(
+            lambda: len(root.of_role("target")) >= targets and len(root.of_role("drafter")) >= drafters, timeout_s
+        )
+
+    # Start and end
+
+    def _running(self) -> _Root:
+        if self._root is None or self._root.ended or self._task is None:
+            raise OrchestratorClosed("the orchestrator is not running: use it inside `async with`")
+        return self._root
+
+    def _private_endpoint(self) -> str:
+        """A socket that only this user can reach."""
+        self._socket_directory = tempfile.TemporaryDirectory(prefix="dsi-")
+        return f"ipc://{Path(self._socket_directory.name) / 'orchestrator.sock'}"
+
+    async def _start_local_workers(self, root: _Root) -> None:
+        config = self.config
+        roles = ["target"] * config.sp + (["drafter"] if config.drafter is not None else [])
+        devices = local_devices(config.devices)
+        root.supervisor = WorkerSupervisor(self.endpoint, config.log_level, root.on_exit)
+        root.start_permanent(root.supervisor)
+        await asyncio.sleep(0)
+        for index, role in enumerate(roles):
+            root.supervisor.start_worker(WorkerSpec(devices[index % len(devices)], role))
+        begun = time.monotonic()
+        all_ready = await root.wait_until(
+            lambda: len(root.ready_workers) == len(roles) or bool(root.exits) or root.ended, config.ready_timeout_s
+        )
+        if root.exits:
+            process, spec, code = root.exits[0]
+            reason = root.workforce.failures.get(process, f"it ended with exit code {code}")
+            raise WorkerStartError(f"the {spec.role} worker on {spec.device} did not start: {reason}")
+        if not all_ready:
+            raise WorkerStartError(
+                f"only {len(root.ready_workers)} of {len(roles)} workers were ready after {config.ready_timeout_s:g} s"
+            )
+        log.info("local workers ready", number=len(roles), after_s=round(time.monotonic() - begun, 2))
+
+    async def _close(self, root: _Root) -> None:
+        """End generations, then workers, then our own actors. Safe to call whatever is running."""
+        assert self._task is not None
+        root.closing = True
+        try:
+            for generation, _ in list(root.generations.values()):
+                generation.stop()
+            await root.wait_until(lambda: not root.generations or root.ended, 1.0)
+            root.workforce.stop()
+            if root.supervisor is not None:
+                await root.supervisor.end_all()
+        finally:
+            root.stop()
+            try:
+                await self._task
+            finally:
+                self._remove_socket()
+
+    def _remove_socket(self) -> None:
+        if self._socket_directory is not None:
+            self._socket_directory.cleanup()
+
+    # Before a generation
+
+    async def _first_target(self, root: _Root) -> WorkerHandle:
+        timeout_s = self.config.ready_timeout_s
+        if not await root.wait_until(lambda: bool(root.of_role("target")) or root.ended, timeout_s):
+            raise NoTargetError(
+                f"no target server came within {timeout_s:g} s: start one with "
+                f"python -m dsi_actors.worker --gpu N --connect {self.endpoint}"
+            )
+        return self._running().of_role("target")[0]
+
+    @staticmethod
+    def _check_prompt(target: WorkerHandle, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+        assert target.ready is not None
+        for token in prompt_ids:
+            if not 0 <= token < target.ready.vocabulary_size:
+                raise ConfigError(f"token {token} is outside the target's vocabulary of {target.ready.vocabulary_size}")
+        length = len(prompt_ids) + sampling.max_tokens
+        if length > target.ready.max_length:
+            raise ConfigError(
+                f"the prompt has {len(prompt_ids)} tokens and max_tokens is {sampling.max_tokens}: together {length} are "
+                f"over the target's limit of {target.ready.max_length}"
+            )
+
+    @staticmethod
+    def _policy(root: _Root, algorithm: Algorithm, sp: int, lookahead: int | Literal["auto"]) -> Policy:
+        if algorithm == "ar":
+            return Policy.autoregressive()
+        targets, drafters = root.of_role("target"), root.of_role("drafter")
+        target_ms = max(worker.ready.latency_us for worker in targets if worker.ready is not None) / 1e3
+        window = min(worker.ready.window for worker in targets if worker.ready is not None)
+        if lookahead == "auto":
+            if drafters and drafters[0].ready is not None:
+                drafter_ms = drafters[0].ready.latency_us / 1e3
+                lookahead = (
+                    si_lookahead(target_ms, drafter_ms)
+                    if algorithm == "si"
+                    else dsi_lookahead(target_ms, drafter_ms, min(sp, len(targets)))
+                )
+            else:
+                lookahead = _DEFAULT_LOOKAHEAD
+            lookahead = max(1, min(lookahead, window - 1))  # one forward verifies one window
+        return Policy.speculative(lookahead) if algorithm == "si" else Policy.distributed(lookahead, sp, window)

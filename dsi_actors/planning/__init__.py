@@ -1,0 +1,1 @@
+"""From latencies to settings."""

@@ -1,0 +1,107 @@
+"""Text to token ids and back, without torch: tokenizer.json by the tokenizers library, chat templates by Jinja."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.sandbox
+from tokenizers import Tokenizer as LibraryTokenizer
+from tokenizers.decoders import DecodeStream
+
+from dsi_actors.errors import ConfigError
+from dsi_protocol import vocabulary_hash
+
+
+class Tokenizer:
+    """The tokenizer of the model in `directory`. Raises ConfigError if it has none."""
+
+    def __init__(self, directory: Path) -> None:
+        file = directory / "tokenizer.json"
+        if not file.is_file():
+            raise ConfigError(f"{directory} has no tokenizer.json: use a model that has one")
+        self._tokenizer = LibraryTokenizer.from_file(str(file))
+        self._config = _read_json(directory / "tokenizer_config.json")
+        self._template = _chat_template(directory, self._config)
+        self.stop_token_ids = self._find_stop_tokens(_read_json(directory / "generation_config.json"))
+
+    def vocabulary_hash(self) -> str:
+        return vocabulary_hash(self._tokenizer.get_vocab(with_added_tokens=True))
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of plain text, with the special tokens that the model puts around it."""
+        return list(self._tokenizer.encode(text).ids)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The tokens of a conversation ({"role": ..., "content": ...}) by the model's own chat template, up to where
+        the answer begins. Raises ConfigError if the model has no template."""
+        if self._template is None:
+            raise ConfigError("this model has no chat template: give it plain text")
+        special = {
+            key: _special_text(self._config.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")
+        }
+        text = self._template.render(messages=list(messages), add_generation_prompt=True, **special)
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def stream(self) -> TokenStream:
+        return TokenStream(self._tokenizer)
+
+    def _find_stop_tokens(self, generation_config: dict[str, Any]) -> tuple[int, ...]:
+        eos = generation_config.get("eos_token_id")
+        found = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        token = self._tokenizer.token_to_id(_special_text(self._config.get("eos_token")))
+        if token is not None:
+            found.add(token)
+        return tuple(sorted(found))
+
+
+class TokenStream:
+    """Text as tokens come: a character appears once all of its bytes are there."""
+
+    def __init__(self, tokenizer: LibraryTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decode = DecodeStream(skip_special_tokens=True)
+
+    def add(self, token_id: int) -> str:
+        return self._decode.step(self._tokenizer, token_id) or ""
+
+
+def _chat_template(directory: Path, config: dict[str, Any]) -> jinja2.Template | None:
+    file = directory / "chat_template.jinja"
+    source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+    if not isinstance(source, str):
+        return None
+    # Templates come with models from anywhere: they run in Jinja's sandbox, with the settings transformers gives them.
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+
+    def raise_exception(message: str) -> None:
+        raise ConfigError(f"the model's chat template refuses this conversation: {message}")
+
+    environment.globals["raise_exception"] = raise_exception
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    return environment.from_string(source)
+
+
+def _special_text(token: object) -> str:
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else ""
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}

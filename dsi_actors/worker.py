@@ -1,0 +1,74 @@
+"""`python -m dsi_actors.worker --gpu N`: one worker process for one device. The only module here that starts dsi_workers."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+
+DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
+_DESCRIPTION = "One worker process: a drafter or a target server on one device."
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m dsi_actors.worker", description=_DESCRIPTION)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--gpu", type=device_name, metavar="N", help="CUDA device number, or cpu, cpu:0, cpu:1, ...")
+    what.add_argument("--prepare", metavar="REF", help="make the model REF ready for use, print its directory, exit")
+    parser.add_argument("--connect", default=DEFAULT_ENDPOINT, help="the orchestrator (default %(default)s)")
+    parser.add_argument("--role", choices=["auto", "target", "drafter"], default="auto")
+    parser.add_argument("--engine", choices=["auto", "transformers", "timed", "ngram"], default="auto")
+    parser.add_argument("--model", default="", metavar="REF", help="directory, .gguf file, package:NAME or hub name")
+    parser.add_argument("--tokenizer-only", action="store_true", help="with --prepare: the tokenizer is enough")
+    parser.add_argument("--supervised", action="store_true", help="exit when standard input closes")
+    parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
+    arguments = parser.parse_args()
+    try:
+        return _prepare(arguments) if arguments.prepare else _work(arguments)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from dsi_workers.models import ModelError, resolve_model
+
+    try:
+        directory = resolve_model(arguments.prepare, tokenizer_only=arguments.tokenizer_only)
+    except ModelError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    sys.stdout.write(f"{directory}\n")
+    return 0
+
+
+def _work(arguments: argparse.Namespace) -> int:
+    from dsi_workers.main import WorkerConfig, WorkerError, configure_logging, run_worker
+
+    configure_logging(arguments.log_level)
+    config = WorkerConfig(
+        endpoint=arguments.connect,
+        device=arguments.gpu,
+        role=arguments.role,
+        engine=arguments.engine,
+        model=arguments.model,
+        supervised=arguments.supervised,
+    )
+    try:
+        run_worker(config)
+    except WorkerError as error:
+        sys.stderr.write(f"worker: {error}\n")
+        return 1
+    return 0
+
+
+def device_name(text: str) -> str:
+    """`0` -> cuda:0, `cpu` -> cpu:0, `cpu:1` -> cpu:1."""
+    if text.isdecimal():
+        return f"cuda:{int(text)}"
+    if match := re.fullmatch(r"cpu(?::(\d+))?", text):
+        return f"cpu:{int(match[1] or 0)}"
+    raise argparse.ArgumentTypeError(f"{text!r} is no device: give a CUDA device number, cpu or cpu:N")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Frames to messages and back. `decode` returns one of MESSAGES or raises a ProtocolError; nothing else, whatever the bytes."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+import msgpack
+
+from dsi_protocol.errors import FrameTooLarge, InvalidField, MalformedFrame, UnknownMessage
+from dsi_protocol.fields import MAX_TOKENS_PER_MESSAGE, Kind
+from dsi_protocol.messages import MESSAGES, Message
+
+MAX_FRAME_BYTES = 4 * MAX_TOKENS_PER_MESSAGE + 64 * 1024
+MAX_ARRAY_ITEMS = 1024  # arrays and maps occur only in fields that a later version may add
+MAX_NESTING = 8
+
+_TYPE_KEY = "type"
+
+
+def _schema(message: type[Message]) -> tuple[tuple[str, Kind], ...]:
+    hints = get_type_hints(message, include_extras=True)
+    return tuple((field.name, hints[field.name].__metadata__[0]) for field in fields(message))
+
+
+_SCHEMAS = {message: _schema(message) for message in MESSAGES}
+_BY_TYPE: dict[int, type[Message]] = {message.TYPE: message for message in MESSAGES}
+assert len(_BY_TYPE) == len(MESSAGES)
+
+
+def encode(message: Message) -> bytes:
+    """The frame of `message`. Raises InvalidField if a value does not fit its wire kind."""
+    wire: dict[str, object] = {_TYPE_KEY: message.TYPE}
+    for name, kind in _SCHEMAS[type(message)]:
+        try:
+            wire[name] = kind.pack(getattr(message, name))
+        except ValueError as error:
+            raise InvalidField(type(message).__name__, name, str(error)) from None
+    frame: bytes = msgpack.packb(wire, use_bin_type=True)
+    return frame
+
+
+def decode(frame: bytes) -> Message:
+    """The message in `frame`.
+
+    Raises FrameTooLarge, MalformedFrame, UnknownMessage or InvalidField. Fields that the message does not have are
+    ignored, so that a newer peer may add some.
+    """
+    if len(frame) > MAX_FRAME_BYTES:
+        raise FrameTooLarge(len(frame), MAX_FRAME_BYTES)
+    wire = _unpack(frame)
+    if type(wire) is not dict:
+        raise MalformedFrame(f"a frame is one map, not {type(wire).__name__}")
+    if not all(type(key) is str for key in wire):
+        raise MalformedFrame("the keys of a frame are text")
+    message_type = wire.get(_TYPE_KEY)
+    if type(message_type) is not int:
+        raise MalformedFrame("the frame has no integer field `type`")
+    message = _BY_TYPE.get(message_type)
+    if message is None:
+        raise UnknownMessage(message_type)
+    values: dict[str, Any] = {}
+    schema = _SCHEMAS[message]
+    for name, kind in schema:
+        if name not in wire:
+            raise InvalidField(message.__name__, name, "missing")
+        try:
+            values[name] = kind.unpack(wire[name])
+        except ValueError as error:
+            raise InvalidField(message.__name__, name, str(error)) from None
+    if len(wire) > len(schema) + 1:
+        _refuse_deep(wire)
+    return message(**values)
+
+
+def _unpack(frame: bytes) -> object:
+    try:
+        return msgpack.unpackb(
+            frame,
+            raw=False,
+            strict_map_key=True,
+            max_str_len=MAX_FRAME_BYTES,
+            max_bin_len=MAX_FRAME_BYTES,
+            max_array_len=MAX_ARRAY_ITEMS,
+            max_map_len=MAX_ARRAY_ITEMS,
+            max_ext_len=0,
+        )
+    except Exception as error:  # msgpack raises a dozen kinds, ValueError and RecursionError among them
+        raise MalformedFrame(f"not msgpack within the limits: {type(error).__name__}: {str(error)[:200]}") from None
+
+
+def _refuse_deep(value: object, depth: int = 0) -> None:
+    if depth > MAX_NESTING:
+        raise MalformedFrame(f"nested deeper than {MAX_NESTING}")
+    if isinstance(value, dict):
+        for inner in value.values():
+            _refuse_deep(inner, depth + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_deep(inner, depth + 1)

@@ -1,0 +1,116 @@
+"""The wire kinds of message fields: what a Python value becomes in msgpack, and what is refused on the way back.
+
+`kind.pack(value)` gives a msgpack-able object, `kind.unpack(object)` the value or ValueError with one clause that
+says what is wrong. Nothing else may come over the wire, so nothing else needs checking further in.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Annotated, Protocol, TypeAlias
+
+MAX_TEXT_BYTES = 4096
+MAX_TOKENS_PER_MESSAGE = 1 << 18
+MAX_OPTIONS = 64
+
+
+class Kind(Protocol):
+    def pack(self, value: object) -> object: ...
+    def unpack(self, wire: object) -> object: ...
+
+
+class Unsigned:
+    """An unsigned integer of `bits` bits; msgpack picks its own width. A boolean is not an integer."""
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+        self.limit = 1 << bits
+
+    def pack(self, value: object) -> object:
+        return self.unpack(value)
+
+    def unpack(self, wire: object) -> int:
+        if type(wire) is not int:
+            raise ValueError(f"expected an unsigned integer, got {_kind_name(wire)}")
+        if not 0 <= wire < self.limit:
+            raise ValueError(f"{wire} does not fit {self.bits} bits unsigned")
+        return wire
+
+
+class Boolean:
+    def pack(self, value: object) -> object:
+        return self.unpack(value)
+
+    def unpack(self, wire: object) -> bool:
+        if type(wire) is not bool:
+            raise ValueError(f"expected a boolean, got {_kind_name(wire)}")
+        return wire
+
+
+class ShortText:
+    """UTF-8 of at most MAX_TEXT_BYTES."""
+
+    def pack(self, value: object) -> object:
+        return self.unpack(value)
+
+    def unpack(self, wire: object) -> str:
+        if type(wire) is not str:
+            raise ValueError(f"expected text, got {_kind_name(wire)}")
+        if len(wire) > MAX_TEXT_BYTES or len(wire.encode("utf-8", "surrogatepass")) > MAX_TEXT_BYTES:
+            raise ValueError(f"text is over {MAX_TEXT_BYTES} bytes")
+        return wire
+
+
+class PackedTokens:
+    """Token ids as little-endian u32, one after another, in a msgpack bin."""
+
+    def pack(self, value: object) -> bytes:
+        if type(value) is not tuple:
+            raise ValueError(f"expected a tuple of token ids, got {_kind_name(value)}")
+        if len(value) > MAX_TOKENS_PER_MESSAGE:
+            raise ValueError(f"{len(value)} tokens are over the limit of {MAX_TOKENS_PER_MESSAGE}")
+        try:
+            return struct.pack(f"<{len(value)}I", *value)
+        except struct.error:
+            raise ValueError("token ids are integers that fit 32 bits unsigned") from None
+
+    def unpack(self, wire: object) -> tuple[int, ...]:
+        if type(wire) is not bytes:
+            raise ValueError(f"expected packed tokens, got {_kind_name(wire)}")
+        if len(wire) % 4:
+            raise ValueError(f"{len(wire)} bytes are not a whole number of 4-byte tokens")
+        if len(wire) > 4 * MAX_TOKENS_PER_MESSAGE:
+            raise ValueError(f"{len(wire) // 4} tokens are over the limit of {MAX_TOKENS_PER_MESSAGE}")
+        return struct.unpack(f"<{len(wire) // 4}I", wire)
+
+
+class OptionMap:
+    """A flat map from text to text, integer, float or boolean."""
+
+    def pack(self, value: object) -> object:
+        return self.unpack(value)
+
+    def unpack(self, wire: object) -> dict[str, str | int | float | bool]:
+        if type(wire) is not dict:
+            raise ValueError(f"expected a map, got {_kind_name(wire)}")
+        if len(wire) > MAX_OPTIONS:
+            raise ValueError(f"{len(wire)} options are over the limit of {MAX_OPTIONS}")
+        for key, value in wire.items():
+            if type(key) is not str or type(value) not in (str, int, float, bool):
+                raise ValueError("options map text to text, integer, float or boolean")
+            if len(key) > MAX_TEXT_BYTES or (type(value) is str and len(value) > MAX_TEXT_BYTES):
+                raise ValueError(f"option is over {MAX_TEXT_BYTES} bytes")
+        return wire
+
+
+def _kind_name(wire: object) -> str:
+    return "nil" if wire is None else type(wire).__name__
+
+
+U32: TypeAlias = Annotated[int, Unsigned(32)]
+U64: TypeAlias = Annotated[int, Unsigned(64)]
+Bool: TypeAlias = Annotated[bool, Boolean()]
+Text: TypeAlias = Annotated[str, ShortText()]
+Tokens: TypeAlias = Annotated[tuple[int, ...], PackedTokens()]
+OptionValue: TypeAlias = str | int | float | bool
+Options: TypeAlias = Annotated[dict[str, OptionValue], OptionMap()]

@@ -1,0 +1,271 @@
+"""The core against the plainest oracle there is: the target's own tokens, one after another."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dsi_actors.core import GenerationCore, Policy
+from dsi_actors.core.actions import (
+    Action,
+    CancelDrafts,
+    CancelVerify,
+    EmitTokens,
+    Finish,
+    StartDraft,
+    StartVerify,
+)
+from dsi_actors.core.events import (
+    CancelRequested,
+    DraftEnded,
+    DrafterJoined,
+    DrafterLost,
+    DraftsArrived,
+    Event,
+    ServerJoined,
+    ServerLost,
+    VerificationAbandoned,
+    VerificationFinished,
+)
+from dsi_actors.simulation.discrete_events import DiscreteEventDriver, target_answer
+
+VOCABULARY = 5
+
+
+def target(prefix: Sequence[int]) -> int:
+    """A 'model' whose next token depends on the whole prefix: a wrong prefix shows at once."""
+    return zlib.crc32(bytes(prefix)) % VOCABULARY
+
+
+def drafter(prefix: Sequence[int]) -> int:
+    """Right about three times in four, by a function of the prefix."""
+    wrong = zlib.crc32(bytes(prefix), 7) % 4 == 0
+    return (target(prefix) + wrong) % VOCABULARY
+
+
+def plain_decoding(prompt: Sequence[int], max_tokens: int, stop: frozenset[int] = frozenset()) -> list[int]:
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + max_tokens:
+        tokens.append(target(tokens))
+        if tokens[-1] in stop:
+            break
+    return tokens[len(prompt) :]
+
+
+policies = st.one_of(
+    st.just(Policy.autoregressive()),
+    st.builds(Policy.speculative, st.integers(1, 6)),
+    st.builds(Policy.distributed, st.integers(1, 5), st.integers(1, 4), st.integers(1, 9)),
+    st.builds(
+        lambda sp, lookahead, ahead, wait: Policy("any", sp, lookahead, min(wait, ahead), ahead),
+        st.integers(1, 4), st.integers(1, 4), st.integers(0, 9), st.integers(0, 9),
+    ),
+)  # fmt: skip
+
+
+class Adversary:
+    """Holds every reply that is owed and lets hypothesis choose which comes next, is lost, or comes twice."""
+
+    def __init__(self, core: GenerationCore, data: st.DataObject) -> None:
+        self.core = core
+        self.data = data
+        self.emitted: list[int] = []
+        self.reasons: list[str] = []
+        self.owed: list[Event] = []
+        self.next_server = 0
+        self.servers: dict[int, list[int]] = {}
+        self.drafter_tokens: list[int] | None = None
+
+    def feed(self, event: Event) -> None:
+        committed = self.core.tokens[: self.core.committed]
+        actions = self.core.handle(event)
+        self.core.check()
+        assert self.core.tokens[: len(committed)] == committed, "committed only grows"
+        for action in actions:
+            self.do(action)
+
+    def do(self, action: Action) -> None:
+        match action:
+            case StartVerify(attempt, server, base, tokens, start):
+                held = self.servers[server]
+                assert base <= len(held), "the core assumed more than the server was ever told"
+                held[base:] = tokens
+                assert held == self.core.tokens, "a verification covers everything not committed"
+                answer = target_answer(target, tuple(held), start)
+                self.owed.append(VerificationFinished(attempt, server, start, answer))
+            case StartDraft(attempt, base, tokens, start, count, block):
+                assert self.drafter_tokens is not None
+                if start <= base + len(tokens):
+                    self.drafter_tokens[base:] = tokens
+                del self.drafter_tokens[start:]
+                assert len(self.drafter_tokens) == start
+                while count:
+                    taken = min(block, count)
+                    first = len(self.drafter_tokens)
+                    for _ in range(taken):
+                        self.drafter_tokens.append(drafter(self.drafter_tokens))
+                    self.owed.append(DraftsArrived(attempt, first, tuple(self.drafter_tokens[first:])))
+                    count -= taken
+                self.owed.append(DraftEnded(attempt, complete=True))
+            case CancelVerify(attempt, server):
+                # The cancel may come too late, so the answer stays possible; or it turns into an abandonment.
+                if self.data.draw(st.booleans(), label="cancel obeyed"):
+                    self.owed = [
+                        VerificationAbandoned(attempt, server)
+                        if isinstance(owed, VerificationFinished) and owed.attempt == attempt
+                        else owed
+                        for owed in self.owed
+                    ]
+            case CancelDrafts():
+                pass  # the worst drafter: never stops
+            case EmitTokens(start, tokens, accepted):
+                assert start == self.core.prompt_length + len(self.emitted)
+                assert len(tokens) == len(accepted) > 0
+                self.emitted.extend(tokens)
+            case Finish(reason):
+                self.reasons.append(reason)
+
+    def join_server(self) -> None:
+        self.servers[self.next_server] = []
+        self.next_server += 1
+        self.feed(ServerJoined(self.next_server - 1))
+
+    def join_drafter(self) -> None:
+        self.drafter_tokens = []
+        self.feed(DrafterJoined())
+
+    def lose_server(self, server: int) -> None:
+        del self.servers[server]
+        self.owed = [
+            owed
+            for owed in self.owed
+            if not isinstance(owed, VerificationFinished | VerificationAbandoned) or owed.server != server
+        ]
+        self.feed(ServerLost(server))
+
+    def step(self) -> None:
+        choices = ["reply"] * 6 if self.owed else []
+        if len(self.servers) < 4:
+            choices.append("join server")
+        if self.servers:
+            choices += ["lose server"]
+        choices.append("join drafter" if self.drafter_tokens is None else "lose drafter")
+        match self.data.draw(st.sampled_from(choices), label="step"):
+            case "join server":
+                self.join_server()
+            case "lose server":
+                self.lose_server(self.data.draw(st.sampled_from(sorted(self.servers))))
+            case "join drafter":
+                self.join_drafter()
+            case "lose drafter":
+                self.drafter_tokens = None
+                self.feed(DrafterLost())
+            case _:
+                self.reply()
+
+    def reply(self) -> None:
+        event = self.owed.pop(self.data.draw(st.integers(0, len(self.owed) - 1), label="which"))
+        match event:
+            case VerificationFinished(attempt, server, _, _):
+                fate = self.data.draw(st.sampled_from(["as is"] * 4 + ["forgot", "failed", "nonsense"]), label="fate")
+                if fate == "failed":
+                    event = VerificationAbandoned(attempt, server)
+                elif fate == "forgot":
+                    self.servers[server] = []
+                    event = VerificationAbandoned(attempt, server, held=0)
+                elif fate == "nonsense":
+                    event = VerificationFinished(attempt, server, event.start + 1, event.tokens)
+            case DraftsArrived() if self.data.draw(st.integers(0, 5), label="lost") == 0:
+                return  # lost drafts cost time only
+            case DraftEnded(attempt, _, _) if self.data.draw(st.integers(0, 5), label="cut short") == 0:
+                event = DraftEnded(attempt, complete=False)
+            case _:
+                pass
+        self.feed(event)
+        if isinstance(event, DraftsArrived | DraftEnded) and self.data.draw(st.integers(0, 9), label="twice") == 0:
+            self.feed(event)
+
+
+@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(data=st.data())
+def test_any_interleaving_gives_the_targets_own_text(data: st.DataObject) -> None:
+    """Late, lost, duplicate, reordered and forged replies, servers and drafters that come and go."""
+    prompt = data.draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4), label="prompt")
+    max_tokens = data.draw(st.integers(1, 14), label="max_tokens")
+    stop = data.draw(st.sampled_from([frozenset[int](), frozenset({0}), frozenset({1, 2})]), label="stop")
+    core = GenerationCore(prompt, policy=data.draw(policies, label="policy"), max_tokens=max_tokens, stop_tokens=stop)
+    adversary = Adversary(core, data)
+    for _ in range(data.draw(st.integers(0, 60), label="steps")):
+        adversary.step()
+    # From here on the world is kind: one server stays, every reply comes in order, so the generation must end.
+    if not adversary.servers:
+        adversary.join_server()
+    patience = 400
+    while not core.finished:
+        assert patience, "the generation hangs"
+        patience -= 1
+        assert adversary.owed, "nothing is running and the generation is not finished"
+        adversary.feed(adversary.owed.pop(0))
+    assert adversary.emitted == core.output == plain_decoding(prompt, max_tokens, stop)
+    assert adversary.reasons == ["stop" if core.output[-1] in stop else "length"]
+    for owed in adversary.owed:  # what comes after the end changes nothing
+        assert core.handle(owed) == []
+        core.check()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    policy=policies, seed=st.integers(0, 10**6), servers=st.integers(1, 4), target_ms=st.sampled_from([1.0, 4.3, 9.7])
+)
+def test_in_virtual_time_too(policy: Policy, seed: int, servers: int, target_ms: float) -> None:
+    prompt = [seed % VOCABULARY, seed // VOCABULARY % VOCABULARY, seed // 25 % VOCABULARY]
+    core = GenerationCore(prompt, policy=policy, max_tokens=40)
+    DiscreteEventDriver(
+        core, target=target, drafter=drafter, target_ms=lambda: target_ms, drafter_ms=lambda: 1.0,
+        servers=servers, check=True,
+    ).run()  # fmt: skip
+    assert core.output == plain_decoding(prompt, 40)
+
+
+def test_cancel_ends_everything() -> None:
+    core = GenerationCore([1, 2], policy=Policy.distributed(1, sp=2), max_tokens=8)
+    for event in (ServerJoined(0), ServerJoined(1), DrafterJoined()):
+        core.handle(event)
+    started = core.handle(DraftsArrived(2, 2, (drafter([1, 2]),)))
+    assert [type(action) for action in started] == [StartVerify]
+    actions = core.handle(CancelRequested())
+    assert {type(action) for action in actions} == {CancelVerify, CancelDrafts}
+    assert sorted(action.attempt for action in actions if isinstance(action, CancelVerify)) == [1, 3]
+    assert core.finish_reason == "cancelled"
+    assert core.handle(VerificationFinished(1, 0, 2, (0,))) == []
+    core.check()
+
+
+def test_a_rejection_cancels_all_that_was_built_on_it_and_starts_again_at_once() -> None:
+    prompt = [3]
+    truth = plain_decoding(prompt, 4)
+    wrong = (truth[1] + 1) % VOCABULARY
+    core = GenerationCore(prompt, policy=Policy.distributed(1, sp=3), max_tokens=4)
+    for event in (ServerJoined(0), ServerJoined(1), ServerJoined(2), DrafterJoined()):
+        core.handle(event)
+    core.handle(DraftsArrived(2, 1, (truth[0],)))
+    core.handle(DraftsArrived(2, 2, (wrong,)))
+    actions = core.handle(VerificationFinished(3, 1, 1, tuple(truth[:2])))
+    assert [type(action).__name__ for action in actions] == [
+        "CancelVerify", "CancelVerify", "CancelDrafts", "EmitTokens", "StartDraft", "StartVerify",
+    ]  # fmt: skip
+    verify = actions[-1]
+    assert isinstance(verify, StartVerify)
+    assert (verify.server, verify.base, verify.tokens, verify.start) == (1, 2, (truth[1],), 3)
+    emit = next(action for action in actions if isinstance(action, EmitTokens))
+    assert emit == EmitTokens(1, tuple(truth[:2]), (True, False))
+
+
+@pytest.mark.parametrize(("prompt", "max_tokens"), [([], 4), ([1], 0), ([1], -1)])
+def test_bad_input_is_refused(prompt: list[int], max_tokens: int) -> None:
+    with pytest.raises(ValueError, match="at least"):
+        GenerationCore(prompt, policy=Policy.autoregressive(), max_tokens=max_tokens)

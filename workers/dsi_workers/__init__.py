@@ -1,0 +1,1 @@
+"""Workers: one loop, one connection, several engines. Started by `python -m dsi_actors.worker`."""

@@ -1,0 +1,137 @@
+"""The worker's two sockets: one for work, owned by the main thread, one for heartbeats, owned by a thread of its own.
+
+A heartbeat names the worker's incarnation and so may come over any connection. A separate socket keeps it going while
+the main thread computes, without any lock: a ZMQ socket belongs to one thread.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+
+import structlog
+import zmq
+
+from dsi_protocol import (
+    MAX_FRAME_BYTES,
+    FromWorker,
+    Heartbeat,
+    Message,
+    ProtocolError,
+    UnknownMessage,
+    decode,
+    encode,
+)
+
+log = structlog.get_logger("dsi.worker")
+
+_LINGER_MS = 200  # how long a last message may take to leave at the end
+
+
+class WorkSocket:
+    """The DEALER that speaks the protocol. Frames that cannot be decoded are logged and dropped."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, incarnation: int) -> None:
+        # The routing id outlives a broken connection: after reconnecting this is still the same worker.
+        self._socket = _dealer(context, endpoint, b"w" + incarnation.to_bytes(8, "little"))
+        self._refused = 0
+
+    def send(self, message: FromWorker) -> None:
+        self._socket.send(encode(message))
+
+    def receive(self, timeout_s: float = 0.0) -> Message | None:
+        """The next message, or None if none comes within `timeout_s`."""
+        if timeout_s > 0 and not self._socket.poll(max(1, round(timeout_s * 1e3))):
+            return None
+        while True:
+            try:
+                frame = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return None
+            try:
+                return decode(frame)
+            except UnknownMessage as error:
+                log.warning("ignored", reason=str(error))
+            except ProtocolError as error:
+                self._refused += 1
+                log.warning("malformed frame dropped", reason=str(error), so_far=self._refused)
+
+    def close(self) -> None:
+        self._socket.close(linger=_LINGER_MS)
+
+
+class Heart(threading.Thread):
+    """Beats, and notices when nobody answers or when the parent process is gone. `stopped_because` then says why."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        *,
+        incarnation: int,
+        interval_s: float,
+        silence_s: float,
+    ) -> None:
+        super().__init__(name="heartbeat", daemon=True)
+        self._context = context
+        self._endpoint = endpoint
+        self._incarnation = incarnation
+        self._interval_s = interval_s
+        self._silence_s = silence_s
+        self._stop_event = threading.Event()
+        self.orchestrator_gone = False
+
+    def run(self) -> None:
+        dealer = _dealer(self._context, self._endpoint)
+        sequence = 0
+        heard = time.monotonic()
+        next_beat = heard
+        while not self._stop_event.is_set():
+            now = time.monotonic()
+            if now >= next_beat:
+                sequence += 1
+                next_beat = now + self._interval_s
+                dealer.send(encode(Heartbeat(self._incarnation, sequence)))
+            if dealer.poll(max(1, round((next_beat - now) * 1e3))):
+                dealer.recv()
+                heard = time.monotonic()
+            elif time.monotonic() - heard > self._silence_s:
+                self.orchestrator_gone = True
+                break
+        dealer.close(linger=0)
+
+    def stop(self) -> None:
+        self._stop_event.set()
+
+
+def watch_parent() -> threading.Event:
+    """Set once standard input is closed. A supervisor holds the other end of that pipe, and so it ends with it."""
+    gone = threading.Event()
+
+    def wait_for_end() -> None:
+        while os.read(0, 1024):
+            pass
+        gone.set()
+
+    threading.Thread(target=wait_for_end, name="parent", daemon=True).start()
+    return gone
+
+
+def host_name() -> str:
+    return socket.gethostname()[:255]
+
+
+def _dealer(
+    context: zmq.Context[zmq.Socket[bytes]], endpoint: str, routing_id: bytes | None = None
+) -> zmq.Socket[bytes]:
+    dealer = context.socket(zmq.DEALER)
+    if routing_id is not None:
+        dealer.setsockopt(zmq.ROUTING_ID, routing_id)
+    dealer.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+    dealer.setsockopt(zmq.LINGER, _LINGER_MS)
+    dealer.setsockopt(zmq.RECONNECT_IVL, 100)
+    dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+    dealer.connect(endpoint)
+    return dealer

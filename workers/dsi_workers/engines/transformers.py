@@ -1,0 +1,308 @@
+"""Any causal language model that transformers can load and whose state can be rewound, on a CPU or a CUDA device.
+
+A target computes every position at or after the prompt's end in a window of fixed width, and the prompt in chunks of
+fixed width aligned to position 0, so that a token's logits do not depend on how the tokens around it were grouped into
+requests (docs/exactness.md). A drafter only guesses: it computes exactly the tokens that it must.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_utils import AttentionInterface
+from transformers.utils import logging as transformers_logging
+
+from dsi_protocol import OptionValue
+from dsi_workers.engines.base import Engine, EngineError, EngineInfo, Interrupt
+from dsi_workers.kv_cache import SlotCache
+from dsi_workers.models import ModelError, read_vocabulary_hash, resolve_model
+from dsi_workers.quantization import quantize_int8
+from dsi_workers.session import Session
+
+PROMPT_CHUNK = 64
+#: The readable part of the cache grows in steps of so many positions: shorter reads, few shapes.
+READ_STEP = 256
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class _Never:
+    """The interrupt of warm-up: nothing interrupts it."""
+
+    def check(self) -> None:
+        pass
+
+    def wait_until(self, deadline_s: float) -> None:
+        time.sleep(max(0.0, deadline_s - time.perf_counter()))
+
+
+class TransformersEngine(Engine):
+    """Options: dtype (auto, float32, bfloat16, float16), quantization ("" or int8), window, max_length, slots, threads."""
+
+    def __init__(self, model: str, *, device: str, drafter: bool, options: Mapping[str, OptionValue]) -> None:
+        _keep_freed_memory()
+        torch.set_num_threads(int(options.get("threads", 1)))
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        self._device = _check_device(device)
+        try:
+            directory = resolve_model(model)
+        except ModelError as error:
+            raise EngineError(str(error)) from None
+        config = AutoConfig.from_pretrained(directory)
+        refuse_if_not_rewindable(config, model)
+        self._config = config.get_text_config(decoder=True)
+        limit = getattr(self._config, "max_position_embeddings", None) or 2048
+        max_length = min(int(options.get("max_length", 2048)), int(limit))
+        self._exact = not drafter
+        self._window = int(options.get("window", 8))
+        quantization = str(options.get("quantization", ""))
+        dtype = self._choose_dtype(str(options.get("dtype", "auto")), quantization)
+        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=_ATTENTION)
+        if quantization:
+            if quantization != "int8":
+                raise EngineError(f"unknown quantization {quantization!r}: only int8 is known")
+            quantize_int8(self._model)
+        self._model.eval().requires_grad_(False).to(self._device)
+        self._interrupt: Interrupt = _Never()
+        for layer in self._decoder_layers():
+            layer.register_forward_pre_hook(self._between_layers)
+        self._slots: OrderedDict[int, int] = OrderedDict()  # generation -> slot, least recently used first
+        self._sessions: dict[int, Session] = {}
+        self._cache = SlotCache(
+            int(self._config.num_hidden_layers),
+            slots=int(options.get("slots", 4)),
+            capacity=_round_up(max_length + max(PROMPT_CHUNK, self._window), READ_STEP),
+        )
+        self.info = EngineInfo(
+            vocabulary=read_vocabulary_hash(directory),
+            vocabulary_size=int(self._config.vocab_size),
+            max_length=max_length,
+            window=self._window,
+            latency_us=self._warm_up(),
+        )
+
+    # Verify and draft
+
+    @torch.inference_mode()
+    def next_tokens(self, session: Session, start: int, interrupt: Interrupt) -> list[int]:
+        self._interrupt = interrupt
+        self._cache.slot = self._slot_of(session)
+        answer: list[int] = []
+        length = len(session.tokens)
+        # The token at position p comes out of the input at p - 1, so inputs [start - 1, length) are needed, and
+        # before them whatever this worker has not read yet.
+        position = min(session.computed, start - 1)
+        while position < length:
+            begin, end, width = self._next_chunk(session, position)
+            choices = self._forward(session.tokens[begin:end], begin, width, first_logits=max(start - 1, begin))
+            session.computed = max(session.computed, end)
+            for choice in choices:
+                at = start + len(answer)
+                answer.append(choice)
+                if at < length and session.tokens[at] != choice:
+                    return answer
+            position = end
+        return answer
+
+    def _next_chunk(self, session: Session, position: int) -> tuple[int, int, int]:
+        """The inputs [begin, end) of the forward that computes `position`, and the width it is padded to."""
+        length = len(session.tokens)
+        if not self._exact:
+            end = min(position + PROMPT_CHUNK, length)
+            return position, end, end - position
+        if position < session.prompt_length:
+            begin = position - position % PROMPT_CHUNK
+            return begin, min(begin + PROMPT_CHUNK, session.prompt_length), PROMPT_CHUNK
+        return position, min(position + self._window, length), self._window
+
+    def _forward(self, tokens: list[int], begin: int, width: int, first_logits: int) -> list[int]:
+        """One forward over the inputs [begin, begin + len(tokens)): the model's choice after each one from
+        `first_logits` on. Interrupted between layers."""
+        self._interrupt.check()
+        self.forwards += 1
+        end = begin + len(tokens)
+        cache = self._cache
+        cache.position = begin
+        cache.readable = min(_round_up(begin + width, READ_STEP), cache.capacity)
+        positions = torch.arange(begin, begin + width, device=self._device)
+        ids = torch.zeros(1, width, dtype=torch.long)
+        ids[0, : len(tokens)] = torch.tensor(tokens)
+        wanted = range(max(first_logits, begin), end)
+        rows = self._logit_rows(wanted, begin, width)
+        logits = self._model(
+            input_ids=ids.to(self._device),
+            position_ids=positions[None],
+            attention_mask=self._masks(positions),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=torch.tensor(rows, device=self._device),
+        ).logits
+        choices: list[int] = logits[0].argmax(dim=-1).tolist()
+        return choices[: len(wanted)]
+
+    def _logit_rows(self, wanted: range, begin: int, width: int) -> list[int]:
+        """The rows of the forward to compute logits for: the wanted ones, in an exact engine padded to a full window
+        because the bits of a matrix product may depend on how many rows it has."""
+        rows = [position - begin for position in wanted]
+        if self._exact:
+            rows += [0] * (_round_up(max(len(rows), 1), self._window) - len(rows))
+        return rows or [0]
+
+    def _masks(self, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Boolean masks [1, 1, width, readable]: input at position p reads positions [0, p], or the last `window`."""
+        slots = torch.arange(self._cache.readable, device=self._device)
+        full = slots[None, :] <= positions[:, None]
+        window = getattr(self._config, "sliding_window", None)
+        kinds = set(getattr(self._config, "layer_types", None) or ())
+        if not window or (kinds and "sliding_attention" not in kinds):
+            return full[None, None]
+        sliding = (full & (slots[None, :] > positions[:, None] - window))[None, None]
+        if not kinds:
+            return sliding
+        return {"full_attention": full[None, None], "sliding_attention": sliding}
+
+    # Interrupts
+
+    def _between_layers(self, module: nn.Module, inputs: Any) -> None:
+        self._interrupt.check()
+
+    def _decoder_layers(self) -> nn.ModuleList:
+        """The longest list of modules in the model: its decoder layers."""
+        lists = [module for module in self._model.modules() if isinstance(module, nn.ModuleList)]
+        return max(lists, key=len)
+
+    # Slots
+
+    def _slot_of(self, session: Session) -> int:
+        """The session's slot in the cache. If all are taken, the least recently used session will compute again."""
+        generation = session.generation
+        slot = self._slots.pop(generation, None)
+        if slot is None:
+            session.computed = 0
+            if len(self._slots) < self._cache.slots:
+                slot = next(number for number in range(self._cache.slots) if number not in self._slots.values())
+            else:
+                loser, slot = self._slots.popitem(last=False)
+                self._sessions.pop(loser).computed = 0
+        self._slots[generation] = slot
+        self._sessions[generation] = session
+        return slot
+
+    def forget(self, session: Session) -> None:
+        self._slots.pop(session.generation, None)
+        self._sessions.pop(session.generation, None)
+
+    # Start
+
+    def _choose_dtype(self, name: str, quantization: str) -> torch.dtype:
+        if quantization:
+            return torch.bfloat16
+        if name == "auto":
+            return torch.float32 if self._device.type == "cpu" else torch.bfloat16
+        if name not in _DTYPES:
+            raise EngineError(f"unknown dtype {name!r}: choose auto, {', '.join(_DTYPES)}")
+        return _DTYPES[name]
+
+    def _warm_up(self) -> int:
+        """Run what will be run; return the median time of a verification window, or of one drafted token, in µs."""
+        session = Session(generation=0, prompt_length=PROMPT_CHUNK, correlation="warm-up")
+        session.write(0, [position % 16 for position in range(PROMPT_CHUNK)])
+        self.next_tokens(session, PROMPT_CHUNK, _Never())
+        times: list[float] = []
+        for _ in range(3):
+            begun = time.perf_counter()
+            session.write(len(session.tokens), [0])
+            self.next_tokens(session, len(session.tokens), _Never())
+            times.append(time.perf_counter() - begun)
+        self.forget(session)
+        self.forwards = 0
+        return max(1, round(sorted(times)[1] * 1e6))
+
+
+def refuse_if_not_rewindable(config: Any, reference: str) -> None:
+    """Raise EngineError for models that keep a running state (SSM, linear attention): rejecting a token cannot be
+    undone there, and transformers' own rewind leaves such a state silently wrong (5.23)."""
+    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+    try:
+        model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        raise EngineError(
+            f"{reference} is a {config.model_type!r} model: no causal language model in transformers"
+        ) from None
+    if getattr(model_class, "_is_stateful", False) or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        raise EngineError(
+            f"{reference} ({config.model_type}) keeps a running state that cannot be rewound when a draft is rejected: "
+            "choose a model with attention layers only"
+        )
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """SDPA with the query heads of a group as further rows of one head: no repeat_kv, the same bits, less memory.
+
+    query: [1, heads, width, dim]; key, value: [1, kv_heads, readable, dim]; attention_mask: [1, 1, width, readable].
+    """
+    for unsupported in ("softcap", "s_aux"):
+        if kwargs.get(unsupported) is not None:
+            raise EngineError(f"this model's attention needs {unsupported}, which this engine does not have")
+    batch, heads, width, dim = query.shape
+    kv_heads = key.shape[1]
+    group = heads // kv_heads
+    output = functional.scaled_dot_product_attention(
+        query.reshape(batch, kv_heads, group * width, dim),
+        key,
+        value,
+        attn_mask=attention_mask.repeat(1, 1, group, 1),
+        scale=scaling,
+    )
+    return output.reshape(batch, heads, width, -1).transpose(1, 2).contiguous(), None
+
+
+_ATTENTION = "dsi"
+AttentionInterface.register(_ATTENTION, _attention)
+
+
+def _check_device(name: str) -> torch.device:
+    kind, _, index = name.partition(":")
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(index) >= count:
+        has = f"this machine has {count}" if count else "this machine has no CUDA device; --gpu cpu runs on the CPU"
+        raise EngineError(f"there is no GPU {index}: {has}")
+    return torch.device(name)
+
+
+def _keep_freed_memory() -> None:
+    """Stop glibc from giving large blocks back after each forward: at long contexts the page faults that follow
+    can cost as much as the forward itself."""
+    if os.uname().sysname == "Linux":
+        try:
+            libc = ctypes.CDLL("libc.so.6")
+        except OSError:  # another C library
+            return
+        m_mmap_threshold, m_trim_threshold = -3, -1
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, 1 << 30)
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step

@@ -1,0 +1,266 @@
+"""The worker's loop: drain all messages, apply cancels, pick work, do one bounded step, send.
+
+A step is one drafted token (or what the engine guesses at once) or one verification. While a step runs the engine
+looks up at every layer; then messages are drained too, so that a cancel reaches into a forward.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import structlog
+
+from dsi_protocol import (
+    Cancel,
+    Cancelled,
+    CloseGeneration,
+    Draft,
+    Drafted,
+    Drain,
+    Failed,
+    FromWorker,
+    Goodbye,
+    Heartbeat,
+    Message,
+    NeedPrefix,
+    OpenGeneration,
+    Verified,
+    Verify,
+    Welcome,
+)
+from dsi_workers.connection import WorkSocket
+from dsi_workers.engines.base import Engine, Interrupted
+from dsi_workers.session import Session
+
+log = structlog.get_logger("dsi.worker")
+
+MAX_SESSIONS = 256
+MAX_QUEUED_REQUESTS = 4096
+#: How long a wait for work lasts before the loop looks whether it is still wanted at all.
+IDLE_S = 0.1
+
+
+@dataclass(slots=True)
+class _Work:
+    """A request in hand, and what it has cost since the last reply to it."""
+
+    request: Draft | Verify
+    session: Session
+    prepared: bool = False
+    forwards: int = 0
+    busy_s: float = 0.0
+    #: Draft: the last tokens of the session, not sent yet.
+    unsent: list[int] = field(default_factory=list)
+
+    def wanted(self) -> bool:
+        return self.request.attempt > self.session.cancelled_to
+
+    def take_busy_us(self) -> int:
+        busy_s, self.busy_s = self.busy_s, 0.0
+        return round(busy_s * 1e6)
+
+
+class WorkerLoop:
+    """Serves one engine over one socket until it is drained, dismissed, or `still_needed` says no."""
+
+    def __init__(self, socket: WorkSocket, engine: Engine, still_needed: Callable[[], bool]) -> None:
+        self._socket = socket
+        self._engine = engine
+        self._still_needed = still_needed
+        self._sessions: dict[int, Session] = {}
+        self._queue: deque[_Work] = deque()
+        self._current: _Work | None = None
+        self._draining = False
+        self._dismissed = False
+
+    def run(self) -> None:
+        """Serve. Returns when there is nothing more to do for this process."""
+        while not self._dismissed and self._still_needed():
+            self._drain(block=not self._queue)
+            work = self._pick()
+            if work is not None:
+                self._step(work)
+            elif self._draining:
+                return
+
+    def drain(self) -> None:
+        """Take no more work; finish what is here. Safe to call from a signal handler."""
+        self._draining = True
+
+    # Interrupt: what the engine asks in the middle of its work
+
+    def check(self) -> None:
+        self._drain(block=False)
+        if self._current is None or not self._current.wanted() or self._dismissed or not self._still_needed():
+            raise Interrupted
+
+    def wait_until(self, deadline_s: float) -> None:
+        while True:
+            self.check()
+            left_s = deadline_s - time.perf_counter()
+            if left_s <= 0:
+                return
+            if left_s < 0.0015:  # poll() counts whole milliseconds: the rest of the way in small naps
+                time.sleep(min(left_s, 0.0002))
+                continue
+            message = self._socket.receive(min(left_s - 0.001, IDLE_S))
+            if message is not None:
+                self._on_message(message)
+
+    # Messages
+
+    def _drain(self, *, block: bool) -> None:
+        message = self._socket.receive(IDLE_S if block and not self._draining else 0.0)
+        while message is not None:
+            self._on_message(message)
+            message = self._socket.receive()
+
+    def _on_message(self, message: Message) -> None:
+        match message:
+            case Verify() | Draft():
+                self._on_request(message)
+            case Cancel(generation, attempt):
+                session = self._sessions.get(generation)
+                if session is not None:
+                    session.cancelled_to = max(session.cancelled_to, attempt)
+            case OpenGeneration(generation, prompt_length, correlation):
+                self._open(generation, prompt_length, correlation)
+            case CloseGeneration(generation):
+                self._close(generation)
+            case Drain():
+                self.drain()
+            case Goodbye(reason):
+                log.info("dismissed", reason=reason)
+                self._dismissed = True
+            case Heartbeat() | Welcome():
+                pass  # a late answer to an earlier Hello or beat
+            case _:
+                log.warning("ignored: not for a worker", message=type(message).__name__)
+
+    def _open(self, generation: int, prompt_length: int, correlation: str) -> None:
+        if generation in self._sessions:
+            return
+        if len(self._sessions) >= MAX_SESSIONS:
+            log.warning("too many generations are open: this one is not", generation=generation, limit=MAX_SESSIONS)
+            return
+        self._sessions[generation] = Session(generation, prompt_length, correlation)
+
+    def _close(self, generation: int) -> None:
+        session = self._sessions.pop(generation, None)
+        if session is not None:
+            session.cancelled_to = 2**64
+            self._engine.forget(session)
+
+    def _on_request(self, request: Draft | Verify) -> None:
+        session = self._sessions.get(request.generation)
+        if session is None:
+            self._fail(request, "unknown_generation", "the generation is not open on this worker")
+        elif session.is_new(request.attempt):
+            problem = self._problem_with(request)
+            if problem is None:
+                self._queue.append(_Work(request, session))
+            else:
+                self._fail(request, "limit", problem)
+
+    def _problem_with(self, request: Draft | Verify) -> str | None:
+        info = self._engine.info
+        end = request.base + len(request.tokens)
+        last = end if isinstance(request, Verify) else request.start + request.count
+        if self._draining:
+            return "this worker is draining"
+        if len(self._queue) >= MAX_QUEUED_REQUESTS:
+            return f"over {MAX_QUEUED_REQUESTS} requests are queued"
+        if last > info.max_length:
+            return f"position {last} is beyond this worker's limit of {info.max_length}"
+        if info.vocabulary_size and max(request.tokens, default=0) >= info.vocabulary_size:
+            return f"token {max(request.tokens)} is outside the vocabulary of {info.vocabulary_size}"
+        match request:
+            case Verify() if not 1 <= request.start <= end:
+                return f"start {request.start} lies outside [1, {end}]"
+            case Draft() if request.start < max(end, 1) or request.count < 1 or request.block < 1:
+                return "a draft starts at or after its prefix, with count and block of at least 1"
+        return None
+
+    # Work
+
+    def _pick(self) -> _Work | None:
+        """The oldest request that is wanted. Those that are not get their terminal reply on the way."""
+        while self._queue:
+            work = self._queue[0]
+            if not work.prepared and not self._prepare(work):
+                self._queue.popleft()
+            elif not work.wanted():
+                self._queue.popleft()
+                request = work.request
+                self._send(Cancelled(request.generation, request.attempt, work.forwards, work.take_busy_us()))
+            else:
+                return work
+        return None
+
+    def _prepare(self, work: _Work) -> bool:
+        """Make the session's tokens agree with the request. Also for one that is cancelled: the next one may build
+        on its tokens. False if the prefix is not here."""
+        request, session = work.request, work.session
+        if not session.holds(request.base, request.base_crc):
+            held = len(session.tokens) if request.base > len(session.tokens) else 0
+            self._send(NeedPrefix(request.generation, request.attempt, held))
+            return False
+        session.write(request.base, request.tokens)
+        end = request.base + len(request.tokens)
+        session.truncate(end if isinstance(request, Verify) else max(end, request.start))
+        work.prepared = True
+        return True
+
+    def _step(self, work: _Work) -> None:
+        self._current = work
+        begun_s, forwards = time.perf_counter(), self._engine.forwards
+        tokens: list[int] | None = None
+        try:
+            tokens = self._work_on(work)
+        except Interrupted:
+            pass  # the next _pick answers Cancelled
+        except Exception as error:
+            log.exception("the engine failed", correlation=work.session.correlation)
+            self._queue.popleft()
+            self._fail(work.request, "engine", f"{type(error).__name__}: {error}"[:1000])
+        self._current = None
+        work.busy_s += time.perf_counter() - begun_s
+        work.forwards += self._engine.forwards - forwards
+        if tokens is not None:
+            self._report(work, tokens)
+
+    def _work_on(self, work: _Work) -> list[int]:
+        request, session = work.request, work.session
+        if isinstance(request, Verify):
+            return self._engine.next_tokens(session, request.start, self)
+        return self._engine.draft(session, request.start + request.count - len(session.tokens), self)
+
+    def _report(self, work: _Work, tokens: list[int]) -> None:
+        request, session = work.request, work.session
+        if isinstance(request, Verify):
+            self._queue.popleft()
+            self._send(
+                Verified(
+                    request.generation, request.attempt, request.start, tuple(tokens),
+                    work.forwards, work.take_busy_us(),
+                )
+            )  # fmt: skip
+            return
+        session.write(len(session.tokens), tokens)
+        work.unsent.extend(tokens)
+        done = not tokens or len(session.tokens) == request.start + request.count
+        if done:
+            self._queue.popleft()
+        if done or len(work.unsent) >= request.block:
+            start = len(session.tokens) - len(work.unsent)
+            block, work.unsent = tuple(work.unsent), []
+            self._send(Drafted(request.generation, request.attempt, start, block, done, work.take_busy_us()))
+
+    def _fail(self, request: Draft | Verify, code: str, message: str) -> None:
+        self._send(Failed(request.generation, request.attempt, code, message))
+
+    def _send(self, reply: FromWorker) -> None:
+        self._socket.send(reply)

@@ -1,0 +1,150 @@
+"""A worker process from start to end: say Hello, be told what to be, load it, serve, say Goodbye."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+import zmq
+
+from dsi_protocol import PROTOCOL_VERSION, Failed, Goodbye, Hello, Ready, Welcome
+from dsi_workers.connection import Heart, WorkSocket, host_name, watch_parent
+from dsi_workers.engines import EngineError, load_engine
+from dsi_workers.loop import WorkerLoop
+
+log = structlog.get_logger("dsi.worker")
+
+_HELLO_INTERVAL_S = 0.5
+_PATIENCE_S = 5.0  # how often a worker that waits for its orchestrator says so
+
+
+class WorkerError(Exception):
+    """The worker cannot serve: one sentence for whoever started it."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """What the command line of `python -m dsi_actors.worker` says."""
+
+    endpoint: str
+    device: str  # cpu:0, cuda:1, ...
+    role: str = "auto"
+    engine: str = "auto"
+    model: str = ""
+    #: A supervisor holds our standard input: exit when it closes.
+    supervised: bool = False
+
+
+def run_worker(config: WorkerConfig) -> None:
+    """Serve until drained, dismissed, or left alone. Raises WorkerError."""
+    parent_gone = watch_parent() if config.supervised else None
+
+    def still_needed() -> bool:
+        return parent_gone is None or not parent_gone.is_set()
+
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    heart: Heart | None = None
+    try:
+        incarnation = secrets.randbits(64)
+        try:
+            socket = WorkSocket(context, config.endpoint, incarnation)
+        except zmq.ZMQError as error:
+            raise WorkerError(f"cannot connect to {config.endpoint}: {error.strerror}") from None
+        welcome = _introduce(socket, config, incarnation, still_needed)
+        if welcome is None:
+            return
+        heart = Heart(
+            context,
+            config.endpoint,
+            incarnation=incarnation,
+            interval_s=welcome.heartbeat_ms / 1e3,
+            silence_s=welcome.silence_ms / 1e3,
+        )
+        heart.start()
+        _serve(socket, heart, config, welcome, still_needed)
+        socket.close()
+    finally:
+        if heart is not None:
+            heart.stop()
+            heart.join()
+        context.destroy()
+
+
+def _introduce(
+    socket: WorkSocket, config: WorkerConfig, incarnation: int, still_needed: Callable[[], bool]
+) -> Welcome | None:
+    """Say Hello until somebody answers. The orchestrator may not have started yet."""
+    hello = Hello(
+        PROTOCOL_VERSION, incarnation, config.role, config.engine, config.model, config.device, host_name(), os.getpid()
+    )
+    complain_at = time.monotonic() + _PATIENCE_S
+    while still_needed():
+        socket.send(hello)
+        match socket.receive(_HELLO_INTERVAL_S):
+            case Welcome() as welcome:
+                if welcome.version != PROTOCOL_VERSION:
+                    raise WorkerError(
+                        f"the orchestrator speaks protocol version {welcome.version}, this worker {PROTOCOL_VERSION}: "
+                        "install the same release on both"
+                    )
+                return welcome
+            case Goodbye(reason):
+                raise WorkerError(f"the orchestrator at {config.endpoint} refused this worker: {reason}")
+        if time.monotonic() > complain_at:
+            complain_at = time.monotonic() + _PATIENCE_S
+            log.warning("no orchestrator yet, still trying", endpoint=config.endpoint)
+    return None
+
+
+def _serve(
+    socket: WorkSocket, heart: Heart, config: WorkerConfig, welcome: Welcome, still_needed: Callable[[], bool]
+) -> None:
+    begun = time.monotonic()
+    log.info("loading", role=welcome.role, engine=welcome.engine, model=welcome.model, device=config.device)
+    try:
+        engine = load_engine(
+            welcome.engine,
+            role=welcome.role,
+            model=welcome.model,
+            device=config.device,
+            options=welcome.options,
+        )
+    except Exception as error:
+        reason = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
+        socket.send(Failed(0, 0, "load", reason[:1000]))
+        socket.close()
+        if isinstance(error, EngineError):
+            raise WorkerError(reason) from None
+        raise
+    info = engine.info
+    loop = WorkerLoop(socket, engine, lambda: still_needed() and not heart.orchestrator_gone)
+    signal.signal(signal.SIGTERM, lambda *_: loop.drain())
+    load_ms = round((time.monotonic() - begun) * 1e3)
+    socket.send(Ready(info.vocabulary, info.vocabulary_size, info.max_length, info.window, info.latency_us, load_ms))
+    log.info("ready", role=welcome.role, load_ms=load_ms, latency_ms=info.latency_us / 1e3)
+    loop.run()
+    if heart.orchestrator_gone:
+        raise WorkerError(f"the orchestrator at {config.endpoint} is gone: this worker ends too")
+    socket.send(Goodbye("done"))
+    log.info("done")
+
+
+def configure_logging(level: str) -> None:
+    """Logs go to standard error, one line each."""
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="%H:%M:%S.%f"),
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )

@@ -1,0 +1,62 @@
+"""What a worker holds of one generation: its tokens, how to name each prefix of them, and how far they are computed."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from dsi_protocol import prefix_checksum
+
+_REMEMBERED_ATTEMPTS = 1024
+
+
+class Session:
+    """Tokens of one generation on this worker. Positions are absolute, the prompt first."""
+
+    def __init__(self, generation: int, prompt_length: int, correlation: str) -> None:
+        self.generation = generation
+        self.prompt_length = prompt_length
+        self.correlation = correlation
+        self.tokens: list[int] = []
+        #: The engine has computed positions [0, computed): for a transformer, its KV cache is right that far.
+        self.computed = 0
+        #: Requests of this attempt or an earlier one are not wanted.
+        self.cancelled_to = 0
+        #: _checksums[n] is the checksum of tokens[:n], as far as it was asked for.
+        self._checksums = [0]
+        self._seen: deque[int] = deque(maxlen=_REMEMBERED_ATTEMPTS)
+
+    def is_new(self, attempt: int) -> bool:
+        """False for a request that came before: a frame may be delivered twice, a terminal reply is given once."""
+        if attempt in self._seen:
+            return False
+        self._seen.append(attempt)
+        return True
+
+    def holds(self, length: int, checksum: int) -> bool:
+        """Whether the first `length` tokens here are those that the peer means."""
+        return length <= len(self.tokens) and self._checksum(length) == checksum
+
+    def write(self, base: int, tokens: Sequence[int]) -> None:
+        """Let `tokens` stand at [base, base + len(tokens)). What is here beyond stays only if nothing changed before it.
+
+        `base` must not lie beyond what is here."""
+        assert base <= len(self.tokens)
+        for offset, token in enumerate(tokens):
+            if base + offset == len(self.tokens) or self.tokens[base + offset] != token:
+                self.truncate(base + offset)
+                self.tokens.extend(tokens[offset:])
+                return
+
+    def truncate(self, length: int) -> None:
+        if length < len(self.tokens):
+            del self.tokens[length:]
+            del self._checksums[length + 1 :]
+            self.computed = min(self.computed, length)
+
+    def _checksum(self, length: int) -> int:
+        known = len(self._checksums) - 1
+        while known < length:
+            self._checksums.append(prefix_checksum((self.tokens[known],), self._checksums[known]))
+            known += 1
+        return self._checksums[length]
