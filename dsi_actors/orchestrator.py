@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from dsi_actors.actors.actor import Actor
 from dsi_actors.actors.generation import Generation
@@ -36,7 +36,7 @@ _DEFAULT_LOOKAHEAD = 4
 class _ChildEnded:
     """One of the actors that must live as long as we do has ended."""
 
-    child: Actor[object]
+    child: Actor[Any]
     error: BaseException | None
 
 
@@ -65,7 +65,7 @@ class _Root(Actor[_RootMessage]):
         self.closing = False
         self._watchers: list[asyncio.Future[None]] = []
 
-    def start_permanent(self, child: Actor[object]) -> None:
+    def start_permanent(self, child: Actor[Any]) -> None:
         self.start_child(child, lambda error: _ChildEnded(child, error))
 
     def start_generation(self, generation: Generation, channel: Channel) -> None:
@@ -338,15 +338,15 @@ class Orchestrator:
         targets, drafters = root.of_role("target"), root.of_role("drafter")
         target_ms = max(worker.ready.latency_us for worker in targets if worker.ready is not None) / 1e3
         window = min(worker.ready.window for worker in targets if worker.ready is not None)
+        drafter_ms = drafters[0].ready.latency_us / 1e3 if drafters and drafters[0].ready is not None else None
+        if lookahead != "auto":
+            chosen = lookahead
+        elif drafter_ms is None:
+            chosen = _DEFAULT_LOOKAHEAD
+        elif algorithm == "si":
+            chosen = si_lookahead(target_ms, drafter_ms)
+        else:
+            chosen = dsi_lookahead(target_ms, drafter_ms, min(sp, len(targets)))
         if lookahead == "auto":
-            if drafters and drafters[0].ready is not None:
-                drafter_ms = drafters[0].ready.latency_us / 1e3
-                lookahead = (
-                    si_lookahead(target_ms, drafter_ms)
-                    if algorithm == "si"
-                    else dsi_lookahead(target_ms, drafter_ms, min(sp, len(targets)))
-                )
-            else:
-                lookahead = _DEFAULT_LOOKAHEAD
-            lookahead = max(1, min(lookahead, window - 1))  # one forward verifies one window
-        return Policy.speculative(lookahead) if algorithm == "si" else Policy.distributed(lookahead, sp, window)
+            chosen = max(1, min(chosen, window - 1))  # one forward verifies one window
+        return Policy.speculative(chosen) if algorithm == "si" else Policy.distributed(chosen, sp, window)

@@ -54,7 +54,7 @@ class Actor(ABC, Generic[M]):
     def spawn(self, work: Coroutine[Any, Any, M]) -> None:
         """Run `work` in the actor's task group; the message it returns comes to the mailbox. An exception ends the actor."""
         assert self._group is not None, "spawn is for a running actor"
-        task = self._group.create_task(self._mail_result(work), name=f"{self.name}:{work.__qualname__}")
+        task = self._group.create_task(self._mail_result(work), name=self.name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -48,7 +48,7 @@ class Gateway:
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.malformed_frames = 0
         self._loop = asyncio.get_running_loop()
-        self._descriptor: int = self._socket.getsockopt(zmq.FD)
+        self._descriptor = int(self._socket.getsockopt(zmq.FD))
         self._loop.add_reader(self._descriptor, self._on_readable)
         self._look_again = False
         self._closed = False

@@ -203,20 +203,11 @@ async def _compare(
 
 
 def _table(runs: dict[Algorithm, _Run]) -> Table:
-    table = Table(title=None)
-    for column in (
-        "",
-        "ms per token",
-        "first token ms",
-        "acceptance",
-        "target forwards",
-        "wasted",
-        "servers",
-        "lookahead",
-    ):
+    table = Table()
+    for column in ("", "ms/token", "first ms", "accepted", "forwards", "wasted", "servers", "lookahead"):
         table.add_column(column, justify="right")
     for algorithm in ("ar", "si", "dsi"):
-        report = runs[algorithm].report  # type: ignore[index]  # the literals are algorithms
+        report = runs[algorithm].report
         assert report is not None
         drafted = report.algorithm != "ar"
         table.add_row(

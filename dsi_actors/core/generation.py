@@ -184,6 +184,7 @@ class GenerationCore:
             case CancelRequested():
                 if not self.finished:
                     self._finish("cancelled")
+                    self._actions.append(Finish("cancelled"))
         if not self.finished:
             self._plan_drafts()
             self._plan_verifications()
@@ -327,10 +328,11 @@ class GenerationCore:
                 self.policy.lookahead, self.policy.max_ahead // 2
             ):
                 return
-            base, tokens = self._drafter_held, ()
+            tokens: tuple[int, ...] = ()
         else:
-            base, tokens = self._drafter_held, tuple(self.tokens[self._drafter_held :])
-            self._drafter_held = len(self.tokens)
+            tokens = tuple(self.tokens[self._drafter_held :])
+        base = self._drafter_held
+        self._drafter_held += len(tokens)
         attempt = self._take_attempt()
         self._drafts[attempt] = _Draft(front, limit)
         self._actions.append(StartDraft(attempt, base, tokens, front, limit - front, self.policy.lookahead))

@@ -238,7 +238,8 @@ def test_cancel_ends_everything() -> None:
     started = core.handle(DraftsArrived(2, 2, (drafter([1, 2]),)))
     assert [type(action) for action in started] == [StartVerify]
     actions = core.handle(CancelRequested())
-    assert {type(action) for action in actions} == {CancelVerify, CancelDrafts}
+    assert {type(action) for action in actions} == {CancelVerify, CancelDrafts, Finish}
+    assert actions[-1] == Finish("cancelled")
     assert sorted(action.attempt for action in actions if isinstance(action, CancelVerify)) == [1, 3]
     assert core.finish_reason == "cancelled"
     assert core.handle(VerificationFinished(1, 0, 2, (0,))) == []

@@ -63,7 +63,7 @@ class WorkSocket:
 
 
 class Heart(threading.Thread):
-    """Beats, and notices when nobody answers or when the parent process is gone. `stopped_because` then says why."""
+    """Beats, and sets `orchestrator_gone` when nobody has answered for too long. Ends with the ZMQ context."""
 
     def __init__(
         self,
@@ -80,15 +80,21 @@ class Heart(threading.Thread):
         self._incarnation = incarnation
         self._interval_s = interval_s
         self._silence_s = silence_s
-        self._stop_event = threading.Event()
         self.orchestrator_gone = False
 
     def run(self) -> None:
         dealer = _dealer(self._context, self._endpoint)
+        try:
+            self._beat(dealer)
+        except zmq.ContextTerminated:
+            pass  # the main thread is done
+        finally:
+            dealer.close(linger=0)
+
+    def _beat(self, dealer: zmq.Socket[bytes]) -> None:
         sequence = 0
-        heard = time.monotonic()
-        next_beat = heard
-        while not self._stop_event.is_set():
+        next_beat = heard = time.monotonic()
+        while not self.orchestrator_gone:
             now = time.monotonic()
             if now >= next_beat:
                 sequence += 1
@@ -97,13 +103,7 @@ class Heart(threading.Thread):
             if dealer.poll(max(1, round((next_beat - now) * 1e3))):
                 dealer.recv()
                 heard = time.monotonic()
-            elif time.monotonic() - heard > self._silence_s:
-                self.orchestrator_gone = True
-                break
-        dealer.close(linger=0)
-
-    def stop(self) -> None:
-        self._stop_event.set()
+            self.orchestrator_gone = time.monotonic() - heard > self._silence_s
 
 
 def watch_parent() -> threading.Event:

@@ -13,14 +13,14 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
-class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
+class _SlotLayer(CacheLayerMixin):
     """One layer: keys and values are [slots, kv_heads, capacity, head_dim], allocated at the first write."""
 
     is_compileable = False
     is_sliding = False
 
     def __init__(self, cache: SlotCache) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -38,12 +38,13 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         cache = self._cache
+        assert self.keys is not None
+        assert self.values is not None
         end = cache.position + key_states.shape[2]
-        self.keys[cache.slot, :, cache.position : end] = key_states[0]
-        self.values[cache.slot, :, cache.position : end] = value_states[0]
-        keys = self.keys[cache.slot : cache.slot + 1, :, : cache.readable]
-        values = self.values[cache.slot : cache.slot + 1, :, : cache.readable]
-        return keys, values
+        slot = slice(cache.slot, cache.slot + 1)
+        self.keys[slot, :, cache.position : end] = key_states
+        self.values[slot, :, cache.position : end] = value_states
+        return self.keys[slot, :, : cache.readable], self.values[slot, :, : cache.readable]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._cache.readable, 0
@@ -55,7 +56,7 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return self._cache.capacity
 
 
-class SlotCache(Cache):  # type: ignore[misc]
+class SlotCache(Cache):
     """`slots` generations of up to `capacity` positions. Aim with `slot`, `position` and `readable` before a forward."""
 
     def __init__(self, layers: int, *, slots: int, capacity: int) -> None:

@@ -99,6 +99,7 @@ def _converted(gguf: Path) -> Path:
 
 
 def _convert(gguf: Path, directory: Path) -> None:
+    os.environ["TQDM_DISABLE"] = "1"  # one progress bar is enough: ours
     try:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -123,7 +124,7 @@ def _convert(gguf: Path, directory: Path) -> None:
             progress.update(bar, completed=70, description=f"Converting {name}, once: reading vocabulary")
             AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(work)
             progress.update(bar, completed=90, description=f"Converting {name}, once: writing safetensors")
-            model.hf_quantizer = None  # the weights are plain by now; transformers would refuse to save them
+            setattr(model, "hf_quantizer", None)  # noqa: B010  the weights are plain by now; transformers would refuse to save them
             del model.config.quantization_config
             model.save_pretrained(work)
             progress.update(bar, completed=100, description=f"Converting {name}, once: done")

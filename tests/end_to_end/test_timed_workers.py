@@ -1,0 +1,211 @@
+"""Real worker processes with the timed engine, real sockets, the real orchestrator."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+import zmq
+from end_to_end.support import PROMPT, all_gone, plain_decoding, text_of, timed_config
+
+import dsi_actors
+from dsi_protocol import Cancelled, Hello, Verify, encode
+
+
+@pytest.fixture
+async def orchestrator() -> AsyncIterator[dsi_actors.Orchestrator]:
+    async with dsi_actors.Orchestrator(timed_config(sp=3)) as running:
+        yield running
+
+
+async def test_every_algorithm_gives_the_targets_own_text(orchestrator: dsi_actors.Orchestrator) -> None:
+    expected = plain_decoding(PROMPT, 50)
+    for algorithm, sp, lookahead in (("ar", 1, 1), ("si", 1, 3), ("dsi", 1, 2), ("dsi", 2, 1), ("dsi", 3, 4)):
+        stream = orchestrator.generate(
+            PROMPT, dsi_actors.Sampling(max_tokens=50), algorithm=algorithm, sp=sp, lookahead=lookahead
+        )  # type: ignore[call-overload]
+        assert await text_of(stream) == expected, algorithm
+        report = await stream.report()
+        assert (report.algorithm, report.sp, report.tokens, report.finish_reason) == (algorithm, sp, 50, "length")
+        if algorithm == "ar":
+            assert (report.target_forwards, report.wasted_target_forwards, report.drafted_tokens) == (50, 0, 0)
+        else:
+            assert 0.3 < report.acceptance_rate <= 1
+            assert report.target_forwards - report.wasted_target_forwards < 50
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 1.0])
+async def test_the_worst_and_the_best_drafter(acceptance: float) -> None:
+    async with dsi_actors.Orchestrator(timed_config(acceptance=acceptance)) as orchestrator:
+        stream = orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=30))
+        assert await text_of(stream) == plain_decoding(PROMPT, 30)
+        assert (await stream.report()).acceptance_rate == acceptance
+
+
+async def test_a_stop_token_is_the_last_one(orchestrator: dsi_actors.Orchestrator) -> None:
+    expected = plain_decoding(PROMPT, 40)
+    sampling = dsi_actors.Sampling(max_tokens=40, stop_token_ids=(expected[17],))
+    stream = orchestrator.generate(PROMPT, sampling)
+    assert await text_of(stream) == expected[: expected.index(expected[17]) + 1]
+    assert (await stream.report()).finish_reason == "stop"
+
+
+async def test_several_generations_share_the_workers(orchestrator: dsi_actors.Orchestrator) -> None:
+    prompts = [[*PROMPT, number] for number in range(5)]
+    streams = [orchestrator.generate(prompt, dsi_actors.Sampling(max_tokens=20)) for prompt in prompts]
+    texts = await asyncio.gather(*(text_of(stream) for stream in streams))
+    assert texts == [plain_decoding(prompt, 20) for prompt in prompts]
+
+
+@pytest.mark.parametrize("how", ["leave the loop", "cancel the task", "close the stream"])
+async def test_leaving_cancels_everything_down_to_the_forward(how: str) -> None:
+    """The forward in progress would take 10 s; the workers are free again at once."""
+    config = timed_config(target_ms=10_000, drafter_ms=20, silence_ms=20_000)
+    async with dsi_actors.Orchestrator(config) as orchestrator:
+
+        async def read() -> None:
+            async for _ in orchestrator.generate(PROMPT):
+                pass
+
+        if how == "cancel the task":
+            task = asyncio.create_task(read())
+            await asyncio.sleep(0.1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        else:
+            stream = orchestrator.generate(PROMPT)
+            first = asyncio.ensure_future(anext(stream))
+            await asyncio.sleep(0.1)
+            if how == "close the stream":
+                await stream.aclose()
+            first.cancel()
+            with pytest.raises((asyncio.CancelledError, StopAsyncIteration)):
+                await first
+            del stream
+        begun = time.perf_counter()
+        for worker in orchestrator.workers:
+            if worker.role == "target":
+                # A cancelled request is answered at once by a worker that is free, in 10 s by one that is not.
+                worker.open(1 << 40, 3, "probe")
+                worker.cancel(1 << 40, 1)
+                assert isinstance(await worker.verify(Verify(1 << 40, 1, 0, 0, (1, 2, 3), 3)), Cancelled)
+        assert time.perf_counter() - begun < 1
+
+
+async def test_breaking_out_of_the_loop_ends_the_generation(orchestrator: dsi_actors.Orchestrator) -> None:
+    async for tokens in orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=10_000)):
+        assert tokens
+        break
+    assert await text_of(orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=5))) == plain_decoding(PROMPT, 5)
+
+
+@pytest.mark.parametrize("role", ["target", "drafter"])
+async def test_a_worker_that_dies_costs_time_only(orchestrator: dsi_actors.Orchestrator, role: str) -> None:
+    victim = next(worker.hello.process for worker in orchestrator.workers if worker.role == role)
+    text: list[int] = []
+    async for tokens in orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=60)):
+        text.extend(tokens)
+        if len(text) > 10 and victim:
+            os.kill(victim, signal.SIGKILL)
+            victim = 0
+    assert text == plain_decoding(PROMPT, 60)
+
+
+async def test_without_any_target_a_generation_ends_with_what_it_has() -> None:
+    async with dsi_actors.Orchestrator(timed_config(target_wait_s=0.2)) as orchestrator:
+        text: list[int] = []
+        with pytest.raises(dsi_actors.NoTargetError, match=r"no target server for 0.2 s, \d+ tokens committed") as caught:
+            async for tokens in orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=1000)):
+                text.extend(tokens)
+                if len(text) > 10:
+                    for worker in orchestrator.workers:
+                        if worker.role == "target":
+                            os.kill(worker.hello.process, signal.SIGKILL)
+        assert list(caught.value.token_ids) == text == plain_decoding(PROMPT, len(text))
+
+
+async def test_no_process_is_left() -> None:
+    async with dsi_actors.Orchestrator(timed_config()) as orchestrator:
+        processes = orchestrator.process_ids
+        assert len(processes) == 3
+    assert all_gone(processes, within_s=0.1)
+
+
+async def test_strangers_and_nonsense_do_not_disturb(orchestrator: dsi_actors.Orchestrator) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    stranger = context.socket(zmq.DEALER)
+    stranger.setsockopt(zmq.LINGER, 0)
+    stranger.connect(orchestrator.endpoint)
+    hello = Hello(1, 77, "target", "transformers", "another/model", "cpu:0", "elsewhere", 1)
+    old = Hello(99, 78, "auto", "auto", "", "cpu:0", "elsewhere", 2)
+    text: list[int] = []
+    async for tokens in orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=40)):
+        text.extend(tokens)
+        for frame in (b"", b"\xc1" * 50, bytes(100_000), encode(Cancelled(1, 1, 0, 0)), encode(hello), encode(old)):
+            stranger.send(frame)
+    assert text == plain_decoding(PROMPT, 40)
+    assert len(orchestrator.workers) == 4
+    stranger.close()
+    context.term()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"prompt_ids": []}, "the prompt is empty"),
+        ({"algorithm": "magic"}, "unknown algorithm 'magic': choose one of dsi, si, ar"),
+        ({"sp": 0}, r"sp must lie in \[1, 1024\], not 0"),
+        ({"lookahead": 0}, "lookahead must be auto or lie in"),
+        ({"prompt_ids": [5, 1000]}, "token 1000 is outside the target's vocabulary of 1000"),
+        ({"sampling": dsi_actors.Sampling(max_tokens=1 << 20)}, "over the target's limit of 1048576"),
+    ],
+)
+async def test_bad_arguments_are_named(
+    orchestrator: dsi_actors.Orchestrator, arguments: dict[str, object], problem: str
+) -> None:
+    with pytest.raises(dsi_actors.ConfigError, match=problem):
+        await text_of(orchestrator.generate(**{"prompt_ids": PROMPT, **arguments}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"sp": 0}, "sp must lie in"),
+        ({"target": ""}, "target is empty"),
+        ({"listen": "127.0.0.1:5555"}, "is no endpoint"),
+        ({"listen": "tcp://0.0.0.0:5555"}, "can be reached by other machines"),
+        ({"silence_ms": 100}, "silence_ms must be at least twice heartbeat_ms"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, object], problem: str) -> None:
+    with pytest.raises(dsi_actors.ConfigError, match=problem):
+        dsi_actors.Config(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("max_tokens", "seed"), [(0, 0), (-3, 0), (1, -1), (1, 1 << 64)])
+def test_bad_sampling_is_named(max_tokens: int, seed: int) -> None:
+    with pytest.raises(dsi_actors.ConfigError, match="max_tokens must be|seed must lie"):
+        dsi_actors.Sampling(max_tokens=max_tokens, seed=seed)
+
+
+async def test_a_worker_that_cannot_start_says_why() -> None:
+    config = dsi_actors.Config(target="/nowhere/at-all.gguf", drafter=None, sp=2, devices=("cpu",))
+    with pytest.raises(dsi_actors.WorkerStartError, match="target worker on cpu did not start: there is no file /nowhere"):
+        async with dsi_actors.Orchestrator(config):
+            pytest.fail("it started")
+
+
+async def test_a_drafter_with_another_vocabulary_is_refused() -> None:
+    config = timed_config()
+    options = {**config.drafter_options, "vocabulary_size": 500}
+    config = dsi_actors.Config(engine="timed", target_options=config.target_options, drafter_options=options, devices=("cpu",))
+    with pytest.raises(dsi_actors.WorkerStartError, match=r"vocabulary \(500 tokens\) is not the target's \(1000 tokens\)"):
+        async with dsi_actors.Orchestrator(config):
+            pytest.fail("it started")
+
+

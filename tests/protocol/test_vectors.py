@@ -1,0 +1,68 @@
+"""The golden vectors are data for implementations in any language; here they hold ours, in both directions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dsi_protocol
+from dsi_protocol import MESSAGES, Message, ProtocolError, decode, encode, prefix_checksum, vocabulary_hash
+
+VECTORS = Path(dsi_protocol.__file__).parent.parent / "vectors"
+
+
+def load(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((VECTORS / name).read_text(encoding="utf-8"))
+    return content
+
+
+def cases(name: str) -> list[Any]:
+    return [pytest.param(case, id=case["name"]) for case in load(name)["cases"]]
+
+
+def as_json(message: Message) -> dict[str, Any]:
+    fields = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(message).items()}
+    return {"type": type(message).__name__, **fields}
+
+
+def from_json(fields: dict[str, Any]) -> Message:
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    by_name = {message.__name__: message for message in MESSAGES}
+    return by_name[values.pop("type")](**values)
+
+
+@pytest.mark.parametrize("case", cases("messages.json"))
+def test_encode_gives_the_wire(case: dict[str, Any]) -> None:
+    assert encode(from_json(case["message"])).hex() == case["wire"]
+
+
+@pytest.mark.parametrize("case", cases("messages.json") + cases("tolerated.json"))
+def test_decode_gives_the_message(case: dict[str, Any]) -> None:
+    assert as_json(decode(bytes.fromhex(case["wire"]))) == case["message"]
+
+
+@pytest.mark.parametrize("case", cases("must_reject.json"))
+def test_bad_frames_are_refused(case: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolError) as caught:
+        decode(bytes.fromhex(case["wire"]))
+    assert type(caught.value).__name__ == case["error"]
+
+
+def test_every_message_has_a_vector() -> None:
+    names = {case["message"]["type"] for case in load("messages.json")["cases"]}
+    assert names == {message.__name__ for message in MESSAGES}
+
+
+def test_checksums() -> None:
+    vectors = load("checksums.json")
+    for case in vectors["prefix_checksum"]["cases"]:
+        tokens = case["tokens"]
+        assert prefix_checksum(tokens) == case["checksum"]
+        half = len(tokens) // 2
+        assert prefix_checksum(tokens[half:], prefix_checksum(tokens[:half])) == case["checksum"]
+    for case in vectors["vocabulary_hash"]["cases"]:
+        assert vocabulary_hash(case["vocabulary"]) == case["hash"]

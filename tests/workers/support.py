@@ -1,0 +1,107 @@
+"""Test support: an engine's interrupt, a socket without a network, a small real model made on the spot."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsi_protocol import Drain, FromWorker, Message
+from dsi_workers.engines.base import Engine, EngineInfo, Interrupt, Interrupted
+from dsi_workers.session import Session
+
+
+class NoInterrupt:
+    """Nothing interrupts, and waiting takes no time."""
+
+    def check(self) -> None:
+        pass
+
+    def wait_until(self, deadline_s: float) -> None:
+        pass
+
+
+class InterruptAfter(NoInterrupt):
+    """Interrupts at the `checks`-th look."""
+
+    def __init__(self, checks: int) -> None:
+        self.left = checks
+
+    def check(self) -> None:
+        if self.left == 0:
+            raise Interrupted
+        self.left -= 1
+
+
+class ScriptedSocket:
+    """Stands for WorkSocket: what is in `inbox` arrives one by one, then, to a worker that is idle, Drain."""
+
+    def __init__(self) -> None:
+        self.inbox: deque[Message] = deque()
+        self.sent: list[FromWorker] = []
+
+    def send(self, message: FromWorker) -> None:
+        self.sent.append(message)
+
+    def receive(self, timeout_s: float = 0.0) -> Message | None:
+        if self.inbox:
+            return self.inbox.popleft()
+        return Drain() if timeout_s > 0 else None
+
+
+class CountingEngine(Engine):
+    """Its next token is always the last one plus one. Runs `during` (once) in the middle of each call."""
+
+    def __init__(self) -> None:
+        self.info = EngineInfo("count", 1000, 64, 8, 1)
+        self.during: deque[list[Message]] = deque()
+        self.socket: ScriptedSocket | None = None
+        self.forgotten: list[int] = []
+
+    def next_tokens(self, session: Session, start: int, interrupt: Interrupt) -> list[int]:
+        self.forwards += 1
+        if self.during and self.socket is not None:
+            self.socket.inbox.extend(self.during.popleft())
+        interrupt.check()
+        answer = [session.tokens[start - 1] + 1]
+        for position in range(start, len(session.tokens)):
+            if session.tokens[position] != answer[-1]:
+                break
+            answer.append(answer[-1] + 1)
+        return answer
+
+    def forget(self, session: Session) -> None:
+        self.forgotten.append(session.generation)
+
+
+def session_of(tokens: Sequence[int], *, prompt_length: int | None = None, generation: int = 1) -> Session:
+    session = Session(generation, len(tokens) if prompt_length is None else prompt_length, "test")
+    session.write(0, tokens)
+    return session
+
+
+def make_tiny_model(directory: Path, *, words: int = 96, sliding_window: int | None = None) -> Path:
+    """A random Llama (or Mistral, with a sliding window) of a few thousand weights, with a tokenizer."""
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+    shape = {
+        "vocab_size": words, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    }  # fmt: skip
+    torch.manual_seed(5)
+    model = (
+        LlamaForCausalLM(LlamaConfig(**shape))
+        if sliding_window is None
+        else MistralForCausalLM(MistralConfig(**shape, sliding_window=sliding_window))
+    )
+    for parameter in model.parameters():  # wide logits: no two are nearly equal
+        parameter.data.mul_(3.0)
+    model.save_pretrained(directory)
+    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(words)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory

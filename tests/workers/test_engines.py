@@ -1,0 +1,201 @@
+"""One contract for all engines: rewind then extend equals fresh, an interrupt leaves no trace, answers are minimal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from workers.support import InterruptAfter, NoInterrupt, make_tiny_model, session_of
+
+from dsi_workers.engines import Engine, EngineError, Interrupted, load_engine
+from dsi_workers.session import Session
+
+MakeEngine = Callable[[], Engine]
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def sliding_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("sliding"), sliding_window=12)
+
+
+# An int8 drafter computes in bfloat16 at whatever width the text comes: near ties fall either way, so it is not here.
+@pytest.fixture(params=["timed", "timed drafter", "transformers", "transformers drafter", "sliding window"])
+def engine(request: pytest.FixtureRequest, tiny_model: Path, sliding_model: Path) -> Engine:
+    kind = request.param
+    role = "drafter" if "drafter" in kind else "target"
+    if "timed" in kind:
+        return load_engine("timed", role=role, model="", device="cpu:0", options={"acceptance": 0.5, "seed": 4})
+    model = sliding_model if "sliding" in kind else tiny_model
+    return load_engine("transformers", role=role, model=str(model), device="cpu:0", options={"max_length": 256})
+
+
+def fresh(engine: Engine, tokens: list[int], start: int) -> list[int]:
+    session = session_of(tokens, prompt_length=min(len(tokens), 5), generation=999)
+    try:
+        return engine.next_tokens(session, start, NoInterrupt())
+    finally:
+        engine.forget(session)
+
+
+def grow(engine: Engine, session: Session, count: int) -> list[int]:
+    grown: list[int] = []
+    for _ in range(count):
+        grown += engine.next_tokens(session, len(session.tokens), NoInterrupt())
+        session.write(len(session.tokens), grown[-1:])
+    return grown
+
+
+def test_one_token_at_a_time_or_all_at_once(engine: Engine) -> None:
+    prompt = [3, 14, 15, 9, 26]
+    session = session_of(prompt)
+    own = grow(engine, session, 20)
+    assert fresh(engine, prompt + own, 5) == [*own, *fresh(engine, prompt + own, 25)]
+
+
+def test_an_answer_ends_at_the_first_difference(engine: Engine) -> None:
+    prompt = [3, 14, 15, 9, 26]
+    own = grow(engine, session_of(prompt), 6)
+    wrong = (own[3] + 1) % 90
+    assert fresh(engine, [*prompt, *own[:3], wrong, 7, 7], 5) == own[:4]
+    assert fresh(engine, [*prompt, wrong], 5) == own[:1] or own[0] == wrong
+
+
+def test_rewind_then_extend_equals_fresh(engine: Engine) -> None:
+    prompt = [3, 14, 15, 9, 26]
+    session = session_of(prompt)
+    grow(engine, session, 12)
+    for keep, branch in ((9, [1, 2]), (6, [80, 3, 4, 5, 6, 7, 8, 9, 10, 11]), (16, [1]), (5, [44])):
+        session.truncate(keep)
+        session.write(len(session.tokens), branch)
+        tokens = list(session.tokens)
+        assert engine.next_tokens(session, len(tokens), NoInterrupt()) == fresh(engine, tokens, len(tokens))
+        start = max(5, len(tokens) - 3)
+        assert engine.next_tokens(session, start, NoInterrupt()) == fresh(engine, tokens, start)
+
+
+def test_an_interrupt_leaves_no_trace(engine: Engine) -> None:
+    prompt = [3, 14, 15, 9, 26]
+    session = session_of(prompt)
+    interrupted = 0
+    for checks in range(8):
+        session.write(len(session.tokens), [checks + 30])
+        tokens = list(session.tokens)
+        try:
+            engine.next_tokens(session, len(tokens), InterruptAfter(checks))
+        except Interrupted:
+            interrupted += 1
+        session.truncate(len(tokens) - checks % 3)
+        tokens = list(session.tokens)
+        assert engine.next_tokens(session, len(tokens), NoInterrupt()) == fresh(engine, tokens, len(tokens))
+    if type(engine).__name__ == "TransformersEngine":
+        assert interrupted >= 3, "an interrupt reaches between the layers"
+
+
+def test_sessions_do_not_disturb_each_other(engine: Engine) -> None:
+    """More sessions than the cache has slots, taking turns."""
+    sessions = [session_of([7 + number, 3, 5], generation=number + 1) for number in range(6)]
+    texts: list[list[int]] = [[] for _ in sessions]
+    for _ in range(4):
+        for number, session in enumerate(sessions):
+            texts[number] += grow(engine, session, 2)
+    for number, text in enumerate(texts):
+        assert text == grow(engine, session_of([7 + number, 3, 5], generation=77), 8)
+        engine.forget(session_of([], generation=77))
+
+
+def test_a_sliding_window_model_agrees_with_the_library(sliding_model: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    engine = load_engine("transformers", role="target", model=str(sliding_model), device="cpu:0", options={})
+    prompt = [5, 17, 3, 41, 29, 11, 2]
+    own = grow(engine, session_of(prompt), 40)
+    model = AutoModelForCausalLM.from_pretrained(sliding_model)
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=None)
+    assert own == expected[0, len(prompt) :].tolist()
+
+
+def test_an_int8_copy_is_close_to_its_target(tiny_model: Path) -> None:
+    target = load_engine("transformers", role="target", model=str(tiny_model), device="cpu:0", options={})
+    options = {"quantization": "int8"}
+    drafter = load_engine("transformers", role="drafter", model=str(tiny_model), device="cpu:0", options=options)
+    session, copy = session_of([3, 14, 15, 9, 26]), session_of([3, 14, 15, 9, 26])
+    agreed = 0
+    for _ in range(60):
+        guess = drafter.draft(copy, 1, NoInterrupt())
+        truth = grow(target, session, 1)
+        agreed += guess == truth
+        copy.write(len(copy.tokens), truth)
+    assert agreed >= 45
+
+
+def test_ngram_continues_what_was_there_before() -> None:
+    engine = load_engine("ngram", role="drafter", model="", device="cpu:0", options={})
+    repeated = [9, 1, 2, 3, 4, 5, 6, 7, 1, 2, 3]
+    assert engine.draft(session_of(repeated), 3, NoInterrupt()) == [4, 5, 6]
+    assert engine.draft(session_of(repeated), 1, NoInterrupt()) == [4]
+    assert engine.draft(session_of([1, 2, 3, 4]), 3, NoInterrupt()) == []
+    long = [*range(1000), 5, 6, 7]
+    assert engine.draft(session_of(long), 4, NoInterrupt()) == [8, 9, 10, 11]
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.3, 1.0])
+def test_timed_drafters_agree_as_often_as_they_are_told(acceptance: float) -> None:
+    target = load_engine("timed", role="target", model="", device="cpu:0", options={"seed": 11})
+    options = {"seed": 11, "acceptance": acceptance}
+    drafter = load_engine("timed", role="drafter", model="", device="cpu:0", options=options)
+    session = session_of([1])
+    agreed = 0
+    for _ in range(2000):
+        [truth] = target.next_tokens(session, len(session.tokens), NoInterrupt())
+        agreed += drafter.draft(session, 1, NoInterrupt()) == [truth]
+        session.write(len(session.tokens), [truth])
+    assert abs(agreed / 2000 - acceptance) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"name": "nonsense"}, "unknown engine 'nonsense': choose one of transformers, timed, ngram"),
+        ({"name": "ngram", "role": "target"}, "only drafts"),
+        ({"name": "timed", "options": {"acceptance": 1.5}}, r"acceptance .* must lie in \[0, 1\], not 1.5"),
+        ({"name": "timed", "options": {"latency_ms": -1}}, "latency_ms .* must be a number of at least 0, not -1"),
+        ({"name": "transformers", "model": "package:no_such_package"}, "no Python package 'no_such_package'"),
+        ({"name": "transformers", "model": "/nowhere/model.gguf"}, "there is no file /nowhere/model.gguf"),
+        ({"name": "transformers", "model": ""}, "the model reference is empty"),
+        ({"name": "transformers", "model": "tiny", "device": "cuda:7"}, "there is no GPU 7"),
+        ({"name": "transformers", "model": "tiny", "options": {"dtype": "int3"}}, "unknown dtype 'int3'"),
+        ({"name": "transformers", "model": "tiny", "options": {"quantization": "int3"}}, "unknown quantization"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused(arguments: dict[str, object], problem: str, tiny_model: Path) -> None:
+    settings = {"role": "target", "model": "", "device": "cpu:0", "options": {}, **arguments}
+    if settings["model"] == "tiny":
+        settings["model"] = str(tiny_model)
+    with pytest.raises(EngineError, match=problem):
+        load_engine(settings.pop("name"), **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "jamba", "qwen3_next", "recurrent_gemma", "falcon_mamba"])
+def test_models_that_cannot_be_rewound_are_refused(model_type: str) -> None:
+    from transformers import AutoConfig
+
+    from dsi_workers.engines.transformers import refuse_if_not_rewindable
+
+    with pytest.raises(EngineError, match="keeps a running state that cannot be rewound"):
+        refuse_if_not_rewindable(AutoConfig.for_model(model_type), "org/model")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3", "mixtral"])
+def test_models_with_attention_only_are_taken(model_type: str) -> None:
+    from transformers import AutoConfig
+
+    from dsi_workers.engines.transformers import refuse_if_not_rewindable
+
+    refuse_if_not_rewindable(AutoConfig.for_model(model_type), "org/model")

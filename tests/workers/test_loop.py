@@ -1,0 +1,158 @@
+"""The worker's loop over a scripted socket: one terminal reply for each request, prefixes checked, cancels obeyed."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import pytest
+from workers.support import CountingEngine, ScriptedSocket
+
+from dsi_protocol import (
+    Cancel,
+    Cancelled,
+    CloseGeneration,
+    Draft,
+    Drafted,
+    Failed,
+    FromWorker,
+    Message,
+    NeedPrefix,
+    OpenGeneration,
+    Verified,
+    Verify,
+    prefix_checksum,
+)
+from dsi_workers.connection import WorkSocket
+from dsi_workers.loop import WorkerLoop
+
+OPEN = OpenGeneration(1, 3, "test")
+PROMPT = (10, 11, 12)
+
+
+def serve(*messages: Message, during: list[list[Message]] | None = None) -> list[FromWorker]:
+    """Everything the worker says to `messages` (and to `during`, which arrive inside the engine's calls)."""
+    socket, engine = ScriptedSocket(), CountingEngine()
+    engine.socket = socket
+    engine.during.extend(during or [])
+    socket.inbox.extend(messages)
+    WorkerLoop(cast(WorkSocket, socket), engine, still_needed=lambda: True).run()
+    return socket.sent
+
+
+def verify(attempt: int, tokens: tuple[int, ...], *, base: int = 0, prefix: tuple[int, ...] = (), start: int = 3) -> Verify:
+    return Verify(1, attempt, base, prefix_checksum(prefix), tokens, start)
+
+
+def without_time(reply: FromWorker) -> FromWorker:
+    match reply:
+        case Verified(generation, attempt, start, tokens, forwards, _):
+            return Verified(generation, attempt, start, tokens, forwards, 0)
+        case Drafted(generation, attempt, start, tokens, done, _):
+            return Drafted(generation, attempt, start, tokens, done, 0)
+        case Cancelled(generation, attempt, forwards, _):
+            return Cancelled(generation, attempt, forwards, 0)
+    return reply
+
+
+def served(*messages: Message, during: list[list[Message]] | None = None) -> list[FromWorker]:
+    return [without_time(reply) for reply in serve(*messages, during=during)]
+
+
+def test_verify_gives_the_own_tokens_up_to_the_first_difference() -> None:
+    assert served(OPEN, verify(1, PROMPT)) == [Verified(1, 1, 3, (13,), 1, 0)]
+    assert served(OPEN, verify(1, (*PROMPT, 13, 14))) == [Verified(1, 1, 3, (13, 14, 15), 1, 0)]
+    assert served(OPEN, verify(1, (*PROMPT, 13, 99, 15))) == [Verified(1, 1, 3, (13, 14), 1, 0)]
+
+
+def test_a_request_builds_on_what_an_earlier_one_left() -> None:
+    replies = served(OPEN, verify(1, (*PROMPT, 13, 99)), verify(2, (14,), base=4, prefix=(*PROMPT, 13), start=5))
+    assert replies == [Verified(1, 1, 3, (13, 14), 1, 0), Verified(1, 2, 5, (15,), 1, 0)]
+
+
+def test_a_prefix_that_is_not_there_is_asked_for() -> None:
+    assert served(OPEN, verify(1, (5,), base=3, prefix=PROMPT)) == [NeedPrefix(1, 1, 0)]
+    assert served(OPEN, verify(1, PROMPT), verify(2, (5,), base=9, prefix=(0,) * 9)) == [
+        Verified(1, 1, 3, (13,), 1, 0), NeedPrefix(1, 2, 3),
+    ]  # fmt: skip
+    wrong_text = verify(2, (5,), base=3, prefix=(10, 11, 99))
+    assert served(OPEN, verify(1, PROMPT), wrong_text) == [Verified(1, 1, 3, (13,), 1, 0), NeedPrefix(1, 2, 0)]
+
+
+def test_draft_in_blocks_and_continue() -> None:
+    first = Draft(1, 1, 0, 0, PROMPT, 3, 5, 2)
+    more = Draft(1, 2, 3, prefix_checksum(PROMPT), (), 8, 2, 2)
+    assert served(OPEN, first, more) == [
+        Drafted(1, 1, 3, (13, 14), False, 0),
+        Drafted(1, 1, 5, (15, 16), False, 0),
+        Drafted(1, 1, 7, (17,), True, 0),
+        Drafted(1, 2, 8, (18, 19), True, 0),
+    ]
+
+
+def test_a_draft_from_a_correction_drops_what_was_drafted_beyond() -> None:
+    first = Draft(1, 1, 0, 0, PROMPT, 3, 4, 4)
+    corrected = Draft(1, 2, 4, prefix_checksum((*PROMPT, 13)), (50,), 5, 2, 1)
+    assert served(OPEN, first, corrected)[1:] == [Drafted(1, 2, 5, (51,), False, 0), Drafted(1, 2, 6, (52,), True, 0)]
+
+
+@pytest.mark.parametrize("attempt", [1, 5])
+def test_a_cancel_reaches_into_the_work(attempt: int) -> None:
+    assert served(OPEN, verify(1, PROMPT), during=[[Cancel(1, attempt)]]) == [Cancelled(1, 1, 1, 0)]
+
+
+def test_a_cancel_is_a_cut_and_may_overtake() -> None:
+    replies = served(OPEN, Cancel(1, 2), verify(1, PROMPT), verify(2, PROMPT), verify(3, PROMPT))
+    assert replies == [Cancelled(1, 1, 0, 0), Cancelled(1, 2, 0, 0), Verified(1, 3, 3, (13,), 1, 0)]
+
+
+def test_a_cancelled_request_still_leaves_its_tokens() -> None:
+    replies = served(OPEN, Cancel(1, 1), verify(1, PROMPT), verify(2, (13,), base=3, prefix=PROMPT))
+    assert replies == [Cancelled(1, 1, 0, 0), Verified(1, 2, 3, (13, 14), 1, 0)]
+
+
+def test_a_draft_is_cancelled_between_tokens_and_the_next_one_is_taken() -> None:
+    first = Draft(1, 1, 0, 0, PROMPT, 3, 30, 30)
+    corrected = Draft(1, 2, 3, prefix_checksum(PROMPT), (70,), 4, 1, 1)
+    replies = served(OPEN, first, during=[[], [], [Cancel(1, 1), corrected]])
+    assert replies == [Cancelled(1, 1, 3, 0), Drafted(1, 2, 4, (71,), True, 0)]
+
+
+def test_a_request_that_comes_twice_is_answered_once() -> None:
+    assert served(OPEN, verify(1, PROMPT), verify(1, PROMPT)) == [Verified(1, 1, 3, (13,), 1, 0)]
+
+
+def test_closing_cancels_and_forgets() -> None:
+    replies = served(OPEN, verify(1, PROMPT), during=[[CloseGeneration(1), verify(2, PROMPT)]])
+    assert replies == [
+        Failed(1, 2, "unknown_generation", "the generation is not open on this worker"), Cancelled(1, 1, 1, 0),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("request_", "problem"),
+    [
+        (verify(1, PROMPT, start=0), "start 0 lies outside"),
+        (verify(1, PROMPT, start=4), "start 4 lies outside"),
+        (verify(1, (1000,)), "token 1000 is outside the vocabulary of 1000"),
+        (verify(1, (1,) * 65), "position 65 is beyond this worker's limit of 64"),
+        (Draft(1, 1, 0, 0, PROMPT, 3, 62, 1), "position 65 is beyond"),
+        (Draft(1, 1, 0, 0, PROMPT, 2, 2, 1), "a draft starts at or after its prefix"),
+        (Draft(1, 1, 0, 0, PROMPT, 3, 0, 1), "count and block of at least 1"),
+        (Draft(1, 1, 0, 0, PROMPT, 3, 1, 0), "count and block of at least 1"),
+    ],
+)
+def test_impossible_requests_fail_with_a_reason(request_: Verify | Draft, problem: str) -> None:
+    [reply] = served(OPEN, request_)
+    assert isinstance(reply, Failed)
+    assert reply.code == "limit"
+    assert problem in reply.message
+
+
+def test_an_engine_that_breaks_fails_one_request() -> None:
+    socket, engine = ScriptedSocket(), CountingEngine()
+    engine.next_tokens = lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory"))  # type: ignore[method-assign]
+    socket.inbox.extend([OPEN, verify(1, PROMPT), verify(2, PROMPT)])
+    WorkerLoop(cast(WorkSocket, socket), engine, still_needed=lambda: True).run()
+    assert socket.sent == [
+        Failed(1, attempt, "engine", "RuntimeError: out of memory") for attempt in (1, 2)
+    ]
