@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dsi_actors.devices import device_name
 from dsi_actors.errors import ConfigError
 from dsi_protocol import OptionValue
 
@@ -62,6 +63,8 @@ class Config:
         _require(self.ready_timeout_s > 0, "ready_timeout_s must be positive")
         _require(self.target_wait_s >= 0, "target_wait_s must not be negative")
         _require(self.max_generations >= 1, "max_generations must be at least 1")
+        for device in self.devices:
+            device_name(device)
         if self.listen is not None and not _LOOPBACK.match(self.listen):
             _require(
                 _TCP.match(self.listen) is not None,

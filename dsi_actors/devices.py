@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
+
+from dsi_actors.errors import ConfigError
+
+
+def device_name(text: str) -> str:
+    """What `--gpu` takes as torch names it: 0 is cuda:0, cpu is cpu:0, cpu:1 is itself. Raises ConfigError."""
+    if text.isdecimal():
+        return f"cuda:{int(text)}"
+    if match := re.fullmatch(r"cpu(?::(\d+))?", text):
+        return f"cpu:{int(match[1] or 0)}"
+    raise ConfigError(f"{text!r} is no device: give a CUDA device number, cpu or cpu:N")
 
 
 def local_devices(wanted: Sequence[str]) -> list[str]:

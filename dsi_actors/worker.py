@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
+
+from dsi_actors.devices import device_name
+from dsi_actors.errors import ConfigError
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
 _DESCRIPTION = "One worker process: a drafter or a target server on one device."
@@ -13,7 +15,7 @@ _DESCRIPTION = "One worker process: a drafter or a target server on one device."
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m dsi_actors.worker", description=_DESCRIPTION)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--gpu", type=device_name, metavar="N", help="CUDA device number, or cpu, cpu:0, cpu:1, ...")
+    what.add_argument("--gpu", type=_device, metavar="N", help="CUDA device number, or cpu, cpu:0, cpu:1, ...")
     what.add_argument("--prepare", metavar="REF", help="make the model REF ready for use, print its directory, exit")
     parser.add_argument("--connect", default=DEFAULT_ENDPOINT, help="the orchestrator (default %(default)s)")
     parser.add_argument("--role", choices=["auto", "target", "drafter"], default="auto")
@@ -61,13 +63,11 @@ def _work(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def device_name(text: str) -> str:
-    """`0` -> cuda:0, `cpu` -> cpu:0, `cpu:1` -> cpu:1."""
-    if text.isdecimal():
-        return f"cuda:{int(text)}"
-    if match := re.fullmatch(r"cpu(?::(\d+))?", text):
-        return f"cpu:{int(match[1] or 0)}"
-    raise argparse.ArgumentTypeError(f"{text!r} is no device: give a CUDA device number, cpu or cpu:N")
+def _device(text: str) -> str:
+    try:
+        return device_name(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 import zmq
-from end_to_end.support import PROMPT, all_gone, plain_decoding, text_of, timed_config
 
 import dsi_actors
+from dsi_actors.config import Algorithm
 from dsi_protocol import Cancelled, Hello, Verify, encode
+from support.timed import PROMPT, all_gone, plain_decoding, text_of, timed_config
 
 
 @pytest.fixture
@@ -24,10 +25,11 @@ async def orchestrator() -> AsyncIterator[dsi_actors.Orchestrator]:
 
 async def test_every_algorithm_gives_the_targets_own_text(orchestrator: dsi_actors.Orchestrator) -> None:
     expected = plain_decoding(PROMPT, 50)
-    for algorithm, sp, lookahead in (("ar", 1, 1), ("si", 1, 3), ("dsi", 1, 2), ("dsi", 2, 1), ("dsi", 3, 4)):
+    cases: list[tuple[Algorithm, int, int]] = [("ar", 1, 1), ("si", 1, 3), ("dsi", 1, 2), ("dsi", 2, 1), ("dsi", 3, 4)]
+    for algorithm, sp, lookahead in cases:
         stream = orchestrator.generate(
             PROMPT, dsi_actors.Sampling(max_tokens=50), algorithm=algorithm, sp=sp, lookahead=lookahead
-        )  # type: ignore[call-overload]
+        )
         assert await text_of(stream) == expected, algorithm
         report = await stream.report()
         assert (report.algorithm, report.sp, report.tokens, report.finish_reason) == (algorithm, sp, 50, "length")
@@ -117,16 +119,22 @@ async def test_a_worker_that_dies_costs_time_only(orchestrator: dsi_actors.Orche
 
 
 async def test_without_any_target_a_generation_ends_with_what_it_has() -> None:
+    text: list[int] = []
+
+    async def read(orchestrator: dsi_actors.Orchestrator) -> None:
+        async for tokens in orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=1000)):
+            text.extend(tokens)
+            if len(text) > 10:
+                for worker in orchestrator.workers:
+                    if worker.role == "target":
+                        os.kill(worker.hello.process, signal.SIGKILL)
+
     async with dsi_actors.Orchestrator(timed_config(target_wait_s=0.2)) as orchestrator:
-        text: list[int] = []
-        with pytest.raises(dsi_actors.NoTargetError, match=r"no target server for 0.2 s, \d+ tokens committed") as caught:
-            async for tokens in orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=1000)):
-                text.extend(tokens)
-                if len(text) > 10:
-                    for worker in orchestrator.workers:
-                        if worker.role == "target":
-                            os.kill(worker.hello.process, signal.SIGKILL)
-        assert list(caught.value.token_ids) == text == plain_decoding(PROMPT, len(text))
+        with pytest.raises(
+            dsi_actors.NoTargetError, match=r"no target server for 0.2 s, \d+ tokens committed"
+        ) as caught:
+            await read(orchestrator)
+    assert list(caught.value.token_ids) == text == plain_decoding(PROMPT, len(text))
 
 
 async def test_no_process_is_left() -> None:
@@ -189,13 +197,15 @@ def test_bad_settings_are_named(settings: dict[str, object], problem: str) -> No
 
 @pytest.mark.parametrize(("max_tokens", "seed"), [(0, 0), (-3, 0), (1, -1), (1, 1 << 64)])
 def test_bad_sampling_is_named(max_tokens: int, seed: int) -> None:
-    with pytest.raises(dsi_actors.ConfigError, match="max_tokens must be|seed must lie"):
+    with pytest.raises(dsi_actors.ConfigError, match=r"max_tokens must be|seed must lie"):
         dsi_actors.Sampling(max_tokens=max_tokens, seed=seed)
 
 
 async def test_a_worker_that_cannot_start_says_why() -> None:
     config = dsi_actors.Config(target="/nowhere/at-all.gguf", drafter=None, sp=2, devices=("cpu",))
-    with pytest.raises(dsi_actors.WorkerStartError, match="target worker on cpu did not start: there is no file /nowhere"):
+    with pytest.raises(
+        dsi_actors.WorkerStartError, match="target worker on cpu did not start: there is no file /nowhere"
+    ):
         async with dsi_actors.Orchestrator(config):
             pytest.fail("it started")
 
@@ -203,9 +213,11 @@ async def test_a_worker_that_cannot_start_says_why() -> None:
 async def test_a_drafter_with_another_vocabulary_is_refused() -> None:
     config = timed_config()
     options = {**config.drafter_options, "vocabulary_size": 500}
-    config = dsi_actors.Config(engine="timed", target_options=config.target_options, drafter_options=options, devices=("cpu",))
-    with pytest.raises(dsi_actors.WorkerStartError, match=r"vocabulary \(500 tokens\) is not the target's \(1000 tokens\)"):
+    config = dsi_actors.Config(
+        engine="timed", target_options=config.target_options, drafter_options=options, devices=("cpu",)
+    )
+    with pytest.raises(
+        dsi_actors.WorkerStartError, match=r"vocabulary \(500 tokens\) is not the target's \(1000 tokens\)"
+    ):
         async with dsi_actors.Orchestrator(config):
             pytest.fail("it started")
-
-

@@ -30,7 +30,7 @@ def as_json(message: Message) -> dict[str, Any]:
 
 
 def from_json(fields: dict[str, Any]) -> Message:
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
     by_name = {message.__name__: message for message in MESSAGES}
     return by_name[values.pop("type")](**values)
 

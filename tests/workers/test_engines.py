@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from workers.support import InterruptAfter, NoInterrupt, make_tiny_model, session_of
 
 from dsi_workers.engines import Engine, EngineError, Interrupted, load_engine
 from dsi_workers.session import Session
+from support.engines import InterruptAfter, NoInterrupt, make_tiny_model, session_of
 
 MakeEngine = Callable[[], Engine]
 
@@ -116,7 +117,7 @@ def test_a_sliding_window_model_agrees_with_the_library(sliding_model: Path) -> 
     engine = load_engine("transformers", role="target", model=str(sliding_model), device="cpu:0", options={})
     prompt = [5, 17, 3, 41, 29, 11, 2]
     own = grow(engine, session_of(prompt), 40)
-    model = AutoModelForCausalLM.from_pretrained(sliding_model)
+    model: Any = AutoModelForCausalLM.from_pretrained(sliding_model)
     expected = model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, eos_token_id=None)
     assert own == expected[0, len(prompt) :].tolist()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import cast
 
 import pytest
-from workers.support import CountingEngine, ScriptedSocket
 
 from dsi_protocol import (
     Cancel,
@@ -24,6 +23,7 @@ from dsi_protocol import (
 )
 from dsi_workers.connection import WorkSocket
 from dsi_workers.loop import WorkerLoop
+from support.engines import CountingEngine, ScriptedSocket
 
 OPEN = OpenGeneration(1, 3, "test")
 PROMPT = (10, 11, 12)
@@ -39,7 +39,9 @@ def serve(*messages: Message, during: list[list[Message]] | None = None) -> list
     return socket.sent
 
 
-def verify(attempt: int, tokens: tuple[int, ...], *, base: int = 0, prefix: tuple[int, ...] = (), start: int = 3) -> Verify:
+def verify(
+    attempt: int, tokens: tuple[int, ...], *, base: int = 0, prefix: tuple[int, ...] = (), start: int = 3
+) -> Verify:
     return Verify(1, attempt, base, prefix_checksum(prefix), tokens, start)
 
 
@@ -153,6 +155,4 @@ def test_an_engine_that_breaks_fails_one_request() -> None:
     engine.next_tokens = lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory"))  # type: ignore[method-assign]
     socket.inbox.extend([OPEN, verify(1, PROMPT), verify(2, PROMPT)])
     WorkerLoop(cast(WorkSocket, socket), engine, still_needed=lambda: True).run()
-    assert socket.sent == [
-        Failed(1, attempt, "engine", "RuntimeError: out of memory") for attempt in (1, 2)
-    ]
+    assert socket.sent == [Failed(1, attempt, "engine", "RuntimeError: out of memory") for attempt in (1, 2)]

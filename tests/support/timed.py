@@ -9,16 +9,25 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import psutil
-from workers.support import NoInterrupt, session_of
 
 import dsi_actors
 from dsi_workers.engines import load_engine
+from support.engines import NoInterrupt, session_of
 
 PROMPT = [11, 22, 33]
 
 
-def timed_config(*, target_ms: float = 4, drafter_ms: float = 1, acceptance: float = 0.7, **settings: Any) -> dsi_actors.Config:
-    settings = {"sp": 2, "heartbeat_ms": 100, "silence_ms": 1000, "ready_timeout_s": 30, "devices": ("cpu",), **settings}
+def timed_config(
+    *, target_ms: float = 4, drafter_ms: float = 1, acceptance: float = 0.7, **settings: Any
+) -> dsi_actors.Config:
+    settings = {
+        "sp": 2,
+        "heartbeat_ms": 100,
+        "silence_ms": 1000,
+        "ready_timeout_s": 30,
+        "devices": ("cpu",),
+        **settings,
+    }
     return dsi_actors.Config(
         engine="timed",
         target_options={"latency_ms": target_ms, "seed": 9},

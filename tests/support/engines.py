@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dsi_protocol import Drain, FromWorker, Message
 from dsi_workers.engines.base import Engine, EngineInfo, Interrupt, Interrupted
@@ -88,7 +89,7 @@ def make_tiny_model(directory: Path, *, words: int = 96, sliding_window: int | N
     from tokenizers.pre_tokenizers import Whitespace
     from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": words, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
     }  # fmt: skip

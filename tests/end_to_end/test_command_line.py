@@ -1,0 +1,174 @@
+"""`dsi-actors` as a user types it, with a tiny random model in place of a real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from support.engines import make_tiny_model
+from support.timed import all_gone, start_worker
+
+PROMPT = " ".join(f"w{number}" for number in (3, 1, 4, 1, 5, 9, 2, 6))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("other"), words=64)
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "dsi_actors.cli.main", *map(str, arguments)]
+
+
+def dsi_actors(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_generate_prints_one_json_object(model: Path) -> None:
+    done = dsi_actors("generate", PROMPT, "--target", model, "--gpu", "cpu", "--max-tokens", "12", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert len(result["token_ids"]) == result["tokens"] == 12
+    assert result["text"] == " ".join(f"w{token}" for token in result["token_ids"])
+    assert (result["algorithm"], result["sp"], result["finish_reason"]) == ("dsi", 2, "length")
+    expected = {
+        "ms_per_token", "first_token_ms", "acceptance_rate", "target_forwards", "wasted_target_forwards",
+        "target_busy_ms", "drafter_busy_ms", "lookahead",
+    }  # fmt: skip
+    assert expected <= set(result)
+
+
+@pytest.mark.parametrize("drafter", ["self-int8", "ngram", "none", "same model"])
+def test_compare_finds_the_three_algorithms_identical(model: Path, drafter: str) -> None:
+    drafter = str(model) if drafter == "same model" else drafter
+    done = dsi_actors(
+        "generate", PROMPT, "--target", model, "--drafter", drafter, "--gpu", "cpu", "--max-tokens", "24",
+        "--compare", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["identical"] is True
+    assert [row["algorithm"] for row in result["results"]] == ["ar", "si", "dsi"]
+    assert [row["tokens"] for row in result["results"]] == [24, 24, 24]
+    if drafter == str(model):
+        assert result["results"][1]["acceptance_rate"] == 1.0
+
+
+def test_the_terminal_shows_text_marks_and_table(model: Path) -> None:
+    done = dsi_actors("generate", PROMPT, "--target", model, "--gpu", "cpu", "--max-tokens", "10", "--compare")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^[●○]{10}$", done.stdout, re.MULTILINE)
+    assert re.search(r"AR .*\n.* SI .*\n.* DSI ", done.stdout)
+    assert "The three outputs are the same, token for token." in done.stdout
+
+
+def test_three_shells(model: Path, tmp_path: Path) -> None:
+    """An orchestrator that listens, and two workers that are told nothing but their device."""
+    endpoint = f"ipc://{tmp_path}/dsi.sock"
+    workers = [start_worker(endpoint) for _ in range(2)]
+    done = dsi_actors("generate", PROMPT, "--target", model, "--listen", endpoint, "--max-tokens", "8", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["tokens"], result["sp"]) == (8, 1)
+    assert result["drafted_tokens"] > 0
+    for worker in workers:
+        worker.communicate(timeout=5)
+        assert worker.returncode == 0
+
+
+@pytest.mark.parametrize("after_s", [0.7, 3.5])
+def test_ctrl_c_leaves_nothing_behind(model: Path, after_s: float) -> None:
+    """While the workers load, and while they work."""
+    running = subprocess.Popen(
+        command("generate", PROMPT, "--target", model, "--gpu", "cpu", "--max-tokens", "450", "--ignore-eos"),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    time.sleep(after_s)
+    workers = [child.pid for child in psutil.Process(running.pid).children(recursive=True)]
+    assert len(workers) >= 3
+    running.send_signal(signal.SIGINT)
+    assert all_gone([running.pid, *workers], within_s=2)
+    _, said = running.communicate()
+    assert running.returncode == 130
+    assert "interrupted" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["generate", ""], "the prompt is empty: give some text"),
+        (["generate", PROMPT, "--max-tokens", "0"], "max_tokens must be at least 1, not 0"),
+        (["generate", PROMPT, "--max-tokens", "-5"], "max_tokens must be at least 1, not -5"),
+        (["generate", PROMPT, "--sp", "0"], "sp must lie in [1, 1024], not 0"),
+        (["generate", PROMPT, "--seed", "-1"], "seed must lie in [0, 2**64), not -1"),
+        (["generate", PROMPT, "--lookahead", "0"], "give auto or a whole number of at least 1"),
+        (["generate", PROMPT, "--max-tokens", "5000"], "together 5008 are over the target's limit of 512"),
+        (["generate", "w1 " * 600, "--max-tokens", "1"], "the prompt has 600 tokens"),
+        (["generate", PROMPT, "--gpu", "nine"], "'nine' is no device"),
+        (["generate", PROMPT, "--gpu", "7"], "there is no GPU 7"),
+        (["generate", PROMPT, "--dtype", "float8"], "invalid choice: 'float8'"),
+        (["generate", PROMPT, "--listen", "5555"], "listen '5555' is no endpoint"),
+        (["generate", PROMPT, "--listen", "tcp://0.0.0.0:5555"], "can be reached by other machines"),
+        (["generate", PROMPT, "--drafter", "/nowhere/x.gguf"], "there is no file /nowhere/x.gguf"),
+        (["generate", PROMPT, "--drafter", "OTHER"], "has another vocabulary than the target"),
+        (["generate", PROMPT, "--target", "package:no_such"], "no Python package 'no_such' is installed"),
+        (["generate", PROMPT, "--target", "tests"], "holds no transformers model"),
+        (["bench", "overhead", "--repeats", "0"], "--repeats, --cancels and --tokens must be at least 1"),
+        (["bench", "overhead", "--target-ms", "-1"], "latency_ms"),
+    ],
+)
+def test_bad_input_gets_one_clear_sentence(
+    model: Path, other_model: Path, arguments: list[str], problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    words = [str(other_model) if word == "OTHER" else word for word in arguments]
+    if words[0] == "generate" and "--target" not in words:
+        words += ["--target", str(model)]
+    if words[0] == "generate" and "--gpu" not in words:
+        words += ["--gpu", "cpu"]
+    done = dsi_actors(*words)
+    assert done.returncode not in (0, 130)
+    assert problem in done.stderr.replace("\n", " ")
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_port_in_use(model: Path, tmp_path: Path) -> None:
+    import zmq
+
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as taken:
+        port = taken.bind_to_random_port("tcp://127.0.0.1")
+        done = dsi_actors("generate", PROMPT, "--target", model, "--listen", f"tcp://127.0.0.1:{port}")
+    assert done.returncode == 1
+    assert "another process listens there: choose another port" in done.stderr
+
+
+def test_bench_overhead_reports_its_machine_and_three_figures() -> None:
+    done = dsi_actors(
+        "bench", "overhead", "--repeats", "50", "--cancels", "10", "--tokens", "40", "--target-ms", "3",
+        "--drafter-ms", "1", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["machine"]["cores"] == len(os.sched_getaffinity(0))
+    assert [row["measured"] for row in result["results"]] == [
+        "round trip",
+        "orchestrator CPU",
+        "cancel to free (timed)",
+    ]
+    assert 0 < result["results"][0]["p50_us"] <= result["results"][0]["p99_us"]
