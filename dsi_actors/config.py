@@ -73,7 +73,7 @@ class Config:
             _require(
                 self.insecure,
                 f"listen {self.listen} can be reached by other machines, and anyone there could send work: "
-                "use 127.0.0.1 or a tunnel, or allow it with insecure",
+                "use 127.0.0.1 or a tunnel, or allow it with --insecure (Config.insecure)",
             )
 
 

@@ -33,6 +33,8 @@ from dsi_protocol import (
 log = get_logger("workforce")
 
 MAX_WORKERS = 256
+_MAX_REMEMBERED_FAILURES = 256
+_LOADING_PATIENCE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +135,7 @@ class Workforce(Actor[WorkforceMessage]):
             case Verified() | Drafted() | Cancelled() | NeedPrefix():
                 worker.on_reply(message)
             case Failed(0, _, _, reason):
-                self.failures[worker.hello.process] = reason
+                self._remember_failure(worker.hello, reason)
                 log.error("a worker cannot serve", worker=str(worker), reason=reason)
                 self._drop(worker, farewell=None)
             case Failed():
@@ -153,7 +155,7 @@ class Workforce(Actor[WorkforceMessage]):
         assignment = self._assign(hello)
         if isinstance(assignment, str):
             log.warning("worker refused", device=hello.device, pid=hello.process, reason=assignment)
-            self.failures[hello.process] = assignment
+            self._remember_failure(hello, assignment)
             self._send(identity, Goodbye(assignment))
             return
         worker = WorkerHandle(
@@ -233,9 +235,14 @@ class Workforce(Actor[WorkforceMessage]):
             f"the {worker.role}'s vocabulary ({worker.ready.vocabulary_size} tokens) is not the target's "
             f"({self.vocabulary.vocabulary_size} tokens): choose a model of the same family"
         )
-        self.failures[worker.hello.process] = reason
+        self._remember_failure(worker.hello, reason)
         log.error("worker refused", worker=str(worker), reason=reason)
         self._drop(worker, farewell=reason)
+
+    def _remember_failure(self, hello: Hello, reason: str) -> None:
+        self.failures[hello.process] = reason
+        if len(self.failures) > _MAX_REMEMBERED_FAILURES:
+            del self.failures[next(iter(self.failures))]
 
     # Comings and goings
 
@@ -243,7 +250,10 @@ class Workforce(Actor[WorkforceMessage]):
         now_s = time.monotonic()
         for worker in self.workers:
             silent_s = now_s - self._heard_s[worker.number]
-            if silent_s > self._config.silence_ms / 1e3:
+            patience_s = self._config.silence_ms / 1e3
+            if worker.ready is None:  # a library that loads can keep every thread of its process waiting
+                patience_s = max(patience_s, _LOADING_PATIENCE_S)
+            if silent_s > patience_s:
                 log.warning("worker silent: taken for dead", worker=str(worker), silent_ms=round(silent_s * 1e3))
                 self._drop(worker, farewell="it was silent for too long")
 

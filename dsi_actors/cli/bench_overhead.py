@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsi_actors.actors.worker_handle import WorkerHandle
-from dsi_actors.cli.machine import describe_machine
+from dsi_actors.cli.machine import describe_machine, memory_of
 from dsi_actors.cli.options import SubParsers, add_logging_option
 from dsi_actors.config import Config, Sampling
 from dsi_actors.errors import ConfigError
@@ -48,7 +48,7 @@ def add_parser(benches: SubParsers) -> None:
 async def run(arguments: argparse.Namespace) -> int:
     if min(arguments.repeats, arguments.cancels, arguments.tokens) < 1:
         raise ConfigError("--repeats, --cancels and --tokens must be at least 1")
-    rows = [await _round_trip(arguments), await _orchestrator_cpu(arguments), await _cancel(arguments)]
+    rows = [await _round_trip(arguments), await _orchestrator_cpu(arguments), *await _cancel_and_memory(arguments)]
     if arguments.json:
         sys.stdout.write(json.dumps({"machine": describe_machine(), "results": rows}) + "\n")
         return 0
@@ -98,12 +98,12 @@ async def _drain(orchestrator: Orchestrator, tokens: int) -> None:
         pass
 
 
-async def _cancel(arguments: argparse.Namespace) -> dict[str, Any]:
-    """From the cancel to the reply that says that the worker is free again."""
+async def _cancel_and_memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """From the cancel to the reply that says that the worker is free again; and what each worker holds in memory."""
     if arguments.target is None:
         config, name = _timed(arguments, latency_ms=10_000.0), "timed"
     else:
-        config = Config(target=arguments.target, drafter=None, sp=1, log_level=arguments.log_level)
+        config = Config(target=arguments.target, sp=arguments.sp, log_level=arguments.log_level)
         name = arguments.target
     times_us: list[float] = []
     async with Orchestrator(config) as orchestrator:
@@ -123,9 +123,13 @@ async def _cancel(arguments: argparse.Namespace) -> dict[str, Any]:
                 times_us.append((time.perf_counter() - begun) * 1e6)
             else:
                 late += 1
+        memory = [
+            {"measured": f"memory of {worker.role} {worker.number} ({name})", **memory_of(worker.hello.process)}
+            for worker in orchestrator.workers
+        ]
     if not times_us:
         raise ConfigError(f"the forwards of {name} are too short to be cancelled")
-    return {"measured": f"cancel to free ({name})", **_percentiles("us", times_us)}
+    return [{"measured": f"cancel to free ({name})", **_percentiles("us", times_us)}, *memory]
 
 
 def _a_target(orchestrator: Orchestrator) -> WorkerHandle:

@@ -32,6 +32,7 @@ def add_parser(commands: SubParsers) -> None:
     parser.add_argument("--raw", action="store_true", help="give the prompt as it is, not as a chat message")
     parser.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens whatever the model says")
     parser.add_argument("--listen", metavar="ENDPOINT", help="use workers that connect here, start none")
+    parser.add_argument("--insecure", action="store_true", help="allow --listen where other machines can connect")
     parser.add_argument(
         "--wait", type=float, default=60.0, metavar="S",
         help="with --listen: how long to wait for a target server and a drafter (default %(default)s)",
@@ -59,7 +60,7 @@ class _Run:
 
 
 async def run(arguments: argparse.Namespace) -> int:
-    config = config_from(arguments, listen=arguments.listen)
+    config = config_from(arguments, listen=arguments.listen, insecure=arguments.insecure)
     tokenizer = Tokenizer(resolve_model(config.target))
     _check_drafter(config, tokenizer)
     stop = () if arguments.ignore_eos else tokenizer.stop_token_ids
@@ -68,6 +69,8 @@ async def run(arguments: argparse.Namespace) -> int:
     out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
     with err.status(_greeting(config)) as status:
         async with Orchestrator(config) as orchestrator:
+            if config.insecure:
+                err.print("--insecure: whoever can reach this address can take part, unseen and unencrypted")
             if config.listen is not None:
                 await _wait_for_workers(orchestrator, arguments, err)
             status.stop()

@@ -61,7 +61,7 @@ def lookahead(text: str) -> int | Literal["auto"]:
     raise argparse.ArgumentTypeError(f"{text!r}: give auto or a whole number of at least 1")
 
 
-def config_from(arguments: argparse.Namespace, *, listen: str | None = None) -> Config:
+def config_from(arguments: argparse.Namespace, *, listen: str | None = None, insecure: bool = False) -> Config:
     """Raises ConfigError."""
     engine: dict[str, OptionValue] = {
         name: value for name in ("window", "max_length", "threads") if (value := getattr(arguments, name)) is not None
@@ -72,6 +72,7 @@ def config_from(arguments: argparse.Namespace, *, listen: str | None = None) -> 
         sp=arguments.sp,
         devices=tuple(arguments.devices),
         listen=listen,
+        insecure=insecure,
         target_options={**engine, "dtype": arguments.dtype},
         drafter_options=dict(engine),
         log_level=arguments.log_level,

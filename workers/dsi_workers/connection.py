@@ -92,18 +92,20 @@ class Heart(threading.Thread):
             dealer.close(linger=0)
 
     def _beat(self, dealer: zmq.Socket[bytes]) -> None:
-        sequence = 0
-        next_beat = heard = time.monotonic()
-        while not self.orchestrator_gone:
-            now = time.monotonic()
-            if now >= next_beat:
+        sequence = unanswered = 0
+        next_beat_s = time.monotonic()
+        # Silence is counted in beats, not in seconds: while a library loads, this thread may not run for seconds.
+        while unanswered * self._interval_s <= self._silence_s:
+            now_s = time.monotonic()
+            if now_s >= next_beat_s:
                 sequence += 1
-                next_beat = now + self._interval_s
+                unanswered += 1
+                next_beat_s = now_s + self._interval_s
                 dealer.send(encode(Heartbeat(self._incarnation, sequence)))
-            if dealer.poll(max(1, round((next_beat - now) * 1e3))):
+            if dealer.poll(max(1, round((next_beat_s - now_s) * 1e3))):
                 dealer.recv()
-                heard = time.monotonic()
-            self.orchestrator_gone = time.monotonic() - heard > self._silence_s
+                unanswered = 0
+        self.orchestrator_gone = True
 
 
 def watch_parent() -> threading.Event:

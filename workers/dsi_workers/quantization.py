@@ -1,7 +1,7 @@
 """A drafter out of the target's own weights: weight-only int8, so that there is nothing to download.
 
-Each output row of a linear layer gets one scale; activations stay in bfloat16, so a token's result does not depend on
-its neighbours (dynamic activation quantisation does, and agrees with the target far less: docs/measured.md).
+Each output row of a linear layer gets one scale; activations stay in bfloat16, so that no token's result depends on the
+range of its neighbours' activations.
 """
 
 from __future__ import annotations
