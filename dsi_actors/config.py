@@ -9,7 +9,7 @@ from typing import Literal
 
 from dsi_actors.devices import device_name
 from dsi_actors.errors import ConfigError
-from dsi_protocol import OptionValue
+from dsi_protocol import OptionValue, ProtocolError, Welcome, encode
 
 Algorithm = Literal["dsi", "si", "ar"]
 ALGORITHMS: tuple[Algorithm, ...] = ("dsi", "si", "ar")
@@ -44,6 +44,9 @@ class Config:
     heartbeat_ms: int = 500
     #: A peer that was silent for so long is taken for dead.
     silence_ms: int = 5000
+    #: A request without any reply for so long is cancelled, and its worker dropped if it does not answer that either.
+    #: Must be longer than the longest prompt takes to read.
+    request_timeout_s: float = 120.0
     #: How long local workers may take to become ready, and a generation waits for a first target server.
     ready_timeout_s: float = 120.0
     #: How long a generation goes on waiting once no target server is left.
@@ -60,9 +63,15 @@ class Config:
         _require(1 <= self.sp <= 1024, f"sp must lie in [1, 1024], not {self.sp}")
         _require(self.heartbeat_ms >= 10, f"heartbeat_ms must be at least 10, not {self.heartbeat_ms}")
         _require(self.silence_ms >= 2 * self.heartbeat_ms, "silence_ms must be at least twice heartbeat_ms")
+        _require(self.request_timeout_s > 0, "request_timeout_s must be positive")
         _require(self.ready_timeout_s > 0, "ready_timeout_s must be positive")
         _require(self.target_wait_s >= 0, "target_wait_s must not be negative")
         _require(self.max_generations >= 1, "max_generations must be at least 1")
+        for model, options in ((self.target, self.target_options), (self.drafter or "", self.drafter_options)):
+            try:
+                encode(Welcome(1, "target", self.engine, model, dict(options), self.heartbeat_ms, self.silence_ms))
+            except ProtocolError as error:
+                raise ConfigError(f"a setting cannot be told to a worker: {error}") from None
         for device in self.devices:
             device_name(device)
         if self.listen is not None and not _LOOPBACK.match(self.listen):

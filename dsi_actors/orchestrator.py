@@ -25,6 +25,7 @@ from dsi_actors.errors import ConfigError, DsiError, NoTargetError, Orchestrator
 from dsi_actors.logs import get_logger
 from dsi_actors.planning.lookahead import dsi_lookahead, si_lookahead
 from dsi_actors.stream import Channel, GenerationStream
+from dsi_protocol import MAX_TEXT_BYTES, MAX_TOKENS_PER_MESSAGE
 
 log = get_logger("orchestrator")
 
@@ -120,7 +121,11 @@ class _Root(Actor[_RootMessage]):
                 while not condition():
                     watcher: asyncio.Future[None] = asyncio.get_running_loop().create_future()
                     self._watchers.append(watcher)
-                    await watcher
+                    try:
+                        await watcher
+                    finally:
+                        if watcher in self._watchers:
+                            self._watchers.remove(watcher)
         except TimeoutError:
             return False
         return True
@@ -129,6 +134,7 @@ class _Root(Actor[_RootMessage]):
         for _, channel in self.generations.values():
             channel.end(OrchestratorClosed("the orchestrator was closed"))
             channel.conclude(None)
+        self.changed()
 
 
 class Orchestrator:
@@ -203,9 +209,12 @@ class Orchestrator:
         if lookahead != "auto" and not 1 <= lookahead <= 1024:
             raise ConfigError(f"lookahead must be auto or lie in [1, 1024], not {lookahead}")
         number = next(self._numbers)
+        correlation = f"generation-{number}" if correlation is None else correlation
+        if len(correlation.encode(errors="replace")) > MAX_TEXT_BYTES or not correlation.isprintable():
+            raise ConfigError(f"correlation must be printable text of at most {MAX_TEXT_BYTES} bytes")
         channel = Channel()
 
-        async def start() -> Generation:
+        async def start() -> Generation | None:
             root = self._running()
             target = await self._first_target(root)
             self._check_prompt(target, prompt_ids, sampling)
@@ -217,11 +226,15 @@ class Orchestrator:
                 max_tokens=sampling.max_tokens,
                 stop_tokens=sampling.stop_token_ids,
             )
+            if channel.closed:
+                return None
+            assert target.ready is not None
             generation = Generation(
                 number,
                 core,
                 root.scheduler,
-                correlation=correlation or f"generation-{number}",
+                vocabulary_size=target.ready.vocabulary_size,
+                correlation=correlation,
                 first_target_wait_s=self.config.ready_timeout_s,
                 target_wait_s=self.config.target_wait_s,
                 on_tokens=channel.put,
@@ -246,9 +259,13 @@ class Orchestrator:
     async def wait_for_workers(self, *, targets: int, drafters: int, timeout_s: float) -> bool:
         """Whether so many workers are ready within `timeout_s`."""
         root = self._running()
-        return await root.wait_until(
-            lambda: len(root.of_role("target")) >= targets and len(root.of_role("drafter")) >= drafters, timeout_s
-        )
+
+        def enough() -> bool:
+            return len(root.of_role("target")) >= targets and len(root.of_role("drafter")) >= drafters
+
+        await root.wait_until(lambda: enough() or root.ended, timeout_s)
+        self._running()
+        return enough()
 
     # Start and end
 
@@ -279,6 +296,8 @@ class Orchestrator:
             process, spec, code = root.exits[0]
             reason = root.workforce.failures.get(process, f"it ended with exit code {code}")
             raise WorkerStartError(f"the {spec.role} worker on {spec.device} did not start: {reason}")
+        if root.ended:
+            raise WorkerStartError("the orchestrator ended while its workers started")
         if not all_ready:
             raise WorkerStartError(
                 f"only {len(root.ready_workers)} of {len(roles)} workers were ready after {config.ready_timeout_s:g} s"
@@ -301,6 +320,7 @@ class Orchestrator:
             try:
                 await self._task
             finally:
+                root.workforce.close_gateway()
                 self._remove_socket()
 
     def _remove_socket(self) -> None:
@@ -311,12 +331,14 @@ class Orchestrator:
 
     async def _first_target(self, root: _Root) -> WorkerHandle:
         timeout_s = self.config.ready_timeout_s
-        if not await root.wait_until(lambda: bool(root.of_role("target")) or root.ended, timeout_s):
+        found = await root.wait_until(lambda: bool(root.of_role("target")) or root.ended, timeout_s)
+        self._running()
+        if not found:
             raise NoTargetError(
                 f"no target server came within {timeout_s:g} s: start one with "
                 f"python -m dsi_actors.worker --gpu N --connect {self.endpoint}"
             )
-        return self._running().of_role("target")[0]
+        return root.of_role("target")[0]
 
     @staticmethod
     def _check_prompt(target: WorkerHandle, prompt_ids: Sequence[int], sampling: Sampling) -> None:
@@ -325,6 +347,8 @@ class Orchestrator:
             if not 0 <= token < target.ready.vocabulary_size:
                 raise ConfigError(f"token {token} is outside the target's vocabulary of {target.ready.vocabulary_size}")
         length = len(prompt_ids) + sampling.max_tokens
+        if len(prompt_ids) > MAX_TOKENS_PER_MESSAGE:
+            raise ConfigError(f"the prompt has {len(prompt_ids)} tokens: {MAX_TOKENS_PER_MESSAGE} fit one message")
         if length > target.ready.max_length:
             raise ConfigError(
                 f"the prompt has {len(prompt_ids)} tokens and max_tokens is {sampling.max_tokens}: together {length} are "

@@ -21,6 +21,8 @@ class Channel:
     """What a generation has to say to its reader. Bounded by max_tokens."""
 
     def __init__(self) -> None:
+        #: The reader wants no more.
+        self.closed = False
         self.ended = False
         self.error: Exception | None = None
         self.concluded = False
@@ -49,7 +51,11 @@ class Channel:
     async def changed(self) -> None:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
-        await waiter
+        try:
+            await waiter
+        finally:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
 
     def _wake(self) -> None:
         waiters, self._waiters = self._waiters, []
@@ -61,9 +67,9 @@ class Channel:
 class GenerationStream:
     """Async iterator over `CommittedTokens`. Work starts with the first iteration and ends with the last reference."""
 
-    def __init__(self, channel: Channel, start: Callable[[], Awaitable[Generation]]) -> None:
+    def __init__(self, channel: Channel, start: Callable[[], Awaitable[Generation | None]]) -> None:
         self._channel = channel
-        self._start: Callable[[], Awaitable[Generation]] | None = start
+        self._start: Callable[[], Awaitable[Generation | None]] | None = start
         self._generation: Generation | None = None
 
     def __aiter__(self) -> GenerationStream:
@@ -89,6 +95,7 @@ class GenerationStream:
     def cancel(self) -> None:
         """Nobody wants the rest: cancel all work of this generation. Returns at once."""
         self._start = None
+        self._channel.closed = True
         if self._generation is not None:
             self._generation.tell(CancelRequested(), control=True)
 

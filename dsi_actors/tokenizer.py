@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers.decoders import DecodeStream
@@ -24,8 +28,10 @@ class Tokenizer:
         if not file.is_file():
             raise ConfigError(f"{directory} has no tokenizer.json: use a model that has one")
         self._tokenizer = LibraryTokenizer.from_file(str(file))
+        self._tokenizer.no_truncation()  # files keep the settings of the last training run
+        self._tokenizer.no_padding()
         self._config = _read_json(directory / "tokenizer_config.json")
-        self._template = _chat_template(directory, self._config)
+        self._template = _chat_template_source(directory, self._config)
         self.stop_token_ids = self._find_stop_tokens(_read_json(directory / "generation_config.json"))
 
     def vocabulary_hash(self) -> str:
@@ -47,7 +53,11 @@ class Tokenizer:
         special = {
             key: _special_text(self._config.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")
         }
-        text = self._template.render(messages=list(messages), add_generation_prompt=True, **special)
+        given = {"messages": list(messages), "add_generation_prompt": True, "tools": None, "documents": None}
+        try:
+            text = _template_environment().from_string(self._template).render(**given, **special)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ConfigError(f"the model's chat template failed ({error}): give it plain text") from None
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -76,22 +86,41 @@ class TokenStream:
         return self._decode.step(self._tokenizer, token_id) or ""
 
 
-def _chat_template(directory: Path, config: dict[str, Any]) -> jinja2.Template | None:
+def _chat_template_source(directory: Path, config: dict[str, Any]) -> str | None:
     file = directory / "chat_template.jinja"
     source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
-    if not isinstance(source, str):
-        return None
-    # Templates come with models from anywhere: they run in Jinja's sandbox, with the settings transformers gives them.
+    if isinstance(source, list):  # several, by name
+        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = named.get("default")
+    return source if isinstance(source, str) else None
+
+
+def _template_environment() -> jinja2.Environment:
+    """Templates come with models from anywhere: they run in Jinja's sandbox, with what transformers gives them."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlock]
     )
 
     def raise_exception(message: str) -> None:
-        raise ConfigError(f"the model's chat template refuses this conversation: {message}")
+        raise jinja2.TemplateError(message)
+
+    def to_json(value: object, **options: Any) -> str:
+        return json.dumps(value, **{"ensure_ascii": False, **options})
 
     environment.globals["raise_exception"] = raise_exception
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    return environment.from_string(source)
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.filters["tojson"] = to_json
+    return environment
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %} marks the model's own words for training: here it is its content."""
+
+    tags = {"generation"}  # noqa: RUF012  Jinja declares it so
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _special_text(token: object) -> str:

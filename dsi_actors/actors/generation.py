@@ -32,7 +32,7 @@ from dsi_actors.core.events import (
 from dsi_actors.errors import NoTargetError, WorkerLost
 from dsi_actors.logs import get_logger
 from dsi_actors.results import CommittedTokens, GenerationReport
-from dsi_protocol import Cancelled, Draft, Drafted, NeedPrefix, Reply, Verified, Verify, prefix_checksum
+from dsi_protocol import Cancelled, Draft, Drafted, Failed, NeedPrefix, Reply, Verified, Verify, prefix_checksum
 
 log = get_logger("generation")
 
@@ -51,8 +51,16 @@ class Withdrawn:
 
 
 @dataclass(frozen=True, slots=True)
+class Misbehaved:
+    """The worker failed, or said something that no working one would say. It is not used here any more."""
+
+    worker: WorkerHandle
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class WaitedForTarget:
-    """It is `waits`' turn to look whether there is a target server by now."""
+    """The `waits`-th wait for a target server is over."""
 
     waits: int
 
@@ -62,7 +70,7 @@ class Settled:
     """The last reply is in, or waiting for it took too long."""
 
 
-GenerationMessage: TypeAlias = Event | Granted | Withdrawn | WaitedForTarget | Settled
+GenerationMessage: TypeAlias = Event | Granted | Withdrawn | Misbehaved | WaitedForTarget | Settled
 
 
 class Generation(Actor[GenerationMessage]):
@@ -74,6 +82,7 @@ class Generation(Actor[GenerationMessage]):
         core: GenerationCore,
         scheduler: Scheduler,
         *,
+        vocabulary_size: int,
         correlation: str,
         first_target_wait_s: float,
         target_wait_s: float,
@@ -85,6 +94,7 @@ class Generation(Actor[GenerationMessage]):
         self.report: GenerationReport | None = None
         self._core = core
         self._scheduler = scheduler
+        self._vocabulary_size = vocabulary_size
         self._correlation = correlation
         self._on_tokens = on_tokens
         self._on_end = on_end
@@ -95,6 +105,7 @@ class Generation(Actor[GenerationMessage]):
         #: _checksums[n] is the checksum of the first n tokens, for committed ones.
         self._checksums = [0]
         self._error: Exception | None = None
+        self._last_failure = ""
         self._pending = 0  # requests without a terminal reply
         self._account = _Account()
         self._settling = False
@@ -105,6 +116,8 @@ class Generation(Actor[GenerationMessage]):
 
     def begin(self) -> None:
         """Ask for workers. Call once, when running."""
+        if self.ended:
+            return
         policy = self._core.policy
         self._account.begin()
         self._scheduler.tell(Requested(self, policy.sp, wants_drafter=policy.max_ahead > 0))
@@ -126,9 +139,11 @@ class Generation(Actor[GenerationMessage]):
                 self._use(worker)
             case Withdrawn(worker):
                 self._lose(worker)
+            case Misbehaved(worker, reason):
+                self._send_away(worker, reason)
             case WaitedForTarget(waits):
                 if waits == self._waits and not self._servers and not self._core.finished:
-                    self._give_up()
+                    self._on_waited_for_target()
             case Settled():
                 self._conclude()
             case _:
@@ -196,15 +211,25 @@ class Generation(Actor[GenerationMessage]):
         self._waits += 1
         self.spawn(_later(patience_s, WaitedForTarget(self._waits)))
 
-    def _give_up(self) -> None:
-        tokens = tuple(self._core.output)
+    def _on_waited_for_target(self) -> None:
         patience_s = self._target_wait_s if self._most_servers else self._first_target_wait_s
+        if self._scheduler.has_target_for(self):
+            self._wait_for_target(patience_s)  # others use it now: we are in line
+            return
+        tokens = tuple(self._core.output)
         self._error = NoTargetError(
             f"no target server for {patience_s:g} s, {len(tokens)} tokens committed: "
-            "start one with python -m dsi_actors.worker --gpu N",
+            + (self._last_failure or "start one with python -m dsi_actors.worker --gpu N"),
             tokens,
         )
         self._feed(CancelRequested())
+
+    def _send_away(self, worker: WorkerHandle, reason: str) -> None:
+        self._last_failure = f"{worker} failed ({reason[:300]})"
+        self._log.error("a worker failed this generation", worker=str(worker), reason=reason[:500])
+        worker.close(self.number)
+        self._scheduler.tell(GivenBack(self, worker))
+        self._lose(worker)
 
     # Requests: each is a task that returns one message
 
@@ -220,20 +245,28 @@ class Generation(Actor[GenerationMessage]):
         finally:
             self._pending -= 1
         match reply:
-            case Verified():
-                self._account.verification(request.attempt, reply.forwards, reply.busy_us)
-                return VerificationFinished(request.attempt, worker.number, reply.start, reply.tokens)
-            case Cancelled():
-                self._account.verification(request.attempt, reply.forwards, reply.busy_us)
-                return VerificationAbandoned(request.attempt, worker.number)
-            case NeedPrefix(_, _, held) if held < request.base:
-                return VerificationAbandoned(request.attempt, worker.number, held)
-        return self._failed(worker, reply)
+            case Verified(_, attempt, start, tokens, forwards, busy_us):
+                most = request.base + len(request.tokens) - request.start + 1
+                if start != request.start or not 1 <= len(tokens) <= most or max(tokens) >= self._vocabulary_size:
+                    return Misbehaved(
+                        worker, f"{len(tokens)} tokens from {start}, asked for up to {most} from {request.start}"
+                    )
+                self._account.verification(attempt, forwards, busy_us)
+                return VerificationFinished(attempt, worker.number, start, tokens)
+            case Cancelled(_, attempt, forwards, busy_us):
+                self._account.verification(attempt, forwards, busy_us)
+                return VerificationAbandoned(attempt, worker.number)
+            case NeedPrefix(_, attempt, held) if held < request.base:
+                return VerificationAbandoned(attempt, worker.number, held)
+        return Misbehaved(worker, _words_of(reply))
 
     async def _draft(self, request: Draft, worker: WorkerHandle) -> GenerationMessage:
         def on_drafted(block: Drafted) -> None:
             self._account.drafting(block.busy_us)
-            self.tell(DraftsArrived(request.attempt, block.start, block.tokens))
+            if max(block.tokens) < self._vocabulary_size:
+                self.tell(DraftsArrived(request.attempt, block.start, block.tokens))
+            else:
+                self.tell(Misbehaved(worker, f"token {max(block.tokens)} is outside the target's vocabulary"))
 
         try:
             reply = await worker.draft(request, on_drafted)
@@ -248,14 +281,9 @@ class Generation(Actor[GenerationMessage]):
             case Cancelled():
                 self._account.drafting(reply.busy_us)
                 return DraftEnded(request.attempt, complete=False)
-            case NeedPrefix(_, _, held) if held < request.base:
-                return DraftEnded(request.attempt, complete=False, held=held)
-        return self._failed(worker, reply)
-
-    def _failed(self, worker: WorkerHandle, reply: Reply) -> GenerationMessage:
-        self._log.error("a worker failed this generation", worker=str(worker), reply=str(reply)[:500])
-        self._scheduler.tell(GivenBack(self, worker))
-        return Withdrawn(worker)
+            case NeedPrefix(_, attempt, held) if held < request.base:
+                return DraftEnded(attempt, complete=False, held=held)
+        return Misbehaved(worker, _words_of(reply))
 
     def _checksum(self, base: int) -> int:
         """The checksum of the first `base` tokens: from a table where they are committed, computed beyond."""
@@ -290,6 +318,10 @@ class Generation(Actor[GenerationMessage]):
             self._core.handle(CancelRequested())
         if self.report is None:
             self.report = self._account.report(self._core, self._most_servers)
+
+
+def _words_of(reply: Reply) -> str:
+    return reply.message if isinstance(reply, Failed) else f"it answered {type(reply).__name__}, which fits nothing"
 
 
 async def _later(delay_s: float, message: GenerationMessage) -> GenerationMessage:

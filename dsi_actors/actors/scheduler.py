@@ -94,6 +94,12 @@ class Scheduler(Actor[SchedulerMessage]):
     def waiting_or_running(self) -> int:
         return len(self._leases)
 
+    def has_target_for(self, client: Client) -> bool:
+        """Whether some target server, free or lent to another, may serve this client sooner or later."""
+        lent = [worker for lease in self._leases.values() for worker in lease.targets]
+        refused = self._leases[client.number].refused if client.number in self._leases else set()
+        return any(worker.role == "target" and worker.number not in refused for worker in self._free + lent)
+
     def receive(self, message: SchedulerMessage) -> None:
         match message:
             case WorkerReady(worker):

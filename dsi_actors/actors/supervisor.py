@@ -85,6 +85,13 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
                 assert code is not None
                 self._on_exit(process.pid, spec, code)
 
+    def on_stop(self) -> None:
+        """The last word: whoever is still there, after an orderly end or after a cancelled one, is killed."""
+        for process in self._processes.values():
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+
     async def end_all(self) -> None:
         """Ask every worker to end, wait, kill what is left. Returns when no process is left."""
         processes = list(self._processes.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,9 +11,11 @@ from dsi_actors.errors import WorkerLost
 from dsi_actors.logs import get_logger
 from dsi_protocol import (
     Cancel,
+    Cancelled,
     CloseGeneration,
     Draft,
     Drafted,
+    Failed,
     FromOrchestrator,
     Hello,
     OpenGeneration,
@@ -24,12 +27,16 @@ from dsi_protocol import (
 log = get_logger("worker_handle")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Flight:
     """A request without its terminal reply."""
 
     terminal: asyncio.Future[Reply]
-    on_drafted: Callable[[Drafted], None] | None = None
+    on_drafted: Callable[[Drafted], None] | None
+    #: When it was asked, or last answered in part.
+    since_s: float
+    #: When it was cancelled. It still owes its terminal reply.
+    cancelled_s: float | None = None
 
 
 class WorkerHandle:
@@ -48,6 +55,8 @@ class WorkerHandle:
         self.unasked_replies = 0
         self._send = send
         self._in_flight: dict[tuple[int, int], _Flight] = {}
+        #: By generation: requests of this attempt or an earlier one are cancelled, also those still to come.
+        self._cuts: dict[int, int] = {}
 
     def __str__(self) -> str:
         return f"{self.role} {self.number} ({self.hello.device}, pid {self.hello.process})"
@@ -62,27 +71,54 @@ class WorkerHandle:
 
     def cancel(self, generation: int, attempt: int) -> None:
         """This attempt and earlier ones are not wanted. Nothing waits for it, nothing is correct because of it."""
+        self._cuts[generation] = max(attempt, self._cuts.get(generation, 0))
+        self._mark_cancelled(generation, attempt)
         self._tell(Cancel(generation, attempt))
 
     def open(self, generation: int, prompt_length: int, correlation: str) -> None:
         self._tell(OpenGeneration(generation, prompt_length, correlation))
 
     def close(self, generation: int) -> None:
+        """The worker may forget the generation. What it still does for it is cancelled."""
+        self._cuts.pop(generation, None)
+        self._mark_cancelled(generation, None)
         self._tell(CloseGeneration(generation))
+
+    def cancel_overdue(self, before_s: float) -> None:
+        """Cancel every request that has had no reply since `before_s` (time.monotonic)."""
+        for (generation, attempt), flight in list(self._in_flight.items()):
+            if flight.cancelled_s is None and flight.since_s < before_s:
+                log.warning("a request takes too long: cancelled", worker=str(self), attempt=attempt)
+                self.cancel(generation, attempt)
+
+    def owes_since(self, before_s: float) -> bool:
+        """Whether a request that was cancelled before `before_s` has no terminal reply yet."""
+        return any(
+            flight.cancelled_s is not None and flight.cancelled_s < before_s for flight in self._in_flight.values()
+        )
 
     async def _ask(self, request: Draft | Verify, on_drafted: Callable[[Drafted], None] | None) -> Reply:
         key = (request.generation, request.attempt)
         assert key not in self._in_flight, "attempts are never revived"
-        terminal: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self._in_flight[key] = _Flight(terminal, on_drafted)
-        self._tell(request)
         if self.lost:
             raise WorkerLost(str(self))
+        terminal: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        now_s = time.monotonic()
+        cancelled = request.attempt <= self._cuts.get(request.generation, 0)
+        self._in_flight[key] = _Flight(terminal, on_drafted, now_s, now_s if cancelled else None)
+        self._tell(request)
         try:
             return await terminal
         except asyncio.CancelledError:
             self.cancel(*key)
             raise
+
+    def _mark_cancelled(self, generation: int, attempt: int | None) -> None:
+        """The cut: attempts of this generation up to `attempt` (None: all)."""
+        now_s = time.monotonic()
+        for (number, asked), flight in self._in_flight.items():
+            if number == generation and (attempt is None or asked <= attempt) and flight.cancelled_s is None:
+                flight.cancelled_s = now_s
 
     def _tell(self, message: FromOrchestrator) -> None:
         if not self.lost:
@@ -97,10 +133,13 @@ class WorkerHandle:
             log.debug("unasked reply", worker=str(self), reply=type(reply).__name__)
             return
         if isinstance(reply, Drafted):
+            flight.since_s = time.monotonic()
             if flight.on_drafted is not None and reply.tokens and not flight.terminal.done():
                 flight.on_drafted(reply)
             if not reply.done:
                 return
+        elif isinstance(reply, Cancelled) and flight.cancelled_s is None:
+            reply = Failed(*key, "protocol", "it answered Cancelled to what nobody cancelled")
         del self._in_flight[key]
         if not flight.terminal.done():
             flight.terminal.set_result(reply)

@@ -35,6 +35,7 @@ log = get_logger("workforce")
 MAX_WORKERS = 256
 _MAX_REMEMBERED_FAILURES = 256
 _LOADING_PATIENCE_S = 30.0
+_MAX_REASON_CHARS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,7 @@ class Workforce(Actor[WorkforceMessage]):
         self._by_identity: dict[bytes, WorkerHandle] = {}
         self._by_incarnation: dict[int, WorkerHandle] = {}
         self._heard_s: dict[int, float] = {}  # worker number -> when we last heard of it
+        self._assignments: dict[int, Assignment] = {}
         self._next_number = 1
         #: vocabulary of the target, known from the first target server on.
         self.vocabulary: Ready | None = None
@@ -107,12 +109,17 @@ class Workforce(Actor[WorkforceMessage]):
                 self._on_frame(identity, inner)
             case LookForSilence():
                 self._drop_silent_workers()
+                self._drop_workers_that_do_not_answer()
                 self.spawn(self._tick())
 
     def on_stop(self) -> None:
         for worker in self.workers:
             self._send(worker.identity, Goodbye("the orchestrator ends"))
             worker.on_lost()
+        self.close_gateway()
+
+    def close_gateway(self) -> None:
+        """Idempotent. Needed by itself only if the actor never ran."""
         if self._gateway is not None:
             self._gateway.close()
 
@@ -151,9 +158,13 @@ class Workforce(Actor[WorkforceMessage]):
     def _on_hello(self, identity: bytes, hello: Hello) -> None:
         known = self._by_identity.get(identity) or self._by_incarnation.get(hello.incarnation)
         if known is not None:
-            return  # it repeats itself until our answer arrives
+            if known.identity == identity and known.hello.incarnation == hello.incarnation and known.ready is None:
+                self._heard_s[known.number] = time.monotonic()
+                self._greet(known)  # our first answer may have been lost with its connection
+            return
         assignment = self._assign(hello)
         if isinstance(assignment, str):
+            assignment = assignment[:_MAX_REASON_CHARS]  # it may quote what the peer said
             log.warning("worker refused", device=hello.device, pid=hello.process, reason=assignment)
             self._remember_failure(hello, assignment)
             self._send(identity, Goodbye(assignment))
@@ -165,7 +176,12 @@ class Workforce(Actor[WorkforceMessage]):
         self._by_identity[identity] = worker
         self._by_incarnation[hello.incarnation] = worker
         self._heard_s[worker.number] = time.monotonic()
+        self._assignments[worker.number] = assignment
         log.info("worker arrives", worker=str(worker), engine=assignment.engine, model=assignment.model)
+        self._greet(worker)
+
+    def _greet(self, worker: WorkerHandle) -> None:
+        assignment = self._assignments[worker.number]
         self._send_or_drop(
             worker,
             Welcome(
@@ -257,6 +273,16 @@ class Workforce(Actor[WorkforceMessage]):
                 log.warning("worker silent: taken for dead", worker=str(worker), silent_ms=round(silent_s * 1e3))
                 self._drop(worker, farewell="it was silent for too long")
 
+    def _drop_workers_that_do_not_answer(self) -> None:
+        """A heart may beat where messages were lost, or where the loop hangs. A request that takes too long is
+        cancelled, and a worker that does not even answer that is taken for dead."""
+        now_s = time.monotonic()
+        for worker in self.workers:
+            worker.cancel_overdue(now_s - self._config.request_timeout_s)
+            if worker.owes_since(now_s - self._config.silence_ms / 1e3):
+                log.warning("worker does not answer: taken for dead", worker=str(worker))
+                self._drop(worker, farewell="it did not answer")
+
     def drop_process(self, process: int) -> None:
         """The local process with this id has ended: whatever worker it was is gone."""
         for worker in self.workers:
@@ -271,6 +297,7 @@ class Workforce(Actor[WorkforceMessage]):
         self._by_identity.pop(worker.identity, None)
         self._by_incarnation.pop(worker.hello.incarnation, None)
         self._heard_s.pop(worker.number, None)
+        self._assignments.pop(worker.number, None)
         worker.on_lost()
         self._on_lost(worker)
 

@@ -207,7 +207,7 @@ async def _compare(
 
 def _table(runs: dict[Algorithm, _Run]) -> Table:
     table = Table()
-    for column in ("", "ms/token", "first ms", "accepted", "forwards", "wasted", "servers", "lookahead"):
+    for column in ("", "ms/token", "first ms", "accepted", "forwards", "wasted", "sp", "lookahead"):
         table.add_column(column, justify="right")
     for algorithm in ("ar", "si", "dsi"):
         report = runs[algorithm].report

@@ -204,6 +204,8 @@ class GenerationCore:
             or list(tokens[:overlap]) != self.tokens[start : self.committed]
         ):
             self.counters.disagreements += 1
+            if server in self._servers:
+                self._servers[server].held = 0  # prefer another one, and tell this one everything again
             return
         self._warm_server = server
         self.counters.useful_verifications += 1
@@ -285,7 +287,9 @@ class GenerationCore:
             self.counters.stale_events += 1
             return
         if start != self._drafter_held or start + len(tokens) > draft.end:
-            # A gap or an overrun: what came in between was lost, so what follows stands on nothing we know.
+            # A gap or an overrun: what came in between was lost, so what follows stands on nothing we know. Go on
+            # without drafts until the next commit, or a drafter that always errs would keep us waiting.
+            self._drafter_exhausted = True
             self._cancel_drafts()
             return
         self.counters.drafted += len(tokens)

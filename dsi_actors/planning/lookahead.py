@@ -1,4 +1,4 @@
-"""How many tokens to draft for one verification, from the latencies of target and drafter (DESIGN: the theory)."""
+"""How many tokens to draft for one verification, from the latencies of target and drafter (arXiv 2405.14105)."""
 
 from __future__ import annotations
 

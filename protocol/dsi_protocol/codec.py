@@ -83,10 +83,14 @@ def _unpack(frame: bytes) -> object:
             max_bin_len=MAX_FRAME_BYTES,
             max_array_len=MAX_ARRAY_ITEMS,
             max_map_len=MAX_ARRAY_ITEMS,
-            max_ext_len=0,
+            ext_hook=_refuse_extension,
         )
     except Exception as error:  # msgpack raises a dozen kinds, ValueError and RecursionError among them
         raise MalformedFrame(f"not msgpack within the limits: {type(error).__name__}: {str(error)[:200]}") from None
+
+
+def _refuse_extension(code: int, data: bytes) -> object:
+    raise ValueError(f"extension type {code}")
 
 
 def _refuse_deep(value: object, depth: int = 0) -> None:

@@ -56,8 +56,7 @@ class ShortText:
     def unpack(self, wire: object) -> str:
         if type(wire) is not str:
             raise ValueError(f"expected text, got {_kind_name(wire)}")
-        if len(wire) > MAX_TEXT_BYTES or len(wire.encode("utf-8", "surrogatepass")) > MAX_TEXT_BYTES:
-            raise ValueError(f"text is over {MAX_TEXT_BYTES} bytes")
+        _check_text(wire)
         return wire
 
 
@@ -98,9 +97,20 @@ class OptionMap:
         for key, value in wire.items():
             if type(key) is not str or type(value) not in (str, int, float, bool):
                 raise ValueError("options map text to text, integer, float or boolean")
-            if len(key) > MAX_TEXT_BYTES or (type(value) is str and len(value) > MAX_TEXT_BYTES):
-                raise ValueError(f"option is over {MAX_TEXT_BYTES} bytes")
+            if type(value) is int and not -(1 << 63) <= value < 1 << 64:
+                raise ValueError(f"option {value} does not fit 64 bits")
+            _check_text(key)
+            if type(value) is str:
+                _check_text(value)
         return wire
+
+
+def _check_text(text: str) -> None:
+    try:
+        if len(text.encode()) > MAX_TEXT_BYTES:
+            raise ValueError(f"text is over {MAX_TEXT_BYTES} bytes")
+    except UnicodeEncodeError:
+        raise ValueError("text is not valid Unicode") from None
 
 
 def _kind_name(wire: object) -> str:

@@ -187,7 +187,7 @@ def test_what_cannot_be_loaded_is_refused(arguments: dict[str, object], problem:
 def test_models_that_cannot_be_rewound_are_refused(model_type: str) -> None:
     from transformers import AutoConfig
 
-    from dsi_workers.engines.transformers import refuse_if_not_rewindable
+    from dsi_workers.compatibility import refuse_if_not_rewindable
 
     with pytest.raises(EngineError, match="keeps a running state that cannot be rewound"):
         refuse_if_not_rewindable(AutoConfig.for_model(model_type), "org/model")
@@ -197,6 +197,6 @@ def test_models_that_cannot_be_rewound_are_refused(model_type: str) -> None:
 def test_models_with_attention_only_are_taken(model_type: str) -> None:
     from transformers import AutoConfig
 
-    from dsi_workers.engines.transformers import refuse_if_not_rewindable
+    from dsi_workers.compatibility import refuse_if_not_rewindable
 
     refuse_if_not_rewindable(AutoConfig.for_model(model_type), "org/model")

@@ -6,10 +6,12 @@ the main thread computes, without any lock: a ZMQ socket belongs to one thread.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 import structlog
 import zmq
@@ -27,19 +29,41 @@ from dsi_protocol import (
 
 log = structlog.get_logger("dsi.worker")
 
+_SEND_TIMEOUT_MS = 100
+_RECONNECT_PATIENCE_S = 5.0
 _LINGER_MS = 200  # how long a last message may take to leave at the end
+
+
+class Unreachable(Exception):
+    """The orchestrator takes no messages."""
 
 
 class WorkSocket:
     """The DEALER that speaks the protocol. Frames that cannot be decoded are logged and dropped."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, incarnation: int) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, incarnation: int, still_needed: Callable[[], bool]
+    ) -> None:
+        self._still_needed = still_needed
         # The routing id outlives a broken connection: after reconnecting this is still the same worker.
         self._socket = _dealer(context, endpoint, b"w" + incarnation.to_bytes(8, "little"))
         self._refused = 0
 
     def send(self, message: FromWorker) -> None:
-        self._socket.send(encode(message))
+        """Waits for a broken connection to come back; raises Unreachable if it does not, or nobody needs us any more."""
+        deadline_s = time.monotonic() + _RECONNECT_PATIENCE_S
+        frame = encode(message)
+        while True:
+            try:
+                return self._socket.send(frame)
+            except zmq.Again:
+                if time.monotonic() > deadline_s or not self._still_needed():
+                    raise Unreachable from None
+
+    def offer(self, message: FromWorker) -> None:
+        """Send if somebody is connected, else do nothing."""
+        with contextlib.suppress(zmq.Again):
+            self._socket.send(encode(message), zmq.NOBLOCK)
 
     def receive(self, timeout_s: float = 0.0) -> Message | None:
         """The next message, or None if none comes within `timeout_s`."""
@@ -101,7 +125,8 @@ class Heart(threading.Thread):
                 sequence += 1
                 unanswered += 1
                 next_beat_s = now_s + self._interval_s
-                dealer.send(encode(Heartbeat(self._incarnation, sequence)))
+                with contextlib.suppress(zmq.Again):
+                    dealer.send(encode(Heartbeat(self._incarnation, sequence)), zmq.NOBLOCK)
             if dealer.poll(max(1, round((next_beat_s - now_s) * 1e3))):
                 dealer.recv()
                 unanswered = 0
@@ -133,6 +158,8 @@ def _dealer(
         dealer.setsockopt(zmq.ROUTING_ID, routing_id)
     dealer.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
     dealer.setsockopt(zmq.LINGER, _LINGER_MS)
+    dealer.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for an orchestrator that is not there
+    dealer.setsockopt(zmq.SNDTIMEO, _SEND_TIMEOUT_MS)
     dealer.setsockopt(zmq.RECONNECT_IVL, 100)
     dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
     dealer.connect(endpoint)

@@ -202,7 +202,7 @@ class WorkerLoop:
 
     def _prepare(self, work: _Work) -> bool:
         """Make the session's tokens agree with the request. Also for one that is cancelled: the next one may build
-        on its tokens. False if the prefix is not here."""
+        on its tokens. False if it was answered: the prefix is not here."""
         request, session = work.request, work.session
         if not session.holds(request.base, request.base_crc):
             held = len(session.tokens) if request.base > len(session.tokens) else 0
@@ -211,6 +211,9 @@ class WorkerLoop:
         session.write(request.base, request.tokens)
         end = request.base + len(request.tokens)
         session.truncate(end if isinstance(request, Verify) else max(end, request.start))
+        if not session.tokens:
+            self._fail(request, "limit", "there is nothing to continue: a generation begins with at least one token")
+            return False
         work.prepared = True
         return True
 

@@ -15,7 +15,7 @@ import structlog
 import zmq
 
 from dsi_protocol import PROTOCOL_VERSION, Failed, Goodbye, Hello, Ready, Welcome
-from dsi_workers.connection import Heart, WorkSocket, host_name, watch_parent
+from dsi_workers.connection import Heart, Unreachable, WorkSocket, host_name, watch_parent
 from dsi_workers.engines import EngineError, load_engine
 from dsi_workers.loop import WorkerLoop
 
@@ -52,7 +52,7 @@ def run_worker(config: WorkerConfig) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     incarnation = secrets.randbits(64)
     try:
-        socket = WorkSocket(context, config.endpoint, incarnation)
+        socket = WorkSocket(context, config.endpoint, incarnation, still_needed)
     except zmq.ZMQError as error:
         raise WorkerError(f"cannot connect to {config.endpoint}: {error.strerror}") from None
     try:
@@ -67,6 +67,10 @@ def run_worker(config: WorkerConfig) -> None:
             )
             heart.start()
             _serve(socket, heart, config, welcome, still_needed)
+    except Unreachable:
+        raise WorkerError(
+            f"the orchestrator at {config.endpoint} takes no messages any more: this worker ends"
+        ) from None
     finally:
         socket.close()
         context.term()  # ends the heart, waits until the last message has left or lingered enough
@@ -81,14 +85,16 @@ def _introduce(
     )
     complain_at = time.monotonic() + _PATIENCE_S
     while still_needed():
-        socket.send(hello)
+        socket.offer(hello)
         match socket.receive(_HELLO_INTERVAL_S):
             case Welcome() as welcome:
                 if welcome.version != PROTOCOL_VERSION:
-                    raise WorkerError(
+                    reason = (
                         f"the orchestrator speaks protocol version {welcome.version}, this worker {PROTOCOL_VERSION}: "
                         "install the same release on both"
                     )
+                    socket.send(Failed(0, 0, "load", reason))
+                    raise WorkerError(reason)
                 return welcome
             case Goodbye(reason):
                 raise WorkerError(f"the orchestrator at {config.endpoint} refused this worker: {reason}")
@@ -129,7 +135,7 @@ def _serve(
     loop.run()
     if heart.orchestrator_gone:
         raise WorkerError(f"the orchestrator at {config.endpoint} is gone: this worker ends too")
-    socket.send(Goodbye("done"))
+    socket.offer(Goodbye("done"))
     log.info("done")
 
 

@@ -108,6 +108,8 @@ def _convert(gguf: Path, directory: Path) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+    for leftover in directory.parent.glob(f"{directory.name}*/"):  # of a process that was killed; we hold the lock
+        shutil.rmtree(leftover)
     source, name = str(gguf.parent), gguf.name
     columns = (
         TextColumn("{task.description}"),
@@ -120,9 +122,11 @@ def _convert(gguf: Path, directory: Path) -> None:
         with Progress(*columns, console=Console(file=sys.stderr)) as progress, _quiet_transformers():
             # Reading takes most of the time and does not say how far it is: the weights are measured once for all.
             bar = progress.add_task(f"Converting {name}, once: reading weights", total=100)
-            model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, gguf_file=name, dtype=torch.float32, trust_remote_code=False
+            )
             progress.update(bar, completed=70, description=f"Converting {name}, once: reading vocabulary")
-            AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(work)
+            AutoTokenizer.from_pretrained(source, gguf_file=name, trust_remote_code=False).save_pretrained(work)
             progress.update(bar, completed=90, description=f"Converting {name}, once: writing safetensors")
             setattr(model, "hf_quantizer", None)  # noqa: B010  the weights are plain by now; transformers would refuse to save them
             del model.config.quantization_config

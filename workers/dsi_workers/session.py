@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 
 from dsi_protocol import prefix_checksum
 
-_REMEMBERED_ATTEMPTS = 1024
+#: More than can be queued: see loop.py.
+_REMEMBERED_ATTEMPTS = 8192
 
 
 class Session:
@@ -24,13 +24,15 @@ class Session:
         self.cancelled_to = 0
         #: _checksums[n] is the checksum of tokens[:n], as far as it was asked for.
         self._checksums = [0]
-        self._seen: deque[int] = deque(maxlen=_REMEMBERED_ATTEMPTS)
+        self._seen: dict[int, None] = {}  # in the order of arrival
 
     def is_new(self, attempt: int) -> bool:
         """False for a request that came before: a frame may be delivered twice, a terminal reply is given once."""
         if attempt in self._seen:
             return False
-        self._seen.append(attempt)
+        self._seen[attempt] = None
+        if len(self._seen) > _REMEMBERED_ATTEMPTS:
+            del self._seen[next(iter(self._seen))]
         return True
 
     def holds(self, length: int, checksum: int) -> bool:

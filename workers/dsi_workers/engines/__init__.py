@@ -14,6 +14,8 @@ __all__ = ["ENGINES", "Engine", "EngineError", "EngineInfo", "Interrupt", "Inter
 
 def load_engine(name: str, *, role: str, model: str, device: str, options: Mapping[str, OptionValue]) -> Engine:
     """Build and warm up an engine. Imports its libraries only now. Raises EngineError."""
+    if role not in ("target", "drafter"):
+        raise EngineError(f"unknown role {role!r}: a worker is a target or a drafter")
     if name == "timed":
         from dsi_workers.engines.timed import TimedEngine
 

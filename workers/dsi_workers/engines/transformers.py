@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.modeling_utils import AttentionInterface
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from dsi_protocol import OptionValue
+from dsi_workers.attention import ATTENTION, attention
+from dsi_workers.compatibility import position_limit, refuse_if_not_rewindable
 from dsi_workers.engines.base import Engine, EngineError, EngineInfo, Interrupt
 from dsi_workers.kv_cache import SlotCache
 from dsi_workers.models import ModelError, read_vocabulary_hash, resolve_model
@@ -58,16 +57,21 @@ class TransformersEngine(Engine):
             directory = resolve_model(model)
         except ModelError as error:
             raise EngineError(str(error)) from None
-        config = AutoConfig.from_pretrained(directory)
+        try:  # code that came with a model is never run
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        except ValueError as error:
+            raise EngineError(f"transformers cannot read the configuration of {model}: {error}") from None
         refuse_if_not_rewindable(config, model)
         self._config = config.get_text_config(decoder=True)
-        limit = getattr(self._config, "max_position_embeddings", None) or 2048
-        max_length = min(int(options.get("max_length", 2048)), int(limit))
+        max_length = min(int(options.get("max_length", 2048)), position_limit(self._config))
+        self._last_position = max_length - 1
         self._exact = not drafter
         self._window = int(options.get("window", 8))
         quantization = str(options.get("quantization", ""))
         dtype = self._choose_dtype(str(options.get("dtype", "auto")), quantization)
-        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=_ATTENTION)
+        self._model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False
+        )
         if quantization:
             if quantization != "int8":
                 raise EngineError(f"unknown quantization {quantization!r}: only int8 is known")
@@ -104,8 +108,10 @@ class TransformersEngine(Engine):
         position = min(session.computed, start - 1)
         while position < length:
             begin, end, width = self._next_chunk(session, position)
+            # Padding and an interrupt leave what they like from `begin` on: until the forward is done it is not computed.
+            session.computed = min(session.computed, begin)
             choices = self._forward(session.tokens[begin:end], begin, width, first_logits=max(start - 1, begin))
-            session.computed = max(session.computed, end)
+            session.computed = end
             for choice in choices:
                 at = start + len(answer)
                 answer.append(choice)
@@ -122,7 +128,7 @@ class TransformersEngine(Engine):
             return position, end, end - position
         if position < session.prompt_length:
             begin = position - position % PROMPT_CHUNK
-            return begin, min(begin + PROMPT_CHUNK, session.prompt_length), PROMPT_CHUNK
+            return begin, min(begin + PROMPT_CHUNK, session.prompt_length, length), PROMPT_CHUNK
         return position, min(position + self._window, length), self._window
 
     def _forward(self, tokens: list[int], begin: int, width: int, first_logits: int) -> list[int]:
@@ -141,7 +147,8 @@ class TransformersEngine(Engine):
         rows = self._logit_rows(wanted, begin, width)
         logits = self._model(
             input_ids=ids.to(self._device),
-            position_ids=positions[None],
+            # Padding may lie beyond the last position that the model knows, or where its rope would change for all.
+            position_ids=positions.clamp(max=self._last_position)[None],
             attention_mask=self._masks(positions),
             past_key_values=cache,
             use_cache=True,
@@ -215,6 +222,7 @@ class TransformersEngine(Engine):
 
     def _warm_up(self) -> int:
         """Run what will be run; return the median time of a verification window, or of one drafted token, in µs."""
+        calls = attention.calls
         session = Session(generation=0, prompt_length=PROMPT_CHUNK, correlation="warm-up")
         session.write(0, [position % 16 for position in range(PROMPT_CHUNK)])
         self.next_tokens(session, PROMPT_CHUNK, _Never())
@@ -224,60 +232,14 @@ class TransformersEngine(Engine):
             session.write(len(session.tokens), [0])
             self.next_tokens(session, len(session.tokens), _Never())
             times.append(time.perf_counter() - begun)
+        if attention.calls - calls != self.forwards * int(self._config.num_hidden_layers):
+            raise EngineError(
+                f"{self._config.model_type} models do not use transformers' attention interface in every layer: "
+                "their masks cannot be trusted here, choose another model"
+            )
         self.forget(session)
         self.forwards = 0
         return max(1, round(sorted(times)[1] * 1e6))
-
-
-def refuse_if_not_rewindable(config: Any, reference: str) -> None:
-    """Raise EngineError for models that keep a running state (SSM, linear attention): rejecting a token cannot be
-    undone there, and transformers' own rewind leaves such a state silently wrong (5.23)."""
-    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
-    try:
-        model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    except KeyError:
-        raise EngineError(
-            f"{reference} is a {config.model_type!r} model: no causal language model in transformers"
-        ) from None
-    if getattr(model_class, "_is_stateful", False) or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
-        raise EngineError(
-            f"{reference} ({config.model_type}) keeps a running state that cannot be rewound when a draft is rejected: "
-            "choose a model with attention layers only"
-        )
-
-
-def _attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """SDPA with the query heads of a group as further rows of one head: no repeat_kv, the same bits, less memory.
-
-    query: [1, heads, width, dim]; key, value: [1, kv_heads, readable, dim]; attention_mask: [1, 1, width, readable].
-    """
-    for unsupported in ("softcap", "s_aux"):
-        if kwargs.get(unsupported) is not None:
-            raise EngineError(f"this model's attention needs {unsupported}, which this engine does not have")
-    batch, heads, width, dim = query.shape
-    kv_heads = key.shape[1]
-    group = heads // kv_heads
-    output = functional.scaled_dot_product_attention(
-        query.reshape(batch, kv_heads, group * width, dim),
-        key,
-        value,
-        attn_mask=attention_mask.repeat(1, 1, group, 1),
-        scale=scaling,
-    )
-    return output.reshape(batch, heads, width, -1).transpose(1, 2).contiguous(), None
-
-
-_ATTENTION = "dsi"
-AttentionInterface.register(_ATTENTION, _attention)
 
 
 def _check_device(name: str) -> torch.device:
