@@ -54,9 +54,13 @@ class Actor(ABC, Generic[M]):
     def spawn(self, work: Coroutine[Any, Any, M]) -> None:
         """Run `work` in the actor's task group; the message it returns comes to the mailbox. An exception ends the actor."""
         assert self._group is not None, "spawn is for a running actor"
+        if self.ended:
+            work.close()
+            return
         task = self._group.create_task(self._mail_result(work), name=self.name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: work.close())  # a task that was cancelled before its first step never ran it
 
     def start_child(self, child: Actor[Any], on_end: Callable[[BaseException | None], M]) -> None:
         """Own `child`: it runs in this actor's task group, and its end, with the error if any, comes to the mailbox."""

@@ -106,6 +106,7 @@ class Generation(Actor[GenerationMessage]):
         self._checksums = [0]
         self._error: Exception | None = None
         self._last_failure = ""
+        self._drafts_cancelled_to = 0
         self._pending = 0  # requests without a terminal reply
         self._account = _Account()
         self._settling = False
@@ -171,6 +172,7 @@ class Generation(Actor[GenerationMessage]):
             case CancelVerify(attempt, server):
                 self._servers[server].cancel(self.number, attempt)
             case CancelDrafts(attempt):
+                self._drafts_cancelled_to = attempt
                 if self._drafter is not None:
                     self._drafter.cancel(self.number, attempt)
             case EmitTokens(_, tokens, accepted):
@@ -278,9 +280,11 @@ class Generation(Actor[GenerationMessage]):
             case Drafted():
                 complete = reply.start + len(reply.tokens) == request.start + request.count
                 return DraftEnded(request.attempt, complete)
-            case Cancelled():
-                self._account.drafting(reply.busy_us)
-                return DraftEnded(request.attempt, complete=False)
+            case Cancelled(_, attempt, _, busy_us) if attempt <= self._drafts_cancelled_to or self._core.finished:
+                self._account.drafting(busy_us)
+                return DraftEnded(attempt, complete=False)
+            case Cancelled():  # because it took too long (WorkerHandle.cancel_overdue): do not wait for it again
+                return Misbehaved(worker, "it did not answer in time")
             case NeedPrefix(_, attempt, held) if held < request.base:
                 return DraftEnded(attempt, complete=False, held=held)
         return Misbehaved(worker, _words_of(reply))

@@ -1,0 +1,275 @@
+"""Workers that lie, forget or say nothing cost time: the text stays the target's own, and no generation hangs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+
+import psutil
+import pytest
+import zmq
+import zmq.asyncio
+
+import dsi_actors
+from dsi_protocol import (
+    Cancelled,
+    Draft,
+    Drafted,
+    Failed,
+    FromWorker,
+    Goodbye,
+    Hello,
+    NeedPrefix,
+    Verified,
+    Verify,
+    Welcome,
+    decode,
+    encode,
+)
+from support.fake_worker import Answer, FakeWorker, running, silent
+from support.timed import PROMPT, plain_decoding, start_worker, text_of, timed_config
+
+TOKENS = 30
+
+
+@pytest.fixture
+async def orchestrator(tmp_path: Path) -> AsyncIterator[dsi_actors.Orchestrator]:
+    """One honest timed target server; what a test adds may misbehave."""
+    config = timed_config(
+        listen=f"ipc://{tmp_path}/dsi.sock", request_timeout_s=0.4, silence_ms=400, heartbeat_ms=50, target_wait_s=0.3
+    )
+    async with dsi_actors.Orchestrator(config) as made:
+        worker = start_worker(made.endpoint, "--role", "target")
+        assert await made.wait_for_workers(targets=1, drafters=0, timeout_s=20)
+        yield made
+    worker.communicate(timeout=5)
+
+
+def drafted_far_away(request: Draft | Verify) -> Iterable[FromWorker]:
+    assert isinstance(request, Draft)
+    yield Drafted(request.generation, request.attempt, request.start + 1000, (1, 2), False, 1)
+
+
+def drafted_unknown_tokens(request: Draft | Verify) -> Iterable[FromWorker]:
+    assert isinstance(request, Draft)
+    yield Drafted(request.generation, request.attempt, request.start, (4_000_000,) * request.count, True, 1)
+
+
+def drafted_more_than_asked(request: Draft | Verify) -> Iterable[FromWorker]:
+    assert isinstance(request, Draft)
+    yield Drafted(request.generation, request.attempt, request.start, (1,) * (request.count + 5), True, 1)
+
+
+def no_idea(request: Draft | Verify) -> Iterable[FromWorker]:
+    yield Drafted(request.generation, request.attempt, request.start, (), True, 1)
+
+
+def failed(request: Draft | Verify) -> Iterable[FromWorker]:
+    yield Failed(request.generation, request.attempt, "engine", "it broke")
+
+
+def cancelled_by_itself(request: Draft | Verify) -> Iterable[FromWorker]:
+    yield Cancelled(request.generation, request.attempt, 0, 0)
+
+
+def always_needs_prefix(request: Draft | Verify) -> Iterable[FromWorker]:
+    yield NeedPrefix(request.generation, request.attempt, request.base)
+
+
+def verified_elsewhere(request: Draft | Verify) -> Iterable[FromWorker]:
+    yield Verified(request.generation, request.attempt, request.start + 1, (1,), 1, 1)
+
+
+def verified_nothing(request: Draft | Verify) -> Iterable[FromWorker]:
+    yield Verified(request.generation, request.attempt, request.start, (), 1, 1)
+
+
+def verified_too_much(request: Draft | Verify) -> Iterable[FromWorker]:
+    yield Verified(request.generation, request.attempt, request.start, (1,) * 50, 1, 1)
+
+
+def verified_unknown_tokens(request: Draft | Verify) -> Iterable[FromWorker]:
+    yield Verified(request.generation, request.attempt, request.start, (1000,), 1, 1)
+
+
+@pytest.mark.parametrize("algorithm", ["si", "dsi"])
+@pytest.mark.parametrize("vocabulary", ["timed-1000", ""])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        drafted_far_away, drafted_unknown_tokens, drafted_more_than_asked, no_idea, failed, cancelled_by_itself,
+        always_needs_prefix, silent,
+    ],
+)  # fmt: skip
+async def test_a_faulty_drafter(
+    orchestrator: dsi_actors.Orchestrator, answer: Answer, algorithm: dsi_actors.config.Algorithm, vocabulary: str
+) -> None:
+    async with running(orchestrator.endpoint, FakeWorker("drafter", answer, vocabulary=vocabulary)):
+        assert await orchestrator.wait_for_workers(targets=1, drafters=1, timeout_s=5)
+        stream = orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=TOKENS), algorithm=algorithm, lookahead=2)
+        async with asyncio.timeout(10):
+            assert await text_of(stream) == plain_decoding(PROMPT, TOKENS)
+        assert [worker.role for worker in orchestrator.workers if worker.hello.host != "fake"] == ["target"]
+        assert all(not worker._in_flight for worker in orchestrator.workers if worker.role == "target")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        verified_elsewhere, verified_nothing, verified_too_much, verified_unknown_tokens, failed, cancelled_by_itself,
+        always_needs_prefix, silent,
+    ],
+)  # fmt: skip
+async def test_a_faulty_target_server_beside_an_honest_one(
+    orchestrator: dsi_actors.Orchestrator, answer: Answer
+) -> None:
+    async with running(orchestrator.endpoint, FakeWorker("target", answer)):
+        assert await orchestrator.wait_for_workers(targets=2, drafters=0, timeout_s=5)
+        stream = orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=TOKENS), algorithm="dsi", sp=2)
+        async with asyncio.timeout(10):
+            assert await text_of(stream) == plain_decoding(PROMPT, TOKENS)
+
+
+@pytest.mark.parametrize(("answer", "problem"), [(failed, "it broke"), (silent, "start one with")])
+async def test_a_faulty_target_server_alone_ends_the_generation_with_its_reason(
+    tmp_path: Path, answer: Answer, problem: str
+) -> None:
+    config = timed_config(
+        listen=f"ipc://{tmp_path}/dsi.sock", request_timeout_s=0.2, silence_ms=400, heartbeat_ms=50, target_wait_s=0.2
+    )
+    worker = FakeWorker("target", answer)
+    worker.obeys_cancel = False
+    async with dsi_actors.Orchestrator(config) as orchestrator, running(orchestrator.endpoint, worker):
+        async with asyncio.timeout(10):
+            with pytest.raises(dsi_actors.NoTargetError, match=problem):
+                await text_of(orchestrator.generate(PROMPT))
+
+
+async def test_a_lost_reply_is_asked_for_again(tmp_path: Path) -> None:
+    """The heart beats, one answer never came. The worker answers the cancel, and then the next request."""
+    answers = 0
+
+    def forgetful(request: Draft | Verify) -> Iterable[FromWorker]:
+        nonlocal answers
+        answers += 1
+        if answers != 3:
+            yield Verified(request.generation, request.attempt, request.start, (answers,), 1, 1)
+
+    config = timed_config(listen=f"ipc://{tmp_path}/dsi.sock", request_timeout_s=0.3, silence_ms=400, heartbeat_ms=50)
+    async with (
+        dsi_actors.Orchestrator(config) as orchestrator,
+        running(orchestrator.endpoint, FakeWorker("target", forgetful)),
+        asyncio.timeout(10),
+    ):
+        stream = orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=5), algorithm="ar")
+        assert await text_of(stream) == [1, 2, 4, 5, 6]
+
+
+async def test_a_hello_that_quotes_too_much_is_refused_and_harms_nobody(orchestrator: dsi_actors.Orchestrator) -> None:
+    with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as stranger:
+        stranger.setsockopt(zmq.LINGER, 0)
+        stranger.connect(orchestrator.endpoint)
+        for role, model in (("target", "x" * 4090), ("y" * 4090, "")):
+            await stranger.send(encode(Hello(1, 5, role, "auto", model, "cpu:0", "elsewhere", 1)))
+            async with asyncio.timeout(5):
+                assert isinstance(decode(await stranger.recv()), Goodbye)
+    sampling = dsi_actors.Sampling(max_tokens=5)
+    assert await text_of(orchestrator.generate(PROMPT, sampling)) == plain_decoding(PROMPT, 5)
+
+
+async def test_a_hello_is_answered_as_often_as_it_comes(orchestrator: dsi_actors.Orchestrator) -> None:
+    with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as peer:
+        peer.setsockopt(zmq.LINGER, 0)
+        peer.connect(orchestrator.endpoint)
+        for _ in range(2):
+            await peer.send(encode(Hello(1, 6, "target", "auto", "", "cpu:0", "elsewhere", 1)))
+            async with asyncio.timeout(5):
+                assert isinstance(decode(await peer.recv()), Welcome)
+
+
+async def test_a_generation_in_line_waits_for_busy_servers(tmp_path: Path) -> None:
+    config = timed_config(sp=1, drafter=None, ready_timeout_s=0.6, target_ms=30)
+    config = dsi_actors.Config(
+        **{**{name: getattr(config, name) for name in dsi_actors.Config.__slots__}, "listen": f"ipc://{tmp_path}/s"}
+    )
+    async with dsi_actors.Orchestrator(config) as orchestrator:
+        worker = start_worker(orchestrator.endpoint)
+        while not await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=20):
+            pass
+        sampling = dsi_actors.Sampling(max_tokens=40)  # 1.2 s: longer than the wait for a first target
+        texts = await asyncio.gather(*(text_of(orchestrator.generate(PROMPT, sampling)) for _ in range(2)))
+        assert texts == [plain_decoding(PROMPT, 40)] * 2
+    worker.communicate(timeout=5)
+
+
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children()}
+
+
+@pytest.mark.parametrize("ticks", range(6))
+async def test_a_start_that_is_cancelled_leaves_no_process(ticks: int) -> None:
+    before = children()
+    starting = asyncio.create_task(dsi_actors.Orchestrator(timed_config()).__aenter__())
+    while children() == before:  # noqa: ASYNC110  what is waited for is a process
+        await asyncio.sleep(0)
+    for _ in range(ticks):
+        await asyncio.sleep(0)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    async with asyncio.timeout(3):
+        while not children() <= before:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
+async def test_a_start_cancelled_at_once_gives_its_address_back(tmp_path: Path) -> None:
+    config = timed_config(listen="tcp://127.0.0.1:*")
+    first = dsi_actors.Orchestrator(config)
+    starting = asyncio.create_task(first.__aenter__())
+    await asyncio.sleep(0)
+    endpoint = first.endpoint
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    async with dsi_actors.Orchestrator(timed_config(listen=endpoint)):
+        pass
+
+
+async def test_closing_ends_streams_that_wait_for_a_first_target(tmp_path: Path) -> None:
+    async with dsi_actors.Orchestrator(timed_config(listen=f"ipc://{tmp_path}/s")) as orchestrator:
+        reading = asyncio.create_task(text_of(orchestrator.generate(PROMPT)))
+        waiting = asyncio.create_task(orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=30))
+        await asyncio.sleep(0.05)
+    async with asyncio.timeout(2):
+        for task in (reading, waiting):
+            with pytest.raises(dsi_actors.OrchestratorClosed):
+                await task
+    with pytest.raises(dsi_actors.OrchestratorClosed):
+        await text_of(orchestrator.generate(PROMPT))
+
+
+async def test_a_stream_closed_before_its_start_never_starts(tmp_path: Path) -> None:
+    async with dsi_actors.Orchestrator(timed_config(listen=f"ipc://{tmp_path}/s")) as orchestrator:
+        stream = orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=5))
+        reading = asyncio.create_task(text_of(stream))
+        await asyncio.sleep(0.02)
+        await stream.aclose()
+        target = FakeWorker("target", failed)
+        async with running(orchestrator.endpoint, target):
+            assert await reading == []
+        assert not any(isinstance(message, Verify) for message in target.heard)
+
+
+@pytest.mark.parametrize("correlation", ["x" * 5000, "line\nbreak", "\ud800"])
+async def test_a_correlation_that_cannot_travel_is_refused(
+    orchestrator: dsi_actors.Orchestrator, correlation: str
+) -> None:
+    with pytest.raises(dsi_actors.ConfigError, match="correlation must be printable text"):
+        orchestrator.generate(PROMPT, correlation=correlation)
+
+
+@pytest.mark.parametrize("options", [{"a": None}, {"a": [1]}, {"a": 1 << 70}, {"a": "x" * 5000}])
+def test_options_that_cannot_travel_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(dsi_actors.ConfigError, match="a setting cannot be told to a worker"):
+        dsi_actors.Config(target_options=options)  # type: ignore[arg-type]

@@ -1,0 +1,95 @@
+"""A worker that speaks the protocol and does with each request what a test says: lie, forget, or answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+
+import zmq
+import zmq.asyncio
+
+from dsi_protocol import (
+    Cancel,
+    Cancelled,
+    Draft,
+    FromWorker,
+    Heartbeat,
+    Hello,
+    Message,
+    Ready,
+    Verify,
+    Welcome,
+    decode,
+    encode,
+)
+
+#: Gives the replies to a request.
+Answer = Callable[[Draft | Verify], Iterable[FromWorker]]
+VOCABULARY = "timed-1000"
+
+
+def silent(request: Draft | Verify) -> Iterable[FromWorker]:
+    return ()
+
+
+class FakeWorker:
+    def __init__(self, role: str, answer: Answer, *, vocabulary: str = VOCABULARY) -> None:
+        self.role = role
+        self.answer = answer
+        self.vocabulary = vocabulary
+        self.heard: list[Message] = []
+        self.obeys_cancel = True
+        self._open: dict[tuple[int, int], None] = {}
+
+    async def run(self, endpoint: str) -> None:
+        with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as socket:
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.connect(endpoint)
+            incarnation = secrets.randbits(64)
+            await socket.send(encode(Hello(1, incarnation, self.role, "auto", "", "cpu:0", "fake", os.getpid())))
+            beating = asyncio.create_task(self._beat(socket, incarnation))
+            try:
+                while True:
+                    message = decode(await socket.recv())
+                    self.heard.append(message)
+                    for reply in self._react(message):
+                        await socket.send(encode(reply))
+            finally:
+                beating.cancel()
+
+    async def _beat(self, socket: zmq.asyncio.Socket, incarnation: int) -> None:
+        for sequence in range(10_000):
+            await socket.send(encode(Heartbeat(incarnation, sequence)))
+            await asyncio.sleep(0.05)
+
+    def _react(self, message: Message) -> Iterable[FromWorker]:
+        match message:
+            case Welcome():
+                return (Ready(self.vocabulary, 1000 if self.vocabulary else 0, 1 << 16, 8, 1000, 1),)
+            case Draft() | Verify():
+                replies = tuple(self.answer(message))
+                if not replies:
+                    self._open[message.generation, message.attempt] = None
+                return replies
+            case Cancel(generation, attempt) if self.obeys_cancel:
+                ended = [key for key in self._open if key[0] == generation and key[1] <= attempt]
+                for key in ended:
+                    del self._open[key]
+                return [Cancelled(*key, 0, 0) for key in ended]
+        return ()
+
+
+@asynccontextmanager
+async def running(endpoint: str, *workers: FakeWorker) -> AsyncIterator[None]:
+    tasks = [asyncio.create_task(worker.run(endpoint)) for worker in workers]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
