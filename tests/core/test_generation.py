@@ -34,6 +34,8 @@ from dsi_actors.core.events import (
 from dsi_actors.simulation.discrete_events import DiscreteEventDriver, target_answer
 
 VOCABULARY = 5
+#: What may become of a verification's answer.
+FATES = ["as is"] * 4 + ["forgot", "failed", "elsewhere", "beyond the difference"]
 
 
 def target(prefix: Sequence[int]) -> int:
@@ -171,14 +173,22 @@ class Adversary:
         event = self.owed.pop(self.data.draw(st.integers(0, len(self.owed) - 1), label="which"))
         match event:
             case VerificationFinished(attempt, server, _, _):
-                fate = self.data.draw(st.sampled_from(["as is"] * 4 + ["forgot", "failed", "nonsense"]), label="fate")
+                fate = self.data.draw(
+                    st.sampled_from(["as is"] * 4 + ["forgot", "failed", "elsewhere", "beyond the difference"]),
+                    label="fate",
+                )
                 if fate == "failed":
                     event = VerificationAbandoned(attempt, server)
                 elif fate == "forgot":
                     self.servers[server] = []
                     event = VerificationAbandoned(attempt, server, held=0)
-                elif fate == "nonsense":
-                    event = VerificationFinished(attempt, server, event.start + 1, event.tokens)
+                elif fate == "elsewhere":
+                    event = VerificationFinished(attempt, server, event.start + 1, (*event.tokens[1:], 0))
+                elif fate == "beyond the difference":  # what the target says behind a wrong guess is worth nothing
+                    beyond = [
+                        target(self.servers[server][:end]) for end in range(event.start, len(self.servers[server]) + 1)
+                    ]
+                    event = VerificationFinished(attempt, server, event.start, tuple(beyond))
             case DraftsArrived() if self.data.draw(st.integers(0, 5), label="lost") == 0:
                 return  # lost drafts cost time only
             case DraftEnded(attempt, _, _) if self.data.draw(st.integers(0, 5), label="cut short") == 0:
@@ -190,7 +200,7 @@ class Adversary:
             self.feed(event)
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=2500, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_any_interleaving_gives_the_targets_own_text(data: st.DataObject) -> None:
     """Late, lost, duplicate, reordered and forged replies, servers and drafters that come and go."""
@@ -264,6 +274,69 @@ def test_a_rejection_cancels_all_that_was_built_on_it_and_starts_again_at_once()
     assert (verify.server, verify.base, verify.tokens, verify.start) == (1, 2, (truth[1],), 3)
     emit = next(action for action in actions if isinstance(action, EmitTokens))
     assert emit == EmitTokens(1, tuple(truth[:2]), (True, False))
+
+
+def joined(policy: Policy, servers: int, max_tokens: int = 20) -> GenerationCore:
+    core = GenerationCore([1], policy=policy, max_tokens=max_tokens)
+    core.handle(DrafterJoined())
+    for number in range(servers):
+        core.handle(ServerJoined(number))
+    return core
+
+
+def test_an_answer_that_covers_more_outruns_the_earlier_ones() -> None:
+    core = joined(Policy.distributed(1, sp=3), 3)  # attempts: 1 draft, 2 verify
+    core.handle(DraftsArrived(1, 1, (5,)))
+    core.handle(DraftsArrived(1, 2, (6,)))
+    actions = core.handle(VerificationFinished(4, 2, 1, (5, 6, 7)))
+    assert actions[:2] == [CancelVerify(2, 0), CancelVerify(3, 1)]
+    assert EmitTokens(1, (5, 6, 7), (True, True, False)) in actions
+    core.check()
+
+
+def test_a_draft_that_comes_after_its_position_was_committed_is_judged_late() -> None:
+    core = joined(Policy.distributed(1, sp=1), 1)
+    core.handle(VerificationFinished(2, 0, 1, (5,)))
+    actions = core.handle(DraftsArrived(1, 1, (6,)))
+    assert [type(action) for action in actions] == [CancelDrafts, StartDraft]
+    restart = actions[1]
+    assert isinstance(restart, StartDraft)
+    assert (restart.base, restart.tokens, restart.start) == (1, (5,), 2)
+    assert (core.counters.judged, core.counters.accepted) == (1, 0)
+
+
+def test_a_drafter_without_an_idea_is_asked_again_after_the_next_commit() -> None:
+    core = joined(Policy.distributed(1, sp=1), 1)
+    assert core.handle(DraftEnded(1, complete=False)) == []
+    actions = core.handle(VerificationFinished(2, 0, 1, (5,)))
+    assert {type(action) for action in actions} == {EmitTokens, StartDraft, StartVerify}
+
+
+def test_a_drafter_far_behind_skips_ahead() -> None:
+    core = joined(Policy.distributed(1, sp=1), 1)
+    started: list[StartDraft] = []
+    for attempt in range(2, 12):
+        for action in core.handle(VerificationFinished(attempt, 0, attempt - 1, (5,))):
+            if isinstance(action, StartDraft):
+                started.append(action)
+        if started:
+            break
+    assert started[0].start == core.committed
+    assert started[0].tokens == tuple(core.tokens[1:])
+
+
+def test_an_answer_that_contradicts_what_is_committed_is_dropped() -> None:
+    core = joined(Policy.distributed(1, sp=2), 2)
+    core.handle(DraftsArrived(1, 1, (5,)))
+    core.handle(DraftsArrived(1, 2, (6,)))
+    core.handle(VerificationFinished(2, 0, 1, (5,)))
+    assert core.handle(VerificationFinished(3, 1, 1, (9, 8))) == []
+    assert core.counters.disagreements == 1
+    assert core.output == [5]
+    [verify] = core.handle(DraftsArrived(1, 3, (7,)))
+    assert isinstance(verify, StartVerify)
+    assert (verify.server, verify.base) == (1, 0), "what it holds is not trusted: it is told everything again"
+    core.check()
 
 
 @pytest.mark.parametrize(("prompt", "max_tokens"), [([], 4), ([1], 0), ([1], -1)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,38 @@ def test_an_interrupt_leaves_no_trace(engine: Engine) -> None:
         assert interrupted >= 3, "an interrupt reaches between the layers"
 
 
+def test_a_prompt_that_comes_in_pieces(engine: Engine) -> None:
+    """Positions before prompt_length may arrive with several requests, and be taken back."""
+    prompt = [(7 * position + 3) % 90 for position in range(70)]
+    expected = fresh(engine, prompt, 70)
+    session = session_of(prompt[:20], prompt_length=70)
+    engine.next_tokens(session, 20, NoInterrupt())
+    session.write(20, prompt[20:])
+    assert engine.next_tokens(session, 70, NoInterrupt()) == expected
+    session.truncate(33)
+    engine.next_tokens(session, 33, NoInterrupt())
+    session.write(33, prompt[33:])
+    assert engine.next_tokens(session, 70, NoInterrupt()) == expected
+
+
+@pytest.mark.parametrize("checks", [1, 2, 3])
+def test_reading_the_prompt_again_spoils_nothing(engine: Engine, checks: int) -> None:
+    """The prompt's chunk is wider than the prompt: its padding lies where the continuation was computed."""
+    prompt = [3, 14, 15, 9, 26]
+    session = session_of(prompt)
+    own = grow(engine, session, 12)
+    with contextlib.suppress(Interrupted):
+        engine.next_tokens(session, 5, InterruptAfter(checks))
+    assert engine.next_tokens(session, 17, NoInterrupt()) == fresh(engine, prompt + own, 17)
+    wrong = [*prompt, (own[0] + 1) % 90]
+    session.truncate(5)
+    session.write(5, [*own, 1])
+    engine.next_tokens(session, 18, NoInterrupt())
+    branch = session_of(wrong, generation=2)
+    engine.next_tokens(branch, 5, NoInterrupt())
+    assert engine.next_tokens(session, 18, NoInterrupt()) == fresh(engine, [*prompt, *own, 1], 18)
+
+
 def test_sessions_do_not_disturb_each_other(engine: Engine) -> None:
     """More sessions than the cache has slots, taking turns."""
     sessions = [session_of([7 + number, 3, 5], generation=number + 1) for number in range(6)]
@@ -191,6 +225,59 @@ def test_models_that_cannot_be_rewound_are_refused(model_type: str) -> None:
 
     with pytest.raises(EngineError, match="keeps a running state that cannot be rewound"):
         refuse_if_not_rewindable(AutoConfig.for_model(model_type), "org/model")
+
+
+@pytest.mark.parametrize(("model_type", "problem"), [("llama4_text", "attention masks"), ("moshi", "attention masks")])
+def test_models_with_other_masks_are_refused(model_type: str, problem: str) -> None:
+    from transformers import AutoConfig
+
+    from dsi_workers.compatibility import refuse_if_not_rewindable
+
+    with pytest.raises(EngineError, match=problem):
+        refuse_if_not_rewindable(AutoConfig.for_model(model_type), "org/model")
+
+
+def test_models_that_go_round_the_attention_interface_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import CodeGenConfig, CodeGenForCausalLM
+
+    config = CodeGenConfig(vocab_size=96, n_positions=256, n_embd=32, n_layer=2, n_head=4, rotary_dim=8)
+    CodeGenForCausalLM(config).save_pretrained(tmp_path)
+    shutil.copy(tiny_model / "tokenizer.json", tmp_path)
+    with pytest.raises(EngineError, match="do not use transformers' attention interface in every layer"):
+        load_engine("transformers", role="target", model=str(tmp_path), device="cpu:0", options={})
+
+
+def test_learned_positions_may_be_used_to_the_last(tiny_model: Path, tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=96, n_embd=32, n_layer=2, n_head=4)).save_pretrained(tmp_path)
+    shutil.copy(tiny_model / "tokenizer.json", tmp_path)
+    engine = load_engine("transformers", role="target", model=str(tmp_path), device="cpu:0", options={})
+    assert engine.info.max_length == 96
+    session = session_of([3, 1, 4], prompt_length=3)
+    assert len(grow(engine, session, 92)) == 92
+    assert engine.next_tokens(session, 3, NoInterrupt())[:92] == session.tokens[3:]
+
+
+def test_longrope_models_stay_within_their_original_length() -> None:
+    from transformers import AutoConfig
+
+    from dsi_workers.compatibility import position_limit
+
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "long_factor": [1.0] * 48, "short_factor": [1.0] * 48,
+        "original_max_position_embeddings": 4096,
+    }  # fmt: skip
+    config = AutoConfig.for_model("phi3", max_position_embeddings=131072, rope_parameters=rope)
+    assert position_limit(config) == 4096
+    assert position_limit(AutoConfig.for_model("llama", max_position_embeddings=8192)) == 8192
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "evil", "auto_map": {"AutoConfig": "cfg.Config"}}')
+    (tmp_path / "cfg.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(EngineError, match="transformers cannot read the configuration"):
+        load_engine("transformers", role="target", model=str(tmp_path), device="cpu:0", options={})
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text", "phi3", "mixtral"])

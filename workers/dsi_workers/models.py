@@ -98,6 +98,12 @@ def _converted(gguf: Path) -> Path:
     return directory
 
 
+def _remove_leftovers(directory: Path) -> None:
+    """Of a conversion that was killed. We hold the lock."""
+    for leftover in directory.parent.glob(f"{directory.name}*/"):
+        shutil.rmtree(leftover)
+
+
 def _convert(gguf: Path, directory: Path) -> None:
     os.environ["TQDM_DISABLE"] = "1"  # one progress bar is enough: ours
     try:
@@ -108,8 +114,7 @@ def _convert(gguf: Path, directory: Path) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    for leftover in directory.parent.glob(f"{directory.name}*/"):  # of a process that was killed; we hold the lock
-        shutil.rmtree(leftover)
+    _remove_leftovers(directory)
     source, name = str(gguf.parent), gguf.name
     columns = (
         TextColumn("{task.description}"),
