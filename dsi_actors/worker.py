@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from dsi_actors.devices import device_name
@@ -25,6 +26,7 @@ def main() -> int:
     parser.add_argument("--supervised", action="store_true", help="exit when standard input closes")
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     arguments = parser.parse_args()
+    os.environ["TQDM_DISABLE"] = "1"  # libraries draw bars of their own: the one for a conversion is enough
     try:
         return _prepare(arguments) if arguments.prepare else _work(arguments)
     except KeyboardInterrupt:

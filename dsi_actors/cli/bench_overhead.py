@@ -25,7 +25,7 @@ from dsi_actors.errors import ConfigError
 from dsi_actors.orchestrator import Orchestrator
 from dsi_protocol import Cancelled, Verified, Verify, prefix_checksum
 
-_PROMPT = tuple(range(1, 17))
+_TOKENS = tuple(range(1, 17))
 #: Not the number of any generation that the orchestrator gives out.
 _GENERATION = 1 << 40
 
@@ -73,7 +73,7 @@ async def _round_trip(arguments: argparse.Namespace) -> dict[str, Any]:
     """Orchestrator → worker → orchestrator: a verification that takes no time."""
     async with Orchestrator(_timed(arguments, latency_ms=0.0)) as orchestrator:
         target = _a_target(orchestrator)
-        target.open(_GENERATION, len(_PROMPT), "bench")
+        target.open(_GENERATION, 1, "bench")  # all but the first token in windows, not as a prompt
         times_us: list[float] = []
         for attempt in range(1, arguments.repeats + 1):
             begun = time.perf_counter()
@@ -94,7 +94,7 @@ async def _orchestrator_cpu(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 async def _drain(orchestrator: Orchestrator, tokens: int) -> None:
-    async for _ in orchestrator.generate(_PROMPT, Sampling(max_tokens=tokens)):
+    async for _ in orchestrator.generate(_TOKENS, Sampling(max_tokens=tokens)):
         pass
 
 
@@ -108,9 +108,11 @@ async def _cancel_and_memory(arguments: argparse.Namespace) -> list[dict[str, An
     times_us: list[float] = []
     async with Orchestrator(config) as orchestrator:
         target = _a_target(orchestrator)
-        target.open(_GENERATION, len(_PROMPT), "bench")
-        attempt = 0
-        late = 0
+        target.open(_GENERATION, 1, "bench")  # all but the first token in windows, not as a prompt
+        attempt, late = 0, 0
+        if arguments.target is not None:  # read the prefix once, so that what is cancelled is one verification
+            attempt = 1
+            await target.verify(_request(attempt))
         while len(times_us) < arguments.cancels and late < 10 * arguments.cancels:
             attempt += 1
             running = asyncio.ensure_future(target.verify(_request(attempt)))
@@ -137,10 +139,11 @@ def _a_target(orchestrator: Orchestrator) -> WorkerHandle:
 
 
 def _request(attempt: int) -> Verify:
-    """Verify the prompt from its end; later attempts find it there."""
+    """Verify the last tokens, as wide as one window; the worker holds them from the first attempt on."""
+    start = len(_TOKENS) - 6
     if attempt == 1:
-        return Verify(_GENERATION, attempt, 0, 0, _PROMPT, len(_PROMPT))
-    return Verify(_GENERATION, attempt, len(_PROMPT), prefix_checksum(_PROMPT), (), len(_PROMPT))
+        return Verify(_GENERATION, attempt, 0, 0, _TOKENS, start)
+    return Verify(_GENERATION, attempt, len(_TOKENS), prefix_checksum(_TOKENS), (), start)
 
 
 def _percentiles(unit: str, values: Sequence[float]) -> dict[str, float]:

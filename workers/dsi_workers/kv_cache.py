@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class _SlotLayer(CacheLayerMixin):
-    """One layer: keys and values are [slots, kv_heads, capacity, head_dim], allocated at the first write."""
+    """One layer: keys and values are [1, kv_heads, capacity, head_dim] for each slot, allocated when it is first used."""
 
     is_compileable = False
     is_sliding = False
@@ -22,29 +22,29 @@ class _SlotLayer(CacheLayerMixin):
     def __init__(self, cache: SlotCache) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
+        self._slots: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        slots, capacity = self._cache.slots, self._cache.capacity
-        _, heads, _, key_dim = key_states.shape
-        value_dim = value_states.shape[-1]
-        self.keys = key_states.new_zeros(slots, heads, capacity, key_dim)
-        self.values = value_states.new_zeros(slots, heads, capacity, value_dim)
+        """Zeros, not garbage: a masked position counts zero times its value, and zero times infinity is not zero."""
+        capacity = self._cache.capacity
+        self._slots[self._cache.slot] = (
+            key_states.new_zeros(1, key_states.shape[1], capacity, key_states.shape[-1]),
+            value_states.new_zeros(1, value_states.shape[1], capacity, value_states.shape[-1]),
+        )
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write [1, kv_heads, width, dim] at the cache's slot and position; return the slot's readable part."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         cache = self._cache
-        assert self.keys is not None
-        assert self.values is not None
+        if cache.slot not in self._slots:
+            self.lazy_initialization(key_states, value_states)
+        keys, values = self._slots[cache.slot]
         end = cache.position + key_states.shape[2]
-        slot = slice(cache.slot, cache.slot + 1)
-        self.keys[slot, :, cache.position : end] = key_states
-        self.values[slot, :, cache.position : end] = value_states
-        return self.keys[slot, :, : cache.readable], self.values[slot, :, : cache.readable]
+        keys[:, :, cache.position : end] = key_states
+        values[:, :, cache.position : end] = value_states
+        return keys[:, :, : cache.readable], values[:, :, : cache.readable]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._cache.readable, 0

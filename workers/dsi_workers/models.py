@@ -105,7 +105,6 @@ def _remove_leftovers(directory: Path) -> None:
 
 
 def _convert(gguf: Path, directory: Path) -> None:
-    os.environ["TQDM_DISABLE"] = "1"  # one progress bar is enough: ours
     try:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -48,7 +48,6 @@ class TransformersEngine(Engine):
     """Options: dtype (auto, float32, bfloat16, float16), quantization ("" or int8), window, max_length, slots, threads."""
 
     def __init__(self, model: str, *, device: str, drafter: bool, options: Mapping[str, OptionValue]) -> None:
-        _keep_freed_memory()
         torch.set_num_threads(int(options.get("threads", 1)))
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
@@ -77,6 +76,7 @@ class TransformersEngine(Engine):
                 raise EngineError(f"unknown quantization {quantization!r}: only int8 is known")
             quantize_int8(self._model)
         self._model.eval().requires_grad_(False).to(self._device)
+        _keep_freed_memory()
         self._interrupt: Interrupt = _Never()
         for layer in self._decoder_layers():
             layer.register_forward_pre_hook(self._between_layers)
@@ -254,13 +254,14 @@ def _check_device(name: str) -> torch.device:
 
 
 def _keep_freed_memory() -> None:
-    """Stop glibc from giving large blocks back after each forward: at long contexts the page faults that follow
-    can cost as much as the forward itself."""
+    """Give back what loading needed, once. From then on stop glibc from giving large blocks back after each forward:
+    at long contexts the page faults that follow can cost as much as the forward itself."""
     if os.uname().sysname == "Linux":
         try:
             libc = ctypes.CDLL("libc.so.6")
         except OSError:  # another C library
             return
+        libc.malloc_trim(0)
         m_mmap_threshold, m_trim_threshold = -3, -1
         libc.mallopt(m_mmap_threshold, 1 << 30)
         libc.mallopt(m_trim_threshold, 1 << 30)
