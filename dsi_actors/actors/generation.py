@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 from dsi_actors.actors.actor import Actor
 from dsi_actors.actors.scheduler import GivenBack, Released, Requested, Scheduler
 from dsi_actors.actors.worker_handle import WorkerHandle
+from dsi_actors.config import Sampling
 from dsi_actors.core import GenerationCore
 from dsi_actors.core.actions import Action, CancelDrafts, CancelVerify, EmitTokens, Finish, StartDraft, StartVerify
 from dsi_actors.core.events import (
@@ -51,6 +52,14 @@ class Withdrawn:
 
 
 @dataclass(frozen=True, slots=True)
+class Answered:
+    """A verification finished, and this is what came with it."""
+
+    event: VerificationFinished
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Misbehaved:
     """The worker failed, or said something that no working one would say. It is not used here any more."""
 
@@ -70,7 +79,7 @@ class Settled:
     """The last reply is in, or waiting for it took too long."""
 
 
-GenerationMessage: TypeAlias = Event | Granted | Withdrawn | Misbehaved | WaitedForTarget | Settled
+GenerationMessage: TypeAlias = Event | Answered | Granted | Withdrawn | Misbehaved | WaitedForTarget | Settled
 
 
 class Generation(Actor[GenerationMessage]):
@@ -83,6 +92,7 @@ class Generation(Actor[GenerationMessage]):
         scheduler: Scheduler,
         *,
         vocabulary_size: int,
+        sampling: Sampling,
         correlation: str,
         first_target_wait_s: float,
         target_wait_s: float,
@@ -95,7 +105,10 @@ class Generation(Actor[GenerationMessage]):
         self._core = core
         self._scheduler = scheduler
         self._vocabulary_size = vocabulary_size
+        self._sampling = sampling
         self._correlation = correlation
+        #: What came with the last answer: its first position, and its log probabilities.
+        self._logprobs: tuple[int, tuple[float, ...]] = (0, ())
         self._on_tokens = on_tokens
         self._on_end = on_end
         self._servers: dict[int, WorkerHandle] = {}
@@ -147,6 +160,9 @@ class Generation(Actor[GenerationMessage]):
                     self._on_waited_for_target()
             case Settled():
                 self._conclude()
+            case Answered(event, logprobs):
+                self._logprobs = (event.start, logprobs)
+                self._feed(event)
             case _:
                 self._feed(message)
         if self._core.finished and not self._pending:
@@ -175,9 +191,12 @@ class Generation(Actor[GenerationMessage]):
                 self._drafts_cancelled_to = attempt
                 if self._drafter is not None:
                     self._drafter.cancel(self.number, attempt)
-            case EmitTokens(_, tokens, accepted):
+            case EmitTokens(start, tokens, accepted):
                 self._account.commit(len(tokens))
-                self._on_tokens(CommittedTokens(tokens, accepted))
+                first, logprobs = self._logprobs
+                self._on_tokens(
+                    CommittedTokens(tokens, accepted, logprobs[start - first : start - first + len(tokens)])
+                )
             case Finish(reason):
                 self._log.info("finished", reason=reason, tokens=len(self._core.output))
                 self._end_stream()
@@ -187,7 +206,7 @@ class Generation(Actor[GenerationMessage]):
     def _use(self, worker: WorkerHandle) -> None:
         if self._core.finished:
             return  # what is lent is given back with the rest, at the end
-        worker.open(self.number, self._core.prompt_length, self._correlation)
+        worker.open(self.number, self._core.prompt_length, self._correlation, self._sampling)
         self._workers_used[worker.number] = worker
         if worker.role == "target":
             self._servers[worker.number] = worker
@@ -247,14 +266,16 @@ class Generation(Actor[GenerationMessage]):
         finally:
             self._pending -= 1
         match reply:
-            case Verified(_, attempt, start, tokens, forwards, busy_us):
+            case Verified(_, attempt, start, tokens, logprobs, forwards, busy_us):
                 most = request.base + len(request.tokens) - request.start + 1
-                if start != request.start or not 1 <= len(tokens) <= most or max(tokens) >= self._vocabulary_size:
+                misfit = start != request.start or not 1 <= len(tokens) <= most or max(tokens) >= self._vocabulary_size
+                wanted = len(tokens) if self._sampling.logprobs else 0
+                if misfit or len(logprobs) != wanted:
                     return Misbehaved(
                         worker, f"{len(tokens)} tokens from {start}, asked for up to {most} from {request.start}"
                     )
                 self._account.verification(attempt, forwards, busy_us)
-                return VerificationFinished(attempt, worker.number, start, tokens)
+                return Answered(VerificationFinished(attempt, worker.number, start, tokens), logprobs)
             case Cancelled(_, attempt, forwards, busy_us):
                 self._account.verification(attempt, forwards, busy_us)
                 return VerificationAbandoned(attempt, worker.number)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dsi_actors.config import Sampling
 from dsi_actors.errors import WorkerLost
 from dsi_actors.logs import get_logger
 from dsi_protocol import (
@@ -75,8 +76,13 @@ class WorkerHandle:
         self._mark_cancelled(generation, attempt)
         self._tell(Cancel(generation, attempt))
 
-    def open(self, generation: int, prompt_length: int, correlation: str) -> None:
-        self._tell(OpenGeneration(generation, prompt_length, correlation))
+    def open(self, generation: int, prompt_length: int, correlation: str, sampling: Sampling) -> None:
+        self._tell(
+            OpenGeneration(
+                generation, prompt_length, correlation, sampling.temperature, sampling.top_k or 0, sampling.top_p,
+                sampling.min_p, sampling.repetition_penalty, sampling.seed, sampling.logprobs,
+            )
+        )  # fmt: skip
 
     def close(self, generation: int) -> None:
         """The worker may forget the generation. What it still does for it is cancelled."""

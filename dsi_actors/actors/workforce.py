@@ -11,7 +11,7 @@ from typing import TypeAlias
 from dsi_actors.actors.actor import Actor
 from dsi_actors.actors.gateway import Gateway, PeerGone
 from dsi_actors.actors.worker_handle import WorkerHandle
-from dsi_actors.config import NGRAM, SELF_INT8, Config
+from dsi_actors.config import NGRAM, RANDOM, SELF_INT8, Config
 from dsi_actors.logs import get_logger
 from dsi_protocol import (
     PROTOCOL_VERSION,
@@ -217,6 +217,10 @@ class Workforce(Actor[WorkforceMessage]):
         reference = hello.model or config.drafter
         if hello.engine == NGRAM or (reference == NGRAM and hello.engine == "auto"):
             return Assignment("drafter", NGRAM, "", config.drafter_options)
+        if reference == RANDOM:
+            return Assignment(
+                "drafter", "timed", "", {"vocabulary_size": 256, "any_vocabulary": True, "acceptance": 0.0}
+            )
         if config.engine == "timed":
             return Assignment("drafter", "timed", "", config.drafter_options)
         if reference is None:

@@ -73,7 +73,7 @@ async def _round_trip(arguments: argparse.Namespace) -> dict[str, Any]:
     """Orchestrator → worker → orchestrator: a verification that takes no time."""
     async with Orchestrator(_timed(arguments, latency_ms=0.0)) as orchestrator:
         target = _a_target(orchestrator)
-        target.open(_GENERATION, 1, "bench")  # all but the first token in windows, not as a prompt
+        target.open(_GENERATION, 1, "bench", Sampling())  # all but the first token in windows, not as a prompt
         times_us: list[float] = []
         for attempt in range(1, arguments.repeats + 1):
             begun = time.perf_counter()
@@ -108,7 +108,7 @@ async def _cancel_and_memory(arguments: argparse.Namespace) -> list[dict[str, An
     times_us: list[float] = []
     async with Orchestrator(config) as orchestrator:
         target = _a_target(orchestrator)
-        target.open(_GENERATION, 1, "bench")  # all but the first token in windows, not as a prompt
+        target.open(_GENERATION, 1, "bench", Sampling())  # all but the first token in windows, not as a prompt
         attempt, late = 0, 0
         if arguments.target is not None:  # read the prefix once, so that what is cancelled is one verification
             attempt = 1

@@ -11,8 +11,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dsi_actors.cli.options import SubParsers, add_algorithm_options, add_worker_options, config_from
-from dsi_actors.config import ALGORITHMS, NGRAM, SELF_INT8, Algorithm, Config, Sampling
+from dsi_actors.cli.options import (
+    SubParsers,
+    add_algorithm_options,
+    add_sampling_options,
+    add_worker_options,
+    config_from,
+    sampling_from,
+)
+from dsi_actors.config import ALGORITHMS, NGRAM, RANDOM, SELF_INT8, Algorithm, Config, Sampling
 from dsi_actors.errors import ConfigError
 from dsi_actors.models import resolve_model
 from dsi_actors.orchestrator import Orchestrator
@@ -28,7 +35,10 @@ def add_parser(commands: SubParsers) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="the prompt, or - to read it from standard input")
     add_worker_options(parser)
     add_algorithm_options(parser)
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="greedy decoding does not depend on it")
+    add_sampling_options(parser)
+    parser.add_argument(
+        "--logprobs", action="store_true", help="with --json: the target's log probability of each token"
+    )
     parser.add_argument("--raw", action="store_true", help="give the prompt as it is, not as a chat message")
     parser.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens whatever the model says")
     parser.add_argument("--listen", metavar="ENDPOINT", help="use workers that connect here, start none")
@@ -48,15 +58,19 @@ class _Run:
 
     token_ids: list[int] = field(default_factory=list)
     accepted: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     report: GenerationReport | None = None
 
     def add(self, tokens: CommittedTokens) -> None:
         self.token_ids.extend(tokens)
         self.accepted.extend(tokens.accepted)
+        self.logprobs.extend(tokens.logprobs)
 
     def as_dict(self, tokenizer: Tokenizer) -> dict[str, Any]:
         assert self.report is not None
-        return {"text": tokenizer.decode(self.token_ids), "token_ids": self.token_ids, **self.report.as_dict()}
+        logprobs = {"logprobs": self.logprobs} if self.logprobs else {}
+        text = tokenizer.decode(self.token_ids)
+        return {"text": text, "token_ids": self.token_ids, **logprobs, **self.report.as_dict()}
 
 
 async def run(arguments: argparse.Namespace) -> int:
@@ -64,7 +78,7 @@ async def run(arguments: argparse.Namespace) -> int:
     tokenizer = Tokenizer(resolve_model(config.target))
     _check_drafter(config, tokenizer)
     stop = () if arguments.ignore_eos else tokenizer.stop_token_ids
-    sampling = Sampling(max_tokens=arguments.max_tokens, seed=arguments.seed, stop_token_ids=stop)
+    sampling = sampling_from(arguments, stop_token_ids=stop, logprobs=arguments.logprobs)
     prompt_ids = _encode(arguments, tokenizer)
     out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
     with err.status(_greeting(config)) as status:
@@ -126,7 +140,7 @@ class _Printer:
 
 def _check_drafter(config: Config, tokenizer: Tokenizer) -> None:
     """A drafter with other token ids would never be right: say so before anything is started."""
-    if config.drafter in (None, SELF_INT8, NGRAM):
+    if config.drafter in (None, SELF_INT8, NGRAM, RANDOM):
         return
     assert config.drafter is not None
     if Tokenizer(resolve_model(config.drafter)).vocabulary_hash() != tokenizer.vocabulary_hash():

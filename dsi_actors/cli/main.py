@@ -7,7 +7,7 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Callable
 
-from dsi_actors.cli import bench_overhead, generate
+from dsi_actors.cli import bench_exact, bench_overhead, generate
 from dsi_actors.errors import DsiError
 from dsi_actors.logs import show_logs
 
@@ -21,6 +21,7 @@ def main() -> int:
     bench = commands.add_parser("bench", help="measure this machine")
     benches = bench.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
     bench_overhead.add_parser(benches)
+    bench_exact.add_parser(benches)
     arguments = parser.parse_args()
     show_logs(arguments.log_level)
     try:

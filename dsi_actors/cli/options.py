@@ -53,6 +53,24 @@ def add_algorithm_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=default_of(Sampling, "max_tokens"), metavar="N")
 
 
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Names and defaults are those of `Sampling`, which checks them."""
+    parser.add_argument("--temperature", type=float, default=default_of(Sampling, "temperature"), metavar="T")
+    parser.add_argument("--top-k", type=int, default=default_of(Sampling, "top_k"), metavar="K")
+    parser.add_argument("--top-p", type=float, default=default_of(Sampling, "top_p"), metavar="P")
+    parser.add_argument("--min-p", type=float, default=default_of(Sampling, "min_p"), metavar="P")
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=default_of(Sampling, "repetition_penalty"), metavar="R"
+    )
+    parser.add_argument("--seed", type=int, default=default_of(Sampling, "seed"), metavar="S")
+
+
+def sampling_from(arguments: argparse.Namespace, **more: Any) -> Sampling:
+    """Raises ConfigError."""
+    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    return Sampling(**{name: getattr(arguments, name) for name in names}, **more)
+
+
 def lookahead(text: str) -> int | Literal["auto"]:
     if text == "auto":
         return "auto"

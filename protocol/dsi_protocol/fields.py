@@ -47,6 +47,40 @@ class Boolean:
         return wire
 
 
+class Double:
+    """A finite number: float 32, float 64, or an integer that a double holds."""
+
+    def pack(self, value: object) -> object:
+        return self.unpack(value)
+
+    def unpack(self, wire: object) -> float:
+        if type(wire) not in (float, int):
+            raise ValueError(f"expected a number, got {_kind_name(wire)}")
+        assert isinstance(wire, float | int)
+        if not -(2.0**53) <= wire <= 2.0**53:
+            raise ValueError(f"{wire} is not a finite number of ordinary size")
+        return float(wire)
+
+
+class PackedFloats:
+    """Single-precision numbers, little-endian, one after another, in a msgpack bin."""
+
+    def pack(self, value: object) -> bytes:
+        if type(value) is not tuple or len(value) > MAX_TOKENS_PER_MESSAGE:
+            raise ValueError(f"expected a tuple of at most {MAX_TOKENS_PER_MESSAGE} numbers")
+        try:
+            return struct.pack(f"<{len(value)}f", *value)
+        except (struct.error, OverflowError):
+            raise ValueError("expected numbers that fit single precision") from None
+
+    def unpack(self, wire: object) -> tuple[float, ...]:
+        if type(wire) is not bytes:
+            raise ValueError(f"expected packed numbers, got {_kind_name(wire)}")
+        if len(wire) % 4 or len(wire) > 4 * MAX_TOKENS_PER_MESSAGE:
+            raise ValueError(f"{len(wire)} bytes are no list of 4-byte numbers")
+        return struct.unpack(f"<{len(wire) // 4}f", wire)
+
+
 class ShortText:
     """UTF-8 of at most MAX_TEXT_BYTES."""
 
@@ -120,6 +154,8 @@ def _kind_name(wire: object) -> str:
 U32: TypeAlias = Annotated[int, Unsigned(32)]
 U64: TypeAlias = Annotated[int, Unsigned(64)]
 Bool: TypeAlias = Annotated[bool, Boolean()]
+F64: TypeAlias = Annotated[float, Double()]
+Floats: TypeAlias = Annotated[tuple[float, ...], PackedFloats()]
 Text: TypeAlias = Annotated[str, ShortText()]
 Tokens: TypeAlias = Annotated[tuple[int, ...], PackedTokens()]
 OptionValue: TypeAlias = str | int | float | bool

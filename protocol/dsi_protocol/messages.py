@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
-from dsi_protocol.fields import U32, U64, Bool, Options, Text, Tokens
+from dsi_protocol.fields import F64, U32, U64, Bool, Floats, Options, Text, Tokens
 
 PROTOCOL_VERSION = 1
 
@@ -74,6 +74,13 @@ class OpenGeneration:
     generation: U64
     prompt_length: U32  # positions [0, prompt_length) are the prompt: they may be read in larger chunks
     correlation: Text  # the request id for log lines
+    temperature: F64  # 0 is greedy
+    top_k: U32  # 0 is off
+    top_p: F64
+    min_p: F64
+    repetition_penalty: F64
+    seed: U64
+    logprobs: Bool  # whether Verified shall carry them
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +150,7 @@ class Verified:
     attempt: U64
     start: U32
     tokens: Tokens
+    logprobs: Floats  # of each token, if asked for, else empty: ln of the model's own softmax, before any parameter
     forwards: U32
     busy_us: U32
 

@@ -29,7 +29,7 @@ async def test_a_terminal_reply_is_what_the_awaiter_gets(handle: WorkerHandle, s
     running = asyncio.ensure_future(handle.verify(VERIFY))
     await asyncio.sleep(0)
     assert sent == [VERIFY]
-    reply = Verified(1, 7, 2, (5,), 1, 20)
+    reply = Verified(1, 7, 2, (5,), (), 1, 20)
     handle.on_reply(reply)
     assert await running == reply
     handle.on_reply(reply)

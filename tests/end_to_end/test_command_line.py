@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -68,6 +69,76 @@ def test_compare_finds_the_three_algorithms_identical(model: Path, drafter: str)
         assert result["results"][1]["acceptance_rate"] == 1.0
 
 
+SAMPLED = ["--temperature", "0.9", "--top-p", "0.95", "--top-k", "40", "--repetition-penalty", "1.1", "--seed", "17"]
+
+
+@pytest.mark.parametrize("drafter", ["self-int8", "ngram"])
+def test_sampled_text_does_not_depend_on_the_algorithm_or_the_drafter(model: Path, drafter: str) -> None:
+    words: list[str | Path] = [
+        "generate",
+        PROMPT,
+        "--target",
+        model,
+        "--drafter",
+        drafter,
+        "--gpu",
+        "cpu",
+        "--max-tokens",
+        "30",
+        "--json",
+    ]
+    compared = json.loads(dsi_actors(*words, *SAMPLED, "--compare").stdout)
+    assert compared["identical"] is True
+    assert compared["results"][0]["token_ids"] == SAMPLED_TEXT.setdefault("text", compared["results"][0]["token_ids"])
+    other_seed = json.loads(dsi_actors(*words, *SAMPLED[:-1], "18").stdout)
+    assert other_seed["token_ids"] != compared["results"][0]["token_ids"]
+
+
+#: What the first drafter's run gave; the others must give the same.
+SAMPLED_TEXT: dict[str, list[int]] = {}
+
+
+def test_bench_exact_compares_every_way(model: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"id": "one", "prompt": PROMPT}) + "\n" + json.dumps({"prompt": "w5 w6"}) + "\n")
+    done = dsi_actors(
+        "bench", "exact", "--target", model, "--prompts", prompts, "--max-tokens", "12", "--servers", "2", "--limit", "2",
+        "--dtypes", "float32", "--gpu", "cpu", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    ways = 1 + 4 + 2 * 4  # AR, SI and DSI at four lookaheads, DSI at two SP
+    assert result["compared"] == 3 * 2 * 2 * ways - 2 * 2  # three drafters, two prompts, greedy and sampled
+    assert result["differing"] == 0
+    assert {row["drafter"] for row in result["results"]} == {"self-int8", "ngram", "random"}
+    assert sum(row["compared"] for row in result["results"]) == result["compared"]
+
+
+def test_logprobs_are_the_targets_own(model: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    words: list[str | Path] = [
+        "generate",
+        PROMPT,
+        "--target",
+        model,
+        "--gpu",
+        "cpu",
+        "--max-tokens",
+        "20",
+        "--json",
+        "--logprobs",
+    ]
+    result = json.loads(dsi_actors(*words, *SAMPLED, "--json", "--logprobs").stdout)
+    reference: Any = AutoModelForCausalLM.from_pretrained(model)
+    prompt_ids = [int(word[1:]) for word in PROMPT.split()]
+    with torch.inference_mode():
+        logits = reference(torch.tensor([prompt_ids + result["token_ids"]])).logits[0]
+    expected = logits.log_softmax(-1)[len(prompt_ids) - 1 : -1].gather(1, torch.tensor(result["token_ids"])[:, None])
+    assert result["logprobs"] == pytest.approx(expected[:, 0].tolist(), abs=1e-4)
+
+
 def test_the_terminal_shows_text_marks_and_table(model: Path) -> None:
     done = dsi_actors("generate", PROMPT, "--target", model, "--gpu", "cpu", "--max-tokens", "10", "--compare")
     assert done.returncode == 0, done.stderr
@@ -115,6 +186,10 @@ def test_ctrl_c_leaves_nothing_behind(model: Path, after_s: float) -> None:
         (["generate", PROMPT, "--max-tokens", "0"], "max_tokens must be at least 1, not 0"),
         (["generate", PROMPT, "--max-tokens", "-5"], "max_tokens must be at least 1, not -5"),
         (["generate", PROMPT, "--sp", "0"], "sp must lie in [1, 1024], not 0"),
+        (["generate", PROMPT, "--temperature", "-1"], "temperature must lie in [0, 1000], not -1.0"),
+        (["generate", PROMPT, "--temperature", "nan"], "temperature must lie in [0, 1000], not nan"),
+        (["generate", PROMPT, "--top-p", "0"], "top_p must lie in (0, 1], not 0.0"),
+        (["generate", PROMPT, "--top-k", "0"], "top_k must be at least 1 (leave it out to keep all tokens), not 0"),
         (["generate", PROMPT, "--seed", "-1"], "seed must lie in [0, 2**64), not -1"),
         (["generate", PROMPT, "--lookahead", "0"], "give auto or a whole number of at least 1"),
         (["generate", PROMPT, "--max-tokens", "5000"], "together 5008 are over the target's limit of 512"),
@@ -128,6 +203,8 @@ def test_ctrl_c_leaves_nothing_behind(model: Path, after_s: float) -> None:
         (["generate", PROMPT, "--drafter", "OTHER"], "has another vocabulary than the target"),
         (["generate", PROMPT, "--target", "package:no_such"], "no Python package 'no_such' is installed"),
         (["generate", PROMPT, "--target", "tests"], "holds no transformers model"),
+        (["bench", "exact", "--prompts", "/nowhere"], "/nowhere cannot be read as lines of"),
+        (["bench", "exact", "--prompts", "Makefile"], "Makefile cannot be read as lines of"),
         (["bench", "overhead", "--repeats", "0"], "--repeats, --cancels and --tokens must be at least 1"),
         (["bench", "overhead", "--target-ms", "-1"], "latency_ms"),
     ],

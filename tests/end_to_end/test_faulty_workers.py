@@ -78,19 +78,19 @@ def always_needs_prefix(request: Draft | Verify) -> Iterable[FromWorker]:
 
 
 def verified_elsewhere(request: Draft | Verify) -> Iterable[FromWorker]:
-    yield Verified(request.generation, request.attempt, request.start + 1, (1,), 1, 1)
+    yield Verified(request.generation, request.attempt, request.start + 1, (1,), (), 1, 1)
 
 
 def verified_nothing(request: Draft | Verify) -> Iterable[FromWorker]:
-    yield Verified(request.generation, request.attempt, request.start, (), 1, 1)
+    yield Verified(request.generation, request.attempt, request.start, (), (), 1, 1)
 
 
 def verified_too_much(request: Draft | Verify) -> Iterable[FromWorker]:
-    yield Verified(request.generation, request.attempt, request.start, (1,) * 50, 1, 1)
+    yield Verified(request.generation, request.attempt, request.start, (1,) * 50, (), 1, 1)
 
 
 def verified_unknown_tokens(request: Draft | Verify) -> Iterable[FromWorker]:
-    yield Verified(request.generation, request.attempt, request.start, (1000,), 1, 1)
+    yield Verified(request.generation, request.attempt, request.start, (1000,), (), 1, 1)
 
 
 @pytest.mark.parametrize("algorithm", ["si", "dsi"])
@@ -154,7 +154,7 @@ async def test_a_lost_reply_is_asked_for_again(tmp_path: Path) -> None:
         nonlocal answers
         answers += 1
         if answers != 3:
-            yield Verified(request.generation, request.attempt, request.start, (answers,), 1, 1)
+            yield Verified(request.generation, request.attempt, request.start, (answers,), (), 1, 1)
 
     config = timed_config(listen=f"ipc://{tmp_path}/dsi.sock", request_timeout_s=0.3, silence_ms=400, heartbeat_ms=50)
     async with (

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 import zmq
@@ -93,7 +95,7 @@ async def test_leaving_cancels_everything_down_to_the_forward(how: str) -> None:
         for worker in orchestrator.workers:
             if worker.role == "target":
                 # A cancelled request is answered at once by a worker that is free, in 10 s by one that is not.
-                worker.open(1 << 40, 3, "probe")
+                worker.open(1 << 40, 3, "probe", dsi_actors.Sampling())
                 worker.cancel(1 << 40, 1)
                 assert isinstance(await worker.verify(Verify(1 << 40, 1, 0, 0, (1, 2, 3), 3)), Cancelled)
         assert time.perf_counter() - begun < 1
@@ -195,10 +197,18 @@ def test_bad_settings_are_named(settings: dict[str, object], problem: str) -> No
         dsi_actors.Config(**settings)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("max_tokens", "seed"), [(0, 0), (-3, 0), (1, -1), (1, 1 << 64)])
-def test_bad_sampling_is_named(max_tokens: int, seed: int) -> None:
-    with pytest.raises(dsi_actors.ConfigError, match=r"max_tokens must be|seed must lie"):
-        dsi_actors.Sampling(max_tokens=max_tokens, seed=seed)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", 0), ("max_tokens", -3), ("seed", -1), ("seed", 1 << 64), ("temperature", -0.1),
+        ("temperature", math.nan), ("temperature", math.inf), ("top_p", 0.0), ("top_p", 1.01), ("top_p", math.nan),
+        ("min_p", -0.1), ("min_p", 1.5), ("top_k", 0), ("top_k", -1), ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.nan), ("stop_token_ids", (-1,)),
+    ],
+)  # fmt: skip
+def test_bad_sampling_is_named(name: str, value: Any) -> None:
+    with pytest.raises(dsi_actors.ConfigError, match=f"{name} must"):
+        dsi_actors.Sampling(**{name: value})
 
 
 async def test_a_worker_that_cannot_start_says_why() -> None:

@@ -25,7 +25,7 @@ from dsi_protocol import (
     decode,
     encode,
 )
-from dsi_protocol.fields import Boolean, OptionMap, PackedTokens, ShortText, Unsigned
+from dsi_protocol.fields import Boolean, Double, OptionMap, PackedFloats, PackedTokens, ShortText, Unsigned
 
 U32 = st.integers(0, 2**32 - 1)
 scalars = st.one_of(st.text(max_size=20), st.integers(-(2**63), 2**64 - 1), st.booleans(), st.floats(allow_nan=False))
@@ -37,6 +37,10 @@ def values_of(kind: object) -> st.SearchStrategy[object]:
             return st.integers(0, 2**bits - 1)
         case Boolean():
             return st.booleans()
+        case Double():
+            return st.floats(-(2.0**53), 2.0**53)
+        case PackedFloats():
+            return st.lists(st.floats(width=32, allow_nan=False), max_size=30).map(tuple)
         case ShortText():
             return st.text(max_size=40)
         case PackedTokens():
@@ -97,10 +101,10 @@ def test_unknown_fields_are_ignored(message: Message, extra: dict[str, object]) 
 
 
 def test_size_limits() -> None:
-    most = Verified(1, 1, 1, (7,) * MAX_TOKENS_PER_MESSAGE, 1, 1)
+    most = Verified(1, 1, 1, (7,) * MAX_TOKENS_PER_MESSAGE, (), 1, 1)
     assert decode(encode(most)) == most
     with pytest.raises(InvalidField, match=r"Verified\.tokens: 262145 tokens are over the limit"):
-        encode(Verified(1, 1, 1, (7,) * (MAX_TOKENS_PER_MESSAGE + 1), 1, 1))
+        encode(Verified(1, 1, 1, (7,) * (MAX_TOKENS_PER_MESSAGE + 1), (), 1, 1))
     with pytest.raises(FrameTooLarge, match="over the limit"):
         decode(bytes(MAX_FRAME_BYTES + 1))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 
 import dsi_protocol
 from dsi_protocol import MESSAGES, Message, ProtocolError, decode, encode, prefix_checksum, vocabulary_hash
+from dsi_protocol.gumbel import gumbel, half_log_table, log2_exponential, random_bits, stream_key
 
 VECTORS = Path(dsi_protocol.__file__).parent.parent / "vectors"
 
@@ -66,3 +69,21 @@ def test_checksums() -> None:
         assert prefix_checksum(tokens[half:], prefix_checksum(tokens[:half])) == case["checksum"]
     for case in vectors["vocabulary_hash"]["cases"]:
         assert vocabulary_hash(case["vocabulary"]) == case["hash"]
+
+
+def test_gumbel_noise() -> None:
+    vectors = load("gumbel.json")
+    table = half_log_table()
+    assert vectors["table"]["length"] == len(table)
+    assert (vectors["table"]["first"], vectors["table"]["last"]) == (list(table[:4]), list(table[-4:]))
+    packed = struct.pack(f"<{len(table)}Q", *table)
+    assert vectors["table"]["crc32_of_little_endian_u64"] == zlib.crc32(packed)
+    for case in vectors["cases"]:
+        seed, position, token = int(case["seed"]), case["position"], case["token"]
+        bits = random_bits(stream_key(seed, position), token)
+        assert f"{stream_key(seed, position):016x}" == case["key"]
+        assert f"{bits:016x}" == case["bits"]
+        assert log2_exponential(bits) == case["log2_exponential"]
+        assert gumbel(seed, position, token).hex() == case["gumbel"]
+    for edge in vectors["edges"]:
+        assert log2_exponential(int(edge["bits"], 16)) == edge["log2_exponential"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsi_protocol import Drain, FromWorker, Message
-from dsi_workers.engines.base import Engine, EngineInfo, Interrupt, Interrupted
+from dsi_workers.engines.base import Answer, Engine, EngineInfo, Interrupt, Interrupted
 from dsi_workers.session import Session
 
 
@@ -59,7 +59,7 @@ class CountingEngine(Engine):
         self.socket: ScriptedSocket | None = None
         self.forgotten: list[int] = []
 
-    def next_tokens(self, session: Session, start: int, interrupt: Interrupt) -> list[int]:
+    def verify(self, session: Session, start: int, interrupt: Interrupt) -> Answer:
         self.forwards += 1
         if self.during and self.socket is not None:
             self.socket.inbox.extend(self.during.popleft())
@@ -69,7 +69,7 @@ class CountingEngine(Engine):
             if session.tokens[position] != answer[-1]:
                 break
             answer.append(answer[-1] + 1)
-        return answer
+        return Answer(answer)
 
     def forget(self, session: Session) -> None:
         self.forgotten.append(session.generation)

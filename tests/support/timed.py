@@ -41,7 +41,7 @@ def plain_decoding(prompt: Sequence[int], tokens: int) -> list[int]:
     engine = load_engine("timed", role="target", model="", device="cpu:0", options={"seed": 9})
     session = session_of(prompt)
     for _ in range(tokens):
-        session.write(len(session.tokens), engine.next_tokens(session, len(session.tokens), NoInterrupt()))
+        session.write(len(session.tokens), engine.verify(session, len(session.tokens), NoInterrupt()).tokens)
     return session.tokens[len(prompt) :]
 
 

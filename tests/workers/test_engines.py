@@ -41,7 +41,7 @@ def engine(request: pytest.FixtureRequest, tiny_model: Path, sliding_model: Path
 def fresh(engine: Engine, tokens: list[int], start: int) -> list[int]:
     session = session_of(tokens, prompt_length=min(len(tokens), 5), generation=999)
     try:
-        return engine.next_tokens(session, start, NoInterrupt())
+        return engine.verify(session, start, NoInterrupt()).tokens
     finally:
         engine.forget(session)
 
@@ -49,7 +49,7 @@ def fresh(engine: Engine, tokens: list[int], start: int) -> list[int]:
 def grow(engine: Engine, session: Session, count: int) -> list[int]:
     grown: list[int] = []
     for _ in range(count):
-        grown += engine.next_tokens(session, len(session.tokens), NoInterrupt())
+        grown += engine.verify(session, len(session.tokens), NoInterrupt()).tokens
         session.write(len(session.tokens), grown[-1:])
     return grown
 
@@ -77,9 +77,9 @@ def test_rewind_then_extend_equals_fresh(engine: Engine) -> None:
         session.truncate(keep)
         session.write(len(session.tokens), branch)
         tokens = list(session.tokens)
-        assert engine.next_tokens(session, len(tokens), NoInterrupt()) == fresh(engine, tokens, len(tokens))
+        assert engine.verify(session, len(tokens), NoInterrupt()).tokens == fresh(engine, tokens, len(tokens))
         start = max(5, len(tokens) - 3)
-        assert engine.next_tokens(session, start, NoInterrupt()) == fresh(engine, tokens, start)
+        assert engine.verify(session, start, NoInterrupt()).tokens == fresh(engine, tokens, start)
 
 
 def test_an_interrupt_leaves_no_trace(engine: Engine) -> None:
@@ -90,12 +90,12 @@ def test_an_interrupt_leaves_no_trace(engine: Engine) -> None:
         session.write(len(session.tokens), [checks + 30])
         tokens = list(session.tokens)
         try:
-            engine.next_tokens(session, len(tokens), InterruptAfter(checks))
+            engine.verify(session, len(tokens), InterruptAfter(checks))
         except Interrupted:
             interrupted += 1
         session.truncate(len(tokens) - checks % 3)
         tokens = list(session.tokens)
-        assert engine.next_tokens(session, len(tokens), NoInterrupt()) == fresh(engine, tokens, len(tokens))
+        assert engine.verify(session, len(tokens), NoInterrupt()).tokens == fresh(engine, tokens, len(tokens))
     if type(engine).__name__ == "TransformersEngine":
         assert interrupted >= 3, "an interrupt reaches between the layers"
 
@@ -105,13 +105,13 @@ def test_a_prompt_that_comes_in_pieces(engine: Engine) -> None:
     prompt = [(7 * position + 3) % 90 for position in range(70)]
     expected = fresh(engine, prompt, 70)
     session = session_of(prompt[:20], prompt_length=70)
-    engine.next_tokens(session, 20, NoInterrupt())
+    engine.verify(session, 20, NoInterrupt())
     session.write(20, prompt[20:])
-    assert engine.next_tokens(session, 70, NoInterrupt()) == expected
+    assert engine.verify(session, 70, NoInterrupt()).tokens == expected
     session.truncate(33)
-    engine.next_tokens(session, 33, NoInterrupt())
+    engine.verify(session, 33, NoInterrupt())
     session.write(33, prompt[33:])
-    assert engine.next_tokens(session, 70, NoInterrupt()) == expected
+    assert engine.verify(session, 70, NoInterrupt()).tokens == expected
 
 
 @pytest.mark.parametrize("checks", [1, 2, 3])
@@ -121,15 +121,15 @@ def test_reading_the_prompt_again_spoils_nothing(engine: Engine, checks: int) ->
     session = session_of(prompt)
     own = grow(engine, session, 12)
     with contextlib.suppress(Interrupted):
-        engine.next_tokens(session, 5, InterruptAfter(checks))
-    assert engine.next_tokens(session, 17, NoInterrupt()) == fresh(engine, prompt + own, 17)
+        engine.verify(session, 5, InterruptAfter(checks))
+    assert engine.verify(session, 17, NoInterrupt()).tokens == fresh(engine, prompt + own, 17)
     wrong = [*prompt, (own[0] + 1) % 90]
     session.truncate(5)
     session.write(5, [*own, 1])
-    engine.next_tokens(session, 18, NoInterrupt())
+    engine.verify(session, 18, NoInterrupt())
     branch = session_of(wrong, generation=2)
-    engine.next_tokens(branch, 5, NoInterrupt())
-    assert engine.next_tokens(session, 18, NoInterrupt()) == fresh(engine, [*prompt, *own, 1], 18)
+    engine.verify(branch, 5, NoInterrupt())
+    assert engine.verify(session, 18, NoInterrupt()).tokens == fresh(engine, [*prompt, *own, 1], 18)
 
 
 def test_sessions_do_not_disturb_each_other(engine: Engine) -> None:
@@ -188,7 +188,7 @@ def test_timed_drafters_agree_as_often_as_they_are_told(acceptance: float) -> No
     session = session_of([1])
     agreed = 0
     for _ in range(2000):
-        [truth] = target.next_tokens(session, len(session.tokens), NoInterrupt())
+        [truth] = target.verify(session, len(session.tokens), NoInterrupt()).tokens
         agreed += drafter.draft(session, 1, NoInterrupt()) == [truth]
         session.write(len(session.tokens), [truth])
     assert abs(agreed / 2000 - acceptance) < 0.05
@@ -256,7 +256,7 @@ def test_learned_positions_may_be_used_to_the_last(tiny_model: Path, tmp_path: P
     assert engine.info.max_length == 96
     session = session_of([3, 1, 4], prompt_length=3)
     assert len(grow(engine, session, 92)) == 92
-    assert engine.next_tokens(session, 3, NoInterrupt())[:92] == session.tokens[3:]
+    assert engine.verify(session, 3, NoInterrupt()).tokens[:92] == session.tokens[3:]
 
 
 def test_longrope_models_stay_within_their_original_length() -> None:

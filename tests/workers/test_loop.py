@@ -25,7 +25,7 @@ from dsi_workers.connection import WorkSocket
 from dsi_workers.loop import WorkerLoop
 from support.engines import CountingEngine, ScriptedSocket
 
-OPEN = OpenGeneration(1, 3, "test")
+OPEN = OpenGeneration(1, 3, "test", 0.0, 0, 1.0, 0.0, 1.0, 0, False)
 PROMPT = (10, 11, 12)
 
 
@@ -47,8 +47,8 @@ def verify(
 
 def without_time(reply: FromWorker) -> FromWorker:
     match reply:
-        case Verified(generation, attempt, start, tokens, forwards, _):
-            return Verified(generation, attempt, start, tokens, forwards, 0)
+        case Verified(generation, attempt, start, tokens, logprobs, forwards, _):
+            return Verified(generation, attempt, start, tokens, logprobs, forwards, 0)
         case Drafted(generation, attempt, start, tokens, done, _):
             return Drafted(generation, attempt, start, tokens, done, 0)
         case Cancelled(generation, attempt, forwards, _):
@@ -61,23 +61,23 @@ def served(*messages: Message, during: list[list[Message]] | None = None) -> lis
 
 
 def test_verify_gives_the_own_tokens_up_to_the_first_difference() -> None:
-    assert served(OPEN, verify(1, PROMPT)) == [Verified(1, 1, 3, (13,), 1, 0)]
-    assert served(OPEN, verify(1, (*PROMPT, 13, 14))) == [Verified(1, 1, 3, (13, 14, 15), 1, 0)]
-    assert served(OPEN, verify(1, (*PROMPT, 13, 99, 15))) == [Verified(1, 1, 3, (13, 14), 1, 0)]
+    assert served(OPEN, verify(1, PROMPT)) == [Verified(1, 1, 3, (13,), (), 1, 0)]
+    assert served(OPEN, verify(1, (*PROMPT, 13, 14))) == [Verified(1, 1, 3, (13, 14, 15), (), 1, 0)]
+    assert served(OPEN, verify(1, (*PROMPT, 13, 99, 15))) == [Verified(1, 1, 3, (13, 14), (), 1, 0)]
 
 
 def test_a_request_builds_on_what_an_earlier_one_left() -> None:
     replies = served(OPEN, verify(1, (*PROMPT, 13, 99)), verify(2, (14,), base=4, prefix=(*PROMPT, 13), start=5))
-    assert replies == [Verified(1, 1, 3, (13, 14), 1, 0), Verified(1, 2, 5, (15,), 1, 0)]
+    assert replies == [Verified(1, 1, 3, (13, 14), (), 1, 0), Verified(1, 2, 5, (15,), (), 1, 0)]
 
 
 def test_a_prefix_that_is_not_there_is_asked_for() -> None:
     assert served(OPEN, verify(1, (5,), base=3, prefix=PROMPT)) == [NeedPrefix(1, 1, 0)]
     assert served(OPEN, verify(1, PROMPT), verify(2, (5,), base=9, prefix=(0,) * 9)) == [
-        Verified(1, 1, 3, (13,), 1, 0), NeedPrefix(1, 2, 3),
+        Verified(1, 1, 3, (13,), (), 1, 0), NeedPrefix(1, 2, 3),
     ]  # fmt: skip
     wrong_text = verify(2, (5,), base=3, prefix=(10, 11, 99))
-    assert served(OPEN, verify(1, PROMPT), wrong_text) == [Verified(1, 1, 3, (13,), 1, 0), NeedPrefix(1, 2, 0)]
+    assert served(OPEN, verify(1, PROMPT), wrong_text) == [Verified(1, 1, 3, (13,), (), 1, 0), NeedPrefix(1, 2, 0)]
 
 
 def test_draft_in_blocks_and_continue() -> None:
@@ -104,12 +104,12 @@ def test_a_cancel_reaches_into_the_work(attempt: int) -> None:
 
 def test_a_cancel_is_a_cut_and_may_overtake() -> None:
     replies = served(OPEN, Cancel(1, 2), verify(1, PROMPT), verify(2, PROMPT), verify(3, PROMPT))
-    assert replies == [Cancelled(1, 1, 0, 0), Cancelled(1, 2, 0, 0), Verified(1, 3, 3, (13,), 1, 0)]
+    assert replies == [Cancelled(1, 1, 0, 0), Cancelled(1, 2, 0, 0), Verified(1, 3, 3, (13,), (), 1, 0)]
 
 
 def test_a_cancelled_request_still_leaves_its_tokens() -> None:
     replies = served(OPEN, Cancel(1, 1), verify(1, PROMPT), verify(2, (13,), base=3, prefix=PROMPT))
-    assert replies == [Cancelled(1, 1, 0, 0), Verified(1, 2, 3, (13, 14), 1, 0)]
+    assert replies == [Cancelled(1, 1, 0, 0), Verified(1, 2, 3, (13, 14), (), 1, 0)]
 
 
 def test_a_draft_is_cancelled_between_tokens_and_the_next_one_is_taken() -> None:
@@ -120,7 +120,7 @@ def test_a_draft_is_cancelled_between_tokens_and_the_next_one_is_taken() -> None
 
 
 def test_a_request_that_comes_twice_is_answered_once() -> None:
-    assert served(OPEN, verify(1, PROMPT), verify(1, PROMPT)) == [Verified(1, 1, 3, (13,), 1, 0)]
+    assert served(OPEN, verify(1, PROMPT), verify(1, PROMPT)) == [Verified(1, 1, 3, (13,), (), 1, 0)]
 
 
 def test_closing_cancels_and_forgets() -> None:
@@ -152,7 +152,7 @@ def test_impossible_requests_fail_with_a_reason(request_: Verify | Draft, proble
 
 def test_an_engine_that_breaks_fails_one_request() -> None:
     socket, engine = ScriptedSocket(), CountingEngine()
-    engine.next_tokens = lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory"))  # type: ignore[method-assign]
+    engine.verify = lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory"))  # type: ignore[method-assign]
     socket.inbox.extend([OPEN, verify(1, PROMPT), verify(2, PROMPT)])
     WorkerLoop(cast(WorkSocket, socket), engine, still_needed=lambda: True).run()
     assert socket.sent == [Failed(1, attempt, "engine", "RuntimeError: out of memory") for attempt in (1, 2)]

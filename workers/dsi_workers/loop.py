@@ -32,8 +32,8 @@ from dsi_protocol import (
     Welcome,
 )
 from dsi_workers.connection import WorkSocket
-from dsi_workers.engines.base import Engine, Interrupted
-from dsi_workers.session import Session
+from dsi_workers.engines.base import Answer, Engine, Interrupted
+from dsi_workers.session import SamplingParameters, Session
 
 log = structlog.get_logger("dsi.worker")
 
@@ -126,8 +126,8 @@ class WorkerLoop:
                 session = self._sessions.get(generation)
                 if session is not None:
                     session.cancelled_to = max(session.cancelled_to, attempt)
-            case OpenGeneration(generation, prompt_length, correlation):
-                self._open(generation, prompt_length, correlation)
+            case OpenGeneration():
+                self._open(message)
             case CloseGeneration(generation):
                 self._close(generation)
             case Drain():
@@ -140,13 +140,19 @@ class WorkerLoop:
             case _:
                 log.warning("ignored: not for a worker", message=type(message).__name__)
 
-    def _open(self, generation: int, prompt_length: int, correlation: str) -> None:
-        if generation in self._sessions:
+    def _open(self, opened: OpenGeneration) -> None:
+        if opened.generation in self._sessions:
             return
         if len(self._sessions) >= MAX_SESSIONS:
-            log.warning("too many generations are open: this one is not", generation=generation, limit=MAX_SESSIONS)
+            log.warning("too many generations are open: one more is not", limit=MAX_SESSIONS)
             return
-        self._sessions[generation] = Session(generation, prompt_length, correlation)
+        sampling = SamplingParameters(
+            opened.temperature, opened.top_k, opened.top_p, opened.min_p, opened.repetition_penalty, opened.seed,
+            opened.logprobs,
+        )  # fmt: skip
+        self._sessions[opened.generation] = Session(
+            opened.generation, opened.prompt_length, opened.correlation, sampling
+        )
 
     def _close(self, generation: int) -> None:
         session = self._sessions.pop(generation, None)
@@ -220,9 +226,9 @@ class WorkerLoop:
     def _step(self, work: _Work) -> None:
         self._current = work
         begun_s, forwards = time.perf_counter(), self._engine.forwards
-        tokens: list[int] | None = None
+        answer: Answer | None = None
         try:
-            tokens = self._work_on(work)
+            answer = self._work_on(work)
         except Interrupted:
             pass  # the next _pick answers Cancelled
         except Exception as error:
@@ -232,22 +238,22 @@ class WorkerLoop:
         self._current = None
         work.busy_s += time.perf_counter() - begun_s
         work.forwards += self._engine.forwards - forwards
-        if tokens is not None:
-            self._report(work, tokens)
+        if answer is not None:
+            self._report(work, answer)
 
-    def _work_on(self, work: _Work) -> list[int]:
+    def _work_on(self, work: _Work) -> Answer:
         request, session = work.request, work.session
         if isinstance(request, Verify):
-            return self._engine.next_tokens(session, request.start, self)
-        return self._engine.draft(session, request.start + request.count - len(session.tokens), self)
+            return self._engine.verify(session, request.start, self)
+        return Answer(self._engine.draft(session, request.start + request.count - len(session.tokens), self))
 
-    def _report(self, work: _Work, tokens: list[int]) -> None:
-        request, session = work.request, work.session
+    def _report(self, work: _Work, answer: Answer) -> None:
+        request, session, tokens = work.request, work.session, answer.tokens
         if isinstance(request, Verify):
             self._queue.popleft()
             self._send(
                 Verified(
-                    request.generation, request.attempt, request.start, tuple(tokens),
+                    request.generation, request.attempt, request.start, tuple(tokens), tuple(answer.logprobs),
                     work.forwards, work.take_busy_us(),
                 )
             )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dsi_protocol import prefix_checksum
 
@@ -10,10 +11,31 @@ from dsi_protocol import prefix_checksum
 _REMEMBERED_ATTEMPTS = 8192
 
 
+@dataclass(frozen=True, slots=True)
+class SamplingParameters:
+    """How the tokens of a generation are chosen. The meaning of each is transformers'."""
+
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    logprobs: bool = False
+
+    @property
+    def plain_greedy(self) -> bool:
+        """The largest logit, as the model gives it."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
+
 class Session:
     """Tokens of one generation on this worker. Positions are absolute, the prompt first."""
 
-    def __init__(self, generation: int, prompt_length: int, correlation: str) -> None:
+    def __init__(
+        self, generation: int, prompt_length: int, correlation: str, sampling: SamplingParameters | None = None
+    ) -> None:
+        self.sampling = sampling if sampling is not None else SamplingParameters()
         self.generation = generation
         self.prompt_length = prompt_length
         self.correlation = correlation

@@ -7,7 +7,7 @@ or every millisecond to ask whether that work is still wanted.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from dsi_workers.session import Session
@@ -42,6 +42,14 @@ class EngineInfo:
     latency_us: int  # measured after warm-up: one verification forward, or one drafted token
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The model's own tokens, and their log probabilities if the session wants them."""
+
+    tokens: list[int]
+    logprobs: list[float] = field(default_factory=list)
+
+
 class Engine(ABC):
     """A loaded model, or what stands for one. Calls come from one thread."""
 
@@ -50,7 +58,7 @@ class Engine(ABC):
     forwards: int = 0
 
     @abstractmethod
-    def next_tokens(self, session: Session, start: int, interrupt: Interrupt) -> list[int]:
+    def verify(self, session: Session, start: int, interrupt: Interrupt) -> Answer:
         """Verify: the model's own tokens from position `start` (>= 1) on, given session.tokens.
 
         Up to and including the first that differs from session.tokens, or one beyond them if none does. Raises
@@ -60,9 +68,9 @@ class Engine(ABC):
     def draft(self, session: Session, count: int, interrupt: Interrupt) -> list[int]:
         """One step of drafting: between 0 and `count` (>= 1) tokens that may follow session.tokens; [] is 'no idea'.
 
-        By default one token of the model's own. Raises Interrupted as `next_tokens` does.
+        By default one token of the model's own. Raises Interrupted as `verify` does.
         """
-        return self.next_tokens(session, len(session.tokens), interrupt)
+        return self.verify(session, len(session.tokens), interrupt).tokens
 
     def forget(self, session: Session) -> None:  # noqa: B027  an engine may hold nothing
         """The session is closed: give back what is held for it."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsi_protocol import OptionValue
-from dsi_workers.engines.base import Engine, EngineError, EngineInfo, Interrupt
+from dsi_workers.engines.base import Answer, Engine, EngineError, EngineInfo, Interrupt
 from dsi_workers.session import Session
 
 #: More than any generation: the generator's own default of 20 gives nothing for longer texts.
@@ -40,7 +40,7 @@ class NgramEngine(Engine):
         latency_us = max(1, round((time.perf_counter() - begun) * 1e6))
         self.info = EngineInfo(vocabulary="", vocabulary_size=0, max_length=1 << 20, window=0, latency_us=latency_us)
 
-    def next_tokens(self, session: Session, start: int, interrupt: Interrupt) -> list[int]:
+    def verify(self, session: Session, start: int, interrupt: Interrupt) -> Answer:
         raise EngineError("the ngram engine only drafts: it has no tokens of its own to verify with")
 
     def draft(self, session: Session, count: int, interrupt: Interrupt) -> list[int]:

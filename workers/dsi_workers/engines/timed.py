@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 
 from dsi_protocol import OptionValue, prefix_checksum
-from dsi_workers.engines.base import Engine, EngineError, EngineInfo, Interrupt
+from dsi_workers.engines.base import Answer, Engine, EngineError, EngineInfo, Interrupt
 from dsi_workers.session import Session
 
 WINDOW = 32
@@ -38,14 +38,14 @@ class TimedEngine(Engine):
         if not 2 <= self.vocabulary_size < 1 << 32:
             raise EngineError("option vocabulary_size of the timed engine must be at least 2")
         self.info = EngineInfo(
-            vocabulary=f"timed-{self.vocabulary_size}",
-            vocabulary_size=self.vocabulary_size,
+            vocabulary="" if options.get("any_vocabulary") else f"timed-{self.vocabulary_size}",
+            vocabulary_size=0 if options.get("any_vocabulary") else self.vocabulary_size,
             max_length=1 << 20,
             window=WINDOW,
             latency_us=round(self.latency_s * 1e6),
         )
 
-    def next_tokens(self, session: Session, start: int, interrupt: Interrupt) -> list[int]:
+    def verify(self, session: Session, start: int, interrupt: Interrupt) -> Answer:
         begun = time.perf_counter()
         answer: list[int] = []
         checksum = prefix_checksum(session.tokens[:start])
@@ -60,7 +60,7 @@ class TimedEngine(Engine):
         self.forwards += 1
         interrupt.wait_until(begun + self.latency_s)
         session.computed = len(session.tokens)
-        return answer
+        return Answer(answer, [0.0] * len(answer) if session.sampling.logprobs else [])
 
     def _truth(self, prefix: int) -> int:
         return self._draw(b"truth", prefix) % self.vocabulary_size

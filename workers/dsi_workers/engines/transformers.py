@@ -22,10 +22,11 @@ from transformers.utils import logging as transformers_logging
 from dsi_protocol import OptionValue
 from dsi_workers.attention import ATTENTION, attention
 from dsi_workers.compatibility import position_limit, refuse_if_not_rewindable
-from dsi_workers.engines.base import Engine, EngineError, EngineInfo, Interrupt
+from dsi_workers.engines.base import Answer, Engine, EngineError, EngineInfo, Interrupt
 from dsi_workers.kv_cache import SlotCache
 from dsi_workers.models import ModelError, read_vocabulary_hash, resolve_model
 from dsi_workers.quantization import quantize_int8
+from dsi_workers.sampling import Sampler
 from dsi_workers.session import Session
 
 PROMPT_CHUNK = 64
@@ -82,6 +83,7 @@ class TransformersEngine(Engine):
             layer.register_forward_pre_hook(self._between_layers)
         self._slots: OrderedDict[int, int] = OrderedDict()  # generation -> slot, least recently used first
         self._sessions: dict[int, Session] = {}
+        self._samplers: dict[int, Sampler] = {}
         self._cache = SlotCache(
             int(self._config.num_hidden_layers),
             slots=int(options.get("slots", 4)),
@@ -98,10 +100,10 @@ class TransformersEngine(Engine):
     # Verify and draft
 
     @torch.inference_mode()
-    def next_tokens(self, session: Session, start: int, interrupt: Interrupt) -> list[int]:
+    def verify(self, session: Session, start: int, interrupt: Interrupt) -> Answer:
         self._interrupt = interrupt
         self._cache.slot = self._slot_of(session)
-        answer: list[int] = []
+        answer = Answer([])
         length = len(session.tokens)
         # The token at position p comes out of the input at p - 1, so inputs [start - 1, length) are needed, and
         # before them whatever this worker has not read yet.
@@ -110,15 +112,30 @@ class TransformersEngine(Engine):
             begin, end, width = self._next_chunk(session, position)
             # Padding and an interrupt leave what they like from `begin` on: until the forward is done it is not computed.
             session.computed = min(session.computed, begin)
-            choices = self._forward(session.tokens[begin:end], begin, width, first_logits=max(start - 1, begin))
+            logits = self._forward(session.tokens[begin:end], begin, width, first_logits=max(start - 1, begin))
             session.computed = end
-            for choice in choices:
-                at = start + len(answer)
-                answer.append(choice)
-                if at < length and session.tokens[at] != choice:
-                    return answer
+            if self._choose(session, start, logits, answer):
+                break
             position = end
         return answer
+
+    def _choose(self, session: Session, start: int, logits: torch.Tensor, answer: Answer) -> bool:
+        """Add the tokens that `logits` [n, vocabulary] give to the answer; whether one differs from the session's."""
+        sampler = self._samplers.get(session.generation)
+        choices = logits.argmax(dim=-1).tolist() if sampler is None else None
+        for row in range(len(logits)):
+            at = start + len(answer.tokens)
+            if sampler is not None:
+                token = sampler.choose(logits[row], at, session.tokens[:at])
+            else:
+                assert choices is not None
+                token = choices[row]
+            answer.tokens.append(token)
+            if session.sampling.logprobs:
+                answer.logprobs.append(float(logits[row].float().log_softmax(dim=-1)[token]))
+            if at < len(session.tokens) and session.tokens[at] != token:
+                return True
+        return False
 
     def _next_chunk(self, session: Session, position: int) -> tuple[int, int, int]:
         """The inputs [begin, end) of the forward that computes `position`, and the width it is padded to."""
@@ -131,8 +148,8 @@ class TransformersEngine(Engine):
             return begin, min(begin + PROMPT_CHUNK, session.prompt_length, length), PROMPT_CHUNK
         return position, min(position + self._window, length), self._window
 
-    def _forward(self, tokens: list[int], begin: int, width: int, first_logits: int) -> list[int]:
-        """One forward over the inputs [begin, begin + len(tokens)): the model's choice after each one from
+    def _forward(self, tokens: list[int], begin: int, width: int, first_logits: int) -> torch.Tensor:
+        """One forward over the inputs [begin, begin + len(tokens)): the logits [n, vocabulary] after each one from
         `first_logits` on. Interrupted between layers."""
         self._interrupt.check()
         self.forwards += 1
@@ -145,7 +162,7 @@ class TransformersEngine(Engine):
         ids[0, : len(tokens)] = torch.tensor(tokens)
         wanted = range(max(first_logits, begin), end)
         rows = self._logit_rows(wanted, begin, width)
-        logits = self._model(
+        logits: torch.Tensor = self._model(
             input_ids=ids.to(self._device),
             # Padding may lie beyond the last position that the model knows, or where its rope would change for all.
             position_ids=positions.clamp(max=self._last_position)[None],
@@ -154,8 +171,7 @@ class TransformersEngine(Engine):
             use_cache=True,
             logits_to_keep=torch.tensor(rows, device=self._device),
         ).logits
-        choices: list[int] = logits[0].argmax(dim=-1).tolist()
-        return choices[: len(wanted)]
+        return logits[0, : len(wanted)]
 
     def _logit_rows(self, wanted: range, begin: int, width: int) -> list[int]:
         """The rows of the forward to compute logits for: the wanted ones, in an exact engine padded to a full window
@@ -201,6 +217,8 @@ class TransformersEngine(Engine):
             else:
                 loser, slot = self._slots.popitem(last=False)
                 self._sessions.pop(loser).computed = 0
+        if not session.sampling.plain_greedy and generation not in self._samplers:
+            self._samplers[generation] = Sampler(session.sampling)
         self._slots[generation] = slot
         self._sessions[generation] = session
         return slot
@@ -208,6 +226,7 @@ class TransformersEngine(Engine):
     def forget(self, session: Session) -> None:
         self._slots.pop(session.generation, None)
         self._sessions.pop(session.generation, None)
+        self._samplers.pop(session.generation, None)
 
     # Start
 
@@ -225,12 +244,12 @@ class TransformersEngine(Engine):
         calls = attention.calls
         session = Session(generation=0, prompt_length=PROMPT_CHUNK, correlation="warm-up")
         session.write(0, [position % 16 for position in range(PROMPT_CHUNK)])
-        self.next_tokens(session, PROMPT_CHUNK, _Never())
+        self.verify(session, PROMPT_CHUNK, _Never())
         times: list[float] = []
         for _ in range(3):
             begun = time.perf_counter()
             session.write(len(session.tokens), [0])
-            self.next_tokens(session, len(session.tokens), _Never())
+            self.verify(session, len(session.tokens), _Never())
             times.append(time.perf_counter() - begun)
         if attention.calls - calls != self.forwards * int(self._config.num_hidden_layers):
             raise EngineError(

@@ -1,0 +1,156 @@
+"""`dsi-actors bench exact`: is the text the same, whatever the algorithm, the drafter, the servers, the lookahead?
+
+For each dtype and prompt, greedy and sampled, plain decoding (AR) gives the reference. Every other way must give the same
+token ids: AR, SI and DSI × drafters × SP × lookahead, each drafter with worker processes of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from dsi_actors.cli.machine import describe_machine
+from dsi_actors.cli.options import SubParsers, add_logging_option, default_of
+from dsi_actors.config import NGRAM, RANDOM, SELF_INT8, Algorithm, Config, Sampling
+from dsi_actors.errors import ConfigError
+from dsi_actors.models import resolve_model
+from dsi_actors.orchestrator import Orchestrator
+from dsi_actors.tokenizer import Tokenizer
+
+DRAFTERS = (SELF_INT8, NGRAM, RANDOM)
+LOOKAHEADS: tuple[int | Literal["auto"], ...] = (1, 3, 8, "auto")
+SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "top_k": 50, "repetition_penalty": 1.1}
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to get the text."""
+
+    algorithm: Algorithm
+    sp: int
+    lookahead: int | Literal["auto"]
+
+
+def ways(servers: int) -> Iterator[Way]:
+    yield Way("ar", 1, "auto")
+    for lookahead in LOOKAHEADS:
+        yield Way("si", 1, lookahead)
+        for sp in range(1, servers + 1):
+            yield Way("dsi", sp, lookahead)
+
+
+@dataclass(slots=True)
+class Findings:
+    """Counts by (dtype, drafter, algorithm, sp), and the references: by (dtype, prompt id, greedy or sampled)."""
+
+    compared: Counter[tuple[str, str, str, int]] = field(default_factory=Counter)
+    differing: Counter[tuple[str, str, str, int]] = field(default_factory=Counter)
+    tokens: Counter[tuple[str, str, str, int]] = field(default_factory=Counter)
+    references: dict[tuple[str, str, str], list[int]] = field(default_factory=dict)
+
+    def take(self, key: tuple[str, str, str, int], reference: tuple[str, str, str], text: list[int]) -> bool:
+        """Compare with the reference, or become it. Returns whether it is the same."""
+        expected = self.references.setdefault(reference, text)
+        if expected is text:
+            return True
+        self.compared[key] += 1
+        self.tokens[key] += len(text)
+        self.differing[key] += text != expected
+        return text == expected
+
+    def rows(self) -> list[dict[str, Any]]:
+        names = ("dtype", "drafter", "algorithm", "sp")
+        return [
+            {
+                **dict(zip(names, key, strict=True)),
+                "compared": count,
+                "differing": self.differing[key],
+                "tokens": self.tokens[key],
+            }
+            for key, count in sorted(self.compared.items())
+        ]
+
+
+def add_parser(benches: SubParsers) -> None:
+    parser = benches.add_parser("exact", help="the same text in every way?", description=__doc__)
+    parser.add_argument("--target", default=default_of(Config, "target"), metavar="REF")
+    parser.add_argument("--prompts", required=True, metavar="FILE", help='lines of {"id": ..., "prompt": ...}')
+    parser.add_argument("--limit", type=int, default=2, metavar="N", help="prompts to use (default %(default)s)")
+    parser.add_argument("--skip", type=int, default=0, metavar="N", help="prompts to leave out before")
+    parser.add_argument("--max-tokens", type=int, default=32, metavar="M", help="tokens of each (default %(default)s)")
+    parser.add_argument("--servers", type=int, default=3, metavar="N", help="SP from 1 to this (default %(default)s)")
+    parser.add_argument("--dtypes", default="float32,bfloat16", metavar="LIST", help="default %(default)s")
+    parser.add_argument("--drafters", default=",".join(DRAFTERS), metavar="LIST", help="default %(default)s")
+    parser.add_argument("--gpu", action="append", default=[], metavar="N", dest="devices")
+    parser.add_argument("--json", action="store_true")
+    add_logging_option(parser)
+    parser.set_defaults(command=run)
+
+
+def read_prompts(file: str, skip: int, limit: int) -> list[tuple[str, str]]:
+    """(id, prompt) of each line. Raises ConfigError."""
+    if limit < 1 or skip < 0:
+        raise ConfigError("--limit must be at least 1 and --skip at least 0")
+    try:
+        lines = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        cases = [json.loads(line) for line in lines[skip : skip + limit]]
+        prompts = [(str(case.get("id", number)), str(case["prompt"])) for number, case in enumerate(cases)]
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f'{file} cannot be read as lines of {{"id": ..., "prompt": ...}}: {error}') from None
+    if not prompts:
+        raise ConfigError(f"{file} has no prompts after the first {skip}")
+    return prompts
+
+
+async def run(arguments: argparse.Namespace) -> int:
+    prompts = read_prompts(arguments.prompts, arguments.skip, arguments.limit)
+    tokenizer = Tokenizer(resolve_model(arguments.target))
+    samplings = {
+        "greedy": Sampling(max_tokens=arguments.max_tokens),
+        "sampled": Sampling(max_tokens=arguments.max_tokens, seed=2024, **SAMPLED),
+    }
+    encoded = [(name, tokenizer.encode(prompt)) for name, prompt in prompts]
+    findings = Findings()
+    err = Console(stderr=True, highlight=False)
+    for dtype in arguments.dtypes.split(","):
+        for drafter in arguments.drafters.split(","):
+            config = Config(
+                target=arguments.target, drafter=drafter, sp=arguments.servers, devices=tuple(arguments.devices),
+                target_options={"dtype": dtype}, log_level=arguments.log_level,
+            )  # fmt: skip
+            async with Orchestrator(config) as orchestrator:
+                for name, prompt_ids in encoded:
+                    for kind, sampling in samplings.items():
+                        for way in ways(arguments.servers):
+                            stream = orchestrator.generate(
+                                prompt_ids, sampling, algorithm=way.algorithm, sp=way.sp, lookahead=way.lookahead
+                            )
+                            text = [token async for tokens in stream for token in tokens]
+                            await stream.aclose()
+                            if not findings.take((dtype, drafter, way.algorithm, way.sp), (dtype, name, kind), text):
+                                err.print(f"DIFFERENT: {dtype} {drafter} {name} {kind} {way}", style="red")
+                    err.print(f"{dtype} {drafter} {name}: {findings.compared.total()} compared so far")
+    return _report(findings, as_json=arguments.json)
+
+
+def _report(findings: Findings, *, as_json: bool) -> int:
+    compared, differing = findings.compared.total(), findings.differing.total()
+    if as_json:
+        summary = {"compared": compared, "differing": differing, "results": findings.rows()}
+        sys.stdout.write(json.dumps({"machine": describe_machine(), **summary}) + "\n")
+    else:
+        table = Table("dtype", "drafter", "algorithm", "SP", "compared", "differing", "tokens")
+        for row in findings.rows():
+            table.add_row(*(str(value) for value in row.values()))
+        Console(highlight=False).print(table)
+        sys.stdout.write(f"{compared} outputs compared, {differing} different\n")
+    return 1 if differing else 0
