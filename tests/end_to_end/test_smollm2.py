@@ -12,6 +12,9 @@ import dsi_actors
 from dsi_actors.config import ALGORITHMS, DEFAULT_TARGET
 from dsi_actors.models import resolve_model
 from dsi_actors.tokenizer import Tokenizer
+from dsi_workers.engines import load_engine
+from dsi_workers.session import SamplingParameters, Session
+from support.engines import NoInterrupt
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
 
@@ -54,6 +57,43 @@ async def test_all_algorithms_agree_with_transformers(model: Path) -> None:
                 eos_token_id=None,
             )
             assert outputs[0] == outputs[1] == outputs[2] == expected[0, len(prompt_ids) :].tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_bits_do_not_depend_on_how_tokens_are_grouped(model: Path, dtype: str) -> None:
+    """The real model's log probabilities: one position at a time, and in groups of every size to two windows."""
+    options = {"dtype": dtype}
+    engine = load_engine("transformers", role="target", model=str(model), device="cpu:0", options=options)
+    prompt = Tokenizer(model).encode(PROMPTS[0])
+    wants = SamplingParameters(logprobs=True)
+    alone, grouped = (Session(number, len(prompt), "", wants) for number in (1, 2))
+    for session in (alone, grouped):
+        session.write(0, prompt)
+    expected: list[float] = []
+    while len(expected) < sum(range(1, 10)):
+        answer = engine.verify(alone, len(alone.tokens), NoInterrupt())
+        expected += answer.logprobs
+        alone.write(len(alone.tokens), answer.tokens)
+    found: list[float] = []
+    for group in range(1, 10):
+        start = len(prompt) + len(found)
+        grouped.write(start, alone.tokens[start : start + group - 1])
+        found += engine.verify(grouped, start, NoInterrupt()).logprobs
+        grouped.write(len(grouped.tokens), alone.tokens[len(grouped.tokens) : len(prompt) + len(found)])
+    assert found == expected
+
+
+async def test_sampled_text_is_the_same_in_every_algorithm(model: Path) -> None:
+    prompt_ids = Tokenizer(model).encode(PROMPTS[1])
+    sampling = dsi_actors.Sampling(max_tokens=TOKENS, temperature=0.9, top_p=0.95, seed=5)
+    async with dsi_actors.Orchestrator(dsi_actors.Config(devices=("cpu",))) as orchestrator:
+        texts = []
+        for algorithm in ALGORITHMS:
+            stream = orchestrator.generate(prompt_ids, sampling, algorithm=algorithm)
+            texts.append([token async for tokens in stream for token in tokens])
+            if algorithm != "ar":
+                assert (await stream.report()).acceptance_rate > 0.4, "drafter and target share the noise"
+    assert texts[0] == texts[1] == texts[2]
 
 
 def test_the_chat_template_is_the_models_own(model: Path) -> None:

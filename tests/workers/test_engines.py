@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from dsi_workers.engines import Engine, EngineError, Interrupted, load_engine
-from dsi_workers.session import Session
+from dsi_workers.session import SamplingParameters, Session
 from support.engines import InterruptAfter, NoInterrupt, make_tiny_model, session_of
 
 MakeEngine = Callable[[], Engine]
@@ -114,6 +115,36 @@ def test_a_prompt_that_comes_in_pieces(engine: Engine) -> None:
     assert engine.verify(session, 70, NoInterrupt()).tokens == expected
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_bits_do_not_depend_on_how_tokens_are_grouped(tiny_model: Path, dtype: str) -> None:
+    """Log probabilities, compared as they are: one position at a time, all at once, and in random groups."""
+    options: dict[str, Any] = {"dtype": dtype, "window": 8}
+    engine = load_engine("transformers", role="target", model=str(tiny_model), device="cpu:0", options=options)
+    wants = SamplingParameters(logprobs=True)
+    prompt = [3, 14, 15, 9, 26]
+    alone = Session(1, 5, "", wants)
+    alone.write(0, prompt)
+    expected: list[float] = []
+    for _ in range(40):
+        answer = engine.verify(alone, len(alone.tokens), NoInterrupt())
+        expected += answer.logprobs
+        alone.write(len(alone.tokens), answer.tokens)
+    generator = random.Random(7)
+    for number in range(2, 12):
+        session = Session(number, 5, "", wants)
+        session.write(0, prompt)
+        found: list[float] = []
+        while len(found) < 40:
+            have = len(session.tokens)
+            group = 40 if number == 2 else generator.randint(0, 13)
+            session.write(have, alone.tokens[have : min(45, have + group)])
+            answer = engine.verify(session, have, NoInterrupt())
+            found += answer.logprobs[: len(session.tokens) - have + 1]
+            session.write(len(session.tokens), answer.tokens[-1:])
+        assert found[:40] == expected
+        engine.forget(session)
+
+
 @pytest.mark.parametrize("checks", [1, 2, 3])
 def test_reading_the_prompt_again_spoils_nothing(engine: Engine, checks: int) -> None:
     """The prompt's chunk is wider than the prompt: its padding lies where the continuation was computed."""
@@ -205,6 +236,8 @@ def test_timed_drafters_agree_as_often_as_they_are_told(acceptance: float) -> No
         ({"name": "transformers", "model": "/nowhere/model.gguf"}, "there is no file /nowhere/model.gguf"),
         ({"name": "transformers", "model": ""}, "the model reference is empty"),
         ({"name": "transformers", "model": "tiny", "device": "cuda:7"}, "there is no GPU 7"),
+        ({"name": "transformers", "model": "tiny", "options": {"window": 0}}, "window must be a whole number"),
+        ({"name": "transformers", "model": "tiny", "role": "boss"}, "unknown role 'boss'"),
         ({"name": "transformers", "model": "tiny", "options": {"dtype": "int3"}}, "unknown dtype 'int3'"),
         ({"name": "transformers", "model": "tiny", "options": {"quantization": "int3"}}, "unknown quantization"),
     ],

@@ -1,7 +1,7 @@
 """Any causal language model that transformers can load and whose state can be rewound, on a CPU or a CUDA device.
 
-A target computes every position at or after the prompt's end in a window of fixed width, and the prompt in chunks of
-fixed width aligned to position 0, so that a token's logits do not depend on how the tokens around it were grouped into
+A target computes the prompt in chunks of fixed width aligned to position 0, and every later position at a width that
+gives the bits of a full window, so that a token's logits do not depend on how the tokens around it were grouped into
 requests (docs/exactness.md). A drafter only guesses: it computes exactly the tokens that it must.
 """
 
@@ -50,7 +50,7 @@ class TransformersEngine(Engine):
     """Options: dtype (auto, float32, bfloat16, float16), quantization ("" or int8), window, max_length, slots, threads."""
 
     def __init__(self, model: str, *, device: str, drafter: bool, options: Mapping[str, OptionValue]) -> None:
-        torch.set_num_threads(int(options.get("threads", 1)))
+        torch.set_num_threads(_whole(options, "threads", 1))
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         self._device = _check_device(device)
@@ -64,10 +64,10 @@ class TransformersEngine(Engine):
             raise EngineError(f"transformers cannot read the configuration of {model}: {error}") from None
         refuse_if_not_rewindable(config, model)
         self._config = config.get_text_config(decoder=True)
-        max_length = min(int(options.get("max_length", 2048)), position_limit(self._config))
+        max_length = min(_whole(options, "max_length", 2048), position_limit(self._config))
         self._last_position = max_length - 1
         self._exact = not drafter
-        self._window = int(options.get("window", 8))
+        self._window = _whole(options, "window", 8)
         #: Widths of a forward that give the same bits, ascending: see _find_exact_widths.
         self._widths = [self._window]
         quantization = str(options.get("quantization", ""))
@@ -89,7 +89,7 @@ class TransformersEngine(Engine):
         self._samplers: dict[int, Sampler] = {}
         self._cache = SlotCache(
             int(self._config.num_hidden_layers),
-            slots=int(options.get("slots", 4)),
+            slots=_whole(options, "slots", 4),
             capacity=_round_up(max_length + max(PROMPT_CHUNK, self._window), READ_STEP),
         )
         self.info = EngineInfo(
@@ -296,6 +296,13 @@ class TransformersEngine(Engine):
         self.forget(session)
         self.forwards = 0
         return max(1, round(sorted(times)[1] * 1e6))
+
+
+def _whole(options: Mapping[str, OptionValue], name: str, default: int) -> int:
+    value = options.get(name, default)
+    if type(value) is not int or not 1 <= value <= 1 << 24:
+        raise EngineError(f"option {name} must be a whole number of at least 1, not {value!r}")
+    return value
 
 
 def _check_device(name: str) -> torch.device:
