@@ -6,18 +6,15 @@ import asyncio
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeAlias
+from typing import Literal
 
-from dsi_actors.actors.actor import Actor
 from dsi_actors.actors.generation import Generation
-from dsi_actors.actors.scheduler import Scheduler, WorkerGone, WorkerReady
+from dsi_actors.actors.root import Root
 from dsi_actors.actors.supervisor import WorkerSpec, WorkerSupervisor
 from dsi_actors.actors.worker_handle import WorkerHandle
-from dsi_actors.actors.workforce import Workforce
 from dsi_actors.config import ALGORITHMS, Algorithm, Config, Sampling
 from dsi_actors.core import GenerationCore, Policy
 from dsi_actors.devices import local_devices
@@ -33,110 +30,6 @@ log = get_logger("orchestrator")
 _DEFAULT_LOOKAHEAD = 4
 
 
-@dataclass(frozen=True, slots=True)
-class _ChildEnded:
-    """One of the actors that must live as long as we do has ended."""
-
-    child: Actor[Any]
-    error: BaseException | None
-
-
-@dataclass(frozen=True, slots=True)
-class _GenerationEnded:
-    generation: Generation
-    channel: Channel
-    error: BaseException | None
-
-
-_RootMessage: TypeAlias = _ChildEnded | _GenerationEnded
-
-
-class _Root(Actor[_RootMessage]):
-    """The parent of all: if one of the permanent actors fails, everything ends; a generation fails alone."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__("root")
-        self.scheduler = Scheduler()
-        self.workforce = Workforce(config, self._on_worker_ready, self._on_worker_lost)
-        self.supervisor: WorkerSupervisor | None = None
-        self.ready_workers: list[WorkerHandle] = []
-        self.generations: dict[int, tuple[Generation, Channel]] = {}
-        #: Local workers that ended, and how.
-        self.exits: list[tuple[int, WorkerSpec, int]] = []
-        self.closing = False
-        self._watchers: list[asyncio.Future[None]] = []
-
-    def start_permanent(self, child: Actor[Any]) -> None:
-        self.start_child(child, lambda error: _ChildEnded(child, error))
-
-    def start_generation(self, generation: Generation, channel: Channel) -> None:
-        self.generations[generation.number] = (generation, channel)
-        self.start_child(generation, lambda error: _GenerationEnded(generation, channel, error))
-        asyncio.get_running_loop().call_soon(generation.begin)
-
-    def receive(self, message: _RootMessage) -> None:
-        match message:
-            case _GenerationEnded(generation, channel, error):
-                del self.generations[generation.number]
-                if error is not None:
-                    log.error("a generation failed", generation=generation.number, exc_info=error)
-                channel.end(error if isinstance(error, Exception) else OrchestratorClosed("the generation was ended"))
-                channel.conclude(generation.report)
-                self.changed()
-            case _ChildEnded(child, error) if not self.closing:
-                raise RuntimeError(f"{child.name} ended") from error
-
-    def on_exit(self, process: int, spec: WorkerSpec, code: int) -> None:
-        if not self.closing:
-            log.warning("a local worker ended", pid=process, role=spec.role, device=spec.device, exit_code=code)
-        self.exits.append((process, spec, code))
-        self.workforce.drop_process(process)
-        self.changed()
-
-    def _on_worker_ready(self, worker: WorkerHandle) -> None:
-        self.ready_workers.append(worker)
-        self.scheduler.tell(WorkerReady(worker))
-        self.changed()
-
-    def _on_worker_lost(self, worker: WorkerHandle) -> None:
-        if worker in self.ready_workers:
-            self.ready_workers.remove(worker)
-            self.scheduler.tell(WorkerGone(worker), control=True)
-        self.changed()
-
-    def of_role(self, role: str) -> list[WorkerHandle]:
-        return [worker for worker in self.ready_workers if worker.role == role]
-
-    def changed(self) -> None:
-        """Wake whoever waits for a change among workers or generations."""
-        watchers, self._watchers = self._watchers, []
-        for watcher in watchers:
-            if not watcher.done():
-                watcher.set_result(None)
-
-    async def wait_until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
-        """False if the condition does not hold after `timeout_s`. It is looked at after every change."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while not condition():
-                    watcher: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-                    self._watchers.append(watcher)
-                    try:
-                        await watcher
-                    finally:
-                        if watcher in self._watchers:
-                            self._watchers.remove(watcher)
-        except TimeoutError:
-            return False
-        return True
-
-    def on_stop(self) -> None:
-        for _, channel in self.generations.values():
-            channel.end(OrchestratorClosed("the orchestrator was closed"))
-            channel.conclude(None)
-        self.changed()
-
-
 class Orchestrator:
     """Drafter, target servers and generations behind one object. Use as an async context manager.
 
@@ -147,13 +40,13 @@ class Orchestrator:
     def __init__(self, config: Config | None = None) -> None:
         self.config = config if config is not None else Config()
         self.endpoint = ""
-        self._root: _Root | None = None
+        self._root: Root | None = None
         self._task: asyncio.Task[None] | None = None
         self._socket_directory: tempfile.TemporaryDirectory[str] | None = None
         self._numbers = itertools.count(1)
 
     async def __aenter__(self) -> Orchestrator:
-        self._root = root = _Root(self.config)
+        self._root = root = Root(self.config)
         try:
             self.endpoint = root.workforce.listen(self.config.listen or self._private_endpoint())
         except BaseException:
@@ -270,7 +163,7 @@ class Orchestrator:
 
     # Start and end
 
-    def _running(self) -> _Root:
+    def _running(self) -> Root:
         if self._root is None or self._root.ended or self._task is None:
             raise OrchestratorClosed("the orchestrator is not running: use it inside `async with`")
         return self._root
@@ -280,7 +173,7 @@ class Orchestrator:
         self._socket_directory = tempfile.TemporaryDirectory(prefix="dsi-")
         return f"ipc://{Path(self._socket_directory.name) / 'orchestrator.sock'}"
 
-    async def _start_local_workers(self, root: _Root) -> None:
+    async def _start_local_workers(self, root: Root) -> None:
         config = self.config
         roles = ["target"] * config.sp + (["drafter"] if config.drafter is not None else [])
         devices = local_devices(config.devices)
@@ -305,7 +198,7 @@ class Orchestrator:
             )
         log.info("local workers ready", number=len(roles), after_s=round(time.monotonic() - begun, 2))
 
-    async def _close(self, root: _Root) -> None:
+    async def _close(self, root: Root) -> None:
         """End generations, then workers, then our own actors. Safe to call whatever is running."""
         assert self._task is not None
         root.closing = True
@@ -330,7 +223,7 @@ class Orchestrator:
 
     # Before a generation
 
-    async def _first_target(self, root: _Root) -> WorkerHandle:
+    async def _first_target(self, root: Root) -> WorkerHandle:
         timeout_s = self.config.ready_timeout_s
         found = await root.wait_until(lambda: bool(root.of_role("target")) or root.ended, timeout_s)
         self._running()
@@ -357,7 +250,7 @@ class Orchestrator:
             )
 
     @staticmethod
-    def _policy(root: _Root, algorithm: Algorithm, sp: int, lookahead: int | Literal["auto"]) -> Policy:
+    def _policy(root: Root, algorithm: Algorithm, sp: int, lookahead: int | Literal["auto"]) -> Policy:
         if algorithm == "ar":
             return Policy.autoregressive()
         targets, drafters = root.of_role("target"), root.of_role("drafter")

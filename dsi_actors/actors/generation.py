@@ -7,11 +7,11 @@ one event; a cancel is told to the worker, one way. A rule about tokens in this 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from dsi_actors.actors.account import Account
 from dsi_actors.actors.actor import Actor
 from dsi_actors.actors.scheduler import GivenBack, Released, Requested, Scheduler
 from dsi_actors.actors.worker_handle import WorkerHandle
@@ -121,7 +121,7 @@ class Generation(Actor[GenerationMessage]):
         self._last_failure = ""
         self._drafts_cancelled_to = 0
         self._pending = 0  # requests without a terminal reply
-        self._account = _Account()
+        self._account = Account()
         self._settling = False
         self._target_wait_s = target_wait_s
         self._first_target_wait_s = first_target_wait_s
@@ -352,58 +352,3 @@ def _words_of(reply: Reply) -> str:
 async def _later(delay_s: float, message: GenerationMessage) -> GenerationMessage:
     await asyncio.sleep(delay_s)
     return message
-
-
-class _Account:
-    """Times and costs of one generation."""
-
-    def __init__(self) -> None:
-        self._begun_s = self._first_s = self._last_s = self._ended_s = time.perf_counter()
-        self._first_tokens = self._tokens = 0
-        self._forwards: dict[int, int] = {}
-        self._useful_forwards = 0
-        self._target_busy_us = self._drafter_busy_us = 0
-
-    def begin(self) -> None:
-        self._begun_s = time.perf_counter()
-
-    def commit(self, tokens: int) -> None:
-        self._last_s = time.perf_counter()
-        if not self._tokens:
-            self._first_s, self._first_tokens = self._last_s, tokens
-        self._tokens += tokens
-
-    def end(self) -> None:
-        self._ended_s = time.perf_counter()
-
-    def verification(self, attempt: int, forwards: int, busy_us: int) -> None:
-        self._forwards[attempt] = forwards
-        self._target_busy_us += busy_us
-
-    def useful(self, attempt: int) -> None:
-        self._useful_forwards += self._forwards.get(attempt, 0)
-
-    def drafting(self, busy_us: int) -> None:
-        self._drafter_busy_us += busy_us
-
-    def report(self, core: GenerationCore, servers: int) -> GenerationReport:
-        counters, policy = core.counters, core.policy
-        forwards = sum(self._forwards.values())
-        later_tokens = self._tokens - self._first_tokens
-        return GenerationReport(
-            algorithm=policy.algorithm,
-            sp=servers,
-            lookahead=policy.lookahead if policy.max_ahead else 0,
-            tokens=self._tokens,
-            finish_reason=core.finish_reason or "cancelled",
-            ms_per_token=(self._last_s - self._first_s) * 1e3 / later_tokens if later_tokens else 0.0,
-            first_token_ms=(self._first_s - self._begun_s) * 1e3 if self._tokens else 0.0,
-            total_ms=(self._ended_s - self._begun_s) * 1e3,
-            acceptance_rate=counters.accepted / counters.judged if counters.judged else 0.0,
-            drafted_tokens=counters.drafted,
-            rejections=counters.rejections,
-            target_forwards=forwards,
-            wasted_target_forwards=forwards - self._useful_forwards,
-            target_busy_ms=self._target_busy_us / 1e3,
-            drafter_busy_ms=self._drafter_busy_us / 1e3,
-        )

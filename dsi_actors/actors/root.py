@@ -1,0 +1,125 @@
+"""The parent of all actors, and who waits for changes among them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from dsi_actors.actors.actor import Actor
+from dsi_actors.actors.generation import Generation
+from dsi_actors.actors.scheduler import Scheduler, WorkerGone, WorkerReady
+from dsi_actors.actors.supervisor import WorkerSpec, WorkerSupervisor
+from dsi_actors.actors.worker_handle import WorkerHandle
+from dsi_actors.actors.workforce import Workforce
+from dsi_actors.config import Config
+from dsi_actors.errors import OrchestratorClosed
+from dsi_actors.logs import get_logger
+from dsi_actors.stream import Channel
+
+log = get_logger("root")
+
+
+@dataclass(frozen=True, slots=True)
+class _ChildEnded:
+    """One of the actors that must live as long as we do has ended."""
+
+    child: Actor[Any]
+    error: BaseException | None
+
+
+@dataclass(frozen=True, slots=True)
+class _GenerationEnded:
+    generation: Generation
+    channel: Channel
+    error: BaseException | None
+
+
+_RootMessage: TypeAlias = _ChildEnded | _GenerationEnded
+
+
+class Root(Actor[_RootMessage]):
+    """The parent of all: if one of the permanent actors fails, everything ends; a generation fails alone."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__("root")
+        self.scheduler = Scheduler()
+        self.workforce = Workforce(config, self._on_worker_ready, self._on_worker_lost)
+        self.supervisor: WorkerSupervisor | None = None
+        self.ready_workers: list[WorkerHandle] = []
+        self.generations: dict[int, tuple[Generation, Channel]] = {}
+        #: Local workers that ended, and how.
+        self.exits: list[tuple[int, WorkerSpec, int]] = []
+        self.closing = False
+        self._watchers: list[asyncio.Future[None]] = []
+
+    def start_permanent(self, child: Actor[Any]) -> None:
+        self.start_child(child, lambda error: _ChildEnded(child, error))
+
+    def start_generation(self, generation: Generation, channel: Channel) -> None:
+        self.generations[generation.number] = (generation, channel)
+        self.start_child(generation, lambda error: _GenerationEnded(generation, channel, error))
+        asyncio.get_running_loop().call_soon(generation.begin)
+
+    def receive(self, message: _RootMessage) -> None:
+        match message:
+            case _GenerationEnded(generation, channel, error):
+                del self.generations[generation.number]
+                if error is not None:
+                    log.error("a generation failed", generation=generation.number, exc_info=error)
+                channel.end(error if isinstance(error, Exception) else OrchestratorClosed("the generation was ended"))
+                channel.conclude(generation.report)
+                self.changed()
+            case _ChildEnded(child, error) if not self.closing:
+                raise RuntimeError(f"{child.name} ended") from error
+
+    def on_exit(self, process: int, spec: WorkerSpec, code: int) -> None:
+        if not self.closing:
+            log.warning("a local worker ended", pid=process, role=spec.role, device=spec.device, exit_code=code)
+        self.exits.append((process, spec, code))
+        self.workforce.drop_process(process)
+        self.changed()
+
+    def _on_worker_ready(self, worker: WorkerHandle) -> None:
+        self.ready_workers.append(worker)
+        self.scheduler.tell(WorkerReady(worker))
+        self.changed()
+
+    def _on_worker_lost(self, worker: WorkerHandle) -> None:
+        if worker in self.ready_workers:
+            self.ready_workers.remove(worker)
+            self.scheduler.tell(WorkerGone(worker), control=True)
+        self.changed()
+
+    def of_role(self, role: str) -> list[WorkerHandle]:
+        return [worker for worker in self.ready_workers if worker.role == role]
+
+    def changed(self) -> None:
+        """Wake whoever waits for a change among workers or generations."""
+        watchers, self._watchers = self._watchers, []
+        for watcher in watchers:
+            if not watcher.done():
+                watcher.set_result(None)
+
+    async def wait_until(self, condition: Callable[[], bool], timeout_s: float) -> bool:
+        """False if the condition does not hold after `timeout_s`. It is looked at after every change."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not condition():
+                    watcher: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                    self._watchers.append(watcher)
+                    try:
+                        await watcher
+                    finally:
+                        if watcher in self._watchers:
+                            self._watchers.remove(watcher)
+        except TimeoutError:
+            return False
+        return True
+
+    def on_stop(self) -> None:
+        for _, channel in self.generations.values():
+            channel.end(OrchestratorClosed("the orchestrator was closed"))
+            channel.conclude(None)
+        self.changed()
