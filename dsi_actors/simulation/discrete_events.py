@@ -44,8 +44,10 @@ class _Drafting:
 
     tokens: list[int] = field(default_factory=list)
     queue: list[StartDraft] = field(default_factory=list)
-    position: int = 0
-    busy_until_id: int = 0
+    #: Tokens before this position were reported.
+    reported: int = 0
+    #: Counts the tokens begun: one that was dropped finds another number here when its time comes.
+    ticket: int = 0
 
 
 class DiscreteEventDriver:
@@ -115,7 +117,7 @@ class DiscreteEventDriver:
                 alive = [request for request in self._drafting.queue if request.attempt > attempt]
                 if alive != self._drafting.queue:
                     self._drafting.queue = alive
-                    self._drafting.busy_until_id += 1  # the token in progress is dropped
+                    self._drafting.ticket += 1  # the token in progress is dropped
                     if alive:
                         self._begin_draft()
             case EmitTokens(start, tokens, _):
@@ -142,30 +144,33 @@ class DiscreteEventDriver:
         if request.start <= request.base + len(request.tokens):
             drafting.tokens[request.base :] = request.tokens
         assert len(drafting.tokens) == request.start
+        drafting.reported = request.start
         self._next_draft(request)
 
     def _next_draft(self, request: StartDraft) -> None:
-        self._drafting.busy_until_id += 1
-        ticket = self._drafting.busy_until_id
+        self._drafting.ticket += 1
+        ticket = self._drafting.ticket
         self._at(self._drafter_ms(), lambda: self._drafted(request, ticket))
 
     def _drafted(self, request: StartDraft, ticket: int) -> None:
         drafting = self._drafting
-        if ticket != drafting.busy_until_id:
+        if ticket != drafting.ticket:
             return
         assert self._drafter is not None
         drafting.tokens.append(self._drafter(drafting.tokens))
         end = request.start + request.count
         done = len(drafting.tokens) == end
-        full_blocks, over = divmod(len(drafting.tokens) - request.start, request.block)
+        first, block = drafting.reported, tuple(drafting.tokens[drafting.reported :])
+        report = done or len(block) == request.block
+        if report:
+            drafting.reported = len(drafting.tokens)
         if done:
             drafting.queue.pop(0)
             if drafting.queue:
                 self._begin_draft()
         else:
             self._next_draft(request)
-        if done or not over:
-            first = request.start + (full_blocks - (not over)) * request.block
-            self._feed(DraftsArrived(request.attempt, first, tuple(drafting.tokens[first:])))
+        if report:
+            self._feed(DraftsArrived(request.attempt, first, block))
         if done:
             self._feed(DraftEnded(request.attempt, complete=True))
