@@ -12,7 +12,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
@@ -20,8 +19,8 @@ from rich.table import Table
 
 from dsi_actors.cli.machine import describe_machine
 from dsi_actors.cli.options import SubParsers, add_logging_option, default_of
+from dsi_actors.cli.prompts import add_prompt_options, read_prompts
 from dsi_actors.config import NGRAM, RANDOM, SELF_INT8, Algorithm, Config, Sampling
-from dsi_actors.errors import ConfigError
 from dsi_actors.models import resolve_model
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.tokenizer import Tokenizer
@@ -83,10 +82,7 @@ class Findings:
 def add_parser(benches: SubParsers) -> None:
     parser = benches.add_parser("exact", help="the same text in every way?", description=__doc__)
     parser.add_argument("--target", default=default_of(Config, "target"), metavar="REF")
-    parser.add_argument("--prompts", required=True, metavar="FILE", help='lines of {"id": ..., "prompt": ...}')
-    parser.add_argument("--limit", type=int, default=2, metavar="N", help="prompts to use (default %(default)s)")
-    parser.add_argument("--skip", type=int, default=0, metavar="N", help="prompts to leave out before")
-    parser.add_argument("--max-tokens", type=int, default=32, metavar="M", help="tokens of each (default %(default)s)")
+    add_prompt_options(parser, limit=2, max_tokens=32)
     parser.add_argument("--servers", type=int, default=3, metavar="N", help="SP from 1 to this (default %(default)s)")
     parser.add_argument("--dtypes", default="float32,bfloat16", metavar="LIST", help="default %(default)s")
     parser.add_argument("--drafters", default=",".join(DRAFTERS), metavar="LIST", help="default %(default)s")
@@ -96,29 +92,12 @@ def add_parser(benches: SubParsers) -> None:
     parser.set_defaults(command=run)
 
 
-def read_prompts(file: str, skip: int, limit: int) -> list[tuple[str, str]]:
-    """(id, prompt) of each line. Raises ConfigError."""
-    if limit < 1 or skip < 0:
-        raise ConfigError("--limit must be at least 1 and --skip at least 0")
-    try:
-        lines = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-        cases = [json.loads(line) for line in lines[skip : skip + limit]]
-        prompts = [(str(case.get("id", number)), str(case["prompt"])) for number, case in enumerate(cases)]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(f'{file} cannot be read as lines of {{"id": ..., "prompt": ...}}: {error}') from None
-    if not prompts:
-        raise ConfigError(f"{file} has no prompts after the first {skip}")
-    return prompts
-
-
 async def run(arguments: argparse.Namespace) -> int:
-    prompts = read_prompts(arguments.prompts, arguments.skip, arguments.limit)
-    tokenizer = Tokenizer(resolve_model(arguments.target))
+    prompts = read_prompts(arguments, Tokenizer(resolve_model(arguments.target)))
     samplings = {
         "greedy": Sampling(max_tokens=arguments.max_tokens),
         "sampled": Sampling(max_tokens=arguments.max_tokens, seed=2024, **SAMPLED),
     }
-    encoded = [(name, tokenizer.encode(prompt)) for name, prompt in prompts]
     findings = Findings()
     err = Console(stderr=True, highlight=False)
     for dtype in arguments.dtypes.split(","):
@@ -128,17 +107,19 @@ async def run(arguments: argparse.Namespace) -> int:
                 target_options={"dtype": dtype}, log_level=arguments.log_level,
             )  # fmt: skip
             async with Orchestrator(config) as orchestrator:
-                for name, prompt_ids in encoded:
+                for prompt in prompts:
                     for kind, sampling in samplings.items():
                         for way in ways(arguments.servers):
                             stream = orchestrator.generate(
-                                prompt_ids, sampling, algorithm=way.algorithm, sp=way.sp, lookahead=way.lookahead
+                                prompt.ids, sampling, algorithm=way.algorithm, sp=way.sp, lookahead=way.lookahead
                             )
                             text = [token async for tokens in stream for token in tokens]
                             await stream.aclose()
-                            if not findings.take((dtype, drafter, way.algorithm, way.sp), (dtype, name, kind), text):
-                                err.print(f"DIFFERENT: {dtype} {drafter} {name} {kind} {way}", style="red")
-                    err.print(f"{dtype} {drafter} {name}: {findings.compared.total()} compared so far")
+                            if not findings.take(
+                                (dtype, drafter, way.algorithm, way.sp), (dtype, prompt.name, kind), text
+                            ):
+                                err.print(f"DIFFERENT: {dtype} {drafter} {prompt.name} {kind} {way}", style="red")
+                    err.print(f"{dtype} {drafter} {prompt.name}: {findings.compared.total()} compared so far")
     return _report(findings, as_json=arguments.json)
 
 

@@ -7,7 +7,7 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Callable
 
-from dsi_actors.cli import bench_exact, bench_overhead, generate
+from dsi_actors.cli import bench_acceptance, bench_exact, bench_exact_cost, bench_overhead, generate
 from dsi_actors.errors import DsiError
 from dsi_actors.logs import show_logs
 
@@ -22,6 +22,8 @@ def main() -> int:
     benches = bench.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
     bench_overhead.add_parser(benches)
     bench_exact.add_parser(benches)
+    bench_exact_cost.add_parser(benches)
+    bench_acceptance.add_parser(benches)
     arguments = parser.parse_args()
     show_logs(arguments.log_level)
     try:

@@ -98,9 +98,7 @@ def test_sampled_text_does_not_depend_on_the_algorithm_or_the_drafter(model: Pat
 SAMPLED_TEXT: dict[str, list[int]] = {}
 
 
-def test_bench_exact_compares_every_way(model: Path, tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(json.dumps({"id": "one", "prompt": PROMPT}) + "\n" + json.dumps({"prompt": "w5 w6"}) + "\n")
+def test_bench_exact_compares_every_way(model: Path, prompts: Path) -> None:
     done = dsi_actors(
         "bench", "exact", "--target", model, "--prompts", prompts, "--max-tokens", "12", "--servers", "2", "--limit", "2",
         "--dtypes", "float32", "--gpu", "cpu", "--json",
@@ -112,6 +110,43 @@ def test_bench_exact_compares_every_way(model: Path, tmp_path: Path) -> None:
     assert result["differing"] == 0
     assert {row["drafter"] for row in result["results"]} == {"self-int8", "ngram", "random"}
     assert sum(row["compared"] for row in result["results"]) == result["compared"]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"id": "one", "prompt": PROMPT}) + "\n" + json.dumps({"prompt": "w5 w6"}) + "\n")
+    return file
+
+
+def test_bench_exact_cost_measures_both_paths(model: Path, prompts: Path) -> None:
+    done = dsi_actors(
+        "bench", "exact-cost", "--target", model, "--prompts", prompts, "--max-tokens", "6", "--repeats", "2", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["results"]
+    assert [(row["dtype"], row["path"]) for row in rows] == [
+        (dtype, path) for dtype in ("float32", "bfloat16") for path in ("exact (AR)", "transformers generate")
+    ]
+    for row in rows:
+        assert row["generations"] == 4
+        assert 0 < row["ms_per_token"] < 10_000
+        assert row["first_token_ms"] > 0
+
+
+def test_bench_acceptance_lies_within_its_bounds(model: Path, prompts: Path) -> None:
+    """A tiny model and its int8 copy: 2 x 150 tokens. Five standard errors below, or above, would be a bug."""
+    done = dsi_actors(
+        "bench", "acceptance", "--target", model, "--prompts", prompts, "--max-tokens", "150", "--temperatures", "0.7,2",
+        "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for row in json.loads(done.stdout)["results"]:
+        assert 0 < row["lower"] < row["upper"] < 1
+        assert row["positions"] == 300
+        assert row["drafts_compared"] > 100
+        spread = 5 * max(row["standard_error"], 0.01)
+        assert row["lower"] - spread < row["acceptance_rate"] < row["upper"] + spread
 
 
 def test_logprobs_are_the_targets_own(model: Path) -> None:
@@ -205,6 +240,12 @@ def test_ctrl_c_leaves_nothing_behind(model: Path, after_s: float) -> None:
         (["generate", PROMPT, "--target", "tests"], "holds no transformers model"),
         (["bench", "exact", "--prompts", "/nowhere"], "/nowhere cannot be read as lines of"),
         (["bench", "exact", "--prompts", "Makefile"], "Makefile cannot be read as lines of"),
+        (
+            ["bench", "exact-cost", "--prompts", "Makefile", "--repeats", "0"],
+            "--repeats and --threads must be at least 1",
+        ),
+        (["bench", "acceptance", "--prompts", "Makefile", "--drafter", "ngram"], "'ngram' has no distribution"),
+        (["bench", "acceptance", "--prompts", "Makefile", "--temperatures", "1,0"], "0 is not positive"),
         (["bench", "overhead", "--repeats", "0"], "--repeats, --cancels and --tokens must be at least 1"),
         (["bench", "overhead", "--target-ms", "-1"], "latency_ms"),
     ],

@@ -1,8 +1,8 @@
 """Any causal language model that transformers can load and whose state can be rewound, on a CPU or a CUDA device.
 
-A target computes the prompt in chunks of fixed width aligned to position 0, and every later position at a width that
-gives the bits of a full window, so that a token's logits do not depend on how the tokens around it were grouped into
-requests (docs/exactness.md). A drafter only guesses: it computes exactly the tokens that it must.
+A target computes the prompt in chunks aligned to position 0, and every later position at a width that gives the bits of
+a full window, so that a token's logits do not depend on how the tokens around it were grouped into requests
+(docs/exactness.md). A drafter only guesses: it computes exactly the tokens that it must.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from dsi_workers.compatibility import position_limit, refuse_if_not_rewindable
 from dsi_workers.engines.base import Answer, Engine, EngineError, EngineInfo, Interrupt
 from dsi_workers.kv_cache import SlotCache
 from dsi_workers.models import ModelError, read_vocabulary_hash, resolve_model
+from dsi_workers.packing import pack_linear_layers
 from dsi_workers.quantization import quantize_int8
 from dsi_workers.sampling import Sampler
 from dsi_workers.session import Session
 
-PROMPT_CHUNK = 64
+PROMPT_CHUNK = 128
 #: The readable part of the cache grows in steps of so many positions: shorter reads, few shapes.
 READ_STEP = 256
 _NARROW_WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
@@ -68,8 +69,8 @@ class TransformersEngine(Engine):
         self._last_position = max_length - 1
         self._exact = not drafter
         self._window = _whole(options, "window", 8)
-        #: Widths of a forward that give the same bits, ascending: see _find_exact_widths.
-        self._widths = [self._window]
+        #: For each number of positions, the width of the forward that computes them: see _choose_widths.
+        self._widths = [self._window] * (self._window + 1)
         quantization = str(options.get("quantization", ""))
         dtype = self._choose_dtype(str(options.get("dtype", "auto")), quantization)
         self._model = AutoModelForCausalLM.from_pretrained(
@@ -80,6 +81,7 @@ class TransformersEngine(Engine):
                 raise EngineError(f"unknown quantization {quantization!r}: only int8 is known")
             quantize_int8(self._model)
         self._model.eval().requires_grad_(False).to(self._device)
+        pack_linear_layers(self._model, self._window)
         _keep_freed_memory()
         self._interrupt: Interrupt = _Never()
         for layer in self._decoder_layers():
@@ -148,7 +150,8 @@ class TransformersEngine(Engine):
             return position, end, end - position
         if position < session.prompt_length:
             begin = position - position % PROMPT_CHUNK
-            return begin, min(begin + PROMPT_CHUNK, session.prompt_length, length), PROMPT_CHUNK
+            width = min(PROMPT_CHUNK, session.prompt_length - begin)  # a function of the prompt alone, all here or not
+            return begin, min(begin + width, length), width
         end = min(position + self._window, length)
         return position, end, self._padded(end - position)
 
@@ -186,8 +189,8 @@ class TransformersEngine(Engine):
         return rows or [0]
 
     def _padded(self, rows: int) -> int:
-        """The smallest width at which `rows` rows may be computed. (More than a window of them is a prompt's last chunk.)"""
-        return next((width for width in self._widths if width >= rows), _round_up(rows, self._window))
+        """The width at which `rows` rows are computed. (More than a window of them lie inside a prompt.)"""
+        return self._widths[rows] if rows <= self._window else rows
 
     def _masks(self, positions: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """Boolean masks [1, 1, width, readable]: input at position p reads positions [0, p], or the last `window`."""
@@ -248,34 +251,49 @@ class TransformersEngine(Engine):
         return _DTYPES[name]
 
     @torch.inference_mode()
-    def _find_exact_widths(self) -> list[int]:
-        """The widths at which this model, on this device, gives the very bits that it gives in full windows.
+    def _choose_widths(self) -> list[int]:
+        """For each number of positions up to a window the cheapest width that gives the very bits of full windows.
 
-        A narrow forward can be much cheaper (on a CPU: 53 ms for two positions, 108 for eight), but kernels may sum in
-        another order for another number of rows. So it is tried: the same tokens, in groups of each width.
+        A narrow forward can be much cheaper, but kernels may sum in another order for another number of rows. So it is
+        tried: the same tokens, in groups of each width.
         """
-        tokens = [(7 * position) % 97 for position in range(PROMPT_CHUNK + self._window)]
+        words = min(97, int(self._config.vocab_size))
+        tokens = [(7 * position) % words for position in range(PROMPT_CHUNK + self._window)]
         self._cache.slot = 0
         self._forward(tokens[:PROMPT_CHUNK], 0, PROMPT_CHUNK, first_logits=PROMPT_CHUNK - 1)
-        expected = self._logits_in_groups(tokens, self._window)
-        narrow = [width for width in _NARROW_WIDTHS if width < self._window]
+        expected, _ = self._in_groups(tokens, self._window)
+        cost_s: dict[int, float] = {}
+        for width in (*(width for width in _NARROW_WIDTHS if width < self._window), self._window):
+            logits, shortest_s = self._in_groups(tokens, width)
+            if torch.equal(logits, expected):
+                cost_s[width] = shortest_s
+        if self._window not in cost_s:
+            raise EngineError(
+                f"{self._config.model_type} on {self._device} gives other bits when it computes the same tokens again: "
+                "what a target server says would depend on chance, choose another model, dtype or device"
+            )
         return [
-            *(width for width in narrow if torch.equal(self._logits_in_groups(tokens, width), expected)),
-            self._window,
+            min((width for width in cost_s if width >= rows), key=lambda width: cost_s[width])
+            for rows in range(self._window + 1)
         ]
 
-    def _logits_in_groups(self, tokens: list[int], width: int) -> torch.Tensor:
-        """Logits after each token behind the first chunk, read `width` at a time (keys and values, too)."""
-        self._widths = [width]
-        groups = range(PROMPT_CHUNK, len(tokens), width)
-        return torch.cat([self._forward(tokens[begin : begin + width], begin, width, begin) for begin in groups])
+    def _in_groups(self, tokens: list[int], width: int) -> tuple[torch.Tensor, float]:
+        """Logits after each token behind the first chunk, read `width` at a time (keys and values, too), and the
+        shortest time that a group took: what disturbs a forward makes it longer."""
+        self._widths = [width] * (self._window + 1)
+        logits, times_s = [], []
+        for begin in range(PROMPT_CHUNK, len(tokens), width):
+            begun = time.perf_counter()
+            logits.append(self._forward(tokens[begin : begin + width], begin, width, begin))
+            times_s.append(time.perf_counter() - begun)
+        return torch.cat(logits), min(times_s)
 
     @torch.inference_mode()
     def _warm_up(self) -> int:
         """Run what will be run; return the median time of a verification window, or of one drafted token, in µs."""
+        self._check_attention()
         if self._exact:
-            self._widths = self._find_exact_widths()
-        calls, self.forwards = attention.calls, 0
+            self._widths = self._choose_widths()
         session = Session(generation=0, prompt_length=PROMPT_CHUNK, correlation="warm-up")
         session.write(0, [position % 16 for position in range(PROMPT_CHUNK)])
         self.verify(session, PROMPT_CHUNK, _Never())
@@ -288,14 +306,18 @@ class TransformersEngine(Engine):
                 session.write(len(session.tokens), [0])
                 self.draft(session, 1, _Never())
             times.append(time.perf_counter() - begun)
-        if attention.calls - calls != self.forwards * int(self._config.num_hidden_layers):
+        self.forget(session)
+        self.forwards = 0
+        return max(1, round(sorted(times)[1] * 1e6))
+
+    def _check_attention(self) -> None:
+        calls = attention.calls
+        self._forward([0], 0, 1, first_logits=0)
+        if attention.calls - calls != int(self._config.num_hidden_layers):
             raise EngineError(
                 f"{self._config.model_type} models do not use transformers' attention interface in every layer: "
                 "their masks cannot be trusted here, choose another model"
             )
-        self.forget(session)
-        self.forwards = 0
-        return max(1, round(sorted(times)[1] * 1e6))
 
 
 def _whole(options: Mapping[str, OptionValue], name: str, default: int) -> int:

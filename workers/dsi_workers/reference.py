@@ -1,0 +1,110 @@
+"""What our figures are held against: transformers itself, in a process of its own.
+
+`python -m dsi_workers.reference --model REF` reads one JSON request per line and writes one JSON answer per line:
+
+    {"generate": [ids], "max_tokens": n, "stop": [ids]}    -> {"tokens": [ids], "times_ms": [since the request]}
+    {"distance": [ids], "start": n, "temperature": t}      -> {"total_variation": [one for each token from start on]}
+
+`generate` is the library's own loop, greedy, with its own cache and masks. `distance` needs --drafter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers.utils import logging as transformers_logging
+
+from dsi_workers.models import ModelError, resolve_model
+from dsi_workers.quantization import quantize_int8
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class _Clock(StoppingCriteria):
+    """Stops nothing; notes when each token was there."""
+
+    def __init__(self) -> None:
+        self.begun = time.perf_counter()
+        self.times_ms: list[float] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        self.times_ms.append((time.perf_counter() - self.begun) * 1e3)
+        return torch.BoolTensor([False] * len(input_ids))
+
+
+class Reference:
+    """A target as transformers runs it, and the drafter whose distributions are compared with it."""
+
+    def __init__(self, model: str, drafter: str, dtype: str) -> None:
+        self._target = self._load(model, _DTYPES[dtype])
+        self._drafter: Any = None
+        if drafter == "self-int8":
+            self._drafter = self._load(model, torch.bfloat16)
+            quantize_int8(self._drafter)
+        elif drafter:
+            self._drafter = self._load(drafter, _DTYPES[dtype])
+
+    @staticmethod
+    def _load(model: str, dtype: torch.dtype) -> Any:
+        directory = resolve_model(model)
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=False).eval()
+
+    def generate(self, prompt_ids: list[int], max_tokens: int, stop: list[int]) -> dict[str, Any]:
+        clock = _Clock()
+        output = self._target.generate(
+            torch.tensor([prompt_ids]),
+            attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            eos_token_id=stop or None,
+            pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([clock]),
+        )
+        return {"tokens": output[0, len(prompt_ids) :].tolist(), "times_ms": clock.times_ms}
+
+    @torch.inference_mode()
+    def distance(self, tokens: list[int], start: int, temperature: float) -> dict[str, Any]:
+        """Total variation between the distributions that target and drafter give to each token from `start` on."""
+        target, drafter = (
+            (model(torch.tensor([tokens])).logits[0, start - 1 : -1].float() / temperature).softmax(dim=-1)
+            for model in (self._target, self._drafter)
+        )
+        return {"total_variation": ((target - drafter).abs().sum(dim=-1) / 2).tolist()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m dsi_workers.reference", description=__doc__)
+    parser.add_argument("--model", required=True, metavar="REF")
+    parser.add_argument("--drafter", default="", metavar="REF")
+    parser.add_argument("--dtype", default="float32", choices=sorted(_DTYPES))
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        reference = Reference(arguments.model, arguments.drafter, arguments.dtype)
+    except ModelError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    sys.stdout.write("{}\n")  # ready
+    sys.stdout.flush()
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "generate" in request:
+            answer = reference.generate(request["generate"], request["max_tokens"], request["stop"])
+        else:
+            answer = reference.distance(request["distance"], request["start"], request["temperature"])
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
