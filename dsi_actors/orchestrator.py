@@ -16,18 +16,15 @@ from dsi_actors.actors.root import Root
 from dsi_actors.actors.supervisor import WorkerSpec, WorkerSupervisor
 from dsi_actors.actors.worker_handle import WorkerHandle
 from dsi_actors.config import ALGORITHMS, Algorithm, Config, Sampling
-from dsi_actors.core import GenerationCore, Policy
+from dsi_actors.core import GenerationCore
 from dsi_actors.devices import local_devices
 from dsi_actors.errors import ConfigError, DsiError, NoTargetError, OrchestratorClosed, WorkerStartError
 from dsi_actors.logs import get_logger
-from dsi_actors.planning.lookahead import dsi_lookahead, si_lookahead
+from dsi_actors.planning.tuner import Estimates, Tuner
 from dsi_actors.stream import Channel, GenerationStream
 from dsi_protocol import MAX_TEXT_BYTES, MAX_TOKENS_PER_MESSAGE
 
 log = get_logger("orchestrator")
-
-#: Used where no drafter is there whose latency could be asked.
-_DEFAULT_LOOKAHEAD = 4
 
 
 class Orchestrator:
@@ -44,6 +41,8 @@ class Orchestrator:
         self._task: asyncio.Task[None] | None = None
         self._socket_directory: tempfile.TemporaryDirectory[str] | None = None
         self._numbers = itertools.count(1)
+        #: What the last generation with a drafter taught about latencies and acceptance.
+        self._learned: Estimates | None = None
 
     async def __aenter__(self) -> Orchestrator:
         self._root = root = Root(self.config)
@@ -113,9 +112,10 @@ class Orchestrator:
             self._check_prompt(target, prompt_ids, sampling)
             if len(root.generations) >= self.config.max_generations:
                 raise DsiError(f"{self.config.max_generations} generations wait or run already: try again later")
+            tuner = self._tuner(root, algorithm, sp, lookahead)
             core = GenerationCore(
                 prompt_ids,
-                policy=self._policy(root, algorithm, sp, lookahead),
+                policy=tuner.choose(),
                 max_tokens=sampling.max_tokens,
                 stop_tokens=sampling.stop_token_ids,
             )
@@ -126,6 +126,7 @@ class Orchestrator:
                 number,
                 core,
                 root.scheduler,
+                tuner,
                 vocabulary_size=target.ready.vocabulary_size,
                 sampling=sampling,
                 correlation=correlation,
@@ -133,6 +134,7 @@ class Orchestrator:
                 target_wait_s=self.config.target_wait_s,
                 on_tokens=channel.put,
                 on_end=channel.end,
+                on_learned=self._learn,
             )
             root.start_generation(generation, channel)
             return generation
@@ -249,22 +251,21 @@ class Orchestrator:
                 f"over the target's limit of {target.ready.max_length}"
             )
 
-    @staticmethod
-    def _policy(root: Root, algorithm: Algorithm, sp: int, lookahead: int | Literal["auto"]) -> Policy:
-        if algorithm == "ar":
-            return Policy.autoregressive()
-        targets, drafters = root.of_role("target"), root.of_role("drafter")
-        target_ms = max(worker.ready.latency_us for worker in targets if worker.ready is not None) / 1e3
-        window = min(worker.ready.window for worker in targets if worker.ready is not None)
-        drafter_ms = drafters[0].ready.latency_us / 1e3 if drafters and drafters[0].ready is not None else None
-        if lookahead != "auto":
-            chosen = lookahead
-        elif drafter_ms is None:
-            chosen = _DEFAULT_LOOKAHEAD
-        elif algorithm == "si":
-            chosen = si_lookahead(target_ms, drafter_ms)
-        else:
-            chosen = dsi_lookahead(target_ms, drafter_ms, min(sp, len(targets)))
-        if lookahead == "auto":
-            chosen = max(1, min(chosen, window - 1))  # one forward verifies one window
-        return Policy.speculative(chosen) if algorithm == "si" else Policy.distributed(chosen, sp, window)
+    def _tuner(self, root: Root, algorithm: Algorithm, sp: int, lookahead: int | Literal["auto"]) -> Tuner:
+        """Begins with what earlier generations taught, else with what the workers measured when they started."""
+        targets = [worker.ready for worker in root.of_role("target") if worker.ready is not None]
+        drafters = [worker.ready for worker in root.of_role("drafter") if worker.ready is not None]
+        estimates = self._learned
+        if estimates is None:
+            estimates = Estimates(
+                target_ms=max(ready.latency_us for ready in targets) / 1e3,
+                window_ms=max(ready.window_latency_us for ready in targets) / 1e3,
+                window=max(1, min(ready.window for ready in targets)),
+                drafter_ms=drafters[0].latency_us / 1e3 if drafters else 0.0,
+            )
+        tuner = Tuner(algorithm, sp, None if lookahead == "auto" else lookahead, estimates)
+        tuner.servers = min(sp, len(targets))
+        return tuner
+
+    def _learn(self, estimates: Estimates) -> None:
+        self._learned = estimates

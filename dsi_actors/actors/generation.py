@@ -25,6 +25,7 @@ from dsi_actors.core.events import (
     DrafterLost,
     DraftsArrived,
     Event,
+    PolicyChanged,
     ServerJoined,
     ServerLost,
     VerificationAbandoned,
@@ -32,6 +33,7 @@ from dsi_actors.core.events import (
 )
 from dsi_actors.errors import NoTargetError, WorkerLost
 from dsi_actors.logs import get_logger
+from dsi_actors.planning.tuner import Estimates, Tuner
 from dsi_actors.results import CommittedTokens, GenerationReport
 from dsi_protocol import Cancelled, Draft, Drafted, Failed, NeedPrefix, Reply, Verified, Verify, prefix_checksum
 
@@ -90,6 +92,7 @@ class Generation(Actor[GenerationMessage]):
         number: int,
         core: GenerationCore,
         scheduler: Scheduler,
+        tuner: Tuner,
         *,
         vocabulary_size: int,
         sampling: Sampling,
@@ -98,12 +101,14 @@ class Generation(Actor[GenerationMessage]):
         target_wait_s: float,
         on_tokens: Callable[[CommittedTokens], None],
         on_end: Callable[[Exception | None], None],
+        on_learned: Callable[[Estimates], None],
     ) -> None:
         super().__init__(f"generation {number}")
         self.number = number
         self.report: GenerationReport | None = None
         self._core = core
         self._scheduler = scheduler
+        self._tuner = tuner
         self._vocabulary_size = vocabulary_size
         self._sampling = sampling
         self._correlation = correlation
@@ -111,6 +116,7 @@ class Generation(Actor[GenerationMessage]):
         self._logprobs: tuple[int, tuple[float, ...]] = (0, ())
         self._on_tokens = on_tokens
         self._on_end = on_end
+        self._on_learned = on_learned
         self._servers: dict[int, WorkerHandle] = {}
         self._most_servers = 0
         self._drafter: WorkerHandle | None = None
@@ -169,12 +175,18 @@ class Generation(Actor[GenerationMessage]):
             self._conclude()
 
     def _feed(self, event: Event) -> None:
-        useful = self._core.counters.useful_verifications
-        actions = self._core.handle(event)
-        if isinstance(event, VerificationFinished) and self._core.counters.useful_verifications > useful:
-            self._account.useful(event.attempt)
-        for action in actions:
+        counters = self._core.counters
+        useful, accepted, judged = counters.useful_verifications, counters.accepted, counters.judged
+        for action in self._core.handle(event):
             self._do(action)
+        if isinstance(event, VerificationFinished) and counters.useful_verifications > useful:
+            self._account.useful(event.attempt)
+        if counters.judged > judged:
+            self._tuner.judged(counters.accepted - accepted, counters.judged - judged)
+            policy = self._tuner.retune()
+            if policy is not None and not self._core.finished:
+                self._log.info("policy", wait=policy.first_wait, lookahead=policy.lookahead)
+                self._feed(PolicyChanged(policy))
 
     def _do(self, action: Action) -> None:
         match action:
@@ -211,6 +223,7 @@ class Generation(Actor[GenerationMessage]):
         if worker.role == "target":
             self._servers[worker.number] = worker
             self._most_servers = max(self._most_servers, len(self._servers))
+            self._tuner.servers = len(self._servers)
             self._feed(ServerJoined(worker.number))
         else:
             self._drafter = worker
@@ -220,6 +233,7 @@ class Generation(Actor[GenerationMessage]):
         """The worker is gone, or not to be used here again. Hearing of it twice changes nothing."""
         if self._servers.pop(worker.number, None) is not None:
             self._log.warning("target server lost", worker=str(worker))
+            self._tuner.servers = len(self._servers)
             self._feed(ServerLost(worker.number))
             if not self._servers:
                 self._wait_for_target(self._target_wait_s)
@@ -275,6 +289,7 @@ class Generation(Actor[GenerationMessage]):
                         worker, f"{len(tokens)} tokens from {start}, asked for up to {most} from {request.start}"
                     )
                 self._account.verification(attempt, forwards, busy_us)
+                self._tuner.verified(request.base + len(request.tokens) - min(request.base, start - 1), busy_us / 1e3)
                 return Answered(VerificationFinished(attempt, worker.number, start, tokens), logprobs)
             case Cancelled(_, attempt, forwards, busy_us):
                 self._account.verification(attempt, forwards, busy_us)
@@ -286,6 +301,8 @@ class Generation(Actor[GenerationMessage]):
     async def _draft(self, request: Draft, worker: WorkerHandle) -> GenerationMessage:
         def on_drafted(block: Drafted) -> None:
             self._account.drafting(block.busy_us)
+            if len(request.tokens) <= 1:  # else it read more than it drafted
+                self._tuner.drafted(len(block.tokens), block.busy_us / 1e3)
             if max(block.tokens) < self._vocabulary_size:
                 self.tell(DraftsArrived(request.attempt, block.start, block.tokens))
             else:
@@ -343,6 +360,8 @@ class Generation(Actor[GenerationMessage]):
             self._core.handle(CancelRequested())
         if self.report is None:
             self.report = self._account.report(self._core, self._most_servers)
+        if self._core.counters.judged:
+            self._on_learned(self._tuner.carry_over())
 
 
 def _words_of(reply: Reply) -> str:

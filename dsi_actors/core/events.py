@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from dsi_actors.core.policy import Policy
+
 
 @dataclass(frozen=True, slots=True)
 class ServerJoined:
@@ -77,6 +79,13 @@ class VerificationAbandoned:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyChanged:
+    """From now on plan like this. What runs goes on."""
+
+    policy: Policy
+
+
+@dataclass(frozen=True, slots=True)
 class CancelRequested:
     """Nobody wants the rest of this generation."""
 
@@ -90,5 +99,6 @@ Event: TypeAlias = (
     | DraftEnded
     | VerificationFinished
     | VerificationAbandoned
+    | PolicyChanged
     | CancelRequested
 )

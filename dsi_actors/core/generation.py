@@ -61,6 +61,7 @@ from dsi_actors.core.events import (
     DrafterLost,
     DraftsArrived,
     Event,
+    PolicyChanged,
     ServerJoined,
     ServerLost,
     VerificationAbandoned,
@@ -181,6 +182,9 @@ class GenerationCore:
             case DrafterLost():
                 self._drafter_present = False
                 self._drafts.clear()
+            case PolicyChanged(policy):
+                assert policy.sp >= self.policy.sp, "what runs must stay allowed"
+                self.policy = policy
             case CancelRequested():
                 if not self.finished:
                     self._finish("cancelled")
@@ -324,22 +328,29 @@ class GenerationCore:
         front = self._draft_front()
         if front >= limit:
             return
+        policy = self.policy
         if self._drafts:
             # Extend a running plan well before it runs out, but not by one token at each commit; and not while the
             # drafter is behind, where more of the same plan is of no use.
             remaining = front - self._drafter_held
-            if self._drafter_held < self.committed or remaining > max(
-                self.policy.lookahead, self.policy.max_ahead // 2
-            ):
+            if self._drafter_held < self.committed or remaining > max(policy.lookahead, policy.max_ahead // 2):
                 return
             tokens: tuple[int, ...] = ()
         else:
             tokens = tuple(self.tokens[self._drafter_held :])
         base = self._drafter_held
         self._drafter_held += len(tokens)
+        wait = self.committed + policy.first_wait
+        if front < wait < limit and policy.first_wait != policy.lookahead:
+            # What the first verification waits for comes in one block, and no later than it is complete.
+            self._start_draft(base, tokens, front, wait, wait - front)
+            base, tokens, front = self._drafter_held, (), wait
+        self._start_draft(base, tokens, front, limit, policy.lookahead)
+
+    def _start_draft(self, base: int, tokens: tuple[int, ...], start: int, end: int, block: int) -> None:
         attempt = self._take_attempt()
-        self._drafts[attempt] = _Draft(front, limit)
-        self._actions.append(StartDraft(attempt, base, tokens, front, limit - front, self.policy.lookahead))
+        self._drafts[attempt] = _Draft(start, end)
+        self._actions.append(StartDraft(attempt, base, tokens, start, end - start, block))
 
     def _draft_front(self) -> int:
         """One past the last position that the drafter has been asked for."""

@@ -43,10 +43,12 @@ class Policy:
         return Policy("si", sp=1, lookahead=lookahead, first_wait=lookahead, max_ahead=lookahead)
 
     @staticmethod
-    def distributed(lookahead: int, sp: int, window: int = 1) -> Policy:
-        """DSI (Timor et al., Algorithm 1 with lookahead): drafting never waits, verification starts at once.
+    def distributed(lookahead: int, sp: int, first_wait: int = 0, *, max_ahead: int = 0) -> Policy:
+        """DSI (Timor et al., Algorithm 1 with lookahead): drafting never waits.
 
-        The drafter may run ahead by what `sp` servers verify and one block more, and in any case far enough to fill
-        one verification forward of `window` positions: with few servers that is what overlaps a target forward.
+        With `first_wait` 0 verification starts at once after a correction, as in the paper. With few servers waiting
+        for some drafts first can be faster (planning/expectation.py). The drafter may run ahead by what `sp` servers
+        verify and one block more, or by `max_ahead` if that is more.
         """
-        return Policy("dsi", sp=sp, lookahead=lookahead, first_wait=0, max_ahead=max((sp + 1) * lookahead, window - 1))
+        ahead = max((sp + 1) * lookahead, first_wait + lookahead, max_ahead)
+        return Policy("dsi", sp=sp, lookahead=lookahead, first_wait=first_wait, max_ahead=ahead)

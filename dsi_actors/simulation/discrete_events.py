@@ -1,15 +1,15 @@
 """Drives a `GenerationCore` through virtual time: scripted truth, scripted drafts, latencies from functions.
 
 No processes and no sleeping, so a generation takes microseconds; the decisions are the very ones of the real
-orchestrator, since the core is the same class. Messages take no time here, cancels take effect at once, and a server
-reads any number of tokens in one forward: this is the ideal that a real run is compared with.
+orchestrator, since the core is the same class. Messages take no time here and a server reads any number of tokens in one
+verification: this is the ideal that a real run is compared with.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dsi_actors.core.actions import Action, CancelDrafts, CancelVerify, EmitTokens, Finish, StartDraft, StartVerify
@@ -18,24 +18,14 @@ from dsi_actors.core.events import (
     DrafterJoined,
     DraftsArrived,
     Event,
+    PolicyChanged,
     ServerJoined,
     VerificationAbandoned,
     VerificationFinished,
 )
 from dsi_actors.core.generation import GenerationCore
-
-#: The next token after a prefix.
-NextToken = Callable[[Sequence[int]], int]
-
-
-def target_answer(target: NextToken, tokens: Sequence[int], start: int) -> tuple[int, ...]:
-    """What a target server answers when asked to verify `tokens` from position `start` on (Verified in SPEC.md)."""
-    answer: list[int] = []
-    for position in range(start, len(tokens) + 1):
-        answer.append(target(tokens[:position]))
-        if position < len(tokens) and answer[-1] != tokens[position]:
-            break
-    return tuple(answer)
+from dsi_actors.planning.tuner import Tuner
+from dsi_actors.simulation.scripts import LatencyMs, Script
 
 
 @dataclass(slots=True)
@@ -50,43 +40,63 @@ class _Drafting:
     ticket: int = 0
 
 
+@dataclass(slots=True)
+class _Verifying:
+    """What a simulated server does."""
+
+    attempt: int
+    since_ms: float
+    took_ms: float
+    positions: int
+
+
 class DiscreteEventDriver:
     """Runs one generation to its end. Times are in milliseconds of virtual time."""
 
     def __init__(
         self,
         core: GenerationCore,
+        script: Script,
         *,
-        target: NextToken,
-        drafter: NextToken | None,
-        target_ms: Callable[[], float],
-        drafter_ms: Callable[[], float],
+        target_ms: LatencyMs,
+        drafter_ms: LatencyMs | None,
         servers: int,
+        tuner: Tuner | None = None,
+        cancel_ms: float = 0.0,
         check: bool = False,
     ) -> None:
+        """`drafter_ms` None: there is no drafter. A cancelled verification ends with the multiple of `cancel_ms` (a
+        layer, say) that it is in; 0: at once. A `tuner` hears of all latencies and may change the policy."""
         self.core = core
         self.now_ms = 0.0
         #: (time, position one past the last token committed then), one entry for each commit.
         self.commits: list[tuple[float, int]] = []
         self.target_busy_ms = 0.0
-        self._target, self._drafter = target, drafter
+        self.drafter_busy_ms = 0.0
+        self._script = script
         self._target_ms, self._drafter_ms = target_ms, drafter_ms
+        self._tuner = tuner
+        self._cancel_ms = cancel_ms
         self._check = check
         self._order = itertools.count()
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._held: dict[int, list[int]] = {server: [] for server in range(servers)}
-        self._running: dict[int, tuple[int, float]] = {}  # server -> (attempt, since)
+        #: How far each server has read its list.
+        self._read = [0] * servers
+        self._running: dict[int, _Verifying] = {}
         self._drafting = _Drafting()
 
     def run(self) -> None:
+        if self._drafter_ms is not None:
+            self._feed(DrafterJoined())
         for server in self._held:
             self._feed(ServerJoined(server))
-        if self._drafter is not None:
-            self._feed(DrafterJoined())
         while self._agenda and not self.core.finished:
             self.now_ms, _, happen = heapq.heappop(self._agenda)
             happen()
         assert self.core.finished, "nothing is left to happen and the generation is not finished"
+        for running in self._running.values():
+            self.target_busy_ms += self.now_ms - running.since_ms
 
     def _feed(self, event: Event) -> None:
         actions = self.core.handle(event)
@@ -104,18 +114,26 @@ class DiscreteEventDriver:
                 held = self._held[server]
                 assert base <= len(held)
                 held[base:] = tokens
-                answer = target_answer(self._target, tuple(held), start)
-                self._running[server] = (attempt, self.now_ms)
-                self._at(self._target_ms(), lambda: self._verified(attempt, server, start, answer))
+                positions = len(held) - min(self._read[server], base, start - 1)
+                self._read[server] = len(held)
+                took_ms = self._target_ms(positions)
+                self._running[server] = _Verifying(attempt, self.now_ms, took_ms, positions)
+                answer = self._script.answer(held, start)
+                self._at(took_ms, lambda: self._verified(attempt, server, start, answer))
             case CancelVerify(attempt, server):
-                self._at(0.0, lambda: self._abandon(attempt, server))
+                running = self._running[server]
+                delay_ms = 0.0
+                if self._cancel_ms:
+                    delay_ms = self._cancel_ms - (self.now_ms - running.since_ms) % self._cancel_ms
+                left_ms = running.since_ms + running.took_ms - self.now_ms
+                self._at(min(delay_ms, left_ms), lambda: self._abandon(attempt, server))
             case StartDraft():
                 self._drafting.queue.append(action)
                 if len(self._drafting.queue) == 1:
                     self._begin_draft()
             case CancelDrafts(attempt):
                 alive = [request for request in self._drafting.queue if request.attempt > attempt]
-                if alive != self._drafting.queue:
+                if len(alive) != len(self._drafting.queue):
                     self._drafting.queue = alive
                     self._drafting.ticket += 1  # the token in progress is dropped
                     if alive:
@@ -126,17 +144,30 @@ class DiscreteEventDriver:
                 pass
 
     def _verified(self, attempt: int, server: int, start: int, answer: tuple[int, ...]) -> None:
-        if self._running.get(server, (0, 0.0))[0] == attempt:
+        running = self._running.get(server)
+        if running is not None and running.attempt == attempt:
             self._stop(server)
+            counters = self.core.counters
+            accepted, judged = counters.accepted, counters.judged
             self._feed(VerificationFinished(attempt, server, start, answer))
+            if self._tuner is not None:
+                self._tuner.verified(running.positions, running.took_ms)
+                self._tuner.judged(counters.accepted - accepted, counters.judged - judged)
+                self._retune(self._tuner)
+
+    def _retune(self, tuner: Tuner) -> None:
+        policy = tuner.retune()
+        if policy is not None:
+            self._feed(PolicyChanged(policy))
 
     def _abandon(self, attempt: int, server: int) -> None:
-        if self._running.get(server, (0, 0.0))[0] == attempt:
+        running = self._running.get(server)
+        if running is not None and running.attempt == attempt:
             self._stop(server)
             self._feed(VerificationAbandoned(attempt, server))
 
     def _stop(self, server: int) -> None:
-        self.target_busy_ms += self.now_ms - self._running.pop(server)[1]
+        self.target_busy_ms += self.now_ms - self._running.pop(server).since_ms
 
     def _begin_draft(self) -> None:
         drafting = self._drafting
@@ -148,22 +179,26 @@ class DiscreteEventDriver:
         self._next_draft(request)
 
     def _next_draft(self, request: StartDraft) -> None:
+        assert self._drafter_ms is not None
         self._drafting.ticket += 1
         ticket = self._drafting.ticket
-        self._at(self._drafter_ms(), lambda: self._drafted(request, ticket))
+        took_ms = self._drafter_ms(1)
+        self.drafter_busy_ms += took_ms
+        if self._tuner is not None:
+            self._tuner.drafted(1, took_ms)
+        self._at(took_ms, lambda: self._drafted(request, ticket))
 
     def _drafted(self, request: StartDraft, ticket: int) -> None:
         drafting = self._drafting
         if ticket != drafting.ticket:
             return
-        assert self._drafter is not None
-        drafting.tokens.append(self._drafter(drafting.tokens))
-        end = request.start + request.count
-        done = len(drafting.tokens) == end
-        first, block = drafting.reported, tuple(drafting.tokens[drafting.reported :])
-        report = done or len(block) == request.block
+        tokens = drafting.tokens
+        tokens.append(self._script.draft(tokens))
+        done = len(tokens) == request.start + request.count
+        first = drafting.reported
+        report = done or len(tokens) - first == request.block
         if report:
-            drafting.reported = len(drafting.tokens)
+            drafting.reported = len(tokens)
         if done:
             drafting.queue.pop(0)
             if drafting.queue:
@@ -171,6 +206,6 @@ class DiscreteEventDriver:
         else:
             self._next_draft(request)
         if report:
-            self._feed(DraftsArrived(request.attempt, first, block))
+            self._feed(DraftsArrived(request.attempt, first, tuple(tokens[first : request.start + request.count])))
         if done:
             self._feed(DraftEnded(request.attempt, complete=True))

@@ -53,7 +53,9 @@ class Ready:
     vocabulary_size: U32  # ids are below it; 0 as above
     max_length: U32  # positions a generation may have on this worker
     window: U32  # positions that one verification forward holds
-    latency_us: U32  # measured when warm: one verification forward, or one drafted token
+    #: Measured when warm: a verification of one position, or one drafted token. 0 if it was not measured.
+    latency_us: U32
+    window_latency_us: U32  # a verification of a full window; a drafter says 0
     load_ms: U32
 
 

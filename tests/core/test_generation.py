@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -26,12 +27,13 @@ from dsi_actors.core.events import (
     DrafterLost,
     DraftsArrived,
     Event,
+    PolicyChanged,
     ServerJoined,
     ServerLost,
     VerificationAbandoned,
     VerificationFinished,
 )
-from dsi_actors.simulation.discrete_events import DiscreteEventDriver, target_answer
+from dsi_actors.simulation.discrete_events import DiscreteEventDriver
 
 VOCABULARY = 5
 #: What may become of a verification's answer.
@@ -49,6 +51,21 @@ def drafter(prefix: Sequence[int]) -> int:
     return (target(prefix) + wrong) % VOCABULARY
 
 
+class PrefixScript:
+    """Target and drafter whose tokens depend on the whole text before."""
+
+    def draft(self, tokens: Sequence[int]) -> int:
+        return drafter(tokens)
+
+    def answer(self, tokens: list[int], start: int) -> tuple[int, ...]:
+        answer: list[int] = []
+        for position in range(start, len(tokens) + 1):
+            answer.append(target(tokens[:position]))
+            if position < len(tokens) and answer[-1] != tokens[position]:
+                break
+        return tuple(answer)
+
+
 def plain_decoding(prompt: Sequence[int], max_tokens: int, stop: frozenset[int] = frozenset()) -> list[int]:
     tokens = list(prompt)
     while len(tokens) < len(prompt) + max_tokens:
@@ -61,7 +78,7 @@ def plain_decoding(prompt: Sequence[int], max_tokens: int, stop: frozenset[int] 
 policies = st.one_of(
     st.just(Policy.autoregressive()),
     st.builds(Policy.speculative, st.integers(1, 6)),
-    st.builds(Policy.distributed, st.integers(1, 5), st.integers(1, 4), st.integers(1, 9)),
+    st.builds(Policy.distributed, st.integers(1, 5), st.integers(1, 4), st.integers(0, 9)),
     st.builds(
         lambda sp, lookahead, ahead, wait: Policy("any", sp, lookahead, min(wait, ahead), ahead),
         st.integers(1, 4), st.integers(1, 4), st.integers(0, 9), st.integers(0, 9),
@@ -97,7 +114,7 @@ class Adversary:
                 assert base <= len(held), "the core assumed more than the server was ever told"
                 held[base:] = tokens
                 assert held == self.core.tokens, "a verification covers everything not committed"
-                answer = target_answer(target, tuple(held), start)
+                answer = PrefixScript().answer(held, start)
                 self.owed.append(VerificationFinished(attempt, server, start, answer))
             case StartDraft(attempt, base, tokens, start, count, block):
                 assert self.drafter_tokens is not None
@@ -211,6 +228,8 @@ def test_any_interleaving_gives_the_targets_own_text(data: st.DataObject) -> Non
     adversary = Adversary(core, data)
     for _ in range(data.draw(st.integers(0, 60), label="steps")):
         adversary.step()
+        if data.draw(st.integers(0, 15), label="new policy") == 15:
+            adversary.feed(PolicyChanged(replace(data.draw(policies, label="policy"), sp=core.policy.sp)))
     # From here on the world is kind: one server stays, every reply comes in order, so the generation must end.
     if not adversary.servers:
         adversary.join_server()
@@ -235,9 +254,8 @@ def test_in_virtual_time_too(policy: Policy, seed: int, servers: int, target_ms:
     prompt = [seed % VOCABULARY, seed // VOCABULARY % VOCABULARY, seed // 25 % VOCABULARY]
     core = GenerationCore(prompt, policy=policy, max_tokens=40)
     DiscreteEventDriver(
-        core, target=target, drafter=drafter, target_ms=lambda: target_ms, drafter_ms=lambda: 1.0,
-        servers=servers, check=True,
-    ).run()  # fmt: skip
+        core, PrefixScript(), target_ms=lambda _: target_ms, drafter_ms=lambda _: 1.0, servers=servers, check=True
+    ).run()
     assert core.output == plain_decoding(prompt, 40)
 
 

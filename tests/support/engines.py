@@ -81,7 +81,9 @@ def session_of(tokens: Sequence[int], *, prompt_length: int | None = None, gener
     return session
 
 
-def make_tiny_model(directory: Path, *, words: int = 96, sliding_window: int | None = None) -> Path:
+def make_tiny_model(
+    directory: Path, *, words: int = 96, sliding_window: int | None = None, positions: int = 512
+) -> Path:
     """A random Llama (or Mistral, with a sliding window) of a few thousand weights, with a tokenizer."""
     import torch
     from tokenizers import Tokenizer
@@ -91,7 +93,7 @@ def make_tiny_model(directory: Path, *, words: int = 96, sliding_window: int | N
 
     shape: dict[str, Any] = {
         "vocab_size": words, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": positions,
     }  # fmt: skip
     torch.manual_seed(5)
     model = (

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dsi_workers.engines import Engine, EngineError, Interrupted, load_engine
+from dsi_workers.engines.transformers import TransformersEngine
 from dsi_workers.session import SamplingParameters, Session
 from support.engines import InterruptAfter, NoInterrupt, make_tiny_model, session_of
 
@@ -143,6 +144,50 @@ def test_the_bits_do_not_depend_on_how_tokens_are_grouped(tiny_model: Path, dtyp
             session.write(len(session.tokens), answer.tokens[-1:])
         assert found[:40] == expected
         engine.forget(session)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_bits_do_not_depend_on_how_much_of_the_cache_is_read(tmp_path: Path, dtype: str) -> None:
+    """Around position 512 one grouping reads 512 positions of the cache for a token, another reads 1024."""
+    model = make_tiny_model(tmp_path, positions=1024)
+    engine = load_engine("transformers", role="target", model=str(model), device="cpu:0", options={"dtype": dtype})
+    generator = random.Random(3)
+    tokens = [generator.randrange(96) for _ in range(560)]
+    found: list[list[float]] = []
+    for number, group in enumerate((8, 3, 5, 1), start=1):
+        session = Session(number, 480, "", SamplingParameters(logprobs=True))
+        session.write(0, tokens[:480])
+        logprobs: list[float] = []
+        for begin in range(480, 552, group):
+            session.write(begin, tokens[begin : begin + group])
+            for start in range(begin, begin + group):  # an answer ends at the first difference: ask from each position
+                logprobs += engine.verify(session, start, NoInterrupt()).logprobs[:1]
+        found.append(logprobs[:72])
+        engine.forget(session)
+    assert all(other == found[0] for other in found[1:])
+
+
+def test_a_device_that_sums_by_what_it_reads_has_all_of_the_cache_read(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.nn import functional
+
+    plain, chance = functional.scaled_dot_product_attention, random.Random(1)
+
+    def by_length(query: Any, key: Any, *arguments: Any, **more: Any) -> Any:
+        return plain(query, key, *arguments, **more) * (1 + key.shape[2] / 1e4)
+
+    def by_chance(query: Any, *arguments: Any, **more: Any) -> Any:
+        return plain(query, *arguments, **more) * (1 + chance.random() / 1e3)
+
+    words: dict[str, Any] = {"role": "target", "device": "cpu:0", "options": {"max_length": 512}}
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", by_length)
+    engine = load_engine("transformers", model=str(tiny_model), **words)
+    assert isinstance(engine, TransformersEngine)
+    assert engine.read_step == 1024
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", by_chance)
+    with pytest.raises(EngineError, match="gives other bits when it computes the same tokens again"):
+        load_engine("transformers", model=str(tiny_model), **words)
 
 
 @pytest.mark.parametrize("checks", [1, 2, 3])

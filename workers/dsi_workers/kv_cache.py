@@ -46,6 +46,11 @@ class _SlotLayer(CacheLayerMixin):
         values[:, :, cache.position : end] = value_states
         return keys[:, :, : cache.readable], values[:, :, : cache.readable]
 
+    def fill_at_random(self) -> None:
+        for tensor in self._slots[self._cache.slot]:
+            generator = torch.Generator(device=tensor.device).manual_seed(0)
+            tensor.normal_(generator=generator)
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._cache.readable, 0
 
@@ -66,3 +71,9 @@ class SlotCache(Cache):
         self.position = 0  # the forward writes [position, position + width)
         self.readable = capacity  # the forward reads [0, readable), as far as its mask allows
         super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
+
+    def fill_at_random(self) -> None:
+        """The aimed slot, which was written to before: where a test must see what a full cache does."""
+        for layer in self.layers:
+            assert isinstance(layer, _SlotLayer)
+            layer.fill_at_random()

@@ -130,7 +130,12 @@ def _serve(
     loop = WorkerLoop(socket, engine, lambda: still_needed() and not heart.orchestrator_gone)
     signal.signal(signal.SIGTERM, lambda *_: loop.drain())
     load_ms = round((time.monotonic() - begun) * 1e3)
-    socket.send(Ready(info.vocabulary, info.vocabulary_size, info.max_length, info.window, info.latency_us, load_ms))
+    socket.send(
+        Ready(
+            info.vocabulary, info.vocabulary_size, info.max_length, info.window, info.latency_us,
+            info.window_latency_us, load_ms,
+        )
+    )  # fmt: skip
     log.info("ready", role=welcome.role, load_ms=load_ms, latency_ms=info.latency_us / 1e3)
     loop.run()
     if heart.orchestrator_gone:

@@ -39,7 +39,8 @@ class EngineInfo:
     vocabulary_size: int
     max_length: int  # positions of a generation
     window: int  # positions in one verification forward
-    latency_us: int  # measured after warm-up: one verification forward, or one drafted token
+    latency_us: int  # measured after warm-up: a verification of one position, or one drafted token
+    window_latency_us: int = 0  # a verification of a full window
 
 
 @dataclass(frozen=True, slots=True)

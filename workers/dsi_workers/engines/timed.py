@@ -43,6 +43,7 @@ class TimedEngine(Engine):
             max_length=1 << 20,
             window=WINDOW,
             latency_us=round(self.latency_s * 1e6),
+            window_latency_us=0 if drafter else round(self.latency_s * 1e6),
         )
 
     def verify(self, session: Session, start: int, interrupt: Interrupt) -> Answer:

@@ -11,7 +11,7 @@ import ctypes
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -31,8 +31,8 @@ from dsi_workers.sampling import Sampler
 from dsi_workers.session import Session
 
 PROMPT_CHUNK = 128
-#: The readable part of the cache grows in steps of so many positions: shorter reads, few shapes.
-READ_STEP = 256
+#: The readable part of the cache grows in steps of so many positions, if that keeps the bits: shorter reads, few shapes.
+READ_STEP = 512
 _NARROW_WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -89,17 +89,21 @@ class TransformersEngine(Engine):
         self._slots: OrderedDict[int, int] = OrderedDict()  # generation -> slot, least recently used first
         self._sessions: dict[int, Session] = {}
         self._samplers: dict[int, Sampler] = {}
+        #: The cache is read up to the next multiple of this.
+        self.read_step = READ_STEP
         self._cache = SlotCache(
             int(self._config.num_hidden_layers),
             slots=_whole(options, "slots", 4),
             capacity=_round_up(max_length + max(PROMPT_CHUNK, self._window), READ_STEP),
         )
+        latency_us, window_latency_us = self._warm_up()
         self.info = EngineInfo(
             vocabulary=read_vocabulary_hash(directory),
             vocabulary_size=int(self._config.vocab_size),
             max_length=max_length,
             window=self._window,
-            latency_us=self._warm_up(),
+            latency_us=latency_us,
+            window_latency_us=window_latency_us,
         )
 
     # Verify and draft
@@ -163,7 +167,7 @@ class TransformersEngine(Engine):
         end = begin + len(tokens)
         cache = self._cache
         cache.position = begin
-        cache.readable = min(_round_up(begin + width, READ_STEP), cache.capacity)
+        cache.readable = min(_round_up(begin + width, self.read_step), cache.capacity)
         positions = torch.arange(begin, begin + width, device=self._device)
         ids = torch.zeros(1, width, dtype=torch.long)
         ids[0, : len(tokens)] = torch.tensor(tokens)
@@ -257,58 +261,84 @@ class TransformersEngine(Engine):
         A narrow forward can be much cheaper, but kernels may sum in another order for another number of rows. So it is
         tried: the same tokens, in groups of each width.
         """
-        words = min(97, int(self._config.vocab_size))
-        tokens = [(7 * position) % words for position in range(PROMPT_CHUNK + self._window)]
-        self._cache.slot = 0
-        self._forward(tokens[:PROMPT_CHUNK], 0, PROMPT_CHUNK, first_logits=PROMPT_CHUNK - 1)
-        expected, _ = self._in_groups(tokens, self._window)
-        cost_s: dict[int, float] = {}
-        for width in (*(width for width in _NARROW_WIDTHS if width < self._window), self._window):
-            logits, shortest_s = self._in_groups(tokens, width)
+        if not self._windows_agree():
+            self.read_step = self._cache.capacity
+            if not self._windows_agree():
+                raise EngineError(
+                    f"{self._config.model_type} on {self._device} gives other bits when it computes the same tokens "
+                    "again: what a target server says would depend on chance, choose another model, dtype or device"
+                )
+        begin = self._edges()[0] - self._window // 2
+        expected, cost_s = self._in_groups(begin, self._window, self._window)
+        costs_s = {self._window: cost_s}
+        for width in (width for width in _NARROW_WIDTHS if width < self._window):
+            logits, cost_s = self._in_groups(begin, self._window, width)
             if torch.equal(logits, expected):
-                cost_s[width] = shortest_s
-        if self._window not in cost_s:
-            raise EngineError(
-                f"{self._config.model_type} on {self._device} gives other bits when it computes the same tokens again: "
-                "what a target server says would depend on chance, choose another model, dtype or device"
-            )
+                costs_s[width] = cost_s
         return [
-            min((width for width in cost_s if width >= rows), key=lambda width: cost_s[width])
+            min((width for width in costs_s if width >= rows), key=lambda width: costs_s[width])
             for rows in range(self._window + 1)
         ]
 
-    def _in_groups(self, tokens: list[int], width: int) -> tuple[torch.Tensor, float]:
-        """Logits after each token behind the first chunk, read `width` at a time (keys and values, too), and the
+    def _windows_agree(self) -> bool:
+        """Whether windows that begin elsewhere, and so read another length of the cache, give the same bits.
+
+        On one processor reading 256 or 512 positions gave other bits for the same token, 512 or 1024 the same. Sums
+        over zeros would not show it: the cache is filled with random numbers.
+        """
+        self._cache.fill_at_random()
+        half = self._window // 2
+        for edge in self._edges():
+            apart, _ = self._in_groups(edge - self._window, 2 * self._window, self._window)
+            across, _ = self._in_groups(edge - half, self._window, self._window)
+            if not torch.equal(apart[self._window - half :][: self._window], across):
+                return False
+        return True
+
+    def _edges(self) -> list[int]:
+        """Where a longer part of the cache is read from: the first and the last."""
+        step, capacity = self.read_step, self._cache.capacity
+        last = (capacity - self._window) // step * step
+        return sorted({step, last}) if last else [capacity // 2]
+
+    def _in_groups(self, begin: int, count: int, width: int) -> tuple[torch.Tensor, float]:
+        """Logits after `count` tokens from position `begin` on, read `width` at a time (keys and values, too), and the
         shortest time that a group took: what disturbs a forward makes it longer."""
+        words = min(97, int(self._config.vocab_size))
+        tokens = [7 * position % words for position in range(begin, begin + count)]
         self._widths = [width] * (self._window + 1)
         logits, times_s = [], []
-        for begin in range(PROMPT_CHUNK, len(tokens), width):
+        for first in range(0, count, width):
             begun = time.perf_counter()
-            logits.append(self._forward(tokens[begin : begin + width], begin, width, begin))
+            logits.append(self._forward(tokens[first : first + width], begin + first, width, begin + first))
             times_s.append(time.perf_counter() - begun)
         return torch.cat(logits), min(times_s)
 
     @torch.inference_mode()
-    def _warm_up(self) -> int:
-        """Run what will be run; return the median time of a verification window, or of one drafted token, in µs."""
+    def _warm_up(self) -> tuple[int, int]:
+        """Run what will be run. Returns the median time in µs of a verification of one position and of a window, or of
+        one drafted token and 0."""
         self._check_attention()
         if self._exact:
             self._widths = self._choose_widths()
         session = Session(generation=0, prompt_length=PROMPT_CHUNK, correlation="warm-up")
         session.write(0, [position % 16 for position in range(PROMPT_CHUNK)])
         self.verify(session, PROMPT_CHUNK, _Never())
-        times: list[float] = []
-        for _ in range(3):
-            begun = time.perf_counter()
-            if self._exact:  # a full window of inputs, whatever they give
-                self._forward([0] * self._window, PROMPT_CHUNK, self._window, first_logits=PROMPT_CHUNK)
-            else:
-                session.write(len(session.tokens), [0])
-                self.draft(session, 1, _Never())
-            times.append(time.perf_counter() - begun)
+
+        def draft() -> None:
+            session.write(len(session.tokens), [0])
+            self.draft(session, 1, _Never())
+
+        def verify(positions: int) -> None:  # whatever they give
+            self._forward([0] * positions, PROMPT_CHUNK, self._padded(positions), first_logits=PROMPT_CHUNK)
+
+        if self._exact:
+            latencies = _median_us(lambda: verify(1)), _median_us(lambda: verify(self._window))
+        else:
+            latencies = _median_us(draft), 0
         self.forget(session)
         self.forwards = 0
-        return max(1, round(sorted(times)[1] * 1e6))
+        return latencies
 
     def _check_attention(self) -> None:
         calls = attention.calls
@@ -318,6 +348,15 @@ class TransformersEngine(Engine):
                 f"{self._config.model_type} models do not use transformers' attention interface in every layer: "
                 "their masks cannot be trusted here, choose another model"
             )
+
+
+def _median_us(step: Callable[[], None]) -> int:
+    times: list[float] = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - begun)
+    return max(1, round(sorted(times)[1] * 1e6))
 
 
 def _whole(options: Mapping[str, OptionValue], name: str, default: int) -> int:

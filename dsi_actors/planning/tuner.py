@@ -1,0 +1,155 @@
+"""Chooses the policy of one generation from what is measured while it runs. Pure: told of latencies, asked for a policy.
+
+The orchestrator and the simulator drive this same class, as they do the core.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+from dsi_actors.core import Policy
+from dsi_actors.planning.expectation import MAX_LOOKAHEAD, CostMs, best_dsi, best_si
+
+#: Before anything was judged. Int8 copies of a target agree with it about so often, and more.
+ASSUMED_ACCEPTANCE = 0.8
+_PRIOR_WEIGHT = 6.0
+#: Of what was judged, the share that is forgotten with each further token: what counts are the last hundred or so.
+_FORGOTTEN = 0.01
+_LATENCY_WEIGHT = 0.1
+#: Judged tokens between two looks at the policy, and how much must have changed for another one.
+_LOOK_EVERY = 4
+_ACCEPTANCE_STEP = 0.04
+_RATIO_STEP = 1.1
+
+
+@dataclass(frozen=True, slots=True)
+class Estimates:
+    """What is known of target, drafter, and how well they agree. Latency 0: not known yet."""
+
+    #: A verification of one position, and of a full window.
+    target_ms: float = 0.0
+    window_ms: float = 0.0
+    #: Positions of one verification forward.
+    window: int = 1
+    drafter_ms: float = 0.0
+    accepted: float = ASSUMED_ACCEPTANCE * _PRIOR_WEIGHT
+    judged: float = _PRIOR_WEIGHT
+
+    @property
+    def acceptance(self) -> float:
+        return self.accepted / self.judged
+
+    def cost_ms(self, positions: int) -> float:
+        """Of one verification: a straight line up to a full window, and again for each further window."""
+        full, rest = divmod(positions, self.window)
+        ms = full * self.window_ms
+        if rest:
+            ms += self.target_ms + (self.window_ms - self.target_ms) * (rest - 1) / max(1, self.window - 1)
+        return ms
+
+
+def flat(target_ms: float) -> CostMs:
+    """A target whose verifications take the same time however long they are."""
+    return lambda positions: target_ms
+
+
+class Tuner:
+    """Of one generation. `lookahead` fixes it; None lets it be chosen."""
+
+    def __init__(self, algorithm: str, sp: int, lookahead: int | None, estimates: Estimates) -> None:
+        self.estimates = estimates
+        self._algorithm = algorithm
+        self._sp = sp
+        #: Servers that are there now, of the `sp` that may be used.
+        self.servers = sp
+        self._fixed = lookahead
+        self._since_look = 0
+        self._planned_for = (sp, estimates)
+        self._policy: Policy | None = None
+
+    def choose(self) -> Policy:
+        """The policy to begin with."""
+        self._planned_for = (self.servers, self.estimates)
+        self._policy = self._best()
+        return self._policy
+
+    def verified(self, positions: int, took_ms: float) -> None:
+        """A verification that read so many positions. One that read more than a window read a prompt: not counted."""
+        known = self.estimates
+        if positions > known.window:
+            return
+        if known.target_ms <= 0:
+            self.estimates = replace(known, target_ms=took_ms, window_ms=max(took_ms, known.window_ms))
+            return
+        factor = 1 + _LATENCY_WEIGHT * (took_ms / max(1e-6, known.cost_ms(positions)) - 1)
+        self.estimates = replace(known, target_ms=known.target_ms * factor, window_ms=known.window_ms * factor)
+
+    def drafted(self, tokens: int, took_ms: float) -> None:
+        known = self.estimates
+        each_ms = took_ms / max(1, tokens)
+        weight = min(1.0, _LATENCY_WEIGHT * tokens) if known.drafter_ms > 0 else 1.0
+        self.estimates = replace(known, drafter_ms=known.drafter_ms + weight * (each_ms - known.drafter_ms))
+
+    def judged(self, accepted: int, judged: int) -> None:
+        """So many further drafts were compared with the target's own, and so many of them were equal."""
+        if not judged:
+            return
+        known, kept = self.estimates, (1 - _FORGOTTEN) ** judged
+        self.estimates = replace(known, accepted=known.accepted * kept + accepted, judged=known.judged * kept + judged)
+        self._since_look += judged
+
+    def retune(self) -> Policy | None:
+        """The policy to change to, if another one is better now."""
+        if self._fixed is not None or self._algorithm == "ar" or self._since_look < _LOOK_EVERY:
+            return None
+        self._since_look = 0
+        servers, estimates = self._planned_for
+        if servers == self.servers and not _differ(self.estimates, estimates):
+            return None
+        before = self._policy
+        return policy if (policy := self.choose()) != before else None
+
+    def carry_over(self) -> Estimates:
+        """For the next generation: the latencies, and the acceptance rate as a guess of little weight."""
+        known = self.estimates
+        return replace(known, accepted=known.acceptance * _PRIOR_WEIGHT, judged=_PRIOR_WEIGHT)
+
+    def _best(self) -> Policy:
+        if self._algorithm == "ar":
+            return Policy.autoregressive()
+        known, sp, fixed = self.estimates, self._sp, self._fixed
+        if fixed is not None:
+            return Policy.speculative(fixed) if self._algorithm == "si" else Policy.distributed(fixed, sp)
+        if known.target_ms <= 0 or known.drafter_ms <= 0:  # not calibrated: begin as plain decoding does, and measure
+            return Policy.speculative(1) if self._algorithm == "si" else Policy.distributed(1, sp)
+        policy = _planned(
+            self._algorithm, max(1, min(sp, self.servers)), known.window,
+            _round(known.target_ms / known.drafter_ms),
+            _round(max(known.target_ms, known.window_ms) / known.drafter_ms),
+            round(known.acceptance, 2),
+        )  # fmt: skip
+        return replace(policy, sp=1 if self._algorithm == "si" else sp)
+
+
+def _differ(left: Estimates, right: Estimates) -> bool:
+    if min(left.target_ms, left.drafter_ms, right.target_ms, right.drafter_ms) <= 0:
+        return True
+    change = left.target_ms / left.drafter_ms * right.drafter_ms / right.target_ms
+    return abs(left.acceptance - right.acceptance) > _ACCEPTANCE_STEP or not 1 / _RATIO_STEP < change < _RATIO_STEP
+
+
+def _round(ratio: float) -> float:
+    """To 2 %, so that plans can be looked up."""
+    return math.exp(round(math.log(ratio) * 50) / 50)
+
+
+@functools.lru_cache(maxsize=1024)
+def _planned(algorithm: str, sp: int, window: int, target: float, full_window: float, acceptance: float) -> Policy:
+    """Latencies in units of the drafter's: the policy depends on nothing else."""
+    cost_ms = Estimates(target, full_window, window).cost_ms
+    most = max(1, min(MAX_LOOKAHEAD, window - 1))  # one forward verifies one window
+    if algorithm == "si":
+        return best_si(cost_ms, 1.0, acceptance, most=most)
+    return best_dsi(cost_ms, 1.0, acceptance, sp, most=most)
