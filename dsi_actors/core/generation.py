@@ -354,7 +354,7 @@ class GenerationCore:
 
     def _draft_front(self) -> int:
         """One past the last position that the drafter has been asked for."""
-        return max((draft.end for draft in self._drafts.values()), default=len(self.tokens))
+        return next(reversed(self._drafts.values())).end if self._drafts else len(self.tokens)
 
     def _plan_verifications(self) -> None:
         while len(self._verifications) < self.policy.sp and self._worth_verifying():
@@ -370,12 +370,11 @@ class GenerationCore:
             self._actions.append(StartVerify(attempt, server, base, tuple(self.tokens[base:]), self.committed))
 
     def _worth_verifying(self) -> bool:
-        front = max((v.end for v in self._verifications.values()), default=None)
         drafts_coming = self._draft_front() > len(self.tokens)
-        if front is None:
+        if not self._verifications:
             return not drafts_coming or len(self.tokens) - self.committed >= self.policy.first_wait
         wanted = self.policy.lookahead if drafts_coming else 1
-        return len(self.tokens) - front >= wanted
+        return len(self.tokens) - next(reversed(self._verifications.values())).end >= wanted
 
     def _idle_server(self) -> int | None:
         """The idle server with the least to read: the one that answered last, else the one that holds most."""

@@ -24,7 +24,7 @@ _ACCEPTANCE_STEP = 0.04
 _RATIO_STEP = 1.1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Estimates:
     """What is known of target, drafter, and how well they agree. Latency 0: not known yet."""
 
@@ -59,19 +59,20 @@ class Tuner:
     """Of one generation. `lookahead` fixes it; None lets it be chosen."""
 
     def __init__(self, algorithm: str, sp: int, lookahead: int | None, estimates: Estimates) -> None:
-        self.estimates = estimates
+        #: Our own copy: it changes with every observation.
+        self.estimates = known = replace(estimates)
         self._algorithm = algorithm
         self._sp = sp
         #: Servers that are there now, of the `sp` that may be used.
         self.servers = sp
         self._fixed = lookahead
         self._since_look = 0
-        self._planned_for = (sp, estimates)
+        self._planned_for = (sp, replace(known))
         self._policy: Policy | None = None
 
     def choose(self) -> Policy:
         """The policy to begin with."""
-        self._planned_for = (self.servers, self.estimates)
+        self._planned_for = (self.servers, replace(self.estimates))
         self._policy = self._best()
         return self._policy
 
@@ -81,24 +82,24 @@ class Tuner:
         if positions > known.window:
             return
         if known.target_ms <= 0:
-            self.estimates = replace(known, target_ms=took_ms, window_ms=max(took_ms, known.window_ms))
+            known.target_ms, known.window_ms = took_ms, max(took_ms, known.window_ms)
             return
         factor = 1 + _LATENCY_WEIGHT * (took_ms / max(1e-6, known.cost_ms(positions)) - 1)
-        self.estimates = replace(known, target_ms=known.target_ms * factor, window_ms=known.window_ms * factor)
+        known.target_ms *= factor
+        known.window_ms *= factor
 
     def drafted(self, tokens: int, took_ms: float) -> None:
         known = self.estimates
-        each_ms = took_ms / max(1, tokens)
         weight = min(1.0, _LATENCY_WEIGHT * tokens) if known.drafter_ms > 0 else 1.0
-        self.estimates = replace(known, drafter_ms=known.drafter_ms + weight * (each_ms - known.drafter_ms))
+        known.drafter_ms += weight * (took_ms / max(1, tokens) - known.drafter_ms)
 
     def judged(self, accepted: int, judged: int) -> None:
         """So many further drafts were compared with the target's own, and so many of them were equal."""
-        if not judged:
-            return
-        known, kept = self.estimates, (1 - _FORGOTTEN) ** judged
-        self.estimates = replace(known, accepted=known.accepted * kept + accepted, judged=known.judged * kept + judged)
-        self._since_look += judged
+        if judged:
+            known, kept = self.estimates, (1 - _FORGOTTEN) ** judged
+            known.accepted = known.accepted * kept + accepted
+            known.judged = known.judged * kept + judged
+            self._since_look += judged
 
     def retune(self) -> Policy | None:
         """The policy to change to, if another one is better now."""

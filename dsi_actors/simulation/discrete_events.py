@@ -36,6 +36,8 @@ class _Drafting:
     queue: list[StartDraft] = field(default_factory=list)
     #: Tokens before this position were reported.
     reported: int = 0
+    #: What the tokens after them took.
+    block_ms: float = 0.0
     #: Counts the tokens begun: one that was dropped finds another number here when its time comes.
     ticket: int = 0
 
@@ -176,6 +178,7 @@ class DiscreteEventDriver:
             drafting.tokens[request.base :] = request.tokens
         assert len(drafting.tokens) == request.start
         drafting.reported = request.start
+        drafting.block_ms = 0.0
         self._next_draft(request)
 
     def _next_draft(self, request: StartDraft) -> None:
@@ -184,8 +187,7 @@ class DiscreteEventDriver:
         ticket = self._drafting.ticket
         took_ms = self._drafter_ms(1)
         self.drafter_busy_ms += took_ms
-        if self._tuner is not None:
-            self._tuner.drafted(1, took_ms)
+        self._drafting.block_ms += took_ms
         self._at(took_ms, lambda: self._drafted(request, ticket))
 
     def _drafted(self, request: StartDraft, ticket: int) -> None:
@@ -199,6 +201,9 @@ class DiscreteEventDriver:
         report = done or len(tokens) - first == request.block
         if report:
             drafting.reported = len(tokens)
+            if self._tuner is not None:
+                self._tuner.drafted(len(tokens) - first, drafting.block_ms)
+            drafting.block_ms = 0.0
         if done:
             drafting.queue.pop(0)
             if drafting.queue:

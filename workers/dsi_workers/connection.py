@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import threading
 import time
@@ -47,6 +48,8 @@ class WorkSocket:
         self._still_needed = still_needed
         # The routing id outlives a broken connection: after reconnecting this is still the same worker.
         self._socket = _dealer(context, endpoint, b"w" + incarnation.to_bytes(8, "little"))
+        #: Signals that something may have come since recv() last said that nothing is there.
+        self._descriptor = int(self._socket.getsockopt(zmq.FD))
         self._refused = 0
 
     def send(self, message: FromWorker) -> None:
@@ -67,13 +70,16 @@ class WorkSocket:
 
     def receive(self, timeout_s: float = 0.0) -> Message | None:
         """The next message, or None if none comes within `timeout_s`."""
-        if timeout_s > 0 and not self._socket.poll(max(1, round(timeout_s * 1e3))):
-            return None
+        deadline_s = time.perf_counter() + timeout_s
         while True:
             try:
                 frame = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
-                return None
+                left_s = deadline_s - time.perf_counter() if timeout_s else 0.0
+                if left_s <= 0:
+                    return None
+                select.select([self._descriptor], [], [], left_s)  # poll() would count whole milliseconds
+                continue
             try:
                 return decode(frame)
             except UnknownMessage as error:

@@ -103,10 +103,7 @@ class WorkerLoop:
             left_s = deadline_s - time.perf_counter()
             if left_s <= 0:
                 return
-            if left_s < 0.0015:  # poll() counts whole milliseconds: the rest of the way in small naps
-                time.sleep(min(left_s, 0.0002))
-                continue
-            message = self._socket.receive(min(left_s - 0.001, IDLE_S))
+            message = self._socket.receive(min(left_s, IDLE_S))
             if message is not None:
                 self._on_message(message)
 

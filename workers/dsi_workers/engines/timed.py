@@ -1,25 +1,37 @@
 """An engine with exact latencies, a scripted truth and a scripted acceptance rate: for tests, planning, the paper's tables.
 
 The truth depends on the whole prefix, so text that was built on a wrong prefix differs from the truth and is noticed.
-It also depends on the seed alone: every timed target with one seed is a replica of every other.
+It also depends on the seed alone: every timed target with one seed is a replica of every other. Whether the drafter is
+right at a position is drawn from its seed, the generation's seed and the position: the simulator draws the same.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
+import math
+import os
+import random
 import struct
 import time
 from collections.abc import Mapping
 
 from dsi_protocol import OptionValue, prefix_checksum
+from dsi_protocol.gumbel import random_bits, stream_key
 from dsi_workers.engines.base import Answer, Engine, EngineError, EngineInfo, Interrupt
 from dsi_workers.session import Session
 
 WINDOW = 32
+#: A step that begins within this of when the one before was due follows it at once.
+_AT_ONCE_S = 0.002
 
 
 class TimedEngine(Engine):
-    """A target takes `latency_ms` for a verification, however long; a drafter takes it for each token."""
+    """A target takes `latency_ms` for a verification, however long; a drafter takes it for each token.
+
+    With `jitter` latencies are lognormal with that coefficient of variation and `latency_ms` as their mean.
+    """
 
     def __init__(self, options: Mapping[str, OptionValue], *, drafter: bool) -> None:
         def number(name: str, default: float) -> float:
@@ -30,9 +42,15 @@ class TimedEngine(Engine):
 
         self.latency_s = number("latency_ms", 0.0) / 1e3
         self.acceptance = number("acceptance", 1.0)
+        self._jitter = number("jitter", 0.0)
         self.vocabulary_size = int(number("vocabulary_size", 1000))
         self.seed = int(number("seed", 0))
         self._drafter = drafter
+        self._random = random.Random()
+        #: A token drafted right after another one begins when that one was due, so that oversleeping does not add up.
+        self._due_s = 0.0
+        self._due_for: tuple[int, int] | None = None
+        _sleep_precisely()
         if self.acceptance > 1:
             raise EngineError(f"option acceptance of the timed engine must lie in [0, 1], not {self.acceptance}")
         if not 2 <= self.vocabulary_size < 1 << 32:
@@ -52,25 +70,45 @@ class TimedEngine(Engine):
         checksum = prefix_checksum(session.tokens[:start])
         for position in range(start, len(session.tokens) + 1):
             token = self._truth(checksum)
-            if self._drafter and not self._agrees(checksum):
+            if self._drafter and not self._agrees(session.sampling.seed, position):
                 token = (token + 1) % self.vocabulary_size
             answer.append(token)
             if position == len(session.tokens) or session.tokens[position] != token:
                 break
             checksum = prefix_checksum((token,), checksum)
         self.forwards += 1
-        interrupt.wait_until(begun + self.latency_s)
-        session.computed = len(session.tokens)
+        length = len(session.tokens)
+        if self._due_for == (session.generation, length) and begun - self._due_s < _AT_ONCE_S:
+            begun = self._due_s
+        self._due_for = None
+        self._due_s = begun + self._latency_s()
+        interrupt.wait_until(self._due_s)
+        self._due_for = (session.generation, length + 1) if self._drafter else None
+        session.computed = length
         return Answer(answer, [0.0] * len(answer) if session.sampling.logprobs else [])
 
     def _truth(self, prefix: int) -> int:
         return self._draw(b"truth", prefix) % self.vocabulary_size
 
-    def _agrees(self, prefix: int) -> bool:
-        """Whether the drafter is right after this prefix: independent draws, the same in every worker."""
-        return self._draw(b"agree", prefix) < self.acceptance * 2**64
+    def _agrees(self, generation_seed: int, position: int) -> bool:
+        bits = random_bits(stream_key(self.seed + generation_seed, position), 0)
+        return bits < self.acceptance * 2**64
+
+    def _latency_s(self) -> float:
+        if not self._jitter or not self.latency_s:
+            return self.latency_s
+        variance = math.log1p(self._jitter**2)
+        return self._random.lognormvariate(math.log(self.latency_s) - variance / 2, math.sqrt(variance))
 
     def _draw(self, purpose: bytes, prefix: int) -> int:
         """64 uniform bits that depend on nothing but the seed, the purpose and the prefix."""
         digest = hashlib.blake2b(struct.pack("<QI", self.seed, prefix), digest_size=8, person=purpose)
         return int.from_bytes(digest.digest(), "little")
+
+
+def _sleep_precisely() -> None:
+    """Linux may end each sleep 50 microseconds late to save wake-ups. Not for this thread."""
+    if os.uname().sysname == "Linux":
+        with contextlib.suppress(OSError):
+            pr_set_timerslack = 29
+            ctypes.CDLL(None).prctl(pr_set_timerslack, 1)

@@ -1,0 +1,132 @@
+"""One simulated generation, or many of them: the ideal that a real run is compared with."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from dsi_actors.core import GenerationCore
+from dsi_actors.planning.tuner import Estimates, Tuner
+from dsi_actors.simulation.discrete_events import DiscreteEventDriver
+from dsi_actors.simulation.scripts import AcceptanceScript, LatencyMs, independent, lognormal, recorded, replayed
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What a real generation met, replayed over and over. Empty: not recorded."""
+
+    target_ms: Sequence[float] = ()
+    drafter_ms: Sequence[float] = ()
+    accepted: Sequence[bool] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """Latencies and acceptance of a simulated pair of models."""
+
+    target_ms: float
+    drafter_ms: float
+    acceptance: float
+    #: Coefficient of variation of both latencies, lognormal.
+    jitter: float = 0.0
+    #: A cancelled verification goes on to the next multiple of this.
+    cancel_ms: float = 0.0
+    trace: Trace = Trace()
+
+    @property
+    def estimates(self) -> Estimates:
+        """What workers would have measured when they started."""
+        return Estimates(
+            self.target_ms, self.target_ms, window=1 << 20, drafter_ms=self.drafter_ms
+        )  # the timed engine and the paper: a verification takes t, however long it is
+
+    def latencies(self, seed: int) -> tuple[LatencyMs, LatencyMs]:
+        generator = random.Random(seed)
+        trace = self.trace
+        target = recorded(trace.target_ms) if trace.target_ms else lognormal(self.target_ms, self.jitter, generator)
+        drafter = recorded(trace.drafter_ms) if trace.drafter_ms else lognormal(self.drafter_ms, self.jitter, generator)
+        return target, drafter
+
+    def accepted(self, seed: int, first: int) -> Callable[[int], bool]:
+        return replayed(self.trace.accepted, first) if self.trace.accepted else independent(self.acceptance, seed)
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedRun:
+    """Names as in GenerationReport, but `ms_per_token` counts from the start: total time / tokens."""
+
+    algorithm: str
+    sp: int
+    lookahead: int
+    first_wait: int
+    tokens: int
+    ms_per_token: float
+    first_token_ms: float
+    acceptance_rate: float
+    target_forwards: int
+    wasted_target_forwards: int
+    target_busy_ms: float
+    drafter_busy_ms: float
+
+
+def simulate_once(
+    scenario: Scenario, tuner: Tuner, *, tokens: int, seed: int, prompt_length: int = 1, check: bool = False
+) -> SimulatedRun:
+    """One generation of `tokens` tokens under the tuner's policies."""
+    core = GenerationCore([0] * prompt_length, policy=tuner.choose(), max_tokens=tokens)
+    target_ms, drafter_ms = scenario.latencies(seed)
+    driver = DiscreteEventDriver(
+        core,
+        AcceptanceScript(scenario.accepted(seed, prompt_length)),
+        target_ms=target_ms,
+        drafter_ms=drafter_ms if core.policy.max_ahead else None,
+        servers=core.policy.sp,
+        tuner=tuner,
+        cancel_ms=scenario.cancel_ms,
+        check=check,
+    )
+    driver.run()
+    counters, policy = core.counters, core.policy
+    return SimulatedRun(
+        algorithm=policy.algorithm,
+        sp=policy.sp,
+        lookahead=policy.lookahead if policy.max_ahead else 0,
+        first_wait=policy.first_wait,
+        tokens=tokens,
+        ms_per_token=driver.now_ms / tokens,
+        first_token_ms=driver.commits[0][0],
+        acceptance_rate=counters.accepted / counters.judged if counters.judged else 0.0,
+        target_forwards=counters.verifications,
+        wasted_target_forwards=counters.verifications - counters.useful_verifications,
+        target_busy_ms=driver.target_busy_ms,
+        drafter_busy_ms=driver.drafter_busy_ms,
+    )
+
+
+def simulate(
+    scenario: Scenario, algorithm: str, *, sp: int, lookahead: int | None, tokens: int, repeats: int, seed: int,
+    calibrated: bool = True,
+) -> list[SimulatedRun]:  # fmt: skip
+    """Generation after generation, each beginning with what the last one taught. `lookahead` None: chosen.
+
+    Seeds are seed, seed + 1, ...; `calibrated` False begins without any latency known."""
+    estimates = scenario.estimates if calibrated else Estimates(window=1 << 20)
+    runs: list[SimulatedRun] = []
+    for repeat in range(repeats):
+        tuner = Tuner(algorithm, 1 if algorithm in ("ar", "si") else sp, lookahead, estimates)
+        runs.append(simulate_once(scenario, tuner, tokens=tokens, seed=seed + repeat))
+        estimates = tuner.carry_over()
+    return runs
+
+
+def mean_of(runs: Sequence[SimulatedRun]) -> dict[str, float | int | str]:
+    """One row for all: means of what varies."""
+    row = asdict(runs[-1])
+    for name, value in row.items():
+        if name not in ("algorithm", "sp", "lookahead", "first_wait"):
+            row[name] = (
+                statistics.fmean(getattr(run, name) for run in runs) if isinstance(value, float | int) else value
+            )
+    return row
