@@ -252,20 +252,25 @@ class Orchestrator:
             )
 
     def _tuner(self, root: Root, algorithm: Algorithm, sp: int, lookahead: int | Literal["auto"]) -> Tuner:
-        """Begins with what earlier generations taught, else with what the workers measured when they started."""
+        tuner = Tuner(algorithm, sp, None if lookahead == "auto" else lookahead, self.estimates)
+        tuner.servers = min(sp, len(root.of_role("target")))
+        return tuner
+
+    @property
+    def estimates(self) -> Estimates:
+        """What the next generation begins with: what earlier ones taught, else what the workers measured at their start."""
+        root = self._running()
         targets = [worker.ready for worker in root.of_role("target") if worker.ready is not None]
         drafters = [worker.ready for worker in root.of_role("drafter") if worker.ready is not None]
         estimates = self._learned
         if estimates is None:
             estimates = Estimates(
-                target_ms=max(ready.latency_us for ready in targets) / 1e3,
-                window_ms=max(ready.window_latency_us for ready in targets) / 1e3,
-                window=max(1, min(ready.window for ready in targets)),
+                target_ms=max((ready.latency_us for ready in targets), default=0) / 1e3,
+                window_ms=max((ready.window_latency_us for ready in targets), default=0) / 1e3,
+                window=max(1, min((ready.window for ready in targets), default=1)),
                 drafter_ms=drafters[0].latency_us / 1e3 if drafters else 0.0,
             )
-        tuner = Tuner(algorithm, sp, None if lookahead == "auto" else lookahead, estimates)
-        tuner.servers = min(sp, len(targets))
-        return tuner
+        return estimates
 
     def _learn(self, estimates: Estimates) -> None:
         self._learned = estimates

@@ -7,7 +7,19 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Callable
 
-from dsi_actors.cli import bench_acceptance, bench_exact, bench_exact_cost, bench_overhead, generate
+from dsi_actors.cli import (
+    bench_acceptance,
+    bench_exact,
+    bench_exact_cost,
+    bench_heatmap,
+    bench_never_slower,
+    bench_overhead,
+    bench_table2,
+    bench_timed,
+    generate,
+    plan,
+    simulate,
+)
 from dsi_actors.errors import DsiError
 from dsi_actors.logs import show_logs
 
@@ -18,12 +30,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="dsi-actors", description="Distributed speculative inference.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     generate.add_parser(commands)
+    plan.add_parser(commands)
+    simulate.add_parser(commands)
     bench = commands.add_parser("bench", help="measure this machine")
     benches = bench.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
     bench_overhead.add_parser(benches)
     bench_exact.add_parser(benches)
     bench_exact_cost.add_parser(benches)
     bench_acceptance.add_parser(benches)
+    bench_timed.add_parser(benches)
+    bench_table2.add_parser(benches)
+    bench_never_slower.add_parser(benches)
+    bench_heatmap.add_parser(benches)
     arguments = parser.parse_args()
     show_logs(arguments.log_level)
     try:

@@ -43,10 +43,12 @@ class Scenario:
         )  # the timed engine and the paper: a verification takes t, however long it is
 
     def latencies(self, seed: int) -> tuple[LatencyMs, LatencyMs]:
-        generator = random.Random(seed)
-        trace = self.trace
-        target = recorded(trace.target_ms) if trace.target_ms else lognormal(self.target_ms, self.jitter, generator)
-        drafter = recorded(trace.drafter_ms) if trace.drafter_ms else lognormal(self.drafter_ms, self.jitter, generator)
+        """Each from a generator of its own: the n-th verification meets the same draw in every algorithm."""
+        trace, of_target, of_drafter = self.trace, random.Random(2 * seed), random.Random(2 * seed + 1)
+        target = recorded(trace.target_ms) if trace.target_ms else lognormal(self.target_ms, self.jitter, of_target)
+        drafter = (
+            recorded(trace.drafter_ms) if trace.drafter_ms else lognormal(self.drafter_ms, self.jitter, of_drafter)
+        )
         return target, drafter
 
     def accepted(self, seed: int, first: int) -> Callable[[int], bool]:
@@ -72,14 +74,15 @@ class SimulatedRun:
 
 
 def simulate_once(
-    scenario: Scenario, tuner: Tuner, *, tokens: int, seed: int, prompt_length: int = 1, check: bool = False
-) -> SimulatedRun:
-    """One generation of `tokens` tokens under the tuner's policies."""
+    scenario: Scenario, tuner: Tuner, *, tokens: int, seed: int, draws: int | None = None, prompt_length: int = 1,
+    check: bool = False,
+) -> SimulatedRun:  # fmt: skip
+    """One generation of `tokens` tokens under the tuner's policies. `draws`: the seed of acceptance, if it is another."""
     core = GenerationCore([0] * prompt_length, policy=tuner.choose(), max_tokens=tokens)
     target_ms, drafter_ms = scenario.latencies(seed)
     driver = DiscreteEventDriver(
         core,
-        AcceptanceScript(scenario.accepted(seed, prompt_length)),
+        AcceptanceScript(scenario.accepted(seed if draws is None else draws, prompt_length)),
         target_ms=target_ms,
         drafter_ms=drafter_ms if core.policy.max_ahead else None,
         servers=core.policy.sp,

@@ -1,0 +1,113 @@
+"""`dsi-actors simulate`: what a pair of models would give, without the models and without waiting.
+
+The core that decides in a real generation decides here, too; time is virtual. Latencies are constant, jittered, or
+replayed from a trace; acceptance is drawn independently for each position, or replayed.
+
+A trace is a JSON object with any of "target_ms" (milliseconds of each verification), "drafter_ms" (of each drafted
+token), "accepted" (for each drafted position whether it was right); `dsi-actors generate --json` prints one as "trace".
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dsi_actors.cli.machine import describe_machine
+from dsi_actors.cli.options import SubParsers, add_logging_option, lookahead
+from dsi_actors.cli.timed_bench import add_scenario_options, check_sizes, scenario_from
+from dsi_actors.config import ALGORITHMS
+from dsi_actors.errors import ConfigError
+from dsi_actors.simulation.run import Scenario, SimulatedRun, Trace, mean_of, simulate
+
+#: Fewer tokens than this are simulated before other processes would have started.
+_WORTH_PROCESSES = 50_000
+
+
+def add_parser(commands: SubParsers) -> None:
+    parser = commands.add_parser("simulate", help="any pair of models in virtual time", description=__doc__)
+    parser.add_argument("--algorithm", choices=[*ALGORITHMS, "all"], default="all")
+    add_scenario_options(parser)
+    parser.add_argument("--lookahead", type=lookahead, default="auto", metavar="auto|K")
+    parser.add_argument("--sp", type=int, default=2, metavar="N", help="target servers (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=100, metavar="S", help="of a generation (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=20, metavar="R", help="generations (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    parser.add_argument("--cancel-ms", type=float, default=0.0, metavar="C", help="cancels take effect so often")
+    parser.add_argument("--trace", metavar="FILE", help="replay what was recorded instead of drawing")
+    parser.add_argument("--no-calibration", action="store_true", help="begin without knowing the latencies")
+    parser.add_argument("--json", action="store_true")
+    add_logging_option(parser)
+    parser.set_defaults(command=run)
+
+
+async def run(arguments: argparse.Namespace) -> int:
+    check_sizes(arguments, "sp", "tokens", "repeats")
+    if not 0 <= arguments.cancel_ms < float("inf"):
+        raise ConfigError(f"--cancel-ms must be at least 0, not {arguments.cancel_ms:g}")
+    trace = _read_trace(arguments.trace) if arguments.trace else Trace()
+    scenario = scenario_from(arguments, cancel_ms=arguments.cancel_ms, trace=trace)
+    algorithms = ALGORITHMS[::-1] if arguments.algorithm == "all" else (arguments.algorithm,)
+    rows = [mean_of(_simulate(scenario, algorithm, arguments)) for algorithm in algorithms]
+    if arguments.json:
+        sys.stdout.write(json.dumps({"machine": describe_machine(), "results": rows}) + "\n")
+        return 0
+    table = Table("", "SP", "lookahead", "wait", "ms per token", "first token ms", "acceptance", "forwards", "wasted")
+    for row in rows:
+        drafted = row["algorithm"] != "ar"
+        table.add_row(
+            str(row["algorithm"]).upper(), str(row["sp"]), str(row["lookahead"]) if drafted else "-",
+            str(row["first_wait"]) if drafted else "-", f"{row['ms_per_token']:.2f}", f"{row['first_token_ms']:.1f}",
+            f"{row['acceptance_rate']:.3f}" if drafted else "-", f"{row['target_forwards']:.1f}",
+            f"{row['wasted_target_forwards']:.1f}",
+        )  # fmt: skip
+    Console(highlight=False).print(table)
+    return 0
+
+
+def _simulate(scenario: Scenario, algorithm: str, arguments: argparse.Namespace) -> list[SimulatedRun]:
+    """In as many processes as there are cores, if there is enough to do: each takes its share of the generations."""
+    chosen = None if arguments.lookahead == "auto" else arguments.lookahead
+    tokens, repeats, seed = arguments.tokens, arguments.repeats, arguments.seed
+
+    def settings(share: int, first: int) -> dict[str, Any]:
+        return {
+            "sp": arguments.sp, "lookahead": chosen, "tokens": tokens, "repeats": share, "seed": first,
+            "calibrated": not arguments.no_calibration,
+        }  # fmt: skip
+
+    processes = min(os.cpu_count() or 1, repeats)
+    if tokens * repeats < _WORTH_PROCESSES or processes == 1:
+        return simulate(scenario, algorithm, **settings(repeats, seed))
+    shares = [repeats // processes + (number < repeats % processes) for number in range(processes)]
+    with concurrent.futures.ProcessPoolExecutor(processes) as pool:
+        parts = [
+            pool.submit(simulate, scenario, algorithm, **settings(share, seed + sum(shares[:number])))
+            for number, share in enumerate(shares)
+        ]
+        return [run for part in parts for run in part.result()]
+
+
+def _read_trace(file: str) -> Trace:
+    try:
+        read = json.loads(Path(file).read_text(encoding="utf-8"))
+        read = read.get("trace", read)
+        trace = Trace(
+            tuple(float(ms) for ms in read.get("target_ms", ())),
+            tuple(float(ms) for ms in read.get("drafter_ms", ())),
+            tuple(bool(accepted) for accepted in read.get("accepted", ())),
+        )
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{file} cannot be read as a trace: {error}") from None
+    if not (trace.target_ms or trace.drafter_ms or trace.accepted):
+        raise ConfigError(f"{file} is no trace: it has none of target_ms, drafter_ms, accepted")
+    if not all(0 < ms < float("inf") for ms in (*trace.target_ms, *trace.drafter_ms)):
+        raise ConfigError(f"{file} has latencies that are not above 0")
+    return trace
