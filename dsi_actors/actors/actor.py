@@ -29,6 +29,7 @@ class Actor(ABC, Generic[M]):
         self._control: deque[M] = deque()
         self._messages: deque[M] = deque()
         self._drain_scheduled = False
+        self._draining = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._group: asyncio.TaskGroup | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -50,6 +51,18 @@ class Actor(ABC, Generic[M]):
         else:
             raise MailboxFull(f"{self.name} has {self._mailbox_size} messages waiting")
         self._schedule_drain()
+
+    def deliver(self, message: M) -> None:
+        """Handle the message before this returns, unless one is being handled or others wait: then after those.
+
+        For what arrives from outside, in a callback of the event loop: a reply costs no further turn of the loop. There
+        is no limit, since only what was asked for comes this way.
+        """
+        if self.ended:
+            return
+        self._messages.append(message)
+        if self._end is not None and not self._draining:
+            self._drain()
 
     def spawn(self, work: Coroutine[Any, Any, M]) -> None:
         """Run `work` in the actor's task group; the message it returns comes to the mailbox. An exception ends the actor."""
@@ -101,6 +114,9 @@ class Actor(ABC, Generic[M]):
 
     def _drain(self) -> None:
         self._drain_scheduled = False
+        if self._draining:
+            return
+        self._draining = True
         try:
             while not self.ended:
                 if self._control:
@@ -114,6 +130,8 @@ class Actor(ABC, Generic[M]):
             if self._end is None or self._end.done():
                 raise
             self._end.set_exception(error)
+        finally:
+            self._draining = False
 
     async def _mail_result(self, work: Coroutine[Any, Any, M]) -> None:
         message = await work

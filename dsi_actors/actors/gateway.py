@@ -57,8 +57,10 @@ class Gateway:
         """Hand the message to ZMQ. Never waits. Raises PeerGone."""
         if self._closed:
             raise PeerGone
+        frame = encode(message)
         try:
-            self._socket.send_multipart([identity, encode(message)], zmq.NOBLOCK)
+            self._socket.send(identity, zmq.NOBLOCK | zmq.SNDMORE)
+            self._socket.send(frame, zmq.NOBLOCK)
         except zmq.ZMQError as error:  # EHOSTUNREACH: not connected; EAGAIN: its queue of a thousand frames is full
             raise PeerGone(error.strerror) from None
         finally:
@@ -71,21 +73,21 @@ class Gateway:
             self._context.destroy(linger=100)
 
     def _look_soon(self) -> None:
-        if not self._look_again:
+        """The descriptor tells of news once only, and sending takes note of them, too."""
+        if not self._look_again and self._readable():
             self._look_again = True
             self._loop.call_soon(self._on_readable)
 
     def _on_readable(self) -> None:
         self._look_again = False
         for _ in range(_FRAMES_PER_TURN):
-            if self._closed:
+            if self._closed or not self._readable():
                 return
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._take(frames)
+            self._take(self._socket.recv_multipart(zmq.NOBLOCK))
         self._look_soon()
+
+    def _readable(self) -> bool:
+        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
     def _take(self, frames: list[bytes]) -> None:
         if len(frames) != 2 or len(frames[0]) > _MAX_IDENTITY_BYTES:

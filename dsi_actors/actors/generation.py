@@ -1,15 +1,15 @@
 """One generation: a `GenerationCore`, the workers lent to it, and the stream of its tokens to whoever asked.
 
-The core decides; this actor does what it says. A StartVerify becomes a task that awaits `target.verify(...)` and returns
-one event; a cancel is told to the worker, one way. A rule about tokens in this file is in the wrong file.
+The core decides; this actor does what it says. A StartVerify becomes a verification task on a target server, whose answer
+comes back as one event; a cancel is told to the worker, one way. A rule about tokens in this file is in the wrong file.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from dsi_actors.actors.account import Account
 from dsi_actors.actors.actor import Actor
@@ -31,7 +31,7 @@ from dsi_actors.core.events import (
     VerificationAbandoned,
     VerificationFinished,
 )
-from dsi_actors.errors import NoTargetError, WorkerLost
+from dsi_actors.errors import NoTargetError
 from dsi_actors.logs import get_logger
 from dsi_actors.planning.tuner import Estimates, Tuner
 from dsi_actors.results import CommittedTokens, GenerationReport
@@ -192,11 +192,11 @@ class Generation(Actor[GenerationMessage]):
         match action:
             case StartVerify(attempt, server, base, tokens, start):
                 verify = Verify(self.number, attempt, base, self._checksum(base), tokens, start)
-                self._ask(self._verify(verify, self._servers[server]))
+                self._verify(verify, self._servers[server])
             case StartDraft(attempt, base, tokens, start, count, block):
                 assert self._drafter is not None
                 draft = Draft(self.number, attempt, base, self._checksum(base), tokens, start, count, block)
-                self._ask(self._draft(draft, self._drafter))
+                self._draft(draft, self._drafter)
             case CancelVerify(attempt, server):
                 self._servers[server].cancel(self.number, attempt)
             case CancelDrafts(attempt):
@@ -266,19 +266,17 @@ class Generation(Actor[GenerationMessage]):
         self._scheduler.tell(GivenBack(self, worker))
         self._lose(worker)
 
-    # Requests: each is a task that returns one message
+    # Requests: each gets one answer, which becomes one message
 
-    def _ask(self, request: Coroutine[Any, Any, GenerationMessage]) -> None:
-        self._pending += 1
-        self.spawn(request)
-
-    async def _verify(self, request: Verify, worker: WorkerHandle) -> GenerationMessage:
-        try:
-            reply = await worker.verify(request)
-        except WorkerLost:
-            return Withdrawn(worker)
-        finally:
+    def _verify(self, request: Verify, worker: WorkerHandle) -> None:
+        def on_reply(reply: Reply | None) -> None:
             self._pending -= 1
+            self.deliver(self._verified(request, worker, reply))
+
+        self._pending += 1
+        worker.verify(request, on_reply)
+
+    def _verified(self, request: Verify, worker: WorkerHandle, reply: Reply | None) -> GenerationMessage:
         match reply:
             case Verified(_, attempt, start, tokens, logprobs, forwards, busy_us):
                 most = request.base + len(request.tokens) - request.start + 1
@@ -296,24 +294,28 @@ class Generation(Actor[GenerationMessage]):
                 return VerificationAbandoned(attempt, worker.number)
             case NeedPrefix(_, attempt, held) if held < request.base:
                 return VerificationAbandoned(attempt, worker.number, held)
+            case None:
+                return Withdrawn(worker)
         return Misbehaved(worker, _words_of(reply))
 
-    async def _draft(self, request: Draft, worker: WorkerHandle) -> GenerationMessage:
+    def _draft(self, request: Draft, worker: WorkerHandle) -> None:
         def on_drafted(block: Drafted) -> None:
             self._account.drafting(block.busy_us)
             if len(request.tokens) <= 1:  # else it read more than it drafted
                 self._tuner.drafted(len(block.tokens), block.busy_us / 1e3)
             if max(block.tokens) < self._vocabulary_size:
-                self.tell(DraftsArrived(request.attempt, block.start, block.tokens))
+                self.deliver(DraftsArrived(request.attempt, block.start, block.tokens))
             else:
-                self.tell(Misbehaved(worker, f"token {max(block.tokens)} is outside the target's vocabulary"))
+                self.deliver(Misbehaved(worker, f"token {max(block.tokens)} is outside the target's vocabulary"))
 
-        try:
-            reply = await worker.draft(request, on_drafted)
-        except WorkerLost:
-            return Withdrawn(worker)
-        finally:
+        def on_reply(reply: Reply | None) -> None:
             self._pending -= 1
+            self.deliver(self._draft_ended(request, worker, reply))
+
+        self._pending += 1
+        worker.draft(request, on_reply, on_drafted)
+
+    def _draft_ended(self, request: Draft, worker: WorkerHandle, reply: Reply | None) -> GenerationMessage:
         match reply:
             case Drafted():
                 complete = reply.start + len(reply.tokens) == request.start + request.count
@@ -325,6 +327,8 @@ class Generation(Actor[GenerationMessage]):
                 return Misbehaved(worker, "it did not answer in time")
             case NeedPrefix(_, attempt, held) if held < request.base:
                 return DraftEnded(attempt, complete=False, held=held)
+            case None:
+                return Withdrawn(worker)
         return Misbehaved(worker, _words_of(reply))
 
     def _checksum(self, base: int) -> int:

@@ -1,14 +1,17 @@
-"""A worker process as the orchestrator sees it: typed requests that can be awaited, and everything it still owes."""
+"""A worker process as the orchestrator sees it: typed requests, each with one answer, and everything it still owes.
+
+An answer comes by a callback, not by a future: an awaiting task for each request would cost three turns of the event
+loop and half of the orchestrator's time (docs/limit.md).
+"""
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from dsi_actors.config import Sampling
-from dsi_actors.errors import WorkerLost
 from dsi_actors.logs import get_logger
 from dsi_protocol import (
     Cancel,
@@ -28,11 +31,15 @@ from dsi_protocol import (
 log = get_logger("worker_handle")
 
 
+#: Called once with the terminal reply, or with None if the worker is lost before it gives one.
+OnReply: TypeAlias = Callable[[Reply | None], None]
+
+
 @dataclass(slots=True)
 class _Flight:
     """A request without its terminal reply."""
 
-    terminal: asyncio.Future[Reply]
+    on_reply: OnReply
     on_drafted: Callable[[Drafted], None] | None
     #: When it was asked, or last answered in part.
     since_s: float
@@ -41,7 +48,7 @@ class _Flight:
 
 
 class WorkerHandle:
-    """One worker process: who it is, what it can do, which attempts it has. Requests raise WorkerLost once it is gone."""
+    """One worker process: who it is, what it can do, which attempts it has. Once it is gone every request ends with None."""
 
     def __init__(
         self, number: int, identity: bytes, hello: Hello, role: str, send: Callable[[FromOrchestrator], None]
@@ -62,13 +69,12 @@ class WorkerHandle:
     def __str__(self) -> str:
         return f"{self.role} {self.number} ({self.hello.device}, pid {self.hello.process})"
 
-    async def verify(self, request: Verify) -> Reply:
-        """The terminal reply to `request`. Cancelling the awaiting task cancels the request, one way, at once."""
-        return await self._ask(request, None)
+    def verify(self, request: Verify, on_reply: OnReply) -> None:
+        self._ask(request, on_reply, None)
 
-    async def draft(self, request: Draft, on_drafted: Callable[[Drafted], None]) -> Reply:
-        """As `verify`; every Drafted with tokens, the last one included, goes to `on_drafted` as it comes."""
-        return await self._ask(request, on_drafted)
+    def draft(self, request: Draft, on_reply: OnReply, on_drafted: Callable[[Drafted], None]) -> None:
+        """Every Drafted with tokens, the last one included, goes to `on_drafted` as it comes."""
+        self._ask(request, on_reply, on_drafted)
 
     def cancel(self, generation: int, attempt: int) -> None:
         """This attempt and earlier ones are not wanted. Nothing waits for it, nothing is correct because of it."""
@@ -103,21 +109,16 @@ class WorkerHandle:
             flight.cancelled_s is not None and flight.cancelled_s < before_s for flight in self._in_flight.values()
         )
 
-    async def _ask(self, request: Draft | Verify, on_drafted: Callable[[Drafted], None] | None) -> Reply:
+    def _ask(self, request: Draft | Verify, on_reply: OnReply, on_drafted: Callable[[Drafted], None] | None) -> None:
         key = (request.generation, request.attempt)
         assert key not in self._in_flight, "attempts are never revived"
         if self.lost:
-            raise WorkerLost(str(self))
-        terminal: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+            on_reply(None)
+            return
         now_s = time.monotonic()
         cancelled = request.attempt <= self._cuts.get(request.generation, 0)
-        self._in_flight[key] = _Flight(terminal, on_drafted, now_s, now_s if cancelled else None)
+        self._in_flight[key] = _Flight(on_reply, on_drafted, now_s, now_s if cancelled else None)
         self._tell(request)
-        try:
-            return await terminal
-        except asyncio.CancelledError:
-            self.cancel(*key)
-            raise
 
     def _mark_cancelled(self, generation: int, attempt: int | None) -> None:
         """The cut: attempts of this generation up to `attempt` (None: all)."""
@@ -140,20 +141,18 @@ class WorkerHandle:
             return
         if isinstance(reply, Drafted):
             flight.since_s = time.monotonic()
-            if flight.on_drafted is not None and reply.tokens and not flight.terminal.done():
+            if flight.on_drafted is not None and reply.tokens:
                 flight.on_drafted(reply)
             if not reply.done:
                 return
         elif isinstance(reply, Cancelled) and flight.cancelled_s is None:
             reply = Failed(*key, "protocol", "it answered Cancelled to what nobody cancelled")
-        del self._in_flight[key]
-        if not flight.terminal.done():
-            flight.terminal.set_result(reply)
+        self._in_flight.pop(key, None)  # on_drafted may have lost the worker
+        flight.on_reply(reply)
 
     def on_lost(self) -> None:
-        """The process is gone: everything it owes fails with WorkerLost."""
+        """The process is gone, and all that it owes with it."""
         self.lost = True
         flights, self._in_flight = self._in_flight, {}
         for flight in flights.values():
-            if not flight.terminal.done():
-                flight.terminal.set_exception(WorkerLost(str(self)))
+            flight.on_reply(None)

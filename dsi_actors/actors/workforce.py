@@ -92,7 +92,7 @@ class Workforce(Actor[WorkforceMessage]):
 
     def listen(self, endpoint: str) -> str:
         """Open the socket; returns the endpoint with its port. Raises ConfigError."""
-        self._gateway = Gateway(endpoint, lambda identity, message: self.tell(FrameArrived(identity, message)))
+        self._gateway = Gateway(endpoint, lambda identity, message: self.deliver(FrameArrived(identity, message)))
         return self._gateway.endpoint
 
     def look_for_silence(self) -> None:

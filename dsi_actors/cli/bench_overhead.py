@@ -23,7 +23,7 @@ from dsi_actors.cli.options import SubParsers, add_logging_option
 from dsi_actors.config import Config, Sampling
 from dsi_actors.errors import ConfigError
 from dsi_actors.orchestrator import Orchestrator
-from dsi_protocol import Cancelled, Verified, Verify, prefix_checksum
+from dsi_protocol import Cancelled, Reply, Verified, Verify, prefix_checksum
 
 _TOKENS = tuple(range(1, 17))
 #: Not the number of any generation that the orchestrator gives out.
@@ -77,7 +77,7 @@ async def _round_trip(arguments: argparse.Namespace) -> dict[str, Any]:
         times_us: list[float] = []
         for attempt in range(1, arguments.repeats + 1):
             begun = time.perf_counter()
-            reply = await target.verify(_request(attempt))
+            reply = await _verify(target, attempt)
             times_us.append((time.perf_counter() - begun) * 1e6)
             assert isinstance(reply, Verified), reply
         return {"measured": "round trip", **_percentiles("us", times_us)}
@@ -112,10 +112,10 @@ async def _cancel_and_memory(arguments: argparse.Namespace) -> list[dict[str, An
         attempt, late = 0, 0
         if arguments.target is not None:  # read the prefix once, so that what is cancelled is one verification
             attempt = 1
-            await target.verify(_request(attempt))
+            await _verify(target, attempt)
         while len(times_us) < arguments.cancels and late < 10 * arguments.cancels:
             attempt += 1
-            running = asyncio.ensure_future(target.verify(_request(attempt)))
+            running = _verify(target, attempt)
             # At another point of the forward each time.
             await asyncio.sleep(0.005 + 0.02 * (attempt % 16) / 16)
             begun = time.perf_counter()
@@ -136,6 +136,12 @@ async def _cancel_and_memory(arguments: argparse.Namespace) -> list[dict[str, An
 
 def _a_target(orchestrator: Orchestrator) -> WorkerHandle:
     return next(worker for worker in orchestrator.workers if worker.role == "target")
+
+
+def _verify(target: WorkerHandle, attempt: int) -> asyncio.Future[Reply | None]:
+    reply: asyncio.Future[Reply | None] = asyncio.get_running_loop().create_future()
+    target.verify(_request(attempt), reply.set_result)
+    return reply
 
 
 def _request(attempt: int) -> Verify:

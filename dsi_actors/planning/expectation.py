@@ -27,6 +27,7 @@ MAX_LOOKAHEAD = 32
 _TIE = 0.002
 _NEGLIGIBLE = 1e-4
 _MOST_STEPS = 80
+_MOST_ROUNDS = 4
 _CANDIDATES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 
 
@@ -74,12 +75,19 @@ def best_dsi(cost_ms: CostMs, drafter_ms: float, acceptance: float, sp: int, *, 
     in_time = math.ceil(target_ms / max(drafter_ms, 1e-6))
     waits = [wait for wait in _CANDIDATES if wait <= min(most, in_time)]
     lookaheads = [k for k in _CANDIDATES[1:] if k <= min(most, max(1, in_time if sp > 1 else in_time // 4))]
-    policies = [
-        Policy.distributed(k, sp, wait, max_ahead=drafts_ahead(target_ms, drafter_ms, k, wait))
-        for wait in waits
-        for k in lookaheads
-    ]
-    return _best(policies, cost_ms, drafter_ms, acceptance)
+
+    def policy(wait: int, k: int) -> Policy:
+        return Policy.distributed(k, sp, wait, max_ahead=drafts_ahead(target_ms, drafter_ms, k, wait))
+
+    # One at a time, until neither gets better: the two hardly depend on each other.
+    best = policy(0, lookaheads[0])
+    for _ in range(_MOST_ROUNDS):
+        before = best
+        best = _best([policy(best.first_wait, k) for k in lookaheads], cost_ms, drafter_ms, acceptance)
+        best = _best([policy(wait, best.lookahead) for wait in waits], cost_ms, drafter_ms, acceptance)
+        if best == before:
+            break
+    return best
 
 
 def drafts_ahead(target_ms: float, drafter_ms: float, lookahead: int, wait: int) -> int:

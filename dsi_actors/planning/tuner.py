@@ -127,9 +127,9 @@ class Tuner:
             return Policy.speculative(1) if self._algorithm == "si" else Policy.distributed(1, sp)
         policy = _planned(
             self._algorithm, max(1, min(sp, self.servers)), known.window,
-            _round(known.target_ms / known.drafter_ms),
-            _round(max(known.target_ms, known.window_ms) / known.drafter_ms),
-            round(known.acceptance, 2),
+            _rounded(known.target_ms / known.drafter_ms),
+            _rounded(max(known.target_ms, known.window_ms) / known.drafter_ms),
+            round(known.acceptance / _ACCEPTANCE_STEP) * _ACCEPTANCE_STEP,
         )  # fmt: skip
         return replace(policy, sp=1 if self._algorithm == "si" else sp)
 
@@ -141,9 +141,9 @@ def _differ(left: Estimates, right: Estimates) -> bool:
     return abs(left.acceptance - right.acceptance) > _ACCEPTANCE_STEP or not 1 / _RATIO_STEP < change < _RATIO_STEP
 
 
-def _round(ratio: float) -> float:
-    """To 2 %, so that plans can be looked up."""
-    return math.exp(round(math.log(ratio) * 50) / 50)
+def _rounded(ratio: float) -> float:
+    """To the nearest power of a step: near ratios share a plan, and plans are looked up."""
+    return _RATIO_STEP ** round(math.log(ratio, _RATIO_STEP))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -51,8 +51,9 @@ def decode(frame: bytes) -> Message:
     wire = _unpack(frame)
     if type(wire) is not dict:
         raise MalformedFrame(f"a frame is one map, not {type(wire).__name__}")
-    if not all(type(key) is str for key in wire):
-        raise MalformedFrame("the keys of a frame are text")
+    for key in wire:
+        if type(key) is not str:
+            raise MalformedFrame("the keys of a frame are text")
     message_type = wire.get(_TYPE_KEY)
     if type(message_type) is not int:
         raise MalformedFrame("the frame has no integer field `type`")

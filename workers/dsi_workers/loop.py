@@ -98,14 +98,13 @@ class WorkerLoop:
             raise Interrupted
 
     def wait_until(self, deadline_s: float) -> None:
-        while True:
-            self.check()
-            left_s = deadline_s - time.perf_counter()
-            if left_s <= 0:
-                return
+        self.check()
+        while (left_s := deadline_s - time.perf_counter()) > 0:
             message = self._socket.receive(min(left_s, IDLE_S))
-            if message is not None:
-                self._on_message(message)
+            if message is not None or left_s > IDLE_S:
+                if message is not None:
+                    self._on_message(message)
+                self.check()
 
     # Messages
 

@@ -1,0 +1,79 @@
+"""Expected times: closed forms, the simulator, and the promise that the chosen policy loses to neither AR nor SI."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsi_actors.core import Policy
+from dsi_actors.planning.expectation import best_dsi, best_si, equation_1_servers, expect
+from dsi_actors.planning.tuner import Estimates, Tuner, flat
+from dsi_actors.simulation.run import Scenario, simulate_once
+
+PAIRS = [
+    (20.6, 6.8, 0.93),
+    (49.6, 33.4, 0.87),
+    (37.7, 2.5, 0.63),
+    (29.4, 2.5, 0.67),
+    (20.0, 1.0, 0.25),
+    (20.0, 1.0, 0.97),
+]
+
+
+@pytest.mark.parametrize(("target_ms", "drafter_ms", "acceptance"), PAIRS)
+def test_with_enough_servers_dsi_is_the_papers_closed_form(
+    target_ms: float, drafter_ms: float, acceptance: float
+) -> None:
+    policy = Policy.distributed(1, equation_1_servers(target_ms, drafter_ms))
+    expected = expect(policy, flat(target_ms), drafter_ms, acceptance).ms_per_token
+    assert expected == pytest.approx(acceptance * drafter_ms + (1 - acceptance) * target_ms, rel=1e-3)
+
+
+@pytest.mark.parametrize(("target_ms", "drafter_ms", "acceptance"), PAIRS)
+@pytest.mark.parametrize("sp", [1, 2, 3, 7])
+def test_the_expectation_is_what_the_core_does(target_ms: float, drafter_ms: float, acceptance: float, sp: int) -> None:
+    scenario = Scenario(target_ms=target_ms, drafter_ms=drafter_ms, acceptance=acceptance)
+    policies = [best_si(flat(target_ms), drafter_ms, acceptance)] if sp == 1 else []
+    policies += [best_dsi(flat(target_ms), drafter_ms, acceptance, sp), Policy.distributed(3, sp, 2, max_ahead=64)]
+    for policy in policies:
+        expected = expect(policy, flat(target_ms), drafter_ms, acceptance)
+        run = simulate_once(scenario, Fixed(policy), tokens=20_000, seed=1)
+        assert run.ms_per_token == pytest.approx(expected.ms_per_token, rel=0.02), policy
+        assert run.target_forwards / run.tokens == pytest.approx(expected.target_forwards, rel=0.1), policy
+
+
+class Fixed(Tuner):
+    """A tuner with one policy."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy.algorithm, policy.sp, policy.lookahead, Estimates())
+        self._only = policy
+
+    def choose(self) -> Policy:
+        return self._only
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    share=st.floats(0.02, 1.5), acceptance=st.floats(0, 1), sp=st.integers(1, 8), window_cost=st.floats(1, 3),
+)  # fmt: skip
+def test_the_best_dsi_is_never_slower_than_ar_or_the_best_si(
+    share: float, acceptance: float, sp: int, window_cost: float
+) -> None:
+    cost_ms = Estimates(1.0, window_cost, 8).cost_ms
+    dsi = expect(best_dsi(cost_ms, share, acceptance, sp, most=7), cost_ms, share, acceptance)
+    si = expect(best_si(cost_ms, share, acceptance, most=7), cost_ms, share, acceptance)
+    assert dsi.ms_per_token <= 1.0 + 1e-9
+    assert dsi.ms_per_token <= si.ms_per_token * 1.002
+
+
+@pytest.mark.parametrize(("servers", "lookahead"), [(8, 1), (4, 2), (1, 8)])
+def test_equation_1(servers: int, lookahead: int) -> None:
+    assert equation_1_servers(20.0, 2.5, lookahead) == servers
+
+
+def test_a_verification_costs_a_line_up_to_each_window() -> None:
+    cost_ms = Estimates(target_ms=50, window_ms=106, window=8).cost_ms
+    assert [cost_ms(positions) for positions in (1, 8, 9, 16)] == [50, 106, 156, 212]
+    assert cost_ms(2) == 58

@@ -1,0 +1,63 @@
+"""The tuner finds the policy of a pair it knew nothing about, and follows when the pair changes."""
+
+from __future__ import annotations
+
+import pytest
+
+from dsi_actors.planning.expectation import best_dsi, expect
+from dsi_actors.planning.tuner import Estimates, Tuner, flat
+
+
+def feed(tuner: Tuner, target_ms: float, drafter_ms: float, acceptance: float, tokens: int = 400) -> None:
+    for token in range(tokens):
+        tuner.verified(1, target_ms)
+        tuner.drafted(1, drafter_ms)
+        tuner.judged(round((token + 1) * acceptance) - round(token * acceptance), 1)
+        tuner.retune()
+
+
+@pytest.mark.parametrize("known", [Estimates(window=64), Estimates(30, 30, 64, 29)])
+@pytest.mark.parametrize(("target_ms", "drafter_ms", "acceptance"), [(20, 1, 0.9), (20, 6, 0.3), (40, 60, 0.9)])
+@pytest.mark.parametrize("sp", [1, 4])
+def test_it_finds_a_policy_nearly_as_good_as_the_best(
+    known: Estimates, target_ms: float, drafter_ms: float, acceptance: float, sp: int
+) -> None:
+    tuner = Tuner("dsi", sp, None, known)
+    tuner.choose()
+    feed(tuner, target_ms, drafter_ms, acceptance)
+    cost_ms = flat(target_ms)
+    best = expect(best_dsi(cost_ms, drafter_ms, acceptance, sp), cost_ms, drafter_ms, acceptance).ms_per_token
+    assert expect(tuner.choose(), cost_ms, drafter_ms, acceptance).ms_per_token <= best * 1.02
+
+
+def test_it_follows_a_drafter_that_becomes_slow() -> None:
+    tuner = Tuner("dsi", 1, None, Estimates(20, 20, 32, 1))
+    before = tuner.choose()
+    assert before.first_wait > 1
+    feed(tuner, 20, 25, 0.8)
+    assert tuner.choose().first_wait == 0, "as plain decoding: no draft comes in time"
+
+
+def test_what_is_fixed_stays() -> None:
+    tuner = Tuner("dsi", 2, 3, Estimates(20, 20, 32, 1))
+    assert tuner.choose().lookahead == 3
+    for token in range(200):
+        tuner.judged(token % 2, 1)
+        assert tuner.retune() is None
+
+
+def test_a_prompt_is_not_taken_for_a_slow_verification() -> None:
+    tuner = Tuner("dsi", 2, None, Estimates(20, 40, 8, 5))
+    tuner.verified(500, 3000.0)
+    assert tuner.estimates.target_ms == 20
+
+
+def test_fewer_servers_change_the_plan() -> None:
+    tuner = Tuner("dsi", 4, None, Estimates(20, 20, 32, 1))
+    before = tuner.choose()
+    tuner.servers = 1
+    tuner.judged(8, 10)
+    after = tuner.retune()
+    assert after is not None
+    assert after.sp == before.sp == 4, "more may come back"
+    assert after.first_wait > before.first_wait
