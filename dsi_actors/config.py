@@ -43,6 +43,8 @@ class Config:
     #: Settings of the engines, such as dtype, window, max_length, threads; latency_ms and acceptance of timed ones.
     target_options: Mapping[str, OptionValue] = field(default_factory=dict)
     drafter_options: Mapping[str, OptionValue] = field(default_factory=dict)
+    #: Let workers measure their latencies when they start, so that the first generation begins with a good lookahead.
+    calibrate: bool = True
     heartbeat_ms: int = 500
     #: A peer that was silent for so long is taken for dead.
     silence_ms: int = 5000

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 
 
 class CommittedTokens(tuple[int, ...]):
@@ -20,6 +20,15 @@ class CommittedTokens(tuple[int, ...]):
         self.accepted = tuple(accepted)
         self.logprobs = tuple(logprobs)
         return self
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What a generation met, in order: what `dsi-actors simulate --trace` replays. Empty: not known."""
+
+    target_ms: Sequence[float] = ()  # of each verification that was not cancelled
+    drafter_ms: Sequence[float] = ()  # of each drafted token
+    accepted: Sequence[bool] = ()  # of each draft that was compared with the target's own: whether it was equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +53,9 @@ class GenerationReport:
     wasted_target_forwards: int
     target_busy_ms: float
     drafter_busy_ms: float
+    #: The last few thousand of each.
+    trace: Trace = field(default=Trace(), repr=False)
 
     def as_dict(self) -> dict[str, object]:
-        return asdict(self)
+        """All but the trace."""
+        return {name: value for name, value in asdict(self).items() if name != "trace"}

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 
 from dsi_actors.core import GenerationCore
-from dsi_actors.results import GenerationReport
+from dsi_actors.results import GenerationReport, Trace
+
+#: Of each latency, so many are remembered: a long generation must not grow.
+_TRACED = 4096
 
 
 class Account:
@@ -17,6 +21,9 @@ class Account:
         self._forwards: dict[int, int] = {}
         self._useful_forwards = 0
         self._target_busy_us = self._drafter_busy_us = 0
+        self._target_ms: deque[float] = deque(maxlen=_TRACED)
+        self._drafter_ms: deque[float] = deque(maxlen=_TRACED)
+        self._accepted: deque[bool] = deque(maxlen=_TRACED)
 
     def begin(self) -> None:
         self._begun_s = time.perf_counter()
@@ -30,15 +37,24 @@ class Account:
     def end(self) -> None:
         self._ended_s = time.perf_counter()
 
-    def verification(self, attempt: int, forwards: int, busy_us: int) -> None:
+    def verified(self, attempt: int, forwards: int, busy_us: int) -> None:
+        self.cancelled(attempt, forwards, busy_us)
+        self._target_ms.append(busy_us / 1e3)
+
+    def cancelled(self, attempt: int, forwards: int, busy_us: int) -> None:
         self._forwards[attempt] = forwards
         self._target_busy_us += busy_us
 
     def useful(self, attempt: int) -> None:
         self._useful_forwards += self._forwards.get(attempt, 0)
 
-    def drafting(self, busy_us: int) -> None:
+    def drafting(self, busy_us: int, tokens: int = 0) -> None:
         self._drafter_busy_us += busy_us
+        self._drafter_ms.extend([busy_us / 1e3 / max(1, tokens)] * tokens)
+
+    def judged(self, accepted: int, judged: int) -> None:
+        """Of `judged` further drafts the first `accepted` were right."""
+        self._accepted.extend(place < accepted for place in range(judged))
 
     def report(self, core: GenerationCore, servers: int) -> GenerationReport:
         counters, policy = core.counters, core.policy
@@ -60,4 +76,5 @@ class Account:
             wasted_target_forwards=forwards - self._useful_forwards,
             target_busy_ms=self._target_busy_us / 1e3,
             drafter_busy_ms=self._drafter_busy_us / 1e3,
+            trace=Trace(tuple(self._target_ms), tuple(self._drafter_ms), tuple(self._accepted)),
         )

@@ -182,6 +182,7 @@ class Generation(Actor[GenerationMessage]):
         if isinstance(event, VerificationFinished) and counters.useful_verifications > useful:
             self._account.useful(event.attempt)
         if counters.judged > judged:
+            self._account.judged(counters.accepted - accepted, counters.judged - judged)
             self._tuner.judged(counters.accepted - accepted, counters.judged - judged)
             policy = self._tuner.retune()
             if policy is not None and not self._core.finished:
@@ -286,11 +287,11 @@ class Generation(Actor[GenerationMessage]):
                     return Misbehaved(
                         worker, f"{len(tokens)} tokens from {start}, asked for up to {most} from {request.start}"
                     )
-                self._account.verification(attempt, forwards, busy_us)
+                self._account.verified(attempt, forwards, busy_us)
                 self._tuner.verified(request.base + len(request.tokens) - min(request.base, start - 1), busy_us / 1e3)
                 return Answered(VerificationFinished(attempt, worker.number, start, tokens), logprobs)
             case Cancelled(_, attempt, forwards, busy_us):
-                self._account.verification(attempt, forwards, busy_us)
+                self._account.cancelled(attempt, forwards, busy_us)
                 return VerificationAbandoned(attempt, worker.number)
             case NeedPrefix(_, attempt, held) if held < request.base:
                 return VerificationAbandoned(attempt, worker.number, held)
@@ -300,7 +301,7 @@ class Generation(Actor[GenerationMessage]):
 
     def _draft(self, request: Draft, worker: WorkerHandle) -> None:
         def on_drafted(block: Drafted) -> None:
-            self._account.drafting(block.busy_us)
+            self._account.drafting(block.busy_us, len(block.tokens))
             if len(request.tokens) <= 1:  # else it read more than it drafted
                 self._tuner.drafted(len(block.tokens), block.busy_us / 1e3)
             if max(block.tokens) < self._vocabulary_size:

@@ -182,10 +182,11 @@ class Workforce(Actor[WorkforceMessage]):
 
     def _greet(self, worker: WorkerHandle) -> None:
         assignment = self._assignments[worker.number]
+        options = {**assignment.options, "calibrate": self._config.calibrate}
         self._send_or_drop(
             worker,
             Welcome(
-                PROTOCOL_VERSION, assignment.role, assignment.engine, assignment.model, dict(assignment.options),
+                PROTOCOL_VERSION, assignment.role, assignment.engine, assignment.model, options,
                 self._config.heartbeat_ms, self._config.silence_ms,
             ),
         )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -23,6 +23,7 @@ from dsi_actors.config import ALGORITHMS, NGRAM, RANDOM, SELF_INT8, Algorithm, C
 from dsi_actors.errors import ConfigError
 from dsi_actors.models import resolve_model
 from dsi_actors.orchestrator import Orchestrator
+from dsi_actors.planning.tuner import Estimates
 from dsi_actors.results import CommittedTokens, GenerationReport
 from dsi_actors.tokenizer import Tokenizer
 
@@ -88,12 +89,14 @@ async def run(arguments: argparse.Namespace) -> int:
             if config.listen is not None:
                 await _wait_for_workers(orchestrator, arguments, err)
             status.stop()
+            err.print(_calibration(orchestrator.estimates))
             session = _Session(orchestrator, prompt_ids, sampling, arguments)
             first = await session.generate(arguments.algorithm, None if arguments.json else _Printer(out, tokenizer))
             if arguments.compare:
                 return await _compare(session, first, arguments, tokenizer, out)
     if arguments.json:
-        out.print_json(json.dumps(first.as_dict(tokenizer)))
+        assert first.report is not None
+        out.print_json(json.dumps(first.as_dict(tokenizer) | {"trace": asdict(first.report.trace)}))
     else:
         _print_summary(out, first)
     return 0
@@ -164,6 +167,14 @@ def _greeting(config: Config) -> str:
         return f"listening on {config.listen}"
     drafter = "no drafter" if config.drafter is None else f"a drafter ({config.drafter})"
     return f"starting {config.sp} target servers ({config.target}) and {drafter}"
+
+
+def _calibration(known: Estimates) -> str:
+    if known.target_ms <= 0:
+        return "not calibrated: latencies are measured as the generation goes"
+    window = f" ({known.window_ms:.1f} for {known.window} positions)" if known.window > 1 else ""
+    drafter = f", a drafted token {known.drafter_ms:.1f} ms" if known.drafter_ms > 0 else ""
+    return f"calibrated: a verification takes {known.target_ms:.1f} ms{window}{drafter}"
 
 
 async def _wait_for_workers(orchestrator: Orchestrator, arguments: argparse.Namespace, err: Console) -> None:

@@ -43,6 +43,10 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--window", type=int, metavar="W", help="positions in one verification forward")
     parser.add_argument("--max-length", type=int, metavar="L", help="positions that a generation may have")
+    parser.add_argument(
+        "--no-calibration", action="store_false", dest="calibrate",
+        help="do not measure latencies at the start: the first tokens come by plain decoding, and teach them",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, metavar="T", help="torch threads of each worker (default 1)")
     add_logging_option(parser)
 
@@ -93,5 +97,6 @@ def config_from(arguments: argparse.Namespace, *, listen: str | None = None, ins
         insecure=insecure,
         target_options={**engine, "dtype": arguments.dtype},
         drafter_options=dict(engine),
+        calibrate=arguments.calibrate,
         log_level=arguments.log_level,
     )

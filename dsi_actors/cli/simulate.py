@@ -25,7 +25,8 @@ from dsi_actors.cli.options import SubParsers, add_logging_option, lookahead
 from dsi_actors.cli.timed_bench import add_scenario_options, check_sizes, scenario_from
 from dsi_actors.config import ALGORITHMS
 from dsi_actors.errors import ConfigError
-from dsi_actors.simulation.run import Scenario, SimulatedRun, Trace, mean_of, simulate
+from dsi_actors.results import Trace
+from dsi_actors.simulation.run import Scenario, SimulatedRun, mean_of, simulate
 
 #: Fewer tokens than this are simulated before other processes would have started.
 _WORTH_PROCESSES = 50_000

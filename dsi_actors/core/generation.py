@@ -10,8 +10,9 @@ A generation is one growing list of tokens::
                  prompt_length  committed   len(tokens)
 
 *Committed* tokens are the target's own and never change. *Drafted* tokens are guesses of the drafter. Target servers
-are asked, several at a time, to *verify*: to read everything not yet committed and to answer with the target's own
-tokens from there on, up to and including the first that differs from the guess, or one beyond the last guess.
+are asked, several at a time, to *verify*: to read everything not yet committed (or as much of it as the policy's span
+allows) and to answer with the target's own tokens from there on, up to and including the first that differs from the
+guess, or one beyond the last guess.
 
 Lossless argument. A verification answers with the target's continuation of the prefix before its `start`. When it
 was started, `start` was the committed length, so that prefix was committed, and committed tokens never change. Hence
@@ -68,6 +69,13 @@ from dsi_actors.core.events import (
     VerificationFinished,
 )
 from dsi_actors.core.policy import Policy
+
+#: What starts work goes first, since telling takes time; each list keeps its order among equals.
+_URGENCY = {StartVerify: 0, CancelDrafts: 1, StartDraft: 2, CancelVerify: 3, EmitTokens: 4, Finish: 5}
+
+
+def _urgency(action: Action) -> int:
+    return _URGENCY[type(action)]
 
 
 @dataclass(slots=True)
@@ -193,6 +201,8 @@ class GenerationCore:
             self._plan_drafts()
             self._plan_verifications()
         actions, self._actions = self._actions, []
+        if len(actions) > 1:
+            actions.sort(key=_urgency)
         return actions
 
     # What happened to a verification
@@ -363,18 +373,23 @@ class GenerationCore:
                 return
             state = self._servers[server]
             attempt = self._take_attempt()
-            base = state.held
-            self._verifications[attempt] = _Verification(server, self.committed, len(self.tokens))
-            state.attempt, state.held = attempt, len(self.tokens)
+            end = min(len(self.tokens), self._verified_front() + self.policy.span)
+            base = min(state.held, end)
+            self._verifications[attempt] = _Verification(server, self.committed, end)
+            state.attempt, state.held = attempt, end
             self.counters.verifications += 1
-            self._actions.append(StartVerify(attempt, server, base, tuple(self.tokens[base:]), self.committed))
+            self._actions.append(StartVerify(attempt, server, base, tuple(self.tokens[base:end]), self.committed))
 
     def _worth_verifying(self) -> bool:
         drafts_coming = self._draft_front() > len(self.tokens)
         if not self._verifications:
             return not drafts_coming or len(self.tokens) - self.committed >= self.policy.first_wait
         wanted = self.policy.lookahead if drafts_coming else 1
-        return len(self.tokens) - next(reversed(self._verifications.values())).end >= wanted
+        return self.policy.span > 0 and len(self.tokens) - self._verified_front() >= wanted
+
+    def _verified_front(self) -> int:
+        """One past the last drafted token that is being verified."""
+        return next(reversed(self._verifications.values())).end if self._verifications else self.committed
 
     def _idle_server(self) -> int | None:
         """The idle server with the least to read: the one that answered last, else the one that holds most."""

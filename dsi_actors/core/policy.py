@@ -1,13 +1,15 @@
 """AR, SI and DSI as settings of one state machine.
 
-Four numbers tell them apart: how many servers may verify at once, how many drafted tokens lie between the starts of
-two successive verifications, how many drafts to wait for before the first verification after a correction, and how
-far the drafter may run ahead of what is committed.
+Five numbers tell them apart: how many servers may verify at once, how many drafted tokens lie between the ends of two
+successive verifications at least, how many at most, how many drafts to wait for before the first verification after a
+correction, and how far the drafter may run ahead of what is committed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+UNLIMITED = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +25,16 @@ class Policy:
     first_wait: int
     #: Tokens the drafter may be ahead of the committed ones. 0 drafts nothing.
     max_ahead: int
+    #: Drafted tokens that a verification may check beyond the one before it. 0 checks none: plain decoding.
+    span: int = UNLIMITED
 
     def __post_init__(self) -> None:
         if self.sp < 1:
             raise ValueError(f"sp must be at least 1, not {self.sp}")
         if self.lookahead < 1:
             raise ValueError(f"lookahead must be at least 1, not {self.lookahead}")
+        if self.span < 0:
+            raise ValueError(f"span must be at least 0, not {self.span}")
         if self.first_wait < 0 or self.first_wait > self.max_ahead:
             raise ValueError(f"first_wait must lie in [0, max_ahead={self.max_ahead}], not {self.first_wait}")
 
@@ -43,12 +49,15 @@ class Policy:
         return Policy("si", sp=1, lookahead=lookahead, first_wait=lookahead, max_ahead=lookahead)
 
     @staticmethod
-    def distributed(lookahead: int, sp: int, first_wait: int = 0, *, max_ahead: int = 0) -> Policy:
+    def distributed(
+        lookahead: int, sp: int, first_wait: int = 0, *, max_ahead: int = 0, span: int = UNLIMITED
+    ) -> Policy:
         """DSI (Timor et al., Algorithm 1 with lookahead): drafting never waits.
 
         With `first_wait` 0 verification starts at once after a correction, as in the paper. With few servers waiting
-        for some drafts first can be faster (planning/expectation.py). The drafter may run ahead by what `sp` servers
+        for some drafts first can be faster (planning/expectation.py), and where long verifications are dear so can
+        leaving some drafts to the next one. The drafter may run ahead by what `sp` servers
         verify and one block more, or by `max_ahead` if that is more.
         """
         ahead = max((sp + 1) * lookahead, first_wait + lookahead, max_ahead)
-        return Policy("dsi", sp=sp, lookahead=lookahead, first_wait=first_wait, max_ahead=ahead)
+        return Policy("dsi", sp=sp, lookahead=lookahead, first_wait=first_wait, max_ahead=ahead, span=span)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from dsi_actors.core import Policy
+from dsi_actors.core.policy import UNLIMITED
 
 #: Milliseconds of a verification that reads so many positions.
 CostMs = Callable[[int], float]
@@ -28,6 +29,9 @@ _TIE = 0.002
 _NEGLIGIBLE = 1e-4
 _MOST_STEPS = 80
 _MOST_ROUNDS = 4
+#: Verifications end so early and drafts come so late (in units of the drafter's latency): a plan must not count on a
+#: block that comes in the very moment in which a verification ends.
+_LATE = 0.02
 _CANDIDATES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 
 
@@ -65,29 +69,39 @@ def best_si(cost_ms: CostMs, drafter_ms: float, acceptance: float, *, most: int 
 def best_dsi(cost_ms: CostMs, drafter_ms: float, acceptance: float, sp: int, *, most: int = MAX_LOOKAHEAD) -> Policy:
     """The wait after a rejection and the stagger between verifications that make DSI fastest on `sp` servers.
 
-    The family contains AR (no wait, and the drafts never in time) and what is at least as fast as SI (one server, wait k).
+    The family contains AR (span 0) and what is at least as fast as SI (one server, wait and span of k).
     """
     target_ms = cost_ms(1)
     if (
         drafter_ms >= target_ms
     ):  # a draft comes when the target has said it already: plain decoding, and drafts to judge
-        return Policy.distributed(1, 1)
+        return Policy.distributed(1, 1, span=0)
     in_time = math.ceil(target_ms / max(drafter_ms, 1e-6))
     waits = [wait for wait in _CANDIDATES if wait <= min(most, in_time)]
     lookaheads = [k for k in _CANDIDATES[1:] if k <= min(most, max(1, in_time if sp > 1 else in_time // 4))]
+    # Where a long verification takes no longer than a short one there is no reason to check less than there is.
+    spans = sorted({span for span in _CANDIDATES[1:] if span < most} | {most})
+    if cost_ms(most + 1) <= target_ms:
+        spans = [UNLIMITED] if cost_ms(8 * most) <= target_ms else [most]
 
-    def policy(wait: int, k: int) -> Policy:
-        return Policy.distributed(k, sp, wait, max_ahead=drafts_ahead(target_ms, drafter_ms, k, wait))
+    def policy(wait: int, k: int, span: int) -> Policy:
+        ahead = drafts_ahead(target_ms, drafter_ms, k, wait)
+        return Policy.distributed(k, sp, min(wait, span), max_ahead=ahead, span=span)
 
-    # One at a time, until neither gets better: the two hardly depend on each other.
-    best = policy(0, lookaheads[0])
+    # One at a time, until nothing gets better: they hardly depend on one another.
+    best = policy(0, lookaheads[0], spans[-1])
+    if spans != [UNLIMITED]:
+        si = best_si(cost_ms, drafter_ms, acceptance, most=most)
+        best = policy(si.lookahead, lookaheads[0], si.lookahead)
     for _ in range(_MOST_ROUNDS):
-        before = best
-        best = _best([policy(best.first_wait, k) for k in lookaheads], cost_ms, drafter_ms, acceptance)
-        best = _best([policy(wait, best.lookahead) for wait in waits], cost_ms, drafter_ms, acceptance)
+        before, wait, span = best, best.first_wait, best.span
+        best = _best([policy(wait, k, span) for k in lookaheads], cost_ms, drafter_ms, acceptance)
+        best = _best([policy(wait, best.lookahead, span) for wait in waits], cost_ms, drafter_ms, acceptance)
+        best = _best([policy(best.first_wait, best.lookahead, span) for span in spans], cost_ms, drafter_ms, acceptance)
         if best == before:
             break
-    return best
+    plain = Policy.distributed(best.lookahead, sp, max_ahead=best.max_ahead, span=0)
+    return _best([best, plain], cost_ms, drafter_ms, acceptance)
 
 
 def drafts_ahead(target_ms: float, drafter_ms: float, lookahead: int, wait: int) -> int:
@@ -135,15 +149,23 @@ class _Cycle:
                 self.now_ms, covers, server = self._live.popleft()
                 self._servers[server] = (self.now_ms, covers)
                 self._committed = max(self._committed, covers + 1)
+                self._cancel_outrun()
                 return self._committed, self.now_ms
             self.now_ms = arrival
+
+    def _cancel_outrun(self) -> None:
+        """Verifications that can yield nothing beyond what is committed; one that reads less can end sooner."""
+        if any(covers < self._committed for _, covers, _ in self._live):
+            self.busy_ms -= sum(end - self.now_ms for end, covers, _ in self._live if covers < self._committed)
+            self._live = deque(each for each in self._live if each[1] >= self._committed)
 
     def _start_what_is_due(self) -> None:
         policy = self._policy
         while len(self._live) < policy.sp:
             drafted = self._drafted()
+            front = max((covers for _, covers, _ in self._live), default=self._committed)
             if self._live:
-                due = drafted - self._live[-1][1] >= policy.lookahead
+                due = policy.span > 0 and drafted - front >= policy.lookahead
             else:
                 due = drafted - self._committed >= policy.first_wait or policy.first_wait == 0
             if not due:
@@ -153,30 +175,33 @@ class _Cycle:
                 (number for number in range(policy.sp) if number not in running),
                 key=lambda number: self._servers[number][1],
             )
-            covers = max(drafted, self._committed)
+            covers = min(max(drafted, self._committed), front + policy.span)
             begin = min(self._servers[server][1] + 1, self._committed)
             took_ms = self._cost_ms(covers - begin + 1)
             self.started += 1
             self.busy_ms += took_ms
-            self._live.append((self.now_ms + took_ms, covers, server))
+            self._live.append((self.now_ms + took_ms - _LATE * self._drafter_ms, covers, server))
             if len(self._live) > 1 and self._live[-1][0] < self._live[-2][0]:
                 self._live = deque(sorted(self._live))
 
     def _drafted(self) -> int:
         """Drafts that have arrived by now: the first block has `first_wait` tokens, the others `lookahead`."""
         wait, block = self._policy.first_wait, self._policy.lookahead
-        made = int(self.now_ms / self._drafter_ms + 1e-9)
+        made = self._made()
         arrived = made // block * block if not wait else (wait + (made - wait) // block * block if made >= wait else 0)
         return min(arrived, self._committed + self._policy.max_ahead)
 
     def _next_arrival(self) -> float:
         wait, block = self._policy.first_wait, self._policy.lookahead
-        made = int(self.now_ms / self._drafter_ms + 1e-9)
+        made = self._made()
         if wait and made < wait:
-            return wait * self._drafter_ms
+            return (wait + _LATE) * self._drafter_ms
         if made - self._committed > 2 * self._policy.max_ahead and self._live:
             return math.inf  # the drafter has stopped until something is committed
-        return (wait + ((made - wait) // block + 1) * block) * self._drafter_ms
+        return (wait + ((made - wait) // block + 1) * block + _LATE) * self._drafter_ms
+
+    def _made(self) -> int:
+        return max(0, int(self.now_ms / self._drafter_ms - _LATE + 1e-9))
 
 
 def _expect_dsi(policy: Policy, cost_ms: CostMs, drafter_ms: float, acceptance: float) -> Expectation:

@@ -5,21 +5,13 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from dsi_actors.core import GenerationCore
 from dsi_actors.planning.tuner import Estimates, Tuner
+from dsi_actors.results import Trace
 from dsi_actors.simulation.discrete_events import DiscreteEventDriver
 from dsi_actors.simulation.scripts import AcceptanceScript, LatencyMs, independent, lognormal, recorded, replayed
-
-
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """What a real generation met, replayed over and over. Empty: not recorded."""
-
-    target_ms: Sequence[float] = ()
-    drafter_ms: Sequence[float] = ()
-    accepted: Sequence[bool] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +25,7 @@ class Scenario:
     jitter: float = 0.0
     #: A cancelled verification goes on to the next multiple of this.
     cancel_ms: float = 0.0
-    trace: Trace = Trace()
+    trace: Trace = field(default_factory=Trace)
 
     @property
     def estimates(self) -> Estimates:

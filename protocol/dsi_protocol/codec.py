@@ -24,6 +24,8 @@ def _schema(message: type[Message]) -> tuple[tuple[str, Kind], ...]:
 
 
 _SCHEMAS = {message: _schema(message) for message in MESSAGES}
+_PACKERS = {message: tuple((name, kind.pack) for name, kind in schema) for message, schema in _SCHEMAS.items()}
+_UNPACKERS = {message: tuple((name, kind.unpack) for name, kind in schema) for message, schema in _SCHEMAS.items()}
 _BY_TYPE: dict[int, type[Message]] = {message.TYPE: message for message in MESSAGES}
 assert len(_BY_TYPE) == len(MESSAGES)
 
@@ -31,11 +33,12 @@ assert len(_BY_TYPE) == len(MESSAGES)
 def encode(message: Message) -> bytes:
     """The frame of `message`. Raises InvalidField if a value does not fit its wire kind."""
     wire: dict[str, object] = {_TYPE_KEY: message.TYPE}
-    for name, kind in _SCHEMAS[type(message)]:
-        try:
-            wire[name] = kind.pack(getattr(message, name))
-        except ValueError as error:
-            raise InvalidField(type(message).__name__, name, str(error)) from None
+    name = ""
+    try:
+        for name, pack in _PACKERS[type(message)]:
+            wire[name] = pack(getattr(message, name))
+    except ValueError as error:
+        raise InvalidField(type(message).__name__, name, str(error)) from None
     frame: bytes = msgpack.packb(wire, use_bin_type=True)
     return frame
 
@@ -60,18 +63,18 @@ def decode(frame: bytes) -> Message:
     message = _BY_TYPE.get(message_type)
     if message is None:
         raise UnknownMessage(message_type)
-    values: dict[str, Any] = {}
-    schema = _SCHEMAS[message]
-    for name, kind in schema:
-        if name not in wire:
-            raise InvalidField(message.__name__, name, "missing")
-        try:
-            values[name] = kind.unpack(wire[name])
-        except ValueError as error:
-            raise InvalidField(message.__name__, name, str(error)) from None
-    if len(wire) > len(schema) + 1:
+    values: list[Any] = []
+    name = ""
+    try:
+        for name, unpack in _UNPACKERS[message]:
+            values.append(unpack(wire[name]))
+    except KeyError:
+        raise InvalidField(message.__name__, name, "missing") from None
+    except ValueError as error:
+        raise InvalidField(message.__name__, name, str(error)) from None
+    if len(wire) > len(values) + 1:
         _refuse_deep(wire)
-    return message(**values)
+    return message(*values)
 
 
 def _unpack(frame: bytes) -> object:

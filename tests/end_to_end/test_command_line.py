@@ -96,6 +96,7 @@ def test_sampled_text_does_not_depend_on_the_algorithm_or_the_drafter(model: Pat
 
 #: What the first drafter's run gave; the others must give the same.
 SAMPLED_TEXT: dict[str, list[int]] = {}
+PLAN = ["plan", "--target-ms", "20", "--drafter-ms", "5", "--acceptance", "0.7"]
 
 
 def test_bench_exact_compares_every_way(model: Path, prompts: Path) -> None:
@@ -147,6 +148,92 @@ def test_bench_acceptance_lies_within_its_bounds(model: Path, prompts: Path) -> 
         assert row["drafts_compared"] > 100
         spread = 5 * max(row["standard_error"], 0.01)
         assert row["lower"] - spread < row["acceptance_rate"] < row["upper"] + spread
+
+
+def test_simulate_agrees_with_the_closed_forms() -> None:
+    done = dsi_actors(
+        "simulate", "--target-ms", "20", "--drafter-ms", "5", "--acceptance", "0.7", "--sp", "4", "--tokens", "2000",
+        "--repeats", "30", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ar, si, dsi = json.loads(done.stdout)["results"]
+    assert [row["algorithm"] for row in (ar, si, dsi)] == ["ar", "si", "dsi"]
+    assert ar["ms_per_token"] == pytest.approx(20)
+    assert dsi["ms_per_token"] == pytest.approx(0.7 * 5 + 0.3 * 20, rel=0.01)
+    assert dsi["ms_per_token"] < si["ms_per_token"] < ar["ms_per_token"]
+
+
+def test_what_was_generated_can_be_simulated(model: Path, tmp_path: Path) -> None:
+    done = dsi_actors("generate", PROMPT, "--target", model, "--gpu", "cpu", "--max-tokens", "30", "--json")
+    assert done.returncode == 0, done.stderr
+    trace = json.loads(done.stdout)["trace"]
+    assert trace["target_ms"]
+    assert trace["drafter_ms"]
+    assert trace["accepted"]
+    (tmp_path / "run.json").write_text(done.stdout)
+    again = dsi_actors("simulate", "--trace", tmp_path / "run.json", "--tokens", "30", "--repeats", "1", "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["results"][2]["ms_per_token"] > 0
+
+
+def test_plan_names_the_servers_worth_having(tmp_path: Path) -> None:
+    picture = tmp_path / "plan.svg"
+    words = ["plan", "--target-ms", "20", "--drafter-ms", "5", "--acceptance", "0.7", "--gpus", "8"]
+    done = dsi_actors(*words, "--picture", picture, "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["equation_1_servers"] == 4
+    assert plan["limit_ms_per_token"] == pytest.approx(9.5)
+    assert 2 <= plan["servers_worth_having"] <= 4
+    dsi = [row for row in plan["results"] if row["algorithm"] == "dsi"]
+    assert [row["sp"] for row in dsi] == list(range(1, 8))
+    assert [row["ms_per_token"] for row in dsi] == sorted((row["ms_per_token"] for row in dsi), reverse=True)
+    assert dsi[3]["ms_per_token"] == pytest.approx(9.5, rel=0.001)
+    assert dsi[3]["gpu_seconds_per_token"] == pytest.approx(5 * 9.5e-3, rel=0.001)
+    assert picture.read_text().startswith("<?xml")
+    assert "Speculation is not worth" in dsi_actors(*words[:4], "40", *words[5:]).stdout
+
+
+def test_bench_timed_stands_beside_its_ideal() -> None:
+    done = dsi_actors("bench", "timed", "--tokens", "20", "--repeats", "2", "--sp", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["results"]
+    assert [(row["algorithm"], row["lookahead"]) for row in rows[:5]] == [
+        ("ar", 0), ("si", 4), ("si", 1), ("si", 5), ("si", 10),
+    ]  # fmt: skip
+    for row in rows:
+        assert row["ideal_ms_per_token"] <= row["ms_per_token"] * 1.001, "nothing is faster than its ideal"
+        assert row["ratio_to_ideal"] < 3
+
+
+def test_bench_table2_prints_the_papers_factors() -> None:
+    done = dsi_actors("bench", "table2", "--pairs", "1", "--tokens", "10", "--repeats", "1", "--sp", "1,2")
+    assert done.returncode == 0, done.stderr
+    assert "1.92x" in done.stdout
+    assert "DSI, SP=2: measured / ideal up to" in done.stdout
+
+
+def test_bench_never_slower_on_a_corner_of_the_grid() -> None:
+    words = ["--acceptances", "0,0.9", "--shares", "0.3", "--sp", "1,2", "--jitters", "0"]
+    done = dsi_actors(
+        "bench", "never-slower", *words, "--tokens", "10", "--repeats", "1", "--simulations", "10", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["results"]
+    assert [(row["acceptance"], row["sp"]) for row in rows] == [(0, 1), (0, 2), (0.9, 1), (0.9, 2)]
+    for row in rows:
+        assert row["simulated_ratio_to_ar"] <= 1.0001
+        assert row["simulated_runs_slower_than_ar_with_enough_servers"] == 0
+        assert 0 < row["ratio_to_ar"] < 3
+
+
+@pytest.mark.parametrize("measure", [[], ["--measure", "--tokens", "5", "--repeats", "1"]])
+def test_bench_heatmap_draws(tmp_path: Path, measure: list[str]) -> None:
+    picture = tmp_path / "map.png"
+    done = dsi_actors("bench", "heatmap", "--steps", "2", "--sp", "2", *measure, "--picture", picture)
+    assert done.returncode == 0, done.stderr
+    assert "DSI / min(AR, SI)" in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_logprobs_are_the_targets_own(model: Path) -> None:
@@ -246,6 +333,20 @@ def test_ctrl_c_leaves_nothing_behind(model: Path, after_s: float) -> None:
         ),
         (["bench", "acceptance", "--prompts", "Makefile", "--drafter", "ngram"], "'ngram' has no distribution"),
         (["bench", "acceptance", "--prompts", "Makefile", "--temperatures", "1,0"], "0 is not positive"),
+        (["simulate", "--target-ms", "-1"], "--target-ms must be a number of at least 0, not -1"),
+        (["simulate", "--target-ms", "nan"], "--target-ms must be a number of at least 0, not nan"),
+        (["simulate", "--acceptance", "1.5"], "--acceptance must lie in [0, 1], not 1.5"),
+        (["simulate", "--sp", "0"], "--sp must be at least 1, not 0"),
+        (["simulate", "--cancel-ms", "-1"], "--cancel-ms must be at least 0"),
+        (["simulate", "--trace", "Makefile"], "Makefile cannot be read as a trace"),
+        (["bench", "timed", "--sp", "1000"], "more than 64 devices for one request make no sense"),
+        (["bench", "table2", "--sp", "0,1"], "each must lie in [1, 64]"),
+        (["bench", "table2", "--sp", "x"], "give numbers of target servers"),
+        (["bench", "never-slower", "--acceptances", "2"], "--acceptances 2: each must lie in [0, 1]"),
+        ([*PLAN, "--gpus", "1"], "at least 2"),
+        ([*PLAN, "--gpus", "1000"], "more than 64 devices for one request make no sense"),
+        ([*PLAN, "--picture", "plan.txt"], "the name must end with .png, .svg, .pdf"),
+        ([*PLAN, "--window-ms", "1"], "--window-ms must be at least --target-ms"),
         (["bench", "overhead", "--repeats", "0"], "--repeats, --cancels and --tokens must be at least 1"),
         (["bench", "overhead", "--target-ms", "-1"], "latency_ms"),
     ],

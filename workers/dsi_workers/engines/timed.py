@@ -55,13 +55,14 @@ class TimedEngine(Engine):
             raise EngineError(f"option acceptance of the timed engine must lie in [0, 1], not {self.acceptance}")
         if not 2 <= self.vocabulary_size < 1 << 32:
             raise EngineError("option vocabulary_size of the timed engine must be at least 2")
+        latency_us = round(self.latency_s * 1e6) if options.get("calibrate", True) else 0
         self.info = EngineInfo(
             vocabulary="" if options.get("any_vocabulary") else f"timed-{self.vocabulary_size}",
             vocabulary_size=0 if options.get("any_vocabulary") else self.vocabulary_size,
             max_length=1 << 20,
             window=WINDOW,
-            latency_us=round(self.latency_s * 1e6),
-            window_latency_us=0 if drafter else round(self.latency_s * 1e6),
+            latency_us=latency_us,
+            window_latency_us=0 if drafter else latency_us,
         )
 
     def verify(self, session: Session, start: int, interrupt: Interrupt) -> Answer:

@@ -96,7 +96,7 @@ class TransformersEngine(Engine):
             slots=_whole(options, "slots", 4),
             capacity=_round_up(max_length + max(PROMPT_CHUNK, self._window), READ_STEP),
         )
-        latency_us, window_latency_us = self._warm_up()
+        latency_us, window_latency_us = self._warm_up(calibrate=options.get("calibrate", True) is not False)
         self.info = EngineInfo(
             vocabulary=read_vocabulary_hash(directory),
             vocabulary_size=int(self._config.vocab_size),
@@ -315,9 +315,9 @@ class TransformersEngine(Engine):
         return torch.cat(logits), min(times_s)
 
     @torch.inference_mode()
-    def _warm_up(self) -> tuple[int, int]:
+    def _warm_up(self, *, calibrate: bool) -> tuple[int, int]:
         """Run what will be run. Returns the median time in µs of a verification of one position and of a window, or of
-        one drafted token and 0."""
+        one drafted token and 0; zeros if not to `calibrate`."""
         self._check_attention()
         if self._exact:
             self._widths = self._choose_widths()
@@ -332,9 +332,10 @@ class TransformersEngine(Engine):
         def verify(positions: int) -> None:  # whatever they give
             self._forward([0] * positions, PROMPT_CHUNK, self._padded(positions), first_logits=PROMPT_CHUNK)
 
-        if self._exact:
+        latencies = 0, 0
+        if calibrate and self._exact:
             latencies = _median_us(lambda: verify(1)), _median_us(lambda: verify(self._window))
-        else:
+        elif calibrate:
             latencies = _median_us(draft), 0
         self.forget(session)
         self.forwards = 0
