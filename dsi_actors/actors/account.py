@@ -18,8 +18,8 @@ class Account:
     def __init__(self) -> None:
         self._begun_s = self._first_s = self._last_s = self._ended_s = time.perf_counter()
         self._first_tokens = self._tokens = 0
-        self._forwards: dict[int, int] = {}
-        self._useful_forwards = 0
+        self._forwards = self._useful_forwards = 0
+        self._unsettled: dict[int, int] = {}  # forwards of verifications whose use is not known yet
         self._target_busy_us = self._drafter_busy_us = 0
         self._target_ms: deque[float] = deque(maxlen=_TRACED)
         self._drafter_ms: deque[float] = deque(maxlen=_TRACED)
@@ -38,15 +38,17 @@ class Account:
         self._ended_s = time.perf_counter()
 
     def verified(self, attempt: int, forwards: int, busy_us: int) -> None:
-        self.cancelled(attempt, forwards, busy_us)
+        self.cancelled(forwards, busy_us)
+        self._unsettled[attempt] = forwards
         self._target_ms.append(busy_us / 1e3)
 
-    def cancelled(self, attempt: int, forwards: int, busy_us: int) -> None:
-        self._forwards[attempt] = forwards
+    def cancelled(self, forwards: int, busy_us: int) -> None:
+        self._forwards += forwards
         self._target_busy_us += busy_us
 
-    def useful(self, attempt: int) -> None:
-        self._useful_forwards += self._forwards.get(attempt, 0)
+    def settle(self, attempt: int, *, useful: bool) -> None:
+        """The core has judged this verification: it committed a token, or it came too late."""
+        self._useful_forwards += self._unsettled.pop(attempt, 0) * useful
 
     def drafting(self, busy_us: int, tokens: int = 0) -> None:
         self._drafter_busy_us += busy_us
@@ -58,7 +60,6 @@ class Account:
 
     def report(self, core: GenerationCore, servers: int) -> GenerationReport:
         counters, policy = core.counters, core.policy
-        forwards = sum(self._forwards.values())
         later_tokens = self._tokens - self._first_tokens
         return GenerationReport(
             algorithm=policy.algorithm,
@@ -72,8 +73,8 @@ class Account:
             acceptance_rate=counters.accepted / counters.judged if counters.judged else 0.0,
             drafted_tokens=counters.drafted,
             rejections=counters.rejections,
-            target_forwards=forwards,
-            wasted_target_forwards=forwards - self._useful_forwards,
+            target_forwards=self._forwards,
+            wasted_target_forwards=self._forwards - self._useful_forwards,
             target_busy_ms=self._target_busy_us / 1e3,
             drafter_busy_ms=self._drafter_busy_us / 1e3,
             trace=Trace(tuple(self._target_ms), tuple(self._drafter_ms), tuple(self._accepted)),

@@ -179,8 +179,8 @@ class Generation(Actor[GenerationMessage]):
         useful, accepted, judged = counters.useful_verifications, counters.accepted, counters.judged
         for action in self._core.handle(event):
             self._do(action)
-        if isinstance(event, VerificationFinished) and counters.useful_verifications > useful:
-            self._account.useful(event.attempt)
+        if isinstance(event, VerificationFinished):
+            self._account.settle(event.attempt, useful=counters.useful_verifications > useful)
         if counters.judged > judged:
             self._account.judged(counters.accepted - accepted, counters.judged - judged)
             self._tuner.judged(counters.accepted - accepted, counters.judged - judged)
@@ -291,7 +291,7 @@ class Generation(Actor[GenerationMessage]):
                 self._tuner.verified(request.base + len(request.tokens) - min(request.base, start - 1), busy_us / 1e3)
                 return Answered(VerificationFinished(attempt, worker.number, start, tokens), logprobs)
             case Cancelled(_, attempt, forwards, busy_us):
-                self._account.cancelled(attempt, forwards, busy_us)
+                self._account.cancelled(forwards, busy_us)
                 return VerificationAbandoned(attempt, worker.number)
             case NeedPrefix(_, attempt, held) if held < request.base:
                 return VerificationAbandoned(attempt, worker.number, held)

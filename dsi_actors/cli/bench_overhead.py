@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import sys
 import time
@@ -35,6 +36,9 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--repeats", type=int, default=1000, metavar="R", help="round trips (default %(default)s)")
     parser.add_argument("--cancels", type=int, default=200, metavar="R", help="cancels (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=300, metavar="S", help="tokens of the generation for CPU time")
+    parser.add_argument(
+        "--long", type=int, default=10_000, metavar="S", help="tokens of the generation for growth of memory"
+    )
     parser.add_argument("--target-ms", type=float, default=20.0, metavar="T")
     parser.add_argument("--drafter-ms", type=float, default=4.0, metavar="D")
     parser.add_argument("--acceptance", type=float, default=0.8, metavar="A")
@@ -46,9 +50,14 @@ def add_parser(benches: SubParsers) -> None:
 
 
 async def run(arguments: argparse.Namespace) -> int:
-    if min(arguments.repeats, arguments.cancels, arguments.tokens) < 1:
-        raise ConfigError("--repeats, --cancels and --tokens must be at least 1")
-    rows = [await _round_trip(arguments), await _orchestrator_cpu(arguments), *await _cancel_and_memory(arguments)]
+    if min(arguments.repeats, arguments.cancels, arguments.tokens, arguments.long) < 1:
+        raise ConfigError("--repeats, --cancels, --tokens and --long must be at least 1")
+    rows = [
+        await _round_trip(arguments),
+        await _orchestrator_cpu(arguments),
+        *await _cancel_and_memory(arguments),
+        await _growth(arguments),
+    ]
     if arguments.json:
         sys.stdout.write(json.dumps({"machine": describe_machine(), "results": rows}) + "\n")
         return 0
@@ -91,6 +100,28 @@ async def _orchestrator_cpu(arguments: argparse.Namespace) -> dict[str, Any]:
         await _drain(orchestrator, arguments.tokens)
         cpu_us = (time.process_time() - begun) * 1e6
     return {"measured": "orchestrator CPU", "us_per_token": cpu_us / arguments.tokens, "tokens": arguments.tokens}
+
+
+async def _growth(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What one long generation adds to memory between its first tenth and its end, here and in the workers."""
+    fast = dict(vars(arguments), target_ms=0.5, drafter_ms=0.1)
+    async with Orchestrator(_timed(argparse.Namespace(**fast))) as orchestrator:
+        processes = {"orchestrator": os.getpid()}
+        processes |= {f"{worker.role} {worker.number}": worker.hello.process for worker in orchestrator.workers}
+        before: dict[str, int] = {}
+        tokens = 0
+        async for chunk in orchestrator.generate(_TOKENS, Sampling(max_tokens=arguments.long)):
+            tokens += len(chunk)
+            if not before and tokens >= arguments.long // 10:
+                before = _private_bytes(processes)
+        after = _private_bytes(processes)
+    grown = {f"{name} grown_bytes": after[name] - before.get(name, 0) for name in after}
+    return {"measured": f"a generation of {arguments.long} tokens", **grown}
+
+
+def _private_bytes(processes: dict[str, int]) -> dict[str, int]:
+    found = {name: memory_of(process).get("private_bytes") for name, process in processes.items()}
+    return {name: size for name, size in found.items() if size is not None}
 
 
 async def _drain(orchestrator: Orchestrator, tokens: int) -> None:

@@ -59,6 +59,28 @@ async def test_a_full_mailbox_is_an_error_of_the_sender_not_a_loss() -> None:
     assert actor.heard == ["urgent", 1, "stop"]
 
 
+async def test_what_is_delivered_is_handled_at_once_but_not_in_the_middle_of_a_message() -> None:
+    actor = Recorder()
+    heard_inside: list[object] = []
+
+    def deliver_inside() -> None:
+        actor.deliver("inner")
+        heard_inside.extend(actor.heard)
+
+    async def outside() -> object:
+        actor.deliver("outer")
+        assert actor.heard == ["outer"], "before deliver returned"
+        actor.deliver(deliver_inside)
+        assert actor.heard == ["outer", "inner"]
+        assert heard_inside == ["outer"], "one message at a time"
+        return "stop"
+
+    await run(actor, lambda: actor.spawn(outside()))
+    assert actor.heard == ["outer", "inner", "stop"]
+    actor.deliver("nobody is there")
+    assert actor.heard[-1] == "stop"
+
+
 async def test_a_task_returns_one_message() -> None:
     actor = Recorder()
 

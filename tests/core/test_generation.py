@@ -324,6 +324,38 @@ def test_a_draft_that_comes_after_its_position_was_committed_is_judged_late() ->
     assert (core.counters.judged, core.counters.accepted) == (1, 0)
 
 
+def test_a_span_leaves_drafts_to_the_next_verification() -> None:
+    core = joined(Policy.distributed(1, sp=2, first_wait=2, max_ahead=9, span=2), 2)
+    started = core.handle(DraftsArrived(1, 1, (5, 6)))  # the first block is what the first verification waits for
+    assert [action.tokens for action in started if isinstance(action, StartVerify)] == [(1, 5, 6)]
+    for position in (3, 4, 5):
+        started += core.handle(DraftsArrived(2, position, (7,)))
+    first, second = (action for action in started if isinstance(action, StartVerify))
+    assert (second.base, second.tokens) == (0, (1, 5, 6, 7)), "one draft beyond the first was enough to begin"
+    actions = core.handle(VerificationFinished(first.attempt, first.server, 1, (5, 6, 7)))
+    [third] = (action for action in actions if isinstance(action, StartVerify))
+    assert third.base + len(third.tokens) == 6, "of two further drafts"
+    core.check()
+
+
+def test_a_span_of_nothing_is_plain_decoding() -> None:
+    core = joined(Policy.distributed(1, sp=3, span=0), 3)
+    for position in (1, 2, 3):
+        assert core.handle(DraftsArrived(1, position, (5,))) == []
+    actions = core.handle(VerificationFinished(2, 0, 1, (5,)))
+    [verify] = (action for action in actions if isinstance(action, StartVerify))
+    assert verify.base + len(verify.tokens) == 2
+    assert core.counters.accepted == 1, "drafts are judged all the same"
+
+
+def test_a_policy_may_change_while_work_runs() -> None:
+    core = joined(Policy.distributed(4, sp=2), 2)
+    core.handle(DraftsArrived(1, 1, (5,)))
+    assert core.counters.verifications == 1, "lookahead 4: one draft is not enough for a second verification"
+    [verify] = core.handle(PolicyChanged(Policy.distributed(1, sp=2)))
+    assert isinstance(verify, StartVerify)
+
+
 def test_a_drafter_without_an_idea_is_asked_again_after_the_next_commit() -> None:
     core = joined(Policy.distributed(1, sp=1), 1)
     assert core.handle(DraftEnded(1, complete=False)) == []

@@ -347,7 +347,7 @@ def test_ctrl_c_leaves_nothing_behind(model: Path, after_s: float) -> None:
         ([*PLAN, "--gpus", "1000"], "more than 64 devices for one request make no sense"),
         ([*PLAN, "--picture", "plan.txt"], "the name must end with .png, .svg, .pdf"),
         ([*PLAN, "--window-ms", "1"], "--window-ms must be at least --target-ms"),
-        (["bench", "overhead", "--repeats", "0"], "--repeats, --cancels and --tokens must be at least 1"),
+        (["bench", "overhead", "--repeats", "0"], "--repeats, --cancels, --tokens and --long must be at least 1"),
         (["bench", "overhead", "--target-ms", "-1"], "latency_ms"),
     ],
 )
@@ -380,7 +380,7 @@ def test_a_port_in_use(model: Path, tmp_path: Path) -> None:
 def test_bench_overhead_reports_its_machine_and_three_figures() -> None:
     done = dsi_actors(
         "bench", "overhead", "--repeats", "50", "--cancels", "10", "--tokens", "40", "--target-ms", "3",
-        "--drafter-ms", "1", "--json",
+        "--drafter-ms", "1", "--long", "300", "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -388,4 +388,5 @@ def test_bench_overhead_reports_its_machine_and_three_figures() -> None:
     measured = [row["measured"] for row in result["results"]]
     assert measured[:3] == ["round trip", "orchestrator CPU", "cancel to free (timed)"]
     assert sum(name.startswith("memory of ") for name in measured) == 3
+    assert measured[-1] == "a generation of 300 tokens"
     assert 0 < result["results"][0]["p50_us"] <= result["results"][0]["p99_us"]
