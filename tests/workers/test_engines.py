@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,24 @@ def test_timed_drafters_agree_as_often_as_they_are_told(acceptance: float) -> No
         agreed += drafter.draft(session, 1, NoInterrupt()) == [truth]
         session.write(len(session.tokens), [truth])
     assert abs(agreed / 2000 - acceptance) < 0.05
+
+
+def test_jitter_is_drawn_for_what_is_asked() -> None:
+    """The same verification takes the same time in every algorithm; the mean is the latency."""
+    options = {"latency_ms": 20.0, "jitter": 0.5, "seed": 3}
+    engines = [load_engine("timed", role="target", model="", device="cpu:0", options=options) for _ in range(2)]
+    waits: list[list[float]] = [[], []]
+    for engine, waited in zip(engines, waits, strict=True):
+
+        class Note(NoInterrupt):
+            def wait_until(self, deadline_s: float) -> None:
+                waited.append(deadline_s - time.perf_counter())  # noqa: B023
+
+        for length in range(1, 2001):
+            engine.verify(session_of([1] * length), length, Note())
+    assert waits[0] == pytest.approx(waits[1], abs=0.002)
+    assert sum(waits[0]) / 2000 == pytest.approx(0.020, rel=0.05)
+    assert len({round(wait, 4) for wait in waits[0]}) > 100
 
 
 @pytest.mark.parametrize(

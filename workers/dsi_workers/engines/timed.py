@@ -46,7 +46,6 @@ class TimedEngine(Engine):
         self.vocabulary_size = int(number("vocabulary_size", 1000))
         self.seed = int(number("seed", 0))
         self._drafter = drafter
-        self._random = random.Random()
         #: A token drafted right after another one begins when that one was due, so that oversleeping does not add up.
         self._due_s = 0.0
         self._due_for: tuple[int, int] | None = None
@@ -82,7 +81,7 @@ class TimedEngine(Engine):
         if self._due_for == (session.generation, length) and begun - self._due_s < _AT_ONCE_S:
             begun = self._due_s
         self._due_for = None
-        self._due_s = begun + self._latency_s()
+        self._due_s = begun + self._latency_for(session.sampling.seed, start, length)
         interrupt.wait_until(self._due_s)
         self._due_for = (session.generation, length + 1) if self._drafter else None
         session.computed = length
@@ -95,11 +94,13 @@ class TimedEngine(Engine):
         bits = random_bits(stream_key(self.seed + generation_seed, position), 0)
         return bits < self.acceptance * 2**64
 
-    def _latency_s(self) -> float:
+    def _latency_for(self, generation_seed: int, start: int, length: int) -> float:
+        """Drawn for what is asked, so that algorithms that are compared meet the same jitter for the same verification."""
         if not self._jitter or not self.latency_s:
             return self.latency_s
         variance = math.log1p(self._jitter**2)
-        return self._random.lognormvariate(math.log(self.latency_s) - variance / 2, math.sqrt(variance))
+        draw = random.Random(random_bits(stream_key(self.seed + generation_seed, start), 1 + length + self._drafter))
+        return draw.lognormvariate(math.log(self.latency_s) - variance / 2, math.sqrt(variance))
 
     def _draw(self, purpose: bytes, prefix: int) -> int:
         """64 uniform bits that depend on nothing but the seed, the purpose and the prefix."""
