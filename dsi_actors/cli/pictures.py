@@ -76,6 +76,7 @@ def draw_heat_maps(
     for axes in grid[:, 0]:
         axes.set_ylabel("acceptance rate")
     bar = figure.colorbar(image, ax=grid, ticks=[0.25, 0.5, 1, 2, 4], label="ratio of times per token")
+    bar.ax.minorticks_off()
     bar.ax.set_yticklabels(["0.25", "0.5", "1", "2", "4"])
     figure.suptitle(title)
     figure.savefig(file, dpi=120)

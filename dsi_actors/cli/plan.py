@@ -60,7 +60,7 @@ async def run(arguments: argparse.Namespace) -> int:
     best_ms = min(row["ms_per_token"] for row in rows)
     worth = next((row for row in rows[2:] if row["ms_per_token"] <= best_ms * (1 + _WORTH)), None)
     servers = equation_1_servers(target_ms, drafter_ms)
-    limit_ms = acceptance * drafter_ms + (1 - acceptance) * target_ms
+    limit_ms = acceptance * min(drafter_ms, target_ms) + (1 - acceptance) * target_ms
     if arguments.picture:
         title = f"t = {target_ms:g} ms, d = {drafter_ms:g} ms, acceptance {acceptance:g}"
         draw_plan(arguments.picture, title, rows, limit_ms)

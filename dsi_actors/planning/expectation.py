@@ -31,7 +31,7 @@ _MOST_STEPS = 80
 _MOST_ROUNDS = 4
 #: Verifications end so early and drafts come so late (in units of the drafter's latency): a plan must not count on a
 #: block that comes in the very moment in which a verification ends.
-_LATE = 0.02
+_LATE = 1e-4
 _CANDIDATES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 
 
@@ -55,6 +55,8 @@ def expect(policy: Policy, cost_ms: CostMs, drafter_ms: float, acceptance: float
     """Of any policy."""
     if policy.max_ahead == 0:
         return Expectation(cost_ms(1), 1.0, cost_ms(1), 0.0)
+    if policy.span == 0:
+        return Expectation(cost_ms(1), 1.0, cost_ms(1), cost_ms(1))
     if policy.algorithm == "si":
         return _expect_si(cost_ms, drafter_ms, acceptance, policy.lookahead)
     return _expect_dsi(policy, cost_ms, drafter_ms, acceptance)
