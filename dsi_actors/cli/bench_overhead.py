@@ -10,11 +10,14 @@ import asyncio
 import json
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
 
+import zmq
 from rich.console import Console
 from rich.table import Table
 
@@ -24,7 +27,18 @@ from dsi_actors.cli.options import SubParsers, add_logging_option
 from dsi_actors.config import Config, Sampling
 from dsi_actors.errors import ConfigError
 from dsi_actors.orchestrator import Orchestrator
-from dsi_protocol import Cancelled, Reply, Verified, Verify, prefix_checksum
+from dsi_protocol import (
+    Cancelled,
+    OpenGeneration,
+    Ready,
+    Reply,
+    Verified,
+    Verify,
+    Welcome,
+    decode,
+    encode,
+    prefix_checksum,
+)
 
 _TOKENS = tuple(range(1, 17))
 #: Not the number of any generation that the orchestrator gives out.
@@ -55,6 +69,7 @@ async def run(arguments: argparse.Namespace) -> int:
     rows = [
         await _round_trip(arguments),
         await _orchestrator_cpu(arguments),
+        await asyncio.to_thread(_floor, arguments),
         *await _cancel_and_memory(arguments),
         await _growth(arguments),
     ]
@@ -100,6 +115,38 @@ async def _orchestrator_cpu(arguments: argparse.Namespace) -> dict[str, Any]:
         await _drain(orchestrator, arguments.tokens)
         cpu_us = (time.process_time() - begun) * 1e6
     return {"measured": "orchestrator CPU", "us_per_token": cpu_us / arguments.tokens, "tokens": arguments.tokens}
+
+
+def _floor(arguments: argparse.Namespace) -> dict[str, Any]:
+    """CPU time for each message of a loop that does nothing but what ZeroMQ and msgpack need: no actors, no asyncio.
+
+    A worker is asked about as often as in `_orchestrator_cpu`, so that the processor sleeps as long in between."""
+    with tempfile.TemporaryDirectory(prefix="dsi-") as directory, zmq.Context() as context:
+        router = context.socket(zmq.ROUTER)
+        router.setsockopt(zmq.RCVTIMEO, 30_000)
+        endpoint = f"ipc://{directory}/floor.sock"
+        router.bind(endpoint)
+        command = [sys.executable, "-m", "dsi_actors.worker", "--gpu", "cpu", "--connect", endpoint, "--supervised"]
+        with subprocess.Popen([*command, "--log-level", "error"], stdin=subprocess.PIPE) as worker:
+            identity, _ = router.recv_multipart()
+            options = {"latency_ms": arguments.target_ms / 4, "calibrate": False}
+            router.send_multipart([identity, encode(Welcome(1, "target", "timed", "", options, 60_000, 600_000))])
+            while not isinstance(decode(router.recv_multipart()[1]), Ready):
+                pass
+            opened = OpenGeneration(_GENERATION, 1, "bench", 0.0, 0, 1.0, 0.0, 1.0, 0, False)
+            router.send_multipart([identity, encode(opened)])
+            begun = 0.0
+            for attempt in range(1, arguments.repeats + 11):
+                if attempt == 11:  # warm
+                    begun = time.process_time()
+                router.send_multipart([identity, encode(_request(attempt))])
+                while not isinstance(decode(router.recv_multipart()[1]), Verified):
+                    pass
+            cpu_us = (time.process_time() - begun) * 1e6
+            assert worker.stdin is not None
+            worker.stdin.close()
+        router.close(linger=0)
+    return {"measured": "ZeroMQ and msgpack alone", "us_per_message": cpu_us / arguments.repeats / 2}
 
 
 async def _growth(arguments: argparse.Namespace) -> dict[str, Any]:
