@@ -46,18 +46,24 @@ class Config:
     #: Let workers measure their latencies when they start, so that the first generation begins with a good lookahead.
     calibrate: bool = True
     heartbeat_ms: int = 500
-    #: A peer that was silent for so long is taken for dead.
-    silence_ms: int = 5000
+    #: The detection time: a peer that was silent for so long is taken for dead. A request without any reply for half of it
+    #: is sent again.
+    silence_ms: int = 2000
+    #: A local worker that dies is started again, at most so often within `restart_window_s`, then not any more.
+    restarts: int = 8
+    restart_window_s: float = 60.0
     #: A request without any reply for so long is cancelled, and its worker dropped if it does not answer that either.
     #: Must be longer than the longest prompt takes to read.
     request_timeout_s: float = 120.0
     #: How long local workers may take to become ready, and a generation waits for a first target server.
     ready_timeout_s: float = 120.0
     #: How long a generation goes on waiting once no target server is left.
-    target_wait_s: float = 10.0
+    target_wait_s: float = 60.0
     #: Generations that may wait or run.
     max_generations: int = 1024
-    #: Allow `listen` on an address that other machines reach. Nothing is encrypted or authenticated.
+    #: A directory of `dsi-actors keys new`: only workers with one of its keys may connect, and all is encrypted.
+    keys: str | None = None
+    #: Allow `listen` on an address that other machines reach without keys. Nothing is encrypted or authenticated.
     insecure: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
 
@@ -67,6 +73,8 @@ class Config:
         _require(1 <= self.sp <= 1024, f"sp must lie in [1, 1024], not {self.sp}")
         _require(self.heartbeat_ms >= 10, f"heartbeat_ms must be at least 10, not {self.heartbeat_ms}")
         _require(self.silence_ms >= 2 * self.heartbeat_ms, "silence_ms must be at least twice heartbeat_ms")
+        _require(self.restarts >= 0, f"restarts must not be negative, not {self.restarts}")
+        _require(self.restart_window_s > 0, "restart_window_s must be positive")
         _require(self.request_timeout_s > 0, "request_timeout_s must be positive")
         _require(self.ready_timeout_s > 0, "ready_timeout_s must be positive")
         _require(self.target_wait_s >= 0, "target_wait_s must not be negative")
@@ -84,10 +92,11 @@ class Config:
                 f"listen {self.listen!r} is no endpoint: write it as tcp://127.0.0.1:5555 or ipc:///path",
             )
             _require(
-                self.insecure,
-                f"listen {self.listen} can be reached by other machines, and anyone there could send work: "
-                "use 127.0.0.1 or a tunnel, or allow it with --insecure (Config.insecure)",
+                self.insecure or self.keys is not None,
+                f"listen {self.listen} can be reached by other machines, and anyone there could take part: give workers "
+                "keys (dsi-actors keys new, then --keys), use 127.0.0.1, or allow it with --insecure",
             )
+        _require(self.keys is None or self.listen is not None, "keys are for workers that connect: give listen, too")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

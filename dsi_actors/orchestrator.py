@@ -79,9 +79,13 @@ class Orchestrator:
         algorithm: Algorithm = "dsi",
         sp: int | None = None,
         lookahead: int | Literal["auto"] = "auto",
+        resumed: Sequence[int] = (),
         correlation: str | None = None,
     ) -> GenerationStream:
         """The target's own continuation of `prompt_ids`, as it is committed.
+
+        `resumed`: tokens that an earlier run gave for the same target, prompt and sampling, before it was cut off. They
+        count among `max_tokens` and are not given again; what follows is what the earlier run would have given.
 
         Iterate over the result: each item is a `CommittedTokens`, a tuple of ids. Leaving the loop, cancelling the task
         or closing the stream cancels all work, down to the forwards that run. `sp` and `lookahead` are for this
@@ -100,6 +104,7 @@ class Orchestrator:
             raise ConfigError(f"sp must lie in [1, 1024], not {sp}")
         if lookahead != "auto" and not 1 <= lookahead <= 1024:
             raise ConfigError(f"lookahead must be auto or lie in [1, 1024], not {lookahead}")
+        _check_resumed(resumed, sampling)
         number = next(self._numbers)
         correlation = f"generation-{number}" if correlation is None else correlation
         if len(correlation.encode(errors="replace")) > MAX_TEXT_BYTES or not correlation.isprintable():
@@ -110,6 +115,7 @@ class Orchestrator:
             root = self._running()
             target = await self._first_target(root)
             self._check_prompt(target, prompt_ids, sampling)
+            self._check_tokens(target, resumed)
             if len(root.generations) >= self.config.max_generations:
                 raise DsiError(f"{self.config.max_generations} generations wait or run already: try again later")
             tuner = self._tuner(root, algorithm, sp, lookahead)
@@ -118,6 +124,7 @@ class Orchestrator:
                 policy=tuner.choose(),
                 max_tokens=sampling.max_tokens,
                 stop_tokens=sampling.stop_token_ids,
+                resumed=resumed,
             )
             if channel.closed:
                 return None
@@ -179,7 +186,7 @@ class Orchestrator:
         config = self.config
         roles = ["target"] * config.sp + (["drafter"] if config.drafter is not None else [])
         devices = local_devices(config.devices)
-        root.supervisor = WorkerSupervisor(self.endpoint, config.log_level, root.on_exit)
+        root.supervisor = WorkerSupervisor(self.endpoint, config, root.on_exit)
         root.start_permanent(root.supervisor)
         await asyncio.sleep(0)
         for index, role in enumerate(roles):
@@ -189,8 +196,8 @@ class Orchestrator:
             lambda: len(root.ready_workers) == len(roles) or bool(root.exits) or root.ended, config.ready_timeout_s
         )
         if root.exits:
-            process, spec, code = root.exits[0]
-            reason = root.workforce.failures.get(process, f"it ended with exit code {code}")
+            incarnation, spec, code = root.exits[0]
+            reason = root.workforce.failures.get(incarnation, f"it ended with exit code {code}")
             raise WorkerStartError(f"the {spec.role} worker on {spec.device} did not start: {reason}")
         if root.ended:
             raise WorkerStartError("the orchestrator ended while its workers started")
@@ -198,6 +205,7 @@ class Orchestrator:
             raise WorkerStartError(
                 f"only {len(root.ready_workers)} of {len(roles)} workers were ready after {config.ready_timeout_s:g} s"
             )
+        root.supervisor.restarts = True
         log.info("local workers ready", number=len(roles), after_s=round(time.monotonic() - begun, 2))
 
     async def _close(self, root: Root) -> None:
@@ -239,9 +247,7 @@ class Orchestrator:
     @staticmethod
     def _check_prompt(target: WorkerHandle, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         assert target.ready is not None
-        for token in prompt_ids:
-            if not 0 <= token < target.ready.vocabulary_size:
-                raise ConfigError(f"token {token} is outside the target's vocabulary of {target.ready.vocabulary_size}")
+        Orchestrator._check_tokens(target, prompt_ids)
         length = len(prompt_ids) + sampling.max_tokens
         if len(prompt_ids) > MAX_TOKENS_PER_MESSAGE:
             raise ConfigError(f"the prompt has {len(prompt_ids)} tokens: {MAX_TOKENS_PER_MESSAGE} fit one message")
@@ -250,6 +256,13 @@ class Orchestrator:
                 f"the prompt has {len(prompt_ids)} tokens and max_tokens is {sampling.max_tokens}: together {length} are "
                 f"over the target's limit of {target.ready.max_length}"
             )
+
+    @staticmethod
+    def _check_tokens(target: WorkerHandle, token_ids: Sequence[int]) -> None:
+        assert target.ready is not None
+        for token in token_ids:
+            if not 0 <= token < target.ready.vocabulary_size:
+                raise ConfigError(f"token {token} is outside the target's vocabulary of {target.ready.vocabulary_size}")
 
     def _tuner(self, root: Root, algorithm: Algorithm, sp: int, lookahead: int | Literal["auto"]) -> Tuner:
         tuner = Tuner(algorithm, sp, None if lookahead == "auto" else lookahead, self.estimates)
@@ -274,3 +287,13 @@ class Orchestrator:
 
     def _learn(self, estimates: Estimates) -> None:
         self._learned = estimates
+
+
+def _check_resumed(resumed: Sequence[int], sampling: Sampling) -> None:
+    if len(resumed) > sampling.max_tokens:
+        raise ConfigError(
+            f"{len(resumed)} tokens are resumed, over max_tokens {sampling.max_tokens}, which counts them"
+        )
+    for token in resumed[:-1]:
+        if token in sampling.stop_token_ids:
+            raise ConfigError(f"the resumed tokens go on after the stop token {token}: another run gave them")

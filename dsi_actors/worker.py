@@ -8,6 +8,7 @@ import sys
 
 from dsi_actors.devices import device_name
 from dsi_actors.errors import ConfigError
+from dsi_actors.keys import load_worker_key
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
 _DESCRIPTION = "One worker process: a drafter or a target server on one device."
@@ -23,6 +24,7 @@ def main() -> int:
     parser.add_argument("--engine", choices=["auto", "transformers", "timed", "ngram"], default="auto")
     parser.add_argument("--model", default="", metavar="REF", help="directory, .gguf file, package:NAME or hub name")
     parser.add_argument("--tokenizer-only", action="store_true", help="with --prepare: the tokenizer is enough")
+    parser.add_argument("--key", metavar="FILE", help="the key that dsi-actors keys new made for this worker")
     parser.add_argument("--supervised", action="store_true", help="exit when standard input closes")
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     arguments = parser.parse_args()
@@ -46,9 +48,16 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 
 def _work(arguments: argparse.Namespace) -> int:
+    from dsi_workers.connection import CurveKeys
     from dsi_workers.main import WorkerConfig, WorkerError, configure_logging, run_worker
 
     configure_logging(arguments.log_level)
+    incarnation = os.environ.get("DSI_INCARNATION", "") if arguments.supervised else ""
+    try:
+        key = None if arguments.key is None else load_worker_key(arguments.key)
+    except ConfigError as error:
+        sys.stderr.write(f"worker: {error}\n")
+        return 1
     config = WorkerConfig(
         endpoint=arguments.connect,
         device=arguments.gpu,
@@ -56,6 +65,8 @@ def _work(arguments: argparse.Namespace) -> int:
         engine=arguments.engine,
         model=arguments.model,
         supervised=arguments.supervised,
+        incarnation=int(incarnation) if incarnation else None,
+        keys=None if key is None else CurveKeys(key.orchestrator, key.public, key.secret),
     )
     try:
         run_worker(config)

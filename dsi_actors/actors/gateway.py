@@ -11,8 +11,10 @@ import errno
 from collections.abc import Callable
 
 import zmq
+from zmq.auth.asyncio import AsyncioAuthenticator
 
 from dsi_actors.errors import ConfigError
+from dsi_actors.keys import Keyring
 from dsi_actors.logs import get_logger
 from dsi_protocol import MAX_FRAME_BYTES, FromOrchestrator, Message, ProtocolError, decode, encode
 
@@ -20,7 +22,14 @@ log = get_logger("gateway")
 
 #: Frames taken in one go before the event loop gets its turn.
 _FRAMES_PER_TURN = 256
+#: Under a flood of frames from strangers: so many in one go, and then a pause. ZeroMQ takes them from its peers in turn, so
+#: that workers are heard all the same.
+_FRAMES_PER_TURN_IN_A_FLOOD = 32
+_FLOOD_PAUSE_S = 0.001
 _MAX_IDENTITY_BYTES = 255
+#: Messages that may wait for us from each peer, and for each peer from us.
+_HIGH_WATER_MARK = 1000
+_STRANGER_HANDSHAKE_MS = 5000
 
 
 class PeerGone(Exception):
@@ -28,19 +37,43 @@ class PeerGone(Exception):
 
 
 class Gateway:
-    """`on_message(identity, message)` is called for every good frame. Bad frames are counted, logged and dropped."""
+    """`on_message(identity, message)` is called for every good frame. Bad frames are counted, logged and dropped.
 
-    def __init__(self, endpoint: str, on_message: Callable[[bytes, Message], None]) -> None:
+    `lets_in(identity, size_bytes)` is asked before a frame is decoded. With a keyring only peers with an allowed key can
+    connect, and are heard only as long as it is allowed.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        on_message: Callable[[bytes, Message], None],
+        lets_in: Callable[[bytes, int], bool] = lambda identity, size_bytes: True,
+        keyring: Keyring | None = None,
+    ) -> None:
         self._on_message = on_message
+        self._lets_in = lets_in
+        self._keyring = keyring
+        self._authenticator: AsyncioAuthenticator | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an unreachable peer is an error, not silence
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a worker that reconnects keeps its identity
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         self._socket.setsockopt(zmq.LINGER, 100)
+        self._socket.setsockopt(zmq.HANDSHAKE_IVL, _STRANGER_HANDSHAKE_MS)
+        self._socket.setsockopt(zmq.RCVHWM, _HIGH_WATER_MARK)
+        self._socket.setsockopt(zmq.SNDHWM, _HIGH_WATER_MARK)
+        if keyring is not None:
+            self._authenticator = AsyncioAuthenticator(self._context)
+            self._authenticator.start()
+            self._authenticator.configure_curve_callback("*", keyring)
+            self._socket.curve_server = True
+            self._socket.curve_publickey = keyring.public.encode()
+            self._socket.curve_secretkey = keyring.secret.encode()
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
+            self._stop_authenticator()
             self._context.destroy(linger=0)
             hint = {errno.EADDRINUSE: "another process listens there: choose another port"}.get(error.errno or 0)
             raise ConfigError(f"cannot listen on {endpoint}: {hint or error.strerror}") from None
@@ -51,6 +84,7 @@ class Gateway:
         self._descriptor = int(self._socket.getsockopt(zmq.FD))
         self._loop.add_reader(self._descriptor, self._on_readable)
         self._look_again = False
+        self._paused = False
         self._closed = False
 
     def send(self, identity: bytes, message: FromOrchestrator) -> None:
@@ -70,36 +104,65 @@ class Gateway:
         if not self._closed:
             self._closed = True
             self._loop.remove_reader(self._descriptor)
+            self._stop_authenticator()
             self._context.destroy(linger=100)
+
+    def _stop_authenticator(self) -> None:
+        if self._authenticator is not None:
+            self._authenticator.stop()
+            self._authenticator = None
 
     def _look_soon(self) -> None:
         """The descriptor tells of news once only, and sending takes note of them, too."""
-        if not self._look_again and self._readable():
+        if not self._look_again and not self._paused and self._readable():
             self._look_again = True
             self._loop.call_soon(self._on_readable)
 
     def _on_readable(self) -> None:
+        if self._paused:
+            return
         self._look_again = False
+        turned_away = 0
         for _ in range(_FRAMES_PER_TURN):
             if self._closed or not self._readable():
                 return
-            self._take(self._socket.recv_multipart(zmq.NOBLOCK))
+            turned_away += not self._take()
+            if turned_away >= _FRAMES_PER_TURN_IN_A_FLOOD:
+                self._paused = True
+                self._loop.call_later(_FLOOD_PAUSE_S, self._after_pause)
+                return
         self._look_soon()
+
+    def _after_pause(self) -> None:
+        self._paused = False
+        if not self._closed:
+            self._on_readable()
 
     def _readable(self) -> bool:
         return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
-    def _take(self, frames: list[bytes]) -> None:
-        if len(frames) != 2 or len(frames[0]) > _MAX_IDENTITY_BYTES:
-            self._refuse(frames[0], f"{len(frames)} frames where identity and message are expected")
-            return
-        identity, frame = frames
+    def _take(self) -> bool:
+        """Read one message and hand it on. False if it came from a peer that has no say, and was not looked at."""
+        if self._keyring is None:
+            frames = self._socket.recv_multipart(zmq.NOBLOCK)
+        else:
+            parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            if str(parts[-1].get("User-Id")) not in self._keyring.allowed:
+                return False
+            frames = [part.bytes for part in parts]
+        identity = frames[0]
+        if not self._lets_in(identity, sum(map(len, frames))):
+            return False
+        if len(frames) != 2 or len(identity) > _MAX_IDENTITY_BYTES:
+            self._refuse(identity, f"{len(frames)} frames where identity and message are expected")
+            return True
         try:
-            message = decode(frame)
+            message = decode(frames[1])
         except ProtocolError as error:
             self._refuse(identity, str(error))
-            return
+            return True
         self._on_message(identity, message)
+        return True
 
     def _refuse(self, identity: bytes, reason: str) -> None:
         self.malformed_frames += 1

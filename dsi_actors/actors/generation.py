@@ -138,6 +138,10 @@ class Generation(Actor[GenerationMessage]):
         """Ask for workers. Call once, when running."""
         if self.ended:
             return
+        if self._core.finished:  # it was resumed at its end
+            self._end_stream()
+            self._conclude()
+            return
         policy = self._core.policy
         self._account.begin()
         self._scheduler.tell(Requested(self, policy.sp, wants_drafter=policy.max_ahead > 0))
@@ -264,6 +268,7 @@ class Generation(Actor[GenerationMessage]):
         self._last_failure = f"{worker} failed ({reason[:300]})"
         self._log.error("a worker failed this generation", worker=str(worker), reason=reason[:500])
         worker.close(self.number)
+        worker.fault(reason)
         self._scheduler.tell(GivenBack(self, worker))
         self._lose(worker)
 

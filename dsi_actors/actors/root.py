@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -49,8 +50,8 @@ class Root(Actor[_RootMessage]):
         self.supervisor: WorkerSupervisor | None = None
         self.ready_workers: list[WorkerHandle] = []
         self.generations: dict[int, tuple[Generation, Channel]] = {}
-        #: Local workers that ended, and how.
-        self.exits: list[tuple[int, WorkerSpec, int]] = []
+        #: Local workers that ended lately, by incarnation, and how.
+        self.exits: deque[tuple[int, WorkerSpec, int]] = deque(maxlen=64)
         self.closing = False
         self._watchers: list[asyncio.Future[None]] = []
 
@@ -74,19 +75,23 @@ class Root(Actor[_RootMessage]):
             case _ChildEnded(child, error) if not self.closing:
                 raise RuntimeError(f"{child.name} ended") from error
 
-    def on_exit(self, process: int, spec: WorkerSpec, code: int) -> None:
+    def on_exit(self, incarnation: int, spec: WorkerSpec, code: int) -> None:
         if not self.closing:
-            log.warning("a local worker ended", pid=process, role=spec.role, device=spec.device, exit_code=code)
-        self.exits.append((process, spec, code))
-        self.workforce.drop_process(process)
+            log.warning("a local worker ended", role=spec.role, device=spec.device, exit_code=code)
+        self.exits.append((incarnation, spec, code))
+        self.workforce.drop_incarnation(incarnation)
         self.changed()
 
     def _on_worker_ready(self, worker: WorkerHandle) -> None:
         self.ready_workers.append(worker)
+        if self.supervisor is not None:
+            self.supervisor.on_ready(worker.hello.incarnation)
         self.scheduler.tell(WorkerReady(worker))
         self.changed()
 
     def _on_worker_lost(self, worker: WorkerHandle) -> None:
+        if self.supervisor is not None and not worker.leaving:
+            self.supervisor.fence(worker.hello.incarnation)
         if worker in self.ready_workers:
             self.ready_workers.remove(worker)
             self.scheduler.tell(WorkerGone(worker), control=True)

@@ -1,22 +1,29 @@
-"""Local worker processes as children: started together, watched, ended in order, none left behind."""
+"""Local worker processes as children: started together, watched, started again when they die, none left behind."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import secrets
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from dsi_actors.actors.actor import Actor
+from dsi_actors.actors.restarts import RestartBudget
+from dsi_actors.config import Config
 from dsi_actors.logs import get_logger
 
 log = get_logger("supervisor")
 
 #: From a polite request to the end of a worker, then from SIGKILL to its burial.
 _GRACE_S = 1.0
+#: By this a worker knows which incarnation its supervisor takes it for. In its environment: no other user sees that.
+INCARNATION_VARIABLE = "DSI_INCARNATION"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,72 +35,128 @@ class WorkerSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Started:
+class _Slot:
+    """A place for one worker, whichever process fills it."""
+
     spec: WorkerSpec
+    budget: RestartBudget
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    slot: _Slot
+    incarnation: int
     process: asyncio.subprocess.Process
 
 
 @dataclass(frozen=True, slots=True)
 class Exited:
-    spec: WorkerSpec
+    slot: _Slot
+    incarnation: int
     process: asyncio.subprocess.Process
 
 
-SupervisorMessage: TypeAlias = Started | Exited
+@dataclass(frozen=True, slots=True)
+class LaunchTimedOut:
+    incarnation: int
+
+
+SupervisorMessage: TypeAlias = Started | Exited | LaunchTimedOut
 
 
 class WorkerSupervisor(Actor[SupervisorMessage]):
-    """`on_exit(pid, spec, exit_code)` is called when a worker process ends."""
+    """`on_exit(incarnation, spec, exit_code)` is called when a worker process ends."""
 
-    def __init__(self, endpoint: str, log_level: str, on_exit: Callable[[int, WorkerSpec, int], None]) -> None:
+    def __init__(self, endpoint: str, config: Config, on_exit: Callable[[int, WorkerSpec, int], None]) -> None:
         super().__init__("supervisor")
         self._endpoint = endpoint
-        self._log_level = log_level
+        self._config = config
         self._on_exit = on_exit
-        self._processes: dict[int, asyncio.subprocess.Process] = {}
+        self._processes: dict[int, asyncio.subprocess.Process] = {}  # by incarnation
+        self._launching: set[int] = set()
+        #: Whether workers that die are started again.
+        self.restarts = False
 
     @property
     def process_ids(self) -> list[int]:
-        return list(self._processes)
+        return [process.pid for process in self._processes.values()]
 
     def start_worker(self, spec: WorkerSpec) -> None:
-        self.spawn(self._start(spec))
+        config = self._config
+        self.spawn(self._start(_Slot(spec, RestartBudget(config.restarts, config.restart_window_s))))
 
-    async def _start(self, spec: WorkerSpec) -> SupervisorMessage:
+    def on_ready(self, incarnation: int) -> None:
+        """The worker has become ready: it was launched in time."""
+        self._launching.discard(incarnation)
+
+    def fence(self, incarnation: int) -> None:
+        """Make sure that this worker, if it is one of ours, does nothing any more. It may be stopped, not dead."""
+        process = self._processes.get(incarnation)
+        if process is not None:
+            _kill(process)
+
+    async def _start(self, slot: _Slot, delay_s: float = 0.0) -> SupervisorMessage:
+        await asyncio.sleep(delay_s)
+        incarnation = secrets.randbits(64)
         # A session of its own keeps the terminal's Ctrl-C from it: we are told, and we tell it. The pipe on its
         # standard input closes with us, however we end, and then it ends too.
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "dsi_actors.worker",
-            "--gpu", spec.device, "--connect", self._endpoint, "--role", spec.role,
-            "--log-level", self._log_level, "--supervised",
+            "--gpu", slot.spec.device, "--connect", self._endpoint, "--role", slot.spec.role,
+            "--log-level", self._config.log_level, "--supervised",
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL, start_new_session=True,
+            env={**os.environ, INCARNATION_VARIABLE: str(incarnation)},
         )  # fmt: skip
-        self._processes[process.pid] = process
-        return Started(spec, process)
+        self._processes[incarnation] = process
+        return Started(slot, incarnation, process)
 
     async def _watch(self, started: Started) -> SupervisorMessage:
         await started.process.wait()
-        return Exited(started.spec, started.process)
+        return Exited(started.slot, started.incarnation, started.process)
+
+    async def _launch_time(self, incarnation: int) -> SupervisorMessage:
+        await asyncio.sleep(self._config.ready_timeout_s)
+        return LaunchTimedOut(incarnation)
 
     def receive(self, message: SupervisorMessage) -> None:
         match message:
-            case Started():
+            case Started(_, incarnation, _):
+                self._launching.add(incarnation)
                 self.spawn(self._watch(message))
-            case Exited(spec, process):
-                self._processes.pop(process.pid, None)
+                self.spawn(self._launch_time(incarnation))
+            case LaunchTimedOut(incarnation) if incarnation in self._launching and self.restarts:
+                log.warning("a worker was not ready in time: killed", timeout_s=self._config.ready_timeout_s)
+                self.fence(incarnation)
+            case LaunchTimedOut():
+                pass
+            case Exited(slot, incarnation, process):
+                self._processes.pop(incarnation, None)
+                self._launching.discard(incarnation)
                 code = process.returncode
                 assert code is not None
-                self._on_exit(process.pid, spec, code)
+                self._on_exit(incarnation, slot.spec, code)
+                if self.restarts and code != 0:  # 0: somebody asked it to leave
+                    self._restart(slot)
+
+    def _restart(self, slot: _Slot) -> None:
+        delay_s = slot.budget.delay_s(time.monotonic())
+        if delay_s is None:
+            log.error(
+                "a worker died too often: not started again", role=slot.spec.role, device=slot.spec.device,
+                restarts=self._config.restarts, window_s=self._config.restart_window_s,
+            )  # fmt: skip
+            return
+        log.info("a worker is started again", role=slot.spec.role, device=slot.spec.device, delay_s=delay_s)
+        self.spawn(self._start(slot, delay_s))
 
     def on_stop(self) -> None:
         """The last word: whoever is still there, after an orderly end or after a cancelled one, is killed."""
         for process in self._processes.values():
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
+            _kill(process)
 
     async def end_all(self) -> None:
         """Ask every worker to end, wait, kill what is left. Returns when no process is left."""
+        self.restarts = False
         processes = list(self._processes.values())
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
@@ -105,7 +168,11 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
         if late:
             log.warning("killing workers that did not end", number=len(late))
             for process in processes:
-                if process.returncode is None:
-                    with contextlib.suppress(ProcessLookupError):
-                        process.kill()
+                _kill(process)
             await asyncio.wait(late)
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()

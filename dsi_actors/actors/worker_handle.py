@@ -2,15 +2,19 @@
 
 An answer comes by a callback, not by a future: an awaiting task for each request would cost three turns of the event
 loop and half of the orchestrator's time (docs/limit.md).
+
+A request without a reply is sent again, later and later: it or its reply may be lost with a connection. The worker does
+nothing twice, and gives its terminal reply again (SPEC.md section 5).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, replace
+from typing import TypeAlias, TypeVar
 
+from dsi_actors.actors.doorkeeper import TokenBucket
 from dsi_actors.config import Sampling
 from dsi_actors.logs import get_logger
 from dsi_protocol import (
@@ -25,11 +29,21 @@ from dsi_protocol import (
     OpenGeneration,
     Ready,
     Reply,
+    Verified,
     Verify,
 )
 
 log = get_logger("worker_handle")
 
+#: How often a worker may say that it does not know a generation that was opened there.
+_MOST_REOPENINGS = 3
+#: A worker may be faulty so often before it is not used any more, by anyone.
+_MOST_FAULTS = 3
+_CLOCK_SLACK_US = 1000
+#: Replies to nothing that was asked come when messages are sent twice: a few at once, and some now and then.
+_UNASKED_BURST, _UNASKED_PER_S = 16.0, 1.0
+
+AnyTimed = TypeVar("AnyTimed", Drafted, Verified)
 
 #: Called once with the terminal reply, or with None if the worker is lost before it gives one.
 OnReply: TypeAlias = Callable[[Reply | None], None]
@@ -39,29 +53,51 @@ OnReply: TypeAlias = Callable[[Reply | None], None]
 class _Flight:
     """A request without its terminal reply."""
 
+    request: Draft | Verify
     on_reply: OnReply
     on_drafted: Callable[[Drafted], None] | None
     #: When it was asked, or last answered in part.
     since_s: float
+    #: After so long without a word it is sent again.
+    patience_s: float
     #: When it was cancelled. It still owes its terminal reply.
     cancelled_s: float | None = None
+    reopenings: int = 0
 
 
 class WorkerHandle:
     """One worker process: who it is, what it can do, which attempts it has. Once it is gone every request ends with None."""
 
     def __init__(
-        self, number: int, identity: bytes, hello: Hello, role: str, send: Callable[[FromOrchestrator], None]
+        self,
+        number: int,
+        identity: bytes,
+        hello: Hello,
+        role: str,
+        send: Callable[[FromOrchestrator], None],
+        *,
+        patience_s: float = 1.0,
+        on_useless: Callable[[str], None] = lambda reason: None,
     ) -> None:
+        """`patience_s`: after so long without a reply a request is sent again. `on_useless` is told the reason when
+        the worker has been faulty too often."""
         self.number = number
         self.identity = identity
         self.hello = hello
         self.role = role
         self.ready: Ready | None = None
         self.lost = False
+        #: It takes no more work and goes by itself.
+        self.leaving = False
         #: Replies to nothing that was asked. A few come with restarts; many are a fault of the worker.
         self.unasked_replies = 0
+        #: What no working worker would do.
+        self.faults = 0
         self._send = send
+        self._patience_s = patience_s
+        self._on_useless = on_useless
+        self._unasked = TokenBucket(_UNASKED_BURST, _UNASKED_PER_S, time.monotonic())
+        self._opened: dict[int, OpenGeneration] = {}
         self._in_flight: dict[tuple[int, int], _Flight] = {}
         #: By generation: requests of this attempt or an earlier one are cancelled, also those still to come.
         self._cuts: dict[int, int] = {}
@@ -83,18 +119,42 @@ class WorkerHandle:
         self._tell(Cancel(generation, attempt))
 
     def open(self, generation: int, prompt_length: int, correlation: str, sampling: Sampling) -> None:
-        self._tell(
-            OpenGeneration(
-                generation, prompt_length, correlation, sampling.temperature, sampling.top_k or 0, sampling.top_p,
-                sampling.min_p, sampling.repetition_penalty, sampling.seed, sampling.logprobs,
-            )
+        opened = OpenGeneration(
+            generation, prompt_length, correlation, sampling.temperature, sampling.top_k or 0, sampling.top_p,
+            sampling.min_p, sampling.repetition_penalty, sampling.seed, sampling.logprobs,
         )  # fmt: skip
+        self._opened[generation] = opened
+        self._tell(opened)
 
     def close(self, generation: int) -> None:
         """The worker may forget the generation. What it still does for it is cancelled."""
         self._cuts.pop(generation, None)
+        self._opened.pop(generation, None)
         self._mark_cancelled(generation, None)
         self._tell(CloseGeneration(generation))
+
+    def ask_again(self, now_s: float) -> None:
+        """Send again what has had no reply for long."""
+        for (generation, attempt), flight in list(self._in_flight.items()):
+            if flight.since_s + flight.patience_s <= now_s:
+                flight.patience_s *= 2
+                self._tell(flight.request)
+                if flight.cancelled_s is not None:
+                    self._tell(Cancel(generation, attempt))
+
+    def forgive(self, late_s: float) -> None:
+        """This process itself stood still for so long: nobody shall be blamed for that time."""
+        for flight in self._in_flight.values():
+            flight.since_s += late_s
+            if flight.cancelled_s is not None:
+                flight.cancelled_s += late_s
+
+    def fault(self, reason: str) -> None:
+        """It did what no working worker would do."""
+        self.faults += 1
+        log.warning("a fault of a worker", worker=str(self), reason=reason[:300], so_far=self.faults)
+        if self.faults == _MOST_FAULTS:
+            self._on_useless(f"it was faulty {self.faults} times, the last time: {reason[:300]}")
 
     def cancel_overdue(self, before_s: float) -> None:
         """Cancel every request that has had no reply since `before_s` (time.monotonic)."""
@@ -117,7 +177,9 @@ class WorkerHandle:
             return
         now_s = time.monotonic()
         cancelled = request.attempt <= self._cuts.get(request.generation, 0)
-        self._in_flight[key] = _Flight(on_reply, on_drafted, now_s, now_s if cancelled else None)
+        self._in_flight[key] = _Flight(
+            request, on_reply, on_drafted, now_s, self._patience_s, now_s if cancelled else None
+        )
         self._tell(request)
 
     def _mark_cancelled(self, generation: int, attempt: int | None) -> None:
@@ -135,20 +197,44 @@ class WorkerHandle:
         """What the worker answered. A reply to nothing that is in flight is counted and dropped."""
         key = (reply.generation, reply.attempt)
         flight = self._in_flight.get(key)
+        now_s = time.monotonic()
         if flight is None:
-            self.unasked_replies += 1
-            log.debug("unasked reply", worker=str(self), reply=type(reply).__name__)
+            self._on_unasked(reply, now_s)
             return
         if isinstance(reply, Drafted):
-            flight.since_s = time.monotonic()
+            reply = _with_possible_time(reply, now_s - flight.since_s)
+            flight.since_s, flight.patience_s = now_s, self._patience_s
             if flight.on_drafted is not None and reply.tokens:
                 flight.on_drafted(reply)
             if not reply.done:
                 return
+        elif isinstance(reply, Verified):
+            reply = _with_possible_time(reply, now_s - flight.since_s)
         elif isinstance(reply, Cancelled) and flight.cancelled_s is None:
             reply = Failed(*key, "protocol", "it answered Cancelled to what nobody cancelled")
+        elif isinstance(reply, Failed) and reply.code == "unknown_generation":
+            if flight.cancelled_s is not None:
+                reply = Cancelled(*key, 0, 0)
+            elif self._open_again(flight):
+                return
         self._in_flight.pop(key, None)  # on_drafted may have lost the worker
         flight.on_reply(reply)
+
+    def _open_again(self, flight: _Flight) -> bool:
+        """The generation was opened, but that message was lost, or the worker had to forget it."""
+        opened = self._opened.get(flight.request.generation)
+        if opened is None or flight.reopenings >= _MOST_REOPENINGS:
+            return False
+        flight.reopenings += 1
+        self._tell(opened)
+        self._tell(flight.request)
+        return True
+
+    def _on_unasked(self, reply: Reply, now_s: float) -> None:
+        self.unasked_replies += 1
+        log.debug("unasked reply", worker=str(self), reply=type(reply).__name__)
+        if not self._unasked.take(now_s):
+            self._on_useless(f"it sends what nobody asked for: {self.unasked_replies} replies so far")
 
     def on_lost(self) -> None:
         """The process is gone, and all that it owes with it."""
@@ -156,3 +242,9 @@ class WorkerHandle:
         flights, self._in_flight = self._in_flight, {}
         for flight in flights.values():
             flight.on_reply(None)
+
+
+def _with_possible_time(reply: AnyTimed, most_s: float) -> AnyTimed:
+    """A worker cannot have worked for longer than it had the request: what it says steers the policy."""
+    most_us = int(most_s * 1e6) + _CLOCK_SLACK_US
+    return reply if reply.busy_us <= most_us else replace(reply, busy_us=most_us)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from dsi_actors.actors.actor import Actor
+from dsi_actors.actors.assignment import assign
+from dsi_actors.actors.doorkeeper import Doorkeeper
 from dsi_actors.actors.gateway import Gateway, PeerGone
 from dsi_actors.actors.worker_handle import WorkerHandle
-from dsi_actors.config import NGRAM, RANDOM, SELF_INT8, Config
+from dsi_actors.config import Config
+from dsi_actors.keys import Keyring
 from dsi_actors.logs import get_logger
 from dsi_protocol import (
     PROTOCOL_VERSION,
@@ -24,7 +28,6 @@ from dsi_protocol import (
     Hello,
     Message,
     NeedPrefix,
-    OptionValue,
     Ready,
     Verified,
     Welcome,
@@ -33,6 +36,10 @@ from dsi_protocol import (
 log = get_logger("workforce")
 
 MAX_WORKERS = 256
+#: Workers that are not ready yet. More would keep real ones out for as long as strangers say Hello.
+MAX_LOADING = 64
+#: Incarnations that were dropped and may not come back.
+_MAX_REMEMBERED_DISMISSALS = 1024
 _MAX_REMEMBERED_FAILURES = 256
 _LOADING_PATIENCE_S = 30.0
 _MAX_REASON_CHARS = 500
@@ -46,20 +53,32 @@ class FrameArrived:
 
 @dataclass(frozen=True, slots=True)
 class LookForSilence:
-    """Told by our own clock, every heartbeat interval."""
+    """Told by our own clock, every heartbeat interval; `late_s` later than it was meant."""
 
-
-WorkforceMessage: TypeAlias = FrameArrived | LookForSilence
+    late_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class Assignment:
-    """What a worker is told to be."""
+class FoundUseless:
+    """This worker was faulty too often."""
 
-    role: str
-    engine: str
-    model: str
-    options: Mapping[str, OptionValue]
+    worker: WorkerHandle
+    reason: str
+
+
+@dataclass(slots=True)
+class _Member:
+    """What is known of a worker beside its handle."""
+
+    worker: WorkerHandle
+    welcome: Welcome
+    heard_s: float
+    since_s: float
+    #: A Welcome that has had no Ready for so long is sent again: either may be lost.
+    greet_again_s: float
+
+
+WorkforceMessage: TypeAlias = FrameArrived | LookForSilence | FoundUseless
 
 
 class Workforce(Actor[WorkforceMessage]):
@@ -76,23 +95,30 @@ class Workforce(Actor[WorkforceMessage]):
         self._on_ready = on_ready
         self._on_lost = on_lost
         self._gateway: Gateway | None = None
-        self._by_identity: dict[bytes, WorkerHandle] = {}
-        self._by_incarnation: dict[int, WorkerHandle] = {}
-        self._heard_s: dict[int, float] = {}  # worker number -> when we last heard of it
-        self._assignments: dict[int, Assignment] = {}
+        self._keyring = Keyring(config.keys) if config.keys is not None else None
+        self._by_identity: dict[bytes, _Member] = {}
+        self._by_incarnation: dict[int, _Member] = {}
+        self._doorkeeper = Doorkeeper(self._by_identity, time.monotonic)
+        self._dismissed: OrderedDict[int, str] = OrderedDict()
         self._next_number = 1
         #: vocabulary of the target, known from the first target server on.
         self.vocabulary: Ready | None = None
-        #: Why the process with this id (of this host or another) could not serve, in its own words.
+        self.refused = 0
+        #: Why this incarnation could not serve, in its own words.
         self.failures: dict[int, str] = {}
 
     @property
     def workers(self) -> list[WorkerHandle]:
-        return list(self._by_identity.values())
+        return [member.worker for member in self._by_identity.values()]
 
     def listen(self, endpoint: str) -> str:
         """Open the socket; returns the endpoint with its port. Raises ConfigError."""
-        self._gateway = Gateway(endpoint, lambda identity, message: self.deliver(FrameArrived(identity, message)))
+        self._gateway = Gateway(
+            endpoint,
+            lambda identity, message: self.deliver(FrameArrived(identity, message)),
+            self._doorkeeper.lets_in,
+            self._keyring,
+        )
         return self._gateway.endpoint
 
     def look_for_silence(self) -> None:
@@ -100,17 +126,23 @@ class Workforce(Actor[WorkforceMessage]):
         self.spawn(self._tick())
 
     async def _tick(self) -> WorkforceMessage:
+        due_s = time.monotonic() + self._config.heartbeat_ms / 1e3
         await asyncio.sleep(self._config.heartbeat_ms / 1e3)
-        return LookForSilence()
+        return LookForSilence(time.monotonic() - due_s)
 
     def receive(self, message: WorkforceMessage) -> None:
         match message:
             case FrameArrived(identity, inner):
                 self._on_frame(identity, inner)
-            case LookForSilence():
-                self._drop_silent_workers()
-                self._drop_workers_that_do_not_answer()
+            case LookForSilence(late_s):
+                if late_s > self._config.heartbeat_ms / 1e3:
+                    self._forgive(late_s)  # and frames wait to be read
+                else:
+                    self._look_after_workers(time.monotonic())
                 self.spawn(self._tick())
+            case FoundUseless(worker, reason):
+                log.error("worker quarantined", worker=str(worker), reason=reason)
+                self._drop(worker, farewell=reason)
 
     def on_stop(self) -> None:
         for worker in self.workers:
@@ -127,110 +159,89 @@ class Workforce(Actor[WorkforceMessage]):
 
     def _on_frame(self, identity: bytes, message: Message) -> None:
         if isinstance(message, Heartbeat):
-            known = self._by_incarnation.get(message.incarnation)
-            if known is not None:
-                self._heard_s[known.number] = time.monotonic()
-                self._send(identity, message)
+            self._on_heartbeat(identity, message)
             return
         if isinstance(message, Hello):
             self._on_hello(identity, message)
             return
-        worker = self._by_identity.get(identity)
-        if worker is None:
+        member = self._by_identity.get(identity)
+        if member is None:
             return  # it was dropped, or never said Hello
+        worker = member.worker
         match message:
-            case Verified() | Drafted() | Cancelled() | NeedPrefix():
-                worker.on_reply(message)
             case Failed(0, _, _, reason):
                 self._remember_failure(worker.hello, reason)
                 log.error("a worker cannot serve", worker=str(worker), reason=reason)
                 self._drop(worker, farewell=None)
-            case Failed():
+            case Failed(_, _, "draining", _) | Goodbye():
+                log.info("worker leaves", worker=str(worker))
+                worker.leaving = True
+                self._drop(worker, farewell=None)
+            case Verified() | Drafted() | Cancelled() | NeedPrefix() | Failed():
                 worker.on_reply(message)
             case Ready():
                 self._on_ready_message(worker, message)
-            case Goodbye(reason):
-                log.info("worker leaves", worker=str(worker), reason=reason)
-                self._drop(worker, farewell=None)
             case _:
-                log.warning("ignored: not for an orchestrator", worker=str(worker), message=type(message).__name__)
+                worker.fault(f"{type(message).__name__} is not for an orchestrator")
+
+    def _on_heartbeat(self, identity: bytes, beat: Heartbeat) -> None:
+        known = self._by_incarnation.get(beat.incarnation)
+        if known is not None:
+            known.heard_s = time.monotonic()
+            self._send(identity, beat)
+        else:
+            self._send(identity, Goodbye(self._dismissed.get(beat.incarnation, "it is not known here")))
 
     def _on_hello(self, identity: bytes, hello: Hello) -> None:
         known = self._by_identity.get(identity) or self._by_incarnation.get(hello.incarnation)
         if known is not None:
-            if known.identity == identity and known.hello.incarnation == hello.incarnation and known.ready is None:
-                self._heard_s[known.number] = time.monotonic()
+            same = known.worker.identity == identity and known.worker.hello.incarnation == hello.incarnation
+            if same and known.worker.ready is None:
+                known.heard_s = time.monotonic()
                 self._greet(known)  # our first answer may have been lost with its connection
             return
-        assignment = self._assign(hello)
-        if isinstance(assignment, str):
-            assignment = assignment[:_MAX_REASON_CHARS]  # it may quote what the peer said
-            log.warning("worker refused", device=hello.device, pid=hello.process, reason=assignment)
-            self._remember_failure(hello, assignment)
-            self._send(identity, Goodbye(assignment))
+        if hello.incarnation in self._dismissed:
+            self._send(identity, Goodbye(self._dismissed[hello.incarnation]))
             return
-        worker = WorkerHandle(
-            self._next_number, identity, hello, assignment.role, lambda message: self._send_or_drop(worker, message)
-        )
-        self._next_number += 1
-        self._by_identity[identity] = worker
-        self._by_incarnation[hello.incarnation] = worker
-        self._heard_s[worker.number] = time.monotonic()
-        self._assignments[worker.number] = assignment
-        log.info("worker arrives", worker=str(worker), engine=assignment.engine, model=assignment.model)
-        self._greet(worker)
-
-    def _greet(self, worker: WorkerHandle) -> None:
-        assignment = self._assignments[worker.number]
-        options = {**assignment.options, "calibrate": self._config.calibrate}
-        self._send_or_drop(
-            worker,
-            Welcome(
-                PROTOCOL_VERSION, assignment.role, assignment.engine, assignment.model, options,
-                self._config.heartbeat_ms, self._config.silence_ms,
-            ),
-        )  # fmt: skip
-
-    def _assign(self, hello: Hello) -> Assignment | str:
-        """What this worker shall be, or why it is refused."""
-        config = self._config
-        if hello.version != PROTOCOL_VERSION:
-            return f"it speaks protocol version {hello.version}, this orchestrator {PROTOCOL_VERSION}"
+        if sum(member.worker.ready is None for member in self._by_identity.values()) >= MAX_LOADING:
+            return  # it says Hello again
         if len(self._by_identity) >= MAX_WORKERS:
-            return f"there are {MAX_WORKERS} workers already"
-        role = hello.role
-        if role == "auto":
-            roles = [worker.role for worker in self.workers]
-            lacks_drafter = config.drafter is not None and "drafter" not in roles and "target" in roles
-            role = "drafter" if lacks_drafter or hello.engine == NGRAM else "target"
-        if role == "target":
-            if hello.model not in ("", config.target):
-                return f"it has the model {hello.model!r}, but the target is {config.target!r}"
-            if hello.engine not in ("auto", config.engine):
-                return f"it has the engine {hello.engine!r}, but target servers here run {config.engine!r}"
-            return Assignment(role, config.engine, config.target, config.target_options)
-        if role == "drafter":
-            return self._assign_drafter(hello)
-        return f"it wants the role {hello.role!r}: a worker is a target or a drafter"
-
-    def _assign_drafter(self, hello: Hello) -> Assignment | str:
+            self._refuse(identity, hello, f"there are {MAX_WORKERS} workers already")
+            return
+        assignment = assign(self._config, hello, {worker.role for worker in self.workers})
+        if isinstance(assignment, str):
+            self._refuse(identity, hello, assignment)
+            return
         config = self._config
-        reference = hello.model or config.drafter
-        if hello.engine == NGRAM or (reference == NGRAM and hello.engine == "auto"):
-            return Assignment("drafter", NGRAM, "", config.drafter_options)
-        if reference == RANDOM:
-            return Assignment(
-                "drafter", "timed", "", {"vocabulary_size": 256, "any_vocabulary": True, "acceptance": 0.0}
-            )
-        if config.engine == "timed":
-            return Assignment("drafter", "timed", "", config.drafter_options)
-        if reference is None:
-            return "no drafter is wanted here"
-        options = dict(config.drafter_options)
-        if reference == SELF_INT8:
-            reference = config.target
-            options["quantization"] = "int8"
-        return Assignment("drafter", config.engine, reference, options)
+        worker = WorkerHandle(
+            self._next_number, identity, hello, assignment.role,
+            lambda message: self._send_or_drop(worker, message),
+            patience_s=config.silence_ms / 2e3,
+            on_useless=lambda reason: self.tell(FoundUseless(worker, reason), control=True),
+        )  # fmt: skip
+        welcome = Welcome(
+            PROTOCOL_VERSION, assignment.role, assignment.engine, assignment.model,
+            {**assignment.options, "calibrate": config.calibrate}, config.heartbeat_ms, config.silence_ms,
+        )  # fmt: skip
+        now_s = time.monotonic()
+        member = _Member(worker, welcome, now_s, now_s, now_s)
+        self._next_number += 1
+        self._by_identity[identity] = self._by_incarnation[hello.incarnation] = member
+        log.info("worker arrives", worker=str(worker), engine=assignment.engine, model=assignment.model)
+        self._greet(member)
+
+    def _greet(self, member: _Member) -> None:
+        now_s = time.monotonic()
+        member.greet_again_s = now_s + max(self._config.silence_ms / 1e3, now_s - member.since_s)
+        self._send_or_drop(member.worker, member.welcome)
+
+    def _refuse(self, identity: bytes, hello: Hello, reason: str) -> None:
+        reason = reason[:_MAX_REASON_CHARS]  # it may quote what the peer said
+        self.refused += 1
+        if self.refused & (self.refused - 1) == 0:  # the 1st, 2nd, 4th, 8th: a flood stays readable
+            log.warning("worker refused", device=hello.device, pid=hello.process, reason=reason, so_far=self.refused)
+        self._remember_failure(hello, reason)
+        self._send(identity, Goodbye(reason))
 
     def _on_ready_message(self, worker: WorkerHandle, ready: Ready) -> None:
         if worker.ready is not None:
@@ -261,38 +272,47 @@ class Workforce(Actor[WorkforceMessage]):
         self._drop(worker, farewell=reason)
 
     def _remember_failure(self, hello: Hello, reason: str) -> None:
-        self.failures[hello.process] = reason
+        self.failures[hello.incarnation] = reason
         if len(self.failures) > _MAX_REMEMBERED_FAILURES:
             del self.failures[next(iter(self.failures))]
 
     # Comings and goings
 
-    def _drop_silent_workers(self) -> None:
-        now_s = time.monotonic()
-        for worker in self.workers:
-            silent_s = now_s - self._heard_s[worker.number]
-            patience_s = self._config.silence_ms / 1e3
+    def _look_after_workers(self, now_s: float) -> None:
+        config = self._config
+        for member in list(self._by_identity.values()):
+            worker = member.worker
+            patience_s = config.silence_ms / 1e3
             if worker.ready is None:  # a library that loads can keep every thread of its process waiting
                 patience_s = max(patience_s, _LOADING_PATIENCE_S)
-            if silent_s > patience_s:
-                log.warning("worker silent: taken for dead", worker=str(worker), silent_ms=round(silent_s * 1e3))
-                self._drop(worker, farewell="it was silent for too long")
+            # A heart may beat where messages were lost, or where the loop hangs. A request that takes too long is
+            # cancelled, and a worker that does not even answer that is taken for dead.
+            worker.cancel_overdue(now_s - config.request_timeout_s)
+            worker.ask_again(now_s)
+            if now_s - member.heard_s > patience_s:
+                self._give_up(worker, f"it was silent for {now_s - member.heard_s:.1f} s")
+            elif worker.owes_since(now_s - config.silence_ms / 1e3):
+                self._give_up(worker, "it did not answer")
+            elif worker.ready is None and now_s - member.since_s > config.ready_timeout_s:
+                self._give_up(worker, f"it was not ready after {config.ready_timeout_s:g} s")
+            elif worker.ready is None and now_s > member.greet_again_s:
+                self._greet(member)
 
-    def _drop_workers_that_do_not_answer(self) -> None:
-        """A heart may beat where messages were lost, or where the loop hangs. A request that takes too long is
-        cancelled, and a worker that does not even answer that is taken for dead."""
-        now_s = time.monotonic()
-        for worker in self.workers:
-            worker.cancel_overdue(now_s - self._config.request_timeout_s)
-            if worker.owes_since(now_s - self._config.silence_ms / 1e3):
-                log.warning("worker does not answer: taken for dead", worker=str(worker))
-                self._drop(worker, farewell="it did not answer")
+    def _give_up(self, worker: WorkerHandle, reason: str) -> None:
+        log.warning("worker taken for dead", worker=str(worker), reason=reason)
+        self._drop(worker, farewell=reason)
 
-    def drop_process(self, process: int) -> None:
-        """The local process with this id has ended: whatever worker it was is gone."""
-        for worker in self.workers:
-            if worker.hello.process == process:
-                self._drop(worker, farewell=None)
+    def _forgive(self, late_s: float) -> None:
+        log.warning("this process stood still", late_ms=round(late_s * 1e3))
+        for member in self._by_identity.values():
+            member.heard_s += late_s
+            member.worker.forgive(late_s)
+
+    def drop_incarnation(self, incarnation: int) -> None:
+        """The local process of this incarnation has ended."""
+        member = self._by_incarnation.get(incarnation)
+        if member is not None:
+            self._drop(member.worker, farewell=None)
 
     def _drop(self, worker: WorkerHandle, farewell: str | None) -> None:
         if worker.lost:
@@ -301,8 +321,9 @@ class Workforce(Actor[WorkforceMessage]):
             self._send(worker.identity, Goodbye(farewell))
         self._by_identity.pop(worker.identity, None)
         self._by_incarnation.pop(worker.hello.incarnation, None)
-        self._heard_s.pop(worker.number, None)
-        self._assignments.pop(worker.number, None)
+        self._dismissed[worker.hello.incarnation] = farewell or "it left"
+        if len(self._dismissed) > _MAX_REMEMBERED_DISMISSALS:
+            self._dismissed.popitem(last=False)
         worker.on_lost()
         self._on_lost(worker)
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -43,7 +44,11 @@ def add_parser(commands: SubParsers) -> None:
     parser.add_argument("--raw", action="store_true", help="give the prompt as it is, not as a chat message")
     parser.add_argument("--ignore-eos", action="store_true", help="go on to --max-tokens whatever the model says")
     parser.add_argument("--listen", metavar="ENDPOINT", help="use workers that connect here, start none")
-    parser.add_argument("--insecure", action="store_true", help="allow --listen where other machines can connect")
+    parser.add_argument("--keys", metavar="DIRECTORY", help="with --listen: only workers with a key of dsi-actors keys")
+    parser.add_argument("--insecure", action="store_true", help="allow --listen for other machines without keys")
+    parser.add_argument(
+        "--resume", metavar="FILE", help="go on where an earlier run of this prompt ended: what it printed with --json"
+    )
     parser.add_argument(
         "--wait", type=float, default=60.0, metavar="S",
         help="with --listen: how long to wait for a target server and a drafter (default %(default)s)",
@@ -75,7 +80,8 @@ class _Run:
 
 
 async def run(arguments: argparse.Namespace) -> int:
-    config = config_from(arguments, listen=arguments.listen, insecure=arguments.insecure)
+    config = config_from(arguments, listen=arguments.listen, insecure=arguments.insecure, keys=arguments.keys)
+    resumed = [] if arguments.resume is None else _read_tokens(arguments.resume)
     tokenizer = Tokenizer(resolve_model(config.target))
     _check_drafter(config, tokenizer)
     stop = () if arguments.ignore_eos else tokenizer.stop_token_ids
@@ -90,7 +96,7 @@ async def run(arguments: argparse.Namespace) -> int:
                 await _wait_for_workers(orchestrator, arguments, err)
             status.stop()
             err.print(_calibration(orchestrator.estimates))
-            session = _Session(orchestrator, prompt_ids, sampling, arguments)
+            session = _Session(orchestrator, prompt_ids, resumed, sampling, arguments)
             first = await session.generate(arguments.algorithm, None if arguments.json else _Printer(out, tokenizer))
             if arguments.compare:
                 return await _compare(session, first, arguments, tokenizer, out)
@@ -106,13 +112,18 @@ async def run(arguments: argparse.Namespace) -> int:
 class _Session:
     orchestrator: Orchestrator
     prompt_ids: list[int]
+    resumed: list[int]
     sampling: Sampling
     arguments: argparse.Namespace
 
     async def generate(self, algorithm: Algorithm, printer: _Printer | None = None) -> _Run:
         result = _Run()
         async with self.orchestrator.generate(
-            self.prompt_ids, self.sampling, algorithm=algorithm, lookahead=self.arguments.lookahead
+            self.prompt_ids,
+            self.sampling,
+            algorithm=algorithm,
+            lookahead=self.arguments.lookahead,
+            resumed=self.resumed,
         ) as stream:
             async for tokens in stream:
                 result.add(tokens)
@@ -151,6 +162,18 @@ def _check_drafter(config: Config, tokenizer: Tokenizer) -> None:
             f"the drafter {config.drafter!r} has another vocabulary than the target {config.target!r}: "
             "choose a model of the same family, self-int8 or ngram"
         )
+
+
+def _read_tokens(path: str) -> list[int]:
+    try:
+        tokens = json.loads(Path(path).read_text(encoding="utf-8"))["token_ids"]
+    except OSError as error:
+        raise ConfigError(f"cannot read --resume {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        tokens = None
+    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+        raise ConfigError(f"--resume {path} has no token_ids: give what an earlier run printed with --json")
+    return tokens
 
 
 def _encode(arguments: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:

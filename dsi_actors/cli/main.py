@@ -17,6 +17,7 @@ from dsi_actors.cli import (
     bench_table2,
     bench_timed,
     generate,
+    keys,
     plan,
     simulate,
 )
@@ -32,6 +33,7 @@ def main() -> int:
     generate.add_parser(commands)
     plan.add_parser(commands)
     simulate.add_parser(commands)
+    keys.add_parser(commands)
     bench = commands.add_parser("bench", help="measure this machine")
     benches = bench.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
     bench_overhead.add_parser(benches)

@@ -83,7 +83,9 @@ def lookahead(text: str) -> int | Literal["auto"]:
     raise argparse.ArgumentTypeError(f"{text!r}: give auto or a whole number of at least 1")
 
 
-def config_from(arguments: argparse.Namespace, *, listen: str | None = None, insecure: bool = False) -> Config:
+def config_from(
+    arguments: argparse.Namespace, *, listen: str | None = None, insecure: bool = False, keys: str | None = None
+) -> Config:
     """Raises ConfigError."""
     engine: dict[str, OptionValue] = {
         name: value for name in ("window", "max_length", "threads") if (value := getattr(arguments, name)) is not None
@@ -95,6 +97,7 @@ def config_from(arguments: argparse.Namespace, *, listen: str | None = None, ins
         devices=tuple(arguments.devices),
         listen=listen,
         insecure=insecure,
+        keys=keys,
         target_options={**engine, "dtype": arguments.dtype},
         drafter_options=dict(engine),
         calibrate=arguments.calibrate,

@@ -127,7 +127,9 @@ class GenerationCore:
         policy: Policy,
         max_tokens: int,
         stop_tokens: Collection[int] = (),
+        resumed: Sequence[int] = (),
     ) -> None:
+        """`resumed`: what an earlier run committed after the prompt. It counts among `max_tokens`; the rest follows."""
         if not prompt:
             raise ValueError("the prompt must have at least one token")
         if max_tokens < 1:
@@ -137,10 +139,14 @@ class GenerationCore:
         #: One past the last position that may be committed.
         self.end = len(prompt) + max_tokens
         self.stop_tokens = frozenset(stop_tokens)
-        self.tokens = list(prompt)
+        self.tokens = [*prompt, *resumed]
         #: tokens[:committed] never changes.
-        self.committed = len(prompt)
+        self.committed = len(self.tokens)
         self.finish_reason: str | None = None
+        if self.committed >= self.end:
+            self.finish_reason = "length"
+        if resumed and resumed[-1] in self.stop_tokens:
+            self.finish_reason = "stop"
         self.counters = Counters()
         self._next_attempt = 1
         self._servers: dict[int, _Server] = {}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from dsi_actors.actors.worker_handle import WorkerHandle
+from dsi_actors.config import Sampling
 from dsi_protocol import Cancel, Cancelled, Draft, Drafted, Failed, FromOrchestrator, Hello, Reply, Verified, Verify
 
 VERIFY = Verify(1, 7, 0, 0, (1, 2), 2)
@@ -74,3 +77,82 @@ def test_a_lost_worker_answers_none_to_what_it_owes_and_all_that_comes(
     assert answers == [None, None]
     handle.cancel(1, 9)
     assert sent == [VERIFY], "told to nobody"
+
+
+def test_what_is_not_answered_is_asked_again_ever_later(handle: WorkerHandle, sent: list[FromOrchestrator]) -> None:
+    handle.verify(VERIFY, lambda reply: None)
+    now_s = time.monotonic()
+    handle.ask_again(now_s + 0.5)
+    assert sent == [VERIFY]
+    for second in range(1, 9):
+        handle.ask_again(now_s + second + 0.1)
+    assert sent == [VERIFY] * 5, "after 1, 2, 4 and 8 seconds"
+    handle.cancel(1, 7)
+    del sent[:]
+    handle.ask_again(now_s + 20)
+    assert sent == [VERIFY, Cancel(1, 7)], "whichever of the two was lost"
+
+
+def test_time_in_which_we_stood_still_counts_for_nobody(handle: WorkerHandle, sent: list[FromOrchestrator]) -> None:
+    handle.verify(VERIFY, lambda reply: None)
+    handle.cancel(1, 7)
+    now_s = time.monotonic()
+    handle.forgive(60.0)
+    handle.ask_again(now_s + 60.5)
+    assert sent == [VERIFY, Cancel(1, 7)]
+    assert not handle.owes_since(now_s + 59)
+    assert handle.owes_since(now_s + 61)
+
+
+def test_a_generation_that_the_worker_does_not_know_is_opened_again(
+    handle: WorkerHandle, sent: list[FromOrchestrator]
+) -> None:
+    answers: list[Reply | None] = []
+    handle.open(1, 2, "test", Sampling())
+    [opened] = sent
+    handle.verify(VERIFY, answers.append)
+    unknown = Failed(1, 7, "unknown_generation", "?")
+    for times in (1, 2, 3):
+        handle.on_reply(unknown)
+        assert sent == [opened, VERIFY] * (times + 1)
+    handle.on_reply(unknown)
+    assert answers == [unknown], "and not for ever"
+
+
+def test_what_was_cancelled_is_not_opened_again(handle: WorkerHandle, sent: list[FromOrchestrator]) -> None:
+    answers: list[Reply | None] = []
+    handle.open(1, 2, "test", Sampling())
+    handle.verify(VERIFY, answers.append)
+    handle.close(1)
+    handle.on_reply(Failed(1, 7, "unknown_generation", "?"))
+    assert answers == [Cancelled(1, 7, 0, 0)]
+
+
+def test_a_worker_that_says_what_nobody_asked_is_useless_after_a_while() -> None:
+    reasons: list[str] = []
+    hello = Hello(1, 1, "target", "timed", "", "cpu:0", "host", 1)
+    handle = WorkerHandle(1, b"id", hello, "target", lambda message: None, on_useless=reasons.append)
+    for attempt in range(16):
+        handle.on_reply(Verified(9, attempt, 2, (5,), (), 1, 20))
+    assert reasons == []
+    handle.on_reply(Verified(9, 99, 2, (5,), (), 1, 20))
+    assert "what nobody asked for: 17 replies" in reasons[0]
+
+
+def test_a_worker_that_is_faulty_three_times_is_useless() -> None:
+    reasons: list[str] = []
+    hello = Hello(1, 1, "target", "timed", "", "cpu:0", "host", 1)
+    handle = WorkerHandle(1, b"id", hello, "target", lambda message: None, on_useless=reasons.append)
+    handle.fault("one")
+    handle.fault("two")
+    assert reasons == []
+    handle.fault("three")
+    assert reasons == ["it was faulty 3 times, the last time: three"]
+
+
+def test_a_worker_cannot_have_worked_for_longer_than_it_had(handle: WorkerHandle) -> None:
+    answers: list[Reply | None] = []
+    handle.verify(VERIFY, answers.append)
+    handle.on_reply(Verified(1, 7, 2, (5,), (), 1, 4_000_000_000))
+    assert isinstance(answers[0], Verified)
+    assert answers[0].busy_us < 1_000_000

@@ -221,12 +221,19 @@ class Adversary:
 @settings(max_examples=2500, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_any_interleaving_gives_the_targets_own_text(data: st.DataObject) -> None:
-    """Late, lost, duplicate, reordered and forged replies, servers and drafters that come and go."""
+    """Late, lost, duplicate, reordered and forged replies, servers and drafters that come and go; resumed or from the
+    start."""
     prompt = data.draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4), label="prompt")
     max_tokens = data.draw(st.integers(1, 14), label="max_tokens")
     stop = data.draw(st.sampled_from([frozenset[int](), frozenset({0}), frozenset({1, 2})]), label="stop")
-    core = GenerationCore(prompt, policy=data.draw(policies, label="policy"), max_tokens=max_tokens, stop_tokens=stop)
+    whole = plain_decoding(prompt, max_tokens, stop)
+    resumed = whole[: data.draw(st.sampled_from([0, 0, 1, 5]), label="resumed")]
+    if len(resumed) == len(whole):
+        resumed = []
+    policy = data.draw(policies, label="policy")
+    core = GenerationCore(prompt, policy=policy, max_tokens=max_tokens, stop_tokens=stop, resumed=resumed)
     adversary = Adversary(core, data)
+    adversary.emitted = list(resumed)
     for _ in range(data.draw(st.integers(0, 60), label="steps")):
         adversary.step()
         if data.draw(st.integers(0, 15), label="new policy") == 15:
@@ -240,7 +247,7 @@ def test_any_interleaving_gives_the_targets_own_text(data: st.DataObject) -> Non
         patience -= 1
         assert adversary.owed, "nothing is running and the generation is not finished"
         adversary.feed(adversary.owed.pop(0))
-    assert adversary.emitted == core.output == plain_decoding(prompt, max_tokens, stop)
+    assert adversary.emitted == core.output == whole
     assert adversary.reasons == ["stop" if core.output[-1] in stop else "length"]
     for owed in adversary.owed:  # what comes after the end changes nothing
         assert core.handle(owed) == []
@@ -394,3 +401,10 @@ def test_an_answer_that_contradicts_what_is_committed_is_dropped() -> None:
 def test_bad_input_is_refused(prompt: list[int], max_tokens: int) -> None:
     with pytest.raises(ValueError, match="at least"):
         GenerationCore(prompt, policy=Policy.autoregressive(), max_tokens=max_tokens)
+
+
+def test_what_is_resumed_at_its_end_is_finished() -> None:
+    policy = Policy.distributed(1, sp=2)
+    assert GenerationCore([1], policy=policy, max_tokens=2, resumed=[5, 6]).finish_reason == "length"
+    assert GenerationCore([1], policy=policy, max_tokens=9, stop_tokens=[6], resumed=[5, 6]).finish_reason == "stop"
+    assert not GenerationCore([1], policy=policy, max_tokens=9, stop_tokens=[7], resumed=[5, 6]).finished

@@ -386,7 +386,8 @@ def test_bench_overhead_reports_its_machine_and_three_figures() -> None:
     result = json.loads(done.stdout)
     assert result["machine"]["cores"] == len(os.sched_getaffinity(0))
     measured = [row["measured"] for row in result["results"]]
-    assert measured[:3] == ["round trip", "orchestrator CPU", "cancel to free (timed)"]
+    assert measured[:3] == ["round trip", "orchestrator CPU", "ZeroMQ and msgpack alone"]
+    assert measured[3] == "cancel to free (timed)"
     assert sum(name.startswith("memory of ") for name in measured) == 3
     assert measured[-1] == "a generation of 300 tokens"
     assert 0 < result["results"][0]["p50_us"] <= result["results"][0]["p99_us"]

@@ -114,7 +114,7 @@ def test_workers_end_when_their_orchestrator_is_killed(local: bool, endpoint: st
     for worker in own:
         _, said = worker.communicate(timeout=5)
         assert worker.returncode == 1
-        assert "is gone: this worker ends too" in said
+        assert "is gone: this worker ends" in said
 
 
 def test_a_worker_without_an_orchestrator_says_so_and_ends_when_told(endpoint: str) -> None:

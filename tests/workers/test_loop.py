@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -12,17 +13,20 @@ from dsi_protocol import (
     CloseGeneration,
     Draft,
     Drafted,
+    Drain,
     Failed,
     FromWorker,
     Message,
     NeedPrefix,
     OpenGeneration,
+    Ready,
     Verified,
     Verify,
+    Welcome,
     prefix_checksum,
 )
 from dsi_workers.connection import WorkSocket
-from dsi_workers.loop import WorkerLoop
+from dsi_workers.loop import MAX_SESSIONS, WorkerLoop
 from support.engines import CountingEngine, ScriptedSocket
 
 OPEN = OpenGeneration(1, 3, "test", 0.0, 0, 1.0, 0.0, 1.0, 0, False)
@@ -119,8 +123,47 @@ def test_a_draft_is_cancelled_between_tokens_and_the_next_one_is_taken() -> None
     assert replies == [Cancelled(1, 1, 3, 0), Drafted(1, 2, 4, (71,), True, 0)]
 
 
-def test_a_request_that_comes_twice_is_answered_once() -> None:
+def test_a_request_that_comes_twice_is_computed_once() -> None:
     assert served(OPEN, verify(1, PROMPT), verify(1, PROMPT)) == [Verified(1, 1, 3, (13,), (), 1, 0)]
+
+
+def test_a_request_that_comes_again_after_its_reply_gets_that_again() -> None:
+    socket, engine = ScriptedSocket(), CountingEngine()
+    loop = WorkerLoop(cast(WorkSocket, socket), engine, still_needed=lambda: True)
+    loop._on_message(OPEN)
+    loop._on_message(verify(1, PROMPT))
+    draft = Draft(1, 2, 3, prefix_checksum(PROMPT), (), 3, 2, 1)
+    socket.inbox.extend([draft])
+    loop.run()
+    verified, first, last = socket.sent
+    assert [isinstance(reply, Drafted) and reply.done for reply in socket.sent] == [False, False, True]
+    loop._on_message(verify(1, PROMPT))
+    loop._on_message(draft)
+    assert socket.sent == [verified, first, last, verified, last]
+    assert engine.forwards == 3
+
+
+def test_a_worker_that_is_greeted_again_says_again_that_it_is_ready() -> None:
+    socket = ScriptedSocket()
+    ready = Ready("count", 1000, 64, 8, 1, 1, 5)
+    socket.inbox.extend([Welcome(1, "target", "timed", "", {}, 500, 2000)])
+    WorkerLoop(cast(WorkSocket, socket), CountingEngine(), lambda: True, ready).run()
+    assert socket.sent == [ready]
+
+
+def test_a_worker_that_drains_says_so() -> None:
+    assert served(OPEN, Drain(), verify(1, PROMPT)) == [Failed(1, 1, "draining", "this worker takes no more work")]
+
+
+def test_the_generation_that_was_idle_longest_makes_room() -> None:
+    socket, engine = ScriptedSocket(), CountingEngine()
+    opened = [replace(OPEN, generation=number) for number in range(1, MAX_SESSIONS + 1)]
+    socket.inbox.extend(opened)
+    socket.inbox.extend([replace(verify(1, PROMPT), generation=1), replace(OPEN, generation=1000)])
+    socket.inbox.extend([replace(verify(1, PROMPT), generation=number) for number in (2, 1000)])
+    WorkerLoop(cast(WorkSocket, socket), engine, still_needed=lambda: True).run()
+    assert engine.forgotten == [2]
+    assert [type(reply) for reply in socket.sent] == [Failed, Verified, Verified]
 
 
 def test_closing_cancels_and_forgets() -> None:

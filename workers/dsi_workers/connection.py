@@ -13,13 +13,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import structlog
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from dsi_protocol import (
     MAX_FRAME_BYTES,
     FromWorker,
+    Goodbye,
     Heartbeat,
     Message,
     ProtocolError,
@@ -35,19 +38,46 @@ _RECONNECT_PATIENCE_S = 5.0
 _LINGER_MS = 200  # how long a last message may take to leave at the end
 
 
+_HANDSHAKE_FAILURES = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+
+
 class Unreachable(Exception):
     """The orchestrator takes no messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class CurveKeys:
+    """What proves to the orchestrator who we are, and to us who it is. Each is 40 characters of Z85."""
+
+    orchestrator: str
+    public: str
+    secret: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where the orchestrator listens, and the keys if it wants some."""
+
+    endpoint: str
+    keys: CurveKeys | None = None
 
 
 class WorkSocket:
     """The DEALER that speaks the protocol. Frames that cannot be decoded are logged and dropped."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, incarnation: int, still_needed: Callable[[], bool]
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: Address,
+        incarnation: int,
+        still_needed: Callable[[], bool],
     ) -> None:
         self._still_needed = still_needed
         # The routing id outlives a broken connection: after reconnecting this is still the same worker.
-        self._socket = _dealer(context, endpoint, b"w" + incarnation.to_bytes(8, "little"))
+        self._socket = _dealer(context, address, b"w" + incarnation.to_bytes(8, "little"))
+        self._monitor = self._socket.get_monitor_socket(_HANDSHAKE_FAILURES)
         #: Signals that something may have come since recv() last said that nothing is there.
         self._descriptor = int(self._socket.getsockopt(zmq.FD))
         self._refused = 0
@@ -88,17 +118,28 @@ class WorkSocket:
                 self._refused += 1
                 log.warning("malformed frame dropped", reason=str(error), so_far=self._refused)
 
+    def refused(self) -> bool:
+        """Whether the other end has turned us away since the last call, before any message: the keys do not fit."""
+        seen = False
+        while self._monitor.poll(0):
+            recv_monitor_message(self._monitor)
+            seen = True
+        return seen
+
     def close(self) -> None:
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
         self._socket.close(linger=_LINGER_MS)
 
 
 class Heart(threading.Thread):
-    """Beats, and sets `orchestrator_gone` when nobody has answered for too long. Ends with the ZMQ context."""
+    """Beats, and sets `gone` to the reason when nobody has answered for too long, or when the orchestrator does not know
+    us any more. Ends with the ZMQ context."""
 
     def __init__(
         self,
         context: zmq.Context[zmq.Socket[bytes]],
-        endpoint: str,
+        address: Address,
         *,
         incarnation: int,
         interval_s: float,
@@ -106,14 +147,14 @@ class Heart(threading.Thread):
     ) -> None:
         super().__init__(name="heartbeat", daemon=True)
         self._context = context
-        self._endpoint = endpoint
+        self._address = address
         self._incarnation = incarnation
         self._interval_s = interval_s
         self._silence_s = silence_s
-        self.orchestrator_gone = False
+        self.gone = ""
 
     def run(self) -> None:
-        dealer = _dealer(self._context, self._endpoint)
+        dealer = _dealer(self._context, self._address)
         try:
             self._beat(dealer)
         except zmq.ContextTerminated:
@@ -134,9 +175,12 @@ class Heart(threading.Thread):
                 with contextlib.suppress(zmq.Again):
                     dealer.send(encode(Heartbeat(self._incarnation, sequence)), zmq.NOBLOCK)
             if dealer.poll(max(1, round((next_beat_s - now_s) * 1e3))):
-                dealer.recv()
+                answer = _understood(dealer.recv())
+                if isinstance(answer, Goodbye):
+                    self.gone = f"dismissed this worker: {answer.reason}"
+                    return
                 unanswered = 0
-        self.orchestrator_gone = True
+        self.gone = "is gone"
 
 
 def watch_parent() -> threading.Event:
@@ -156,10 +200,21 @@ def host_name() -> str:
     return socket.gethostname()[:255]
 
 
+def _understood(frame: bytes) -> Message | None:
+    try:
+        return decode(frame)
+    except ProtocolError:
+        return None
+
+
 def _dealer(
-    context: zmq.Context[zmq.Socket[bytes]], endpoint: str, routing_id: bytes | None = None
+    context: zmq.Context[zmq.Socket[bytes]], address: Address, routing_id: bytes | None = None
 ) -> zmq.Socket[bytes]:
     dealer = context.socket(zmq.DEALER)
+    if address.keys is not None:
+        dealer.curve_serverkey = address.keys.orchestrator.encode()
+        dealer.curve_publickey = address.keys.public.encode()
+        dealer.curve_secretkey = address.keys.secret.encode()
     if routing_id is not None:
         dealer.setsockopt(zmq.ROUTING_ID, routing_id)
     dealer.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
@@ -168,5 +223,5 @@ def _dealer(
     dealer.setsockopt(zmq.SNDTIMEO, _SEND_TIMEOUT_MS)
     dealer.setsockopt(zmq.RECONNECT_IVL, 100)
     dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-    dealer.connect(endpoint)
+    dealer.connect(address.endpoint)
     return dealer

@@ -21,12 +21,13 @@ from dsi_protocol import (
     Drafted,
     Drain,
     Failed,
-    FromWorker,
     Goodbye,
     Heartbeat,
     Message,
     NeedPrefix,
     OpenGeneration,
+    Ready,
+    Reply,
     Verified,
     Verify,
     Welcome,
@@ -68,11 +69,15 @@ class _Work:
 class WorkerLoop:
     """Serves one engine over one socket until it is drained, dismissed, or `still_needed` says no."""
 
-    def __init__(self, socket: WorkSocket, engine: Engine, still_needed: Callable[[], bool]) -> None:
+    def __init__(
+        self, socket: WorkSocket, engine: Engine, still_needed: Callable[[], bool], ready: Ready | None = None
+    ) -> None:
         self._socket = socket
         self._engine = engine
         self._still_needed = still_needed
-        self._sessions: dict[int, Session] = {}
+        #: What was told already; told again to an orchestrator that asks again.
+        self._ready = ready
+        self._sessions: dict[int, Session] = {}  # the one that was used last comes last
         self._queue: deque[_Work] = deque()
         self._current: _Work | None = None
         self._draining = False
@@ -135,15 +140,18 @@ class WorkerLoop:
             case Goodbye(reason):
                 log.info("dismissed", reason=reason)
                 self._dismissed = True
-            case Heartbeat() | Welcome():
-                pass  # a late answer to an earlier Hello or beat
+            case Welcome():  # it did not hear of us, or answers an earlier Hello
+                if self._ready is not None:
+                    self._socket.send(self._ready)
+            case Heartbeat():
+                pass
             case _:
                 log.warning("ignored: not for a worker", message=type(message).__name__)
 
     def _open(self, opened: OpenGeneration) -> None:
         if opened.generation in self._sessions:
             return
-        if len(self._sessions) >= MAX_SESSIONS:
+        if len(self._sessions) >= MAX_SESSIONS and not self._evict():
             log.warning("too many generations are open: one more is not", limit=MAX_SESSIONS)
             return
         sampling = SamplingParameters(
@@ -153,6 +161,14 @@ class WorkerLoop:
         self._sessions[opened.generation] = Session(
             opened.generation, opened.prompt_length, opened.correlation, sampling
         )
+
+    def _evict(self) -> bool:
+        """Close the generation that was idle longest: what closes it may be lost. If it goes on, it is opened again."""
+        busy = {work.request.generation for work in self._queue}
+        idle = next((generation for generation in self._sessions if generation not in busy), None)
+        if idle is not None:
+            self._close(idle)
+        return idle is not None
 
     def _close(self, generation: int) -> None:
         session = self._sessions.pop(generation, None)
@@ -164,19 +180,23 @@ class WorkerLoop:
         session = self._sessions.get(request.generation)
         if session is None:
             self._fail(request, "unknown_generation", "the generation is not open on this worker")
-        elif session.is_new(request.attempt):
-            problem = self._problem_with(request)
-            if problem is None:
-                self._queue.append(_Work(request, session))
-            else:
-                self._fail(request, "limit", problem)
+            return
+        self._sessions[request.generation] = self._sessions.pop(request.generation)
+        if not session.is_new(request.attempt):
+            answered = session.reply_to(request.attempt)
+            if answered is not None:
+                self._socket.send(answered)
+        elif self._draining:
+            self._fail(request, "draining", "this worker takes no more work")
+        elif (problem := self._problem_with(request)) is not None:
+            self._fail(request, "limit", problem)
+        else:
+            self._queue.append(_Work(request, session))
 
     def _problem_with(self, request: Draft | Verify) -> str | None:
         info = self._engine.info
         end = request.base + len(request.tokens)
         last = end if isinstance(request, Verify) else request.start + request.count
-        if self._draining:
-            return "this worker is draining"
         if len(self._queue) >= MAX_QUEUED_REQUESTS:
             return f"over {MAX_QUEUED_REQUESTS} requests are queued"
         if last > info.max_length:
@@ -271,5 +291,8 @@ class WorkerLoop:
     def _fail(self, request: Draft | Verify, code: str, message: str) -> None:
         self._send(Failed(request.generation, request.attempt, code, message))
 
-    def _send(self, reply: FromWorker) -> None:
+    def _send(self, reply: Reply) -> None:
+        session = self._sessions.get(reply.generation)
+        if session is not None and not (isinstance(reply, Drafted) and not reply.done):
+            session.remember(reply.attempt, reply)
         self._socket.send(reply)

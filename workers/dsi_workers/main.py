@@ -15,7 +15,7 @@ import structlog
 import zmq
 
 from dsi_protocol import PROTOCOL_VERSION, Failed, Goodbye, Hello, Ready, Welcome
-from dsi_workers.connection import Heart, Unreachable, WorkSocket, host_name, watch_parent
+from dsi_workers.connection import Address, CurveKeys, Heart, Unreachable, WorkSocket, host_name, watch_parent
 from dsi_workers.engines import EngineError, load_engine
 from dsi_workers.loop import WorkerLoop
 
@@ -40,6 +40,9 @@ class WorkerConfig:
     model: str = ""
     #: A supervisor holds our standard input: exit when it closes.
     supervised: bool = False
+    #: The number of this start of the process, if somebody chose one that knows us by it.
+    incarnation: int | None = None
+    keys: CurveKeys | None = None
 
 
 def run_worker(config: WorkerConfig) -> None:
@@ -50,9 +53,10 @@ def run_worker(config: WorkerConfig) -> None:
         return parent_gone is None or not parent_gone.is_set()
 
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    incarnation = secrets.randbits(64)
+    incarnation = secrets.randbits(64) if config.incarnation is None else config.incarnation
+    address = Address(config.endpoint, config.keys)
     try:
-        socket = WorkSocket(context, config.endpoint, incarnation, still_needed)
+        socket = WorkSocket(context, address, incarnation, still_needed)
     except zmq.ZMQError as error:
         raise WorkerError(f"cannot connect to {config.endpoint}: {error.strerror}") from None
     try:
@@ -60,7 +64,7 @@ def run_worker(config: WorkerConfig) -> None:
         if welcome is not None:
             heart = Heart(
                 context,
-                config.endpoint,
+                address,
                 incarnation=incarnation,
                 interval_s=welcome.heartbeat_ms / 1e3,
                 silence_s=welcome.silence_ms / 1e3,
@@ -98,6 +102,12 @@ def _introduce(
                 return welcome
             case Goodbye(reason):
                 raise WorkerError(f"the orchestrator at {config.endpoint} refused this worker: {reason}")
+        if socket.refused():
+            raise WorkerError(
+                f"{config.endpoint} turned this worker away: "
+                + ("its key is not allowed there" if config.keys else "it may want a key")
+                + " (dsi-actors keys new DIRECTORY NAME makes one, --key FILE takes it)"
+            )
         if time.monotonic() > complain_at:
             complain_at = time.monotonic() + _PATIENCE_S
             log.warning("no orchestrator yet, still trying", endpoint=config.endpoint)
@@ -127,19 +137,18 @@ def _serve(
     gc.collect()
     gc.freeze()
     info = engine.info
-    loop = WorkerLoop(socket, engine, lambda: still_needed() and not heart.orchestrator_gone)
-    signal.signal(signal.SIGTERM, lambda *_: loop.drain())
     load_ms = round((time.monotonic() - begun) * 1e3)
-    socket.send(
-        Ready(
-            info.vocabulary, info.vocabulary_size, info.max_length, info.window, info.latency_us,
-            info.window_latency_us, load_ms,
-        )
+    ready = Ready(
+        info.vocabulary, info.vocabulary_size, info.max_length, info.window, info.latency_us, info.window_latency_us,
+        load_ms,
     )  # fmt: skip
+    loop = WorkerLoop(socket, engine, lambda: still_needed() and not heart.gone, ready)
+    signal.signal(signal.SIGTERM, lambda *_: loop.drain())
+    socket.send(ready)
     log.info("ready", role=welcome.role, load_ms=load_ms, latency_ms=info.latency_us / 1e3)
     loop.run()
-    if heart.orchestrator_gone:
-        raise WorkerError(f"the orchestrator at {config.endpoint} is gone: this worker ends too")
+    if heart.gone:
+        raise WorkerError(f"the orchestrator at {config.endpoint} {heart.gone}: this worker ends")
     socket.offer(Goodbye("done"))
     log.info("done")
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsi_protocol import prefix_checksum
+from dsi_protocol import FromWorker, prefix_checksum
 
 #: More than can be queued: see loop.py.
 _REMEMBERED_ATTEMPTS = 8192
+#: More than an orchestrator waits for at a time.
+_REMEMBERED_REPLIES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +49,21 @@ class Session:
         #: _checksums[n] is the checksum of tokens[:n], as far as it was asked for.
         self._checksums = [0]
         self._seen: dict[int, None] = {}  # in the order of arrival
+        #: The last terminal replies: a request that comes again after its reply gets it again, since that may be lost.
+        self._replies: dict[int, FromWorker] = {}
+
+    def remember(self, attempt: int, reply: FromWorker) -> None:
+        """This was the terminal reply to the request `attempt`."""
+        self._replies[attempt] = reply
+        if len(self._replies) > _REMEMBERED_REPLIES:
+            del self._replies[next(iter(self._replies))]
+
+    def reply_to(self, attempt: int) -> FromWorker | None:
+        """The terminal reply that the request `attempt` got, if it is remembered."""
+        return self._replies.get(attempt)
 
     def is_new(self, attempt: int) -> bool:
-        """False for a request that came before: a frame may be delivered twice, a terminal reply is given once."""
+        """False for a request that came before: a frame may be delivered twice, the work is done once."""
         if attempt in self._seen:
             return False
         self._seen[attempt] = None

@@ -1,0 +1,55 @@
+"""What a worker that says Hello is told to be, or why it is refused. A function of the settings and of who is there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from dsi_actors.config import NGRAM, RANDOM, SELF_INT8, Config
+from dsi_protocol import PROTOCOL_VERSION, Hello, OptionValue
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What a worker is told to be."""
+
+    role: str
+    engine: str
+    model: str
+    options: Mapping[str, OptionValue]
+
+
+def assign(config: Config, hello: Hello, roles: Collection[str]) -> Assignment | str:
+    """The assignment, or the reason of the refusal. `roles`: of the workers that are there already."""
+    if hello.version != PROTOCOL_VERSION:
+        return f"it speaks protocol version {hello.version}, this orchestrator {PROTOCOL_VERSION}"
+    role = hello.role
+    if role == "auto":
+        lacks_drafter = config.drafter is not None and "drafter" not in roles and "target" in roles
+        role = "drafter" if lacks_drafter or hello.engine == NGRAM else "target"
+    if role == "target":
+        if hello.model not in ("", config.target):
+            return f"it has the model {hello.model!r}, but the target is {config.target!r}"
+        if hello.engine not in ("auto", config.engine):
+            return f"it has the engine {hello.engine!r}, but target servers here run {config.engine!r}"
+        return Assignment(role, config.engine, config.target, config.target_options)
+    if role == "drafter":
+        return _assign_drafter(config, hello)
+    return f"it wants the role {hello.role!r}: a worker is a target or a drafter"
+
+
+def _assign_drafter(config: Config, hello: Hello) -> Assignment | str:
+    reference = hello.model or config.drafter
+    if hello.engine == NGRAM or (reference == NGRAM and hello.engine == "auto"):
+        return Assignment("drafter", NGRAM, "", config.drafter_options)
+    if reference == RANDOM:
+        return Assignment("drafter", "timed", "", {"vocabulary_size": 256, "any_vocabulary": True, "acceptance": 0.0})
+    if config.engine == "timed":
+        return Assignment("drafter", "timed", "", config.drafter_options)
+    if reference is None:
+        return "no drafter is wanted here"
+    options = dict(config.drafter_options)
+    if reference == SELF_INT8:
+        reference = config.target
+        options["quantization"] = "int8"
+    return Assignment("drafter", config.engine, reference, options)

@@ -1,0 +1,49 @@
+"""`dsi-actors keys`: keys for workers on other machines. One file per worker; revoking one takes effect within a second."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from dsi_actors.cli.options import SubParsers, add_logging_option
+from dsi_actors.keys import Keyring, new_keys, revoke
+
+
+def add_parser(commands: SubParsers) -> None:
+    keys = commands.add_parser("keys", help="keys for workers on other machines", description=__doc__)
+    actions = keys.add_subparsers(title="actions", required=True, metavar="ACTION")
+    new = actions.add_parser("new", help="make a key for each NAME, and the orchestrator's own if there is none")
+    new.add_argument("directory", metavar="DIRECTORY", type=Path)
+    new.add_argument("names", metavar="NAME", nargs="+")
+    new.set_defaults(command=_new)
+    listing = actions.add_parser("list", help="whose keys are allowed")
+    listing.add_argument("directory", metavar="DIRECTORY", type=Path)
+    listing.set_defaults(command=_list)
+    revoking = actions.add_parser("revoke", help="the worker NAME is not heard any more")
+    revoking.add_argument("directory", metavar="DIRECTORY", type=Path)
+    revoking.add_argument("name", metavar="NAME")
+    revoking.set_defaults(command=_revoke)
+    for parser in (new, listing, revoking):
+        add_logging_option(parser)
+
+
+async def _new(arguments: argparse.Namespace) -> int:
+    for path in new_keys(arguments.directory, arguments.names):
+        sys.stdout.write(f"{path}\n")
+    sys.stderr.write(
+        f"Listen with --keys {arguments.directory}; carry each of these files to its worker's machine and start the "
+        "worker with --key FILE.\n"
+    )
+    return 0
+
+
+async def _list(arguments: argparse.Namespace) -> int:
+    for public, name in sorted(Keyring(arguments.directory).allowed.items(), key=lambda item: item[1]):
+        sys.stdout.write(f"{name}  {public}\n")
+    return 0
+
+
+async def _revoke(arguments: argparse.Namespace) -> int:
+    revoke(arguments.directory, arguments.name)
+    return 0

@@ -1,0 +1,144 @@
+"""Keys for workers on other machines: CurveZMQ, one key file per worker, revoked by removing its public half.
+
+A directory of keys looks like this; only `workers/NAME.key` leaves the orchestrator's machine::
+
+    orchestrator.key     secret: whoever has it can pretend to be this orchestrator
+    allowed/NAME.pub     who may connect
+    workers/NAME.key     secret: carry it to that worker's machine, then delete it here
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import zmq
+
+from dsi_actors.errors import ConfigError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+_KEY = re.compile(r"[!-~]{40}$")
+#: How often the directory is looked at. A key is revoked after so long.
+_LOOK_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerKey:
+    """What a worker needs to connect. Each is 40 characters of Z85."""
+
+    orchestrator: str
+    public: str
+    secret: str = field(repr=False)
+
+
+class Keyring:
+    """The orchestrator's side: its own key, and which workers' keys are allowed now. Raises ConfigError."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self._directory = Path(directory)
+        path = self._directory / "orchestrator.key"
+        if not path.is_file():
+            raise ConfigError(f"there is no {path}: make keys with dsi-actors keys new {directory} NAME")
+        self.public, self.secret = _read(path, "public", "secret")
+        self._looked_s = -_LOOK_S
+        self._changed_ns = -1
+        self._allowed: dict[str, str] = {}
+
+    @property
+    def allowed(self) -> dict[str, str]:
+        """Public key → name of the worker."""
+        now_s = time.monotonic()
+        if now_s - self._looked_s >= _LOOK_S:
+            self._looked_s = now_s
+            directory = self._directory / "allowed"
+            try:
+                changed_ns = directory.stat().st_mtime_ns
+                if changed_ns != self._changed_ns:
+                    names = sorted(directory.glob("*.pub"))
+                    self._allowed = {_read(path, "public")[0]: path.stem for path in names}
+                    self._changed_ns = changed_ns
+            except (OSError, ConfigError):
+                self._allowed, self._changed_ns = {}, -1  # nobody, rather than anybody
+        return self._allowed
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """What zmq.auth asks when a peer connects."""
+        return key.decode() in self.allowed
+
+
+def new_keys(directory: Path, names: list[str]) -> list[Path]:
+    """Make a key for each of these workers, and the orchestrator's if there is none. The files to carry to the workers."""
+    for name in names:
+        if not _NAME.match(name):
+            raise ConfigError(
+                f"{name!r} is no name for a key: use up to 64 letters, digits, dots, dashes and underscores"
+            )
+        for path in (directory / "allowed" / f"{name}.pub", directory / "workers" / f"{name}.key"):
+            if path.exists():
+                raise ConfigError(
+                    f"{path} exists already: revoke it first with dsi-actors keys revoke {directory} {name}"
+                )
+    try:
+        for each in (directory, directory / "allowed", directory / "workers"):
+            each.mkdir(mode=0o700, parents=True, exist_ok=True)
+        own = directory / "orchestrator.key"
+        if not own.exists():
+            public, secret = _pair()
+            _write(own, "Secret: whoever has it can pretend to be this orchestrator.", public=public, secret=secret)
+        orchestrator, _ = _read(own, "public", "secret")
+        made = []
+        for name in names:
+            public, secret = _pair()
+            path = directory / "workers" / f"{name}.key"
+            _write(
+                path, f"Secret: the key of worker {name}. Carry it to its machine: --key FILE.",
+                orchestrator=orchestrator, public=public, secret=secret,
+            )  # fmt: skip
+            _write(directory / "allowed" / f"{name}.pub", f"Worker {name} may connect.", public=public)
+            made.append(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write keys to {directory}: {error.strerror}") from None
+    return made
+
+
+def revoke(directory: Path, name: str) -> None:
+    """From a second later on this worker is not heard any more."""
+    allowed = directory / "allowed" / f"{name}.pub"
+    if not _NAME.match(name) or not allowed.is_file():
+        raise ConfigError(f"no worker {name!r} is allowed by {directory}: see dsi-actors keys list {directory}")
+    allowed.unlink()
+    (directory / "workers" / f"{name}.key").unlink(missing_ok=True)
+
+
+def load_worker_key(path: str | Path) -> WorkerKey:
+    """Read one file of `workers/`. Raises ConfigError."""
+    return WorkerKey(*_read(Path(path), "orchestrator", "public", "secret"))
+
+
+def _pair() -> tuple[str, str]:
+    public, secret = zmq.curve_keypair()
+    return public.decode(), secret.decode()
+
+
+def _read(path: Path, *names: str) -> tuple[str, ...]:
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the key {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
+        found = {}
+    values = tuple(str(found.get(name, "")) for name in names)
+    if not all(_KEY.match(value) for value in values):
+        raise ConfigError(f"{path} is no key file: it must have {', '.join(names)}, as dsi-actors keys new writes them")
+    return values
+
+
+def _write(path: Path, comment: str, **values: str) -> None:
+    """Readable by this user alone, from the first byte on. Z85 has neither quotes nor backslashes."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(f"# {comment}\n" + "".join(f'{name} = "{value}"\n' for name, value in values.items()))
