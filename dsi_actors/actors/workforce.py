@@ -42,6 +42,8 @@ MAX_LOADING = 64
 _MAX_REMEMBERED_DISMISSALS = 1024
 _MAX_REMEMBERED_FAILURES = 256
 _LOADING_PATIENCE_S = 30.0
+#: A worker that thinks us dead too early has to load its model again: it waits for so many times our own patience.
+_WORKERS_PATIENCE = 5
 _MAX_REASON_CHARS = 500
 
 
@@ -221,7 +223,8 @@ class Workforce(Actor[WorkforceMessage]):
         )  # fmt: skip
         welcome = Welcome(
             PROTOCOL_VERSION, assignment.role, assignment.engine, assignment.model,
-            {**assignment.options, "calibrate": config.calibrate}, config.heartbeat_ms, config.silence_ms,
+            {**assignment.options, "calibrate": config.calibrate}, config.heartbeat_ms,
+            config.silence_ms * _WORKERS_PATIENCE,
         )  # fmt: skip
         now_s = time.monotonic()
         member = _Member(worker, welcome, now_s, now_s, now_s)

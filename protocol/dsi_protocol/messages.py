@@ -41,7 +41,7 @@ class Welcome:
     model: Text
     options: Options  # settings of the engine
     heartbeat_ms: U32  # how often the worker sends Heartbeat
-    silence_ms: U32  # either side is taken for dead after so long without a word
+    silence_ms: U32  # a worker ends when its orchestrator was silent for so long
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -52,6 +53,19 @@ async def text_of(stream: dsi_actors.GenerationStream) -> list[int]:
 def start_worker(endpoint: str, *arguments: str, device: str = "cpu") -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "dsi_actors.worker", "--gpu", device, "--connect", endpoint, *arguments]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+@contextmanager
+def workers(endpoint: str, *arguments: Sequence[str]) -> Iterator[list[subprocess.Popen[str]]]:
+    """A worker process for each list of arguments. They are asked to leave at the end."""
+    started = [start_worker(endpoint, *words) for words in arguments]
+    try:
+        yield started
+    finally:
+        for worker in started:
+            worker.terminate()
+        for worker in started:
+            worker.communicate(timeout=10)
 
 
 def all_gone(process_ids: Iterable[int], within_s: float) -> bool:

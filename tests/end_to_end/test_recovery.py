@@ -1,0 +1,188 @@
+"""Workers die, hang and come back at every moment of a generation: the text is the same, and the workers are back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+import dsi_actors
+from dsi_actors.actors.worker_handle import WorkerHandle
+from dsi_protocol import Draft, Verify
+from support.timed import PROMPT, all_gone, plain_decoding, start_worker, text_of, timed_config
+
+TOKENS = 40
+DETECTION_MS = 600
+
+
+@pytest.fixture
+async def orchestrator() -> AsyncIterator[dsi_actors.Orchestrator]:
+    config = timed_config(target_ms=12, drafter_ms=3, heartbeat_ms=100, silence_ms=DETECTION_MS)
+    async with dsi_actors.Orchestrator(config) as running:
+        yield running
+
+
+async def until(condition: Any, within_s: float = 10) -> None:
+    async with asyncio.timeout(within_s):
+        while not condition():  # noqa: ASYNC110  it is about other processes
+            await asyncio.sleep(0.001)
+
+
+def busy(worker: WorkerHandle) -> bool:
+    wanted = Verify if worker.role == "target" else Draft
+    return any(isinstance(flight.request, wanted) for flight in worker._in_flight.values())
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("phase", ["idle", "prompt", "working", "last tokens"])
+@pytest.mark.parametrize("role", ["target", "drafter"])
+async def test_a_worker_may_die_at_any_moment(
+    orchestrator: dsi_actors.Orchestrator, role: str, phase: str, how: signal.Signals
+) -> None:
+    victim = next(worker for worker in orchestrator.workers if worker.role == role)
+    before = set(orchestrator.process_ids)
+    text: list[int] = []
+
+    async def read() -> None:
+        async for tokens in orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=TOKENS)):
+            text.extend(tokens)
+
+    if phase == "idle":
+        os.kill(victim.hello.process, how)
+    reading = asyncio.create_task(read())
+    at_least = {"idle": 0, "prompt": 0, "working": 10, "last tokens": TOKENS - 4}[phase]
+    if phase != "idle":
+        await until(lambda: len(text) >= at_least and (busy(victim) or reading.done()))
+        os.kill(victim.hello.process, how)
+    async with asyncio.timeout(10):
+        await reading
+    assert text == plain_decoding(PROMPT, TOKENS)
+    assert await orchestrator.wait_for_workers(targets=2, drafters=1, timeout_s=10)
+    await until(lambda: victim.lost)
+    assert await orchestrator.wait_for_workers(targets=2, drafters=1, timeout_s=10), "it is started again"
+    assert all_gone({victim.hello.process}, within_s=1), "and what hangs is fenced"
+    assert len(set(orchestrator.process_ids) - before) == 1
+    assert await text_of(orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=TOKENS))) == text
+
+
+async def test_all_workers_die_at_once(orchestrator: dsi_actors.Orchestrator) -> None:
+    text: list[int] = []
+    async with asyncio.timeout(20):
+        async for tokens in orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=TOKENS)):
+            text.extend(tokens)
+            if len(text) > 10 and len(text) - len(tokens) <= 10:
+                for process in orchestrator.process_ids:
+                    os.kill(process, signal.SIGKILL)
+    assert text == plain_decoding(PROMPT, TOKENS)
+
+
+async def test_a_drafter_that_is_back_drafts_again(orchestrator: dsi_actors.Orchestrator) -> None:
+    victim = next(worker for worker in orchestrator.workers if worker.role == "drafter")
+    os.kill(victim.hello.process, signal.SIGKILL)
+    await until(lambda: victim.lost)
+    stream = orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=400))
+    accepted = [accepted async for tokens in stream for accepted in tokens.accepted]
+    assert not any(accepted[:3]), "it began without a drafter"
+    assert sum(accepted[-100:]) > 20, "and went on with one"
+
+
+async def test_a_worker_that_dies_too_often_is_left_dead() -> None:
+    async with dsi_actors.Orchestrator(timed_config(restarts=1)) as orchestrator:
+        for left in (3, 2):
+            victim = next(worker for worker in orchestrator.workers if worker.role == "drafter")
+            os.kill(victim.hello.process, signal.SIGKILL)
+            await until(lambda victim=victim: victim.lost)
+            await until(lambda left=left: len(orchestrator.workers) == left)
+        await asyncio.sleep(1)
+        assert [worker.role for worker in orchestrator.workers] == ["target", "target"]
+        text = await text_of(orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=TOKENS)))
+        assert text == plain_decoding(PROMPT, TOKENS)
+
+
+async def test_a_worker_that_is_asked_to_leave_is_not_started_again(orchestrator: dsi_actors.Orchestrator) -> None:
+    victim = next(worker for worker in orchestrator.workers if worker.role == "target")
+    os.kill(victim.hello.process, signal.SIGTERM)
+    text = await text_of(orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=TOKENS)))
+    assert text == plain_decoding(PROMPT, TOKENS)
+    assert all_gone({victim.hello.process}, within_s=2)
+    await asyncio.sleep(0.5)
+    assert len(orchestrator.process_ids) == 2
+
+
+async def test_a_worker_that_was_taken_for_dead_ends_when_it_wakes(tmp_path: Any) -> None:
+    """One that nobody here can kill: on another machine. What it had to say comes too late."""
+    config = timed_config(listen=f"ipc://{tmp_path}/dsi.sock", silence_ms=DETECTION_MS)
+    async with dsi_actors.Orchestrator(config) as orchestrator:
+        workers = [start_worker(orchestrator.endpoint, "--role", role) for role in ("target", "target", "drafter")]
+        assert await orchestrator.wait_for_workers(targets=2, drafters=1, timeout_s=20)
+        text: list[int] = []
+        async for tokens in orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=300)):
+            text.extend(tokens)
+            if len(text) > 10 and len(text) - len(tokens) <= 10:
+                os.kill(workers[0].pid, signal.SIGSTOP)
+        await until(lambda: len(orchestrator.workers) == 2)
+        os.kill(workers[0].pid, signal.SIGCONT)
+        assert text == plain_decoding(PROMPT, 300)
+        await asyncio.to_thread(workers[0].wait, 3)
+        assert len(orchestrator.workers) == 2
+    for worker in workers:
+        worker.communicate(timeout=5)
+
+
+async def test_a_generation_is_resumed_wherever_it_was_cut(orchestrator: dsi_actors.Orchestrator) -> None:
+    sampling = dsi_actors.Sampling(max_tokens=TOKENS, temperature=0.7, seed=3)
+    whole = await text_of(orchestrator.generate(PROMPT, sampling))
+    for cut in (0, 1, 17, TOKENS - 1, TOKENS):
+        stream = orchestrator.generate(PROMPT, sampling, resumed=whole[:cut])
+        assert await text_of(stream) == whole[cut:]
+        report = await stream.report()
+        assert (report.tokens, report.finish_reason) == (TOKENS - cut, "length")
+
+
+async def test_an_error_carries_what_a_resumption_needs() -> None:
+    sampling = dsi_actors.Sampling(max_tokens=TOKENS)
+    text: list[int] = []
+    async with dsi_actors.Orchestrator(timed_config(target_wait_s=0.1, restarts=0)) as orchestrator:
+        with contextlib.suppress(dsi_actors.NoTargetError):
+            async for tokens in orchestrator.generate(PROMPT, sampling):
+                text.extend(tokens)
+                for worker in orchestrator.workers:
+                    if worker.role == "target":
+                        os.kill(worker.hello.process, signal.SIGKILL)
+    assert 0 < len(text) < TOKENS
+    async with dsi_actors.Orchestrator(timed_config()) as orchestrator:
+        rest = await text_of(orchestrator.generate(PROMPT, sampling, resumed=text))
+    assert text + rest == plain_decoding(PROMPT, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("resumed", "problem"),
+    [
+        ([1] * (TOKENS + 1), f"{TOKENS + 1} tokens are resumed, over max_tokens {TOKENS}"),
+        ([1, 5, 2], "the resumed tokens go on after the stop token 5"),
+        ([1, 5000], "token 5000 is outside the target's vocabulary"),
+    ],
+)
+async def test_what_cannot_be_resumed_is_named(
+    orchestrator: dsi_actors.Orchestrator, resumed: list[int], problem: str
+) -> None:
+    sampling = dsi_actors.Sampling(max_tokens=TOKENS, stop_token_ids=(5,))
+    with pytest.raises(dsi_actors.ConfigError, match=problem):
+        await text_of(orchestrator.generate(PROMPT, sampling, resumed=resumed))
+
+
+async def test_an_orchestrator_that_stood_still_blames_nobody(orchestrator: dsi_actors.Orchestrator) -> None:
+    reading = asyncio.create_task(text_of(orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=TOKENS))))
+    await asyncio.sleep(0.1)
+    before = set(orchestrator.process_ids)
+    time.sleep(2 * DETECTION_MS / 1e3)  # noqa: ASYNC251  a service that blocks its event loop
+    assert await reading == plain_decoding(PROMPT, TOKENS)
+    await asyncio.sleep(0.5)
+    assert set(orchestrator.process_ids) == before
+    assert len(orchestrator.workers) == 3

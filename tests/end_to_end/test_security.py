@@ -1,0 +1,187 @@
+"""Who gets in: keys, and what strangers can do to a generation that runs meanwhile (nothing)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import dsi_actors
+from dsi_actors.keys import Keyring, load_worker_key, new_keys, revoke
+from support.strangers import giant_frame, half_a_handshake, strange_frames
+from support.timed import PROMPT, plain_decoding, start_worker, text_of, timed_config, workers
+
+TOKENS = 60
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    new_keys(tmp_path / "keys", ["one", "two", "three"])
+    return tmp_path / "keys"
+
+
+def roles_and_keys(keys: Path) -> list[list[str]]:
+    roles = {"one": "target", "two": "target", "three": "drafter"}
+    return [["--role", role, "--key", str(keys / "workers" / f"{name}.key")] for name, role in roles.items()]
+
+
+@pytest.fixture
+async def guarded(keys: Path) -> AsyncIterator[dsi_actors.Orchestrator]:
+    """An orchestrator on TCP that wants keys, and three workers that have some."""
+    config = timed_config(listen="tcp://127.0.0.1:*", keys=str(keys), silence_ms=1000)
+    async with dsi_actors.Orchestrator(config) as orchestrator:
+        with workers(orchestrator.endpoint, *roles_and_keys(keys)):
+            assert await orchestrator.wait_for_workers(targets=2, drafters=1, timeout_s=20)
+            yield orchestrator
+
+
+async def test_workers_with_keys_serve(guarded: dsi_actors.Orchestrator) -> None:
+    text = await text_of(guarded.generate(PROMPT, dsi_actors.Sampling(max_tokens=TOKENS)))
+    assert text == plain_decoding(PROMPT, TOKENS)
+
+
+@pytest.mark.parametrize("key", ["none", "not allowed", "for another orchestrator"])
+async def test_a_worker_without_the_right_key_is_turned_away(
+    guarded: dsi_actors.Orchestrator, keys: Path, tmp_path: Path, key: str
+) -> None:
+    other = tmp_path / "other"
+    [path] = new_keys(other, ["stranger"])
+    arguments = [] if key == "none" else ["--key", str(path)]
+    if key == "not allowed":
+        text = path.read_text().replace(load_worker_key(path).orchestrator, Keyring(keys).public)
+        path.write_text(text)
+    stranger = start_worker(guarded.endpoint, "--role", "target", *arguments)
+    text_there = await text_of(guarded.generate(PROMPT, dsi_actors.Sampling(max_tokens=TOKENS)))
+    assert text_there == plain_decoding(PROMPT, TOKENS)
+    if key == "for another orchestrator":  # it cannot even tell that somebody is there
+        stranger.kill()
+        await asyncio.to_thread(stranger.communicate, None, 10)
+    else:
+        _, said = await asyncio.to_thread(stranger.communicate, None, 10)
+        assert stranger.returncode == 1
+        assert "turned this worker away" in said
+        assert "dsi-actors keys new DIRECTORY NAME makes one" in said
+    assert len(guarded.workers) == 3
+
+
+async def test_a_handshake_that_was_listened_to_opens_nothing(guarded: dsi_actors.Orchestrator, keys: Path) -> None:
+    host, port = guarded.endpoint.removeprefix("tcp://").rsplit(":", 1)
+    connections: list[bytearray] = []
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there_reader, there_writer = await asyncio.open_connection(host, int(port))
+        connections.append(bytearray())
+        said = connections[-1]
+
+        async def carry(source: asyncio.StreamReader, sink: asyncio.StreamWriter, keep: bool) -> None:
+            while words := await source.read(4096):
+                if keep:
+                    said.extend(words)
+                sink.write(words)
+            sink.close()
+
+        await asyncio.gather(carry(reader, there_writer, True), carry(there_reader, writer, False))
+
+    async with await asyncio.start_server(relay, "127.0.0.1", 0) as server:
+        listened_to = f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        new_keys(keys, ["four"])
+        with workers(listened_to, ["--role", "target", "--key", str(keys / "workers" / "four.key")]):
+            assert await guarded.wait_for_workers(targets=3, drafters=1, timeout_s=20)
+            before = bytes(connections[0])
+        server.close()
+    assert len(before) > 500, "greeting, hello, initiate, and messages"
+    root = guarded._root
+    assert root is not None
+    members = len(root.workforce.workers)
+    for replayed in (before, before[:300]):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(replayed)
+        async with asyncio.timeout(10):
+            answer = await reader.read(100_000)
+            while more := await reader.read(100_000):
+                answer += more
+        writer.close()
+        assert len(answer) < 400, "a greeting and a cookie, nothing that was meant for the worker"
+    assert len(root.workforce.workers) <= members
+
+
+async def test_a_revoked_key_is_not_heard_any_more(guarded: dsi_actors.Orchestrator, keys: Path) -> None:
+    text: list[int] = []
+    async for tokens in guarded.generate(PROMPT, dsi_actors.Sampling(max_tokens=600)):
+        text.extend(tokens)
+        if len(text) > 10 and len(text) - len(tokens) <= 10:
+            revoke(keys, "two")
+    async with asyncio.timeout(10):
+        while len(guarded.workers) > 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    assert text == plain_decoding(PROMPT, 600)
+
+
+def test_keys_are_private_and_names_are_checked(keys: Path) -> None:
+    for path in [keys / "orchestrator.key", *(keys / "workers").iterdir()]:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert sorted(Keyring(keys).allowed.values()) == ["one", "three", "two"]
+    for name, problem in (("../one", "is no name for a key"), ("one", "exists already: revoke it first")):
+        with pytest.raises(dsi_actors.ConfigError, match=problem):
+            new_keys(keys, [name])
+    with pytest.raises(dsi_actors.ConfigError, match="no worker 'four' is allowed"):
+        revoke(keys, "four")
+    with pytest.raises(dsi_actors.ConfigError, match=r"there is no .*orchestrator.key: make keys with"):
+        Keyring(keys / "workers")
+    with pytest.raises(dsi_actors.ConfigError, match="is no key file: it must have orchestrator, public, secret"):
+        load_worker_key(keys / "allowed" / "one.pub")
+
+
+def test_the_command_makes_lists_and_revokes(tmp_path: Path) -> None:
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-m", "dsi_actors.cli.main", "keys", *arguments]
+        return subprocess.run(words, capture_output=True, text=True, check=False)
+
+    directory = str(tmp_path / "keys")
+    made = command("new", directory, "gpu-1", "gpu-2")
+    assert made.stdout.split() == [f"{directory}/workers/gpu-1.key", f"{directory}/workers/gpu-2.key"]
+    assert [line.split()[0] for line in command("list", directory).stdout.splitlines()] == ["gpu-1", "gpu-2"]
+    assert command("revoke", directory, "gpu-1").returncode == 0
+    assert [line.split()[0] for line in command("list", directory).stdout.splitlines()] == ["gpu-2"]
+    again = command("revoke", directory, "gpu-1")
+    assert again.returncode == 1
+    assert again.stderr.startswith("dsi-actors: no worker 'gpu-1' is allowed")
+
+
+@pytest.mark.parametrize("attack", [giant_frame, half_a_handshake, strange_frames])
+async def test_nonsense_is_refused_and_harms_nobody(attack: Callable[[str], None]) -> None:
+    async with dsi_actors.Orchestrator(timed_config(listen="tcp://127.0.0.1:*")) as orchestrator:
+        with workers(orchestrator.endpoint, *(["--role", role] for role in ("target", "target", "drafter"))):
+            assert await orchestrator.wait_for_workers(targets=2, drafters=1, timeout_s=20)
+            stream = orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=TOKENS))
+            reading = asyncio.create_task(text_of(stream))
+            await asyncio.to_thread(attack, orchestrator.endpoint)
+            assert await reading == plain_decoding(PROMPT, TOKENS)
+            assert len(orchestrator.workers) == 3
+
+
+async def test_a_flood_of_hellos_keeps_nobody_out() -> None:
+    async with dsi_actors.Orchestrator(timed_config(listen="tcp://127.0.0.1:*", silence_ms=2000)) as orchestrator:
+        endpoint = orchestrator.endpoint
+        with workers(endpoint, ["--role", "target"]), flooding(endpoint, seconds=6.0):
+            assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=20)
+            with workers(endpoint, ["--role", "drafter"]):
+                text = await text_of(orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=TOKENS)))
+                assert text == plain_decoding(PROMPT, TOKENS)
+                assert await orchestrator.wait_for_workers(targets=1, drafters=1, timeout_s=15), "a real one gets in"
+
+
+@contextmanager
+def flooding(endpoint: str, seconds: float) -> Iterator[None]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", "support.strangers", endpoint, str(seconds)]
+    with subprocess.Popen(command, env=environment) as process:
+        yield
+        process.kill()
