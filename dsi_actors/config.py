@@ -45,7 +45,7 @@ class Config:
     drafter_options: Mapping[str, OptionValue] = field(default_factory=dict)
     #: Let workers measure their latencies when they start, so that the first generation begins with a good lookahead.
     calibrate: bool = True
-    heartbeat_ms: int = 500
+    heartbeat_ms: int = 250
     #: The detection time: a peer that was silent for so long is taken for dead. A request without any reply for half of it
     #: is sent again.
     silence_ms: int = 2000

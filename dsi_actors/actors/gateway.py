@@ -89,9 +89,12 @@ class Gateway:
 
     def send(self, identity: bytes, message: FromOrchestrator) -> None:
         """Hand the message to ZMQ. Never waits. Raises PeerGone."""
+        self.send_frame(identity, encode(message))
+
+    def send_frame(self, identity: bytes, frame: bytes) -> None:
+        """The same for what is encoded already, or is no message at all."""
         if self._closed:
             raise PeerGone
-        frame = encode(message)
         try:
             self._socket.send(identity, zmq.NOBLOCK | zmq.SNDMORE)
             self._socket.send(frame, zmq.NOBLOCK)

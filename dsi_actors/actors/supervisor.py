@@ -9,6 +9,7 @@ import secrets
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -73,7 +74,10 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
         self._config = config
         self._on_exit = on_exit
         self._processes: dict[int, asyncio.subprocess.Process] = {}  # by incarnation
-        self._launching: set[int] = set()
+        self._launching: dict[int, float] = {}  # by incarnation: since when
+        self._ready_s: dict[int, float] = {}  # by incarnation: since when
+        #: How long the last workers took from their start to Ready.
+        self.start_times_s: deque[float] = deque(maxlen=64)
         #: Whether workers that die are started again.
         self.restarts = False
 
@@ -87,7 +91,10 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
 
     def on_ready(self, incarnation: int) -> None:
         """The worker has become ready: it was launched in time."""
-        self._launching.discard(incarnation)
+        since_s = self._launching.pop(incarnation, None)
+        if since_s is not None:
+            self._ready_s[incarnation] = time.monotonic()
+            self.start_times_s.append(self._ready_s[incarnation] - since_s)
 
     def fence(self, incarnation: int) -> None:
         """Make sure that this worker, if it is one of ours, does nothing any more. It may be stopped, not dead."""
@@ -121,7 +128,7 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
     def receive(self, message: SupervisorMessage) -> None:
         match message:
             case Started(_, incarnation, _):
-                self._launching.add(incarnation)
+                self._launching[incarnation] = time.monotonic()
                 self.spawn(self._watch(message))
                 self.spawn(self._launch_time(incarnation))
             case LaunchTimedOut(incarnation) if incarnation in self._launching and self.restarts:
@@ -131,15 +138,17 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
                 pass
             case Exited(slot, incarnation, process):
                 self._processes.pop(incarnation, None)
-                self._launching.discard(incarnation)
+                self._launching.pop(incarnation, None)
+                now_s = time.monotonic()
+                served_s = now_s - self._ready_s.pop(incarnation, now_s)
                 code = process.returncode
                 assert code is not None
                 self._on_exit(incarnation, slot.spec, code)
                 if self.restarts and code != 0:  # 0: somebody asked it to leave
-                    self._restart(slot)
+                    self._restart(slot, served_s)
 
-    def _restart(self, slot: _Slot) -> None:
-        delay_s = slot.budget.delay_s(time.monotonic())
+    def _restart(self, slot: _Slot, served_s: float) -> None:
+        delay_s = slot.budget.delay_s(time.monotonic(), served_s)
         if delay_s is None:
             log.error(
                 "a worker died too often: not started again", role=slot.spec.role, device=slot.spec.device,

@@ -40,8 +40,13 @@ _MOST_REOPENINGS = 3
 #: A worker may be faulty so often before it is not used any more, by anyone.
 _MOST_FAULTS = 3
 _CLOCK_SLACK_US = 1000
-#: Replies to nothing that was asked come when messages are sent twice: a few at once, and some now and then.
-_UNASKED_BURST, _UNASKED_PER_S = 16.0, 1.0
+#: A network that doubles messages, and requests that are sent again, have replies come again: at most so many, at once and
+#: per second.
+_REPEATED_BURST, _REPEATED_PER_S = 1000.0, 200.0
+#: Whether a reply comes again is known of so many of the last ones.
+_REMEMBERED_REPLIES = 1024
+#: Replies to what was never asked: a working worker gives none.
+_UNASKED_BURST, _UNASKED_PER_S = 8.0, 0.1
 
 AnyTimed = TypeVar("AnyTimed", Drafted, Verified)
 
@@ -89,14 +94,17 @@ class WorkerHandle:
         self.lost = False
         #: It takes no more work and goes by itself.
         self.leaving = False
-        #: Replies to nothing that was asked. A few come with restarts; many are a fault of the worker.
+        #: Replies to nothing that was asked, and replies that came again.
         self.unasked_replies = 0
+        self.repeated_replies = 0
         #: What no working worker would do.
         self.faults = 0
         self._send = send
         self._patience_s = patience_s
         self._on_useless = on_useless
         self._unasked = TokenBucket(_UNASKED_BURST, _UNASKED_PER_S, time.monotonic())
+        self._repeated = TokenBucket(_REPEATED_BURST, _REPEATED_PER_S, time.monotonic())
+        self._answered: dict[tuple[int, int], None] = {}  # in the order of the answers
         self._opened: dict[int, OpenGeneration] = {}
         self._in_flight: dict[tuple[int, int], _Flight] = {}
         #: By generation: requests of this attempt or an earlier one are cancelled, also those still to come.
@@ -218,6 +226,9 @@ class WorkerHandle:
             elif self._open_again(flight):
                 return
         self._in_flight.pop(key, None)  # on_drafted may have lost the worker
+        self._answered[key] = None
+        if len(self._answered) > _REMEMBERED_REPLIES:
+            del self._answered[next(iter(self._answered))]
         flight.on_reply(reply)
 
     def _open_again(self, flight: _Flight) -> bool:
@@ -231,6 +242,11 @@ class WorkerHandle:
         return True
 
     def _on_unasked(self, reply: Reply, now_s: float) -> None:
+        if (reply.generation, reply.attempt) in self._answered:
+            self.repeated_replies += 1
+            if not self._repeated.take(now_s):
+                self._on_useless(f"it repeats itself: {self.repeated_replies} replies came again so far")
+            return
         self.unasked_replies += 1
         log.debug("unasked reply", worker=str(self), reply=type(reply).__name__)
         if not self._unasked.take(now_s):

@@ -16,6 +16,8 @@ from dsi_actors.cli import (
     bench_overhead,
     bench_table2,
     bench_timed,
+    chaos,
+    conformance,
     generate,
     keys,
     plan,
@@ -34,6 +36,8 @@ def main() -> int:
     plan.add_parser(commands)
     simulate.add_parser(commands)
     keys.add_parser(commands)
+    chaos.add_parser(commands)
+    conformance.add_parser(commands)
     bench = commands.add_parser("bench", help="measure this machine")
     benches = bench.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
     bench_overhead.add_parser(benches)

@@ -17,5 +17,10 @@ def test_what_is_long_ago_is_forgotten() -> None:
     assert budget.delay_s(200.0) == 0.0
 
 
+def test_one_that_served_is_started_again_at_once() -> None:
+    budget = RestartBudget(3, 60.0)
+    assert [budget.delay_s(float(now_s), served_s=9.0) for now_s in range(4)] == [0.0, 0.0, 0.0, None]
+
+
 def test_none_at_all() -> None:
     assert RestartBudget(0, 60.0).delay_s(0.0) is None

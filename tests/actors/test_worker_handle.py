@@ -33,7 +33,9 @@ def test_there_is_one_terminal_reply(handle: WorkerHandle, sent: list[FromOrches
     handle.on_reply(reply)
     assert answers == [reply]
     handle.on_reply(reply)
-    assert handle.unasked_replies == 1
+    assert (handle.repeated_replies, handle.unasked_replies) == (1, 0)
+    handle.on_reply(Verified(1, 6, 2, (5,), (), 1, 20))
+    assert (handle.repeated_replies, handle.unasked_replies) == (1, 1)
     assert answers == [reply]
 
 
@@ -132,11 +134,24 @@ def test_a_worker_that_says_what_nobody_asked_is_useless_after_a_while() -> None
     reasons: list[str] = []
     hello = Hello(1, 1, "target", "timed", "", "cpu:0", "host", 1)
     handle = WorkerHandle(1, b"id", hello, "target", lambda message: None, on_useless=reasons.append)
-    for attempt in range(16):
+    for attempt in range(8):
         handle.on_reply(Verified(9, attempt, 2, (5,), (), 1, 20))
     assert reasons == []
     handle.on_reply(Verified(9, 99, 2, (5,), (), 1, 20))
-    assert "what nobody asked for: 17 replies" in reasons[0]
+    assert "what nobody asked for: 9 replies" in reasons[0]
+
+
+def test_a_worker_that_repeats_itself_without_end_is_useless_too() -> None:
+    reasons: list[str] = []
+    hello = Hello(1, 1, "target", "timed", "", "cpu:0", "host", 1)
+    handle = WorkerHandle(1, b"id", hello, "target", lambda message: None, on_useless=reasons.append)
+    handle.verify(VERIFY, lambda reply: None)
+    for _ in range(1000):
+        handle.on_reply(Verified(1, 7, 2, (5,), (), 1, 20))
+    assert reasons == []
+    for _ in range(1000):
+        handle.on_reply(Verified(1, 7, 2, (5,), (), 1, 20))
+    assert "it repeats itself" in reasons[0]
 
 
 def test_a_worker_that_is_faulty_three_times_is_useless() -> None:

@@ -1,0 +1,61 @@
+"""`dsi-actors chaos`: workers are killed and stopped, messages lost and doubled, while generations run. Is any text lost?
+
+Real worker processes with the `timed` engine behind a proxy of our own. Exits with 1 if a generation was lost, or gave
+another text than plain decoding without faults, or if anything was left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from dsi_actors.chaos.run import Chaos, as_dict
+from dsi_actors.cli.machine import describe_machine
+from dsi_actors.cli.options import SubParsers, add_logging_option
+from dsi_actors.config import Config
+from dsi_actors.errors import ConfigError
+
+
+def add_parser(commands: SubParsers) -> None:
+    parser = commands.add_parser("chaos", help="kill workers, lose messages, compare texts", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=1.0, metavar="M", help="default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="which faults in which order")
+    parser.add_argument(
+        "--pause", type=float, default=2.0, metavar="S", help="between faults, on average (%(default)s)"
+    )
+    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="of each generation (%(default)s)")
+    parser.add_argument("--target-ms", type=float, default=20.0, metavar="T")
+    parser.add_argument("--drafter-ms", type=float, default=4.0, metavar="D")
+    parser.add_argument("--acceptance", type=float, default=0.8, metavar="A")
+    parser.add_argument("--detection-ms", type=int, default=2000, metavar="D", help="silence that means death")
+    parser.add_argument("--json", action="store_true")
+    add_logging_option(parser)
+    parser.set_defaults(command=run, log_level="error")
+
+
+async def run(arguments: argparse.Namespace) -> int:
+    if arguments.minutes <= 0 or arguments.pause <= 0 or arguments.tokens < 1:
+        raise ConfigError("--minutes and --pause must be above 0, --tokens at least 1")
+    config = Config(
+        engine="timed", sp=2, devices=("cpu",), log_level=arguments.log_level, silence_ms=arguments.detection_ms,
+        heartbeat_ms=arguments.detection_ms // 8, restarts=1_000_000,
+        target_options={"latency_ms": arguments.target_ms},
+        drafter_options={"latency_ms": arguments.drafter_ms, "acceptance": arguments.acceptance},
+    )  # fmt: skip
+    chaos = Chaos(
+        seconds=60 * arguments.minutes, seed=arguments.seed, tokens=arguments.tokens, pause_s=arguments.pause, config=config
+    )  # fmt: skip
+    outcome = as_dict(await chaos.run(), config)
+    if arguments.json:
+        sys.stdout.write(json.dumps({"machine": describe_machine(), **outcome}) + "\n")
+    else:
+        table = Table("", "")
+        for name, value in outcome.items():
+            table.add_row(name, f"{value:.0f}" if isinstance(value, float) else str(value))
+        Console(highlight=False).print(table)
+    bad = ("lost", "differing", "leaked_processes", "leaked_descriptors")
+    return 1 if any(outcome[name] for name in bad) else 0

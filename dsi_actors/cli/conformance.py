@@ -1,0 +1,62 @@
+"""`dsi-actors conformance ENDPOINT`: plays the orchestrator against one worker, and prints which rules of SPEC.md it breaks.
+
+Start this first, then any worker that connects to ENDPOINT. Exits with 1 if the worker fails a check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from rich.console import Console
+
+from dsi_actors.cli.options import SubParsers, add_logging_option
+from dsi_actors.config import Config
+from dsi_actors.conformance.checks import COMMON, DRAFTER, JOINING, LEAVING, TARGET, Check, is_drafter
+from dsi_actors.conformance.peer import Nonconformance, Peer
+
+
+def add_parser(commands: SubParsers) -> None:
+    parser = commands.add_parser("conformance", help="examine a worker", description=__doc__)
+    parser.add_argument("endpoint", metavar="ENDPOINT", help="where to listen, such as tcp://127.0.0.1:5555")
+    parser.add_argument("--json", action="store_true")
+    add_logging_option(parser)
+    parser.set_defaults(command=run, log_level="error")
+
+
+async def run(arguments: argparse.Namespace) -> int:
+    Config(engine="timed", listen=arguments.endpoint)  # checks the endpoint
+    out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
+    peer = Peer(arguments.endpoint)
+    results: list[dict[str, object]] = []
+
+    async def examine(*checks: Check) -> bool:
+        for check in checks:
+            name = (check.__doc__ or check.__name__).strip().splitlines()[0]
+            try:
+                peer.close_generations()
+                await check(peer)
+                problem = ""
+            except Nonconformance as found:
+                problem = str(found)
+            results.append({"check": name, "passed": not problem, "problem": problem})
+            if not arguments.json:
+                out.print(f"[green]pass[/green]  {name}" if not problem else f"[red]FAIL[/red]  {name}")
+                if problem:
+                    out.print(f"      {problem}", markup=False)
+        return all(result["passed"] for result in results)
+
+    try:
+        err.print(f"waiting for a worker at {peer.endpoint}")
+        if await examine(*JOINING):
+            await examine(*COMMON, *(DRAFTER if is_drafter(peer) else TARGET), *LEAVING)
+    finally:
+        peer.close()
+    failed = sum(not result["passed"] for result in results)
+    if arguments.json:
+        worker = {} if peer.hello is None else {"role": peer.hello.role, "engine": peer.hello.engine}
+        sys.stdout.write(json.dumps({"worker": worker, "failed": failed, "results": results}) + "\n")
+    else:
+        out.print(f"{len(results) - failed} of {len(results)} checks passed")
+    return 1 if failed else 0

