@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PROMPT ?= Explain in two sentences why the sky is blue.
 
-.PHONY: run test check format clean
+.PHONY: run test check fuzz format clean
 
 run: $(VENV)/ready
 	$(BIN)/dsi-actors generate "$(PROMPT)" --max-tokens 48 --compare
@@ -17,6 +17,11 @@ check: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Longer than the tests: a million frames, and a thousand generations among faulty workers.
+fuzz: $(VENV)/ready
+	PYTHONPATH=tests $(BIN)/python -m fuzzing.codec --frames 1000000
+	PYTHONPATH=tests $(BIN)/python -m fuzzing.orchestrator --runs 200
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .

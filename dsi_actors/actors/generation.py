@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 from dsi_actors.actors.account import Account
 from dsi_actors.actors.actor import Actor
+from dsi_actors.actors.answers import Answered, Answers, Meaning, Misbehaved, Withdrawn
 from dsi_actors.actors.scheduler import GivenBack, Released, Requested, Scheduler
 from dsi_actors.actors.worker_handle import WorkerHandle
 from dsi_actors.config import Sampling
@@ -20,25 +21,28 @@ from dsi_actors.core import GenerationCore
 from dsi_actors.core.actions import Action, CancelDrafts, CancelVerify, EmitTokens, Finish, StartDraft, StartVerify
 from dsi_actors.core.events import (
     CancelRequested,
-    DraftEnded,
     DrafterJoined,
     DrafterLost,
     DraftsArrived,
+    DraftsLate,
     Event,
     PolicyChanged,
     ServerJoined,
     ServerLost,
-    VerificationAbandoned,
     VerificationFinished,
 )
 from dsi_actors.errors import NoTargetError
 from dsi_actors.logs import get_logger
 from dsi_actors.planning.tuner import Estimates, Tuner
 from dsi_actors.results import CommittedTokens, GenerationReport
-from dsi_protocol import Cancelled, Draft, Drafted, Failed, NeedPrefix, Reply, Verified, Verify, prefix_checksum
+from dsi_protocol import Draft, Drafted, Reply, Verify, prefix_checksum
 
 log = get_logger("generation")
 
+#: Drafts are late after so many times the time that they should take, and not before so many seconds.
+_LATE_FACTOR, _LATE_S = 10.0, 0.05
+#: The same where it is not known how long they should take.
+_LATE_UNKNOWN_S = 0.5
 #: How long the end of a generation waits for the replies that workers still owe, for an exact account.
 _SETTLE_S = 1.0
 
@@ -46,27 +50,6 @@ _SETTLE_S = 1.0
 @dataclass(frozen=True, slots=True)
 class Granted:
     worker: WorkerHandle
-
-
-@dataclass(frozen=True, slots=True)
-class Withdrawn:
-    worker: WorkerHandle
-
-
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """A verification finished, and this is what came with it."""
-
-    event: VerificationFinished
-    logprobs: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Misbehaved:
-    """The worker failed, or said something that no working one would say. It is not used here any more."""
-
-    worker: WorkerHandle
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +64,7 @@ class Settled:
     """The last reply is in, or waiting for it took too long."""
 
 
-GenerationMessage: TypeAlias = Event | Answered | Granted | Withdrawn | Misbehaved | WaitedForTarget | Settled
+GenerationMessage: TypeAlias = Event | Meaning | Granted | WaitedForTarget | Settled
 
 
 class Generation(Actor[GenerationMessage]):
@@ -109,7 +92,6 @@ class Generation(Actor[GenerationMessage]):
         self._core = core
         self._scheduler = scheduler
         self._tuner = tuner
-        self._vocabulary_size = vocabulary_size
         self._sampling = sampling
         self._correlation = correlation
         #: What came with the last answer: its first position, and its log probabilities.
@@ -128,7 +110,9 @@ class Generation(Actor[GenerationMessage]):
         self._drafts_cancelled_to = 0
         self._pending = 0  # requests without a terminal reply
         self._account = Account()
+        self._answers = Answers(self._account, tuner, vocabulary_size=vocabulary_size, logprobs=sampling.logprobs)
         self._settling = False
+        self._patience: asyncio.TimerHandle | None = None
         self._target_wait_s = target_wait_s
         self._first_target_wait_s = first_target_wait_s
         self._waits = 0
@@ -192,6 +176,23 @@ class Generation(Actor[GenerationMessage]):
             if policy is not None and not self._core.finished:
                 self._log.info("policy", wait=policy.first_wait, lookahead=policy.lookahead)
                 self._feed(PolicyChanged(policy))
+        self._mind_late_drafts(event)
+
+    def _mind_late_drafts(self, event: Event) -> None:
+        """While the core waits for drafts a clock runs, from the last that came."""
+        waits = self._core.waits_for_drafts
+        if self._patience is not None and (not waits or isinstance(event, DraftsArrived)):
+            self._patience.cancel()
+            self._patience = None
+        if waits and self._patience is None:
+            expected_ms = self._tuner.estimates.drafter_ms * max(1, self._core.policy.first_wait)
+            patience_s = max(_LATE_S, _LATE_FACTOR * expected_ms / 1e3) if expected_ms else _LATE_UNKNOWN_S
+            self._patience = asyncio.get_running_loop().call_later(patience_s, self._on_late_drafts)
+
+    def _on_late_drafts(self) -> None:
+        self._patience = None
+        self._log.info("drafts are late: going on without")
+        self.deliver(DraftsLate())
 
     def _do(self, action: Action) -> None:
         match action:
@@ -277,65 +278,22 @@ class Generation(Actor[GenerationMessage]):
     def _verify(self, request: Verify, worker: WorkerHandle) -> None:
         def on_reply(reply: Reply | None) -> None:
             self._pending -= 1
-            self.deliver(self._verified(request, worker, reply))
+            self.deliver(self._answers.to_verify(request, worker, reply))
 
         self._pending += 1
         worker.verify(request, on_reply)
 
-    def _verified(self, request: Verify, worker: WorkerHandle, reply: Reply | None) -> GenerationMessage:
-        match reply:
-            case Verified(_, attempt, start, tokens, logprobs, forwards, busy_us):
-                most = request.base + len(request.tokens) - request.start + 1
-                misfit = start != request.start or not 1 <= len(tokens) <= most or max(tokens) >= self._vocabulary_size
-                wanted = len(tokens) if self._sampling.logprobs else 0
-                if misfit or len(logprobs) != wanted:
-                    return Misbehaved(
-                        worker, f"{len(tokens)} tokens from {start}, asked for up to {most} from {request.start}"
-                    )
-                self._account.verified(attempt, forwards, busy_us)
-                self._tuner.verified(request.base + len(request.tokens) - min(request.base, start - 1), busy_us / 1e3)
-                return Answered(VerificationFinished(attempt, worker.number, start, tokens), logprobs)
-            case Cancelled(_, attempt, forwards, busy_us):
-                self._account.cancelled(forwards, busy_us)
-                return VerificationAbandoned(attempt, worker.number)
-            case NeedPrefix(_, attempt, held) if held < request.base:
-                return VerificationAbandoned(attempt, worker.number, held)
-            case None:
-                return Withdrawn(worker)
-        return Misbehaved(worker, _words_of(reply))
-
     def _draft(self, request: Draft, worker: WorkerHandle) -> None:
         def on_drafted(block: Drafted) -> None:
-            self._account.drafting(block.busy_us, len(block.tokens))
-            if len(request.tokens) <= 1:  # else it read more than it drafted
-                self._tuner.drafted(len(block.tokens), block.busy_us / 1e3)
-            if max(block.tokens) < self._vocabulary_size:
-                self.deliver(DraftsArrived(request.attempt, block.start, block.tokens))
-            else:
-                self.deliver(Misbehaved(worker, f"token {max(block.tokens)} is outside the target's vocabulary"))
+            self.deliver(self._answers.drafted(request, worker, block))
 
         def on_reply(reply: Reply | None) -> None:
             self._pending -= 1
-            self.deliver(self._draft_ended(request, worker, reply))
+            cancelled = request.attempt <= self._drafts_cancelled_to or self._core.finished
+            self.deliver(self._answers.to_draft(request, worker, reply, cancelled=cancelled))
 
         self._pending += 1
         worker.draft(request, on_reply, on_drafted)
-
-    def _draft_ended(self, request: Draft, worker: WorkerHandle, reply: Reply | None) -> GenerationMessage:
-        match reply:
-            case Drafted():
-                complete = reply.start + len(reply.tokens) == request.start + request.count
-                return DraftEnded(request.attempt, complete)
-            case Cancelled(_, attempt, _, busy_us) if attempt <= self._drafts_cancelled_to or self._core.finished:
-                self._account.drafting(busy_us)
-                return DraftEnded(attempt, complete=False)
-            case Cancelled():  # because it took too long (WorkerHandle.cancel_overdue): do not wait for it again
-                return Misbehaved(worker, "it did not answer in time")
-            case NeedPrefix(_, attempt, held) if held < request.base:
-                return DraftEnded(attempt, complete=False, held=held)
-            case None:
-                return Withdrawn(worker)
-        return Misbehaved(worker, _words_of(reply))
 
     def _checksum(self, base: int) -> int:
         """The checksum of the first `base` tokens: from a table where they are committed, computed beyond."""
@@ -363,6 +321,8 @@ class Generation(Actor[GenerationMessage]):
             self.stop()
 
     def on_stop(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
         for worker in self._workers_used.values():
             worker.close(self.number)
         self._scheduler.tell(Released(self))
@@ -372,10 +332,6 @@ class Generation(Actor[GenerationMessage]):
             self.report = self._account.report(self._core, self._most_servers)
         if self._core.counters.judged:
             self._on_learned(self._tuner.carry_over())
-
-
-def _words_of(reply: Reply) -> str:
-    return reply.message if isinstance(reply, Failed) else f"it answered {type(reply).__name__}, which fits nothing"
 
 
 async def _later(delay_s: float, message: GenerationMessage) -> GenerationMessage:

@@ -35,6 +35,8 @@ _PARALLEL = 2
 _ALGORITHMS: tuple[Algorithm, ...] = ("dsi", "dsi", "dsi", "si", "ar")
 #: Workers that come and go by themselves, beside those that the orchestrator started.
 _GUESTS = ("target", "target", "drafter")
+#: A recovery of so many detection times is worth a line in the log.
+_SLOW = 2.0
 #: What happens, and how often in comparison.
 _FAULTS: dict[str, int] = {
     "kill a target": 4, "kill a drafter": 3, "kill all targets": 1, "stop a target": 3, "stop a drafter": 2,
@@ -169,7 +171,7 @@ class Chaos:
                 ):
                     text.extend(tokens)
                     self._generations.add(running)
-                    self.outcome.recovery_s += running.recover()
+                    self._note_recovery(running)
             except DsiError as error:
                 self.outcome.lost += 1
                 self.outcome.errors.append(str(error))
@@ -177,9 +179,15 @@ class Chaos:
                 self.outcome.differing += text != self._texts[prompt]
             finally:
                 self._generations.discard(running)
-                self.outcome.recovery_s += running.recover()
+                self._note_recovery(running)
             self.outcome.generations += 1
             self.outcome.tokens += len(text)
+
+    def _note_recovery(self, running: _Running) -> None:
+        for kind, lasted_s in running.recover():
+            self.outcome.recovery_s.append((kind, lasted_s))
+            if lasted_s > _SLOW * self._config.silence_ms / 1e3:
+                log.warning("slow recovery", fault=kind, after_s=round(lasted_s, 2))
 
     # Faults
 
@@ -190,6 +198,7 @@ class Chaos:
             self._note(orchestrator)
             kind = self._random.choices(kinds, weights)[0]
             if await self._do(kind, orchestrator):
+                log.info("fault", kind=kind)
                 self.outcome.faults[kind] += 1
                 for running in self._generations:
                     running.faults_s.append((kind, time.monotonic()))

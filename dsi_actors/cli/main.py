@@ -11,6 +11,7 @@ from dsi_actors.cli import (
     bench_acceptance,
     bench_exact,
     bench_exact_cost,
+    bench_flood,
     bench_heatmap,
     bench_never_slower,
     bench_overhead,
@@ -48,6 +49,7 @@ def main() -> int:
     bench_table2.add_parser(benches)
     bench_never_slower.add_parser(benches)
     bench_heatmap.add_parser(benches)
+    bench_flood.add_parser(benches)
     arguments = parser.parse_args()
     show_logs(arguments.log_level)
     try:

@@ -57,6 +57,11 @@ class DraftEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftsLate:
+    """What waits for drafts has waited too long: the drafter may hang, or read a long prompt."""
+
+
+@dataclass(frozen=True, slots=True)
 class VerificationFinished:
     """The target's own tokens from `start` on: up to the first that differs from what was verified, or one beyond."""
 
@@ -97,6 +102,7 @@ Event: TypeAlias = (
     | DrafterLost
     | DraftsArrived
     | DraftEnded
+    | DraftsLate
     | VerificationFinished
     | VerificationAbandoned
     | PolicyChanged

@@ -61,6 +61,7 @@ from dsi_actors.core.events import (
     DrafterJoined,
     DrafterLost,
     DraftsArrived,
+    DraftsLate,
     Event,
     PolicyChanged,
     ServerJoined,
@@ -159,6 +160,8 @@ class GenerationCore:
         self._drafts: dict[int, _Draft] = {}
         #: The drafter had nothing to offer here. Ask again after the next commit.
         self._drafter_exhausted = False
+        #: Nothing waits for drafts until some come.
+        self._drafts_late = False
         #: The server that answered last: it holds the prefix and its KV cache is warm.
         self._warm_server: int | None = None
         self._actions: list[Action] = []
@@ -172,6 +175,13 @@ class GenerationCore:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
+    @property
+    def waits_for_drafts(self) -> bool:
+        """Whether a server is idle and nothing is verified because drafts are to come first."""
+        return not (self.finished or self._verifications or self._drafts_late) and (
+            self._draft_front() > len(self.tokens) and self._idle_server() is not None
+        )
+
     def handle(self, event: Event) -> list[Action]:
         """Take in what happened; return what to do now, in this order."""
         match event:
@@ -183,6 +193,8 @@ class GenerationCore:
                 self._on_draft_ended(attempt, complete, held)
             case VerificationAbandoned(attempt, server, held):
                 self._on_verification_abandoned(attempt, server, held)
+            case DraftsLate():
+                self._drafts_late = True
             case ServerJoined(server):
                 assert server not in self._servers, f"server {server} joined twice"
                 self._servers[server] = _Server()
@@ -192,6 +204,7 @@ class GenerationCore:
                     self._verifications.pop(lost.attempt, None)
             case DrafterJoined():
                 self._drafter_present, self._drafter_held, self._drafter_exhausted = True, 0, False
+                self._drafts_late = False
                 self._drafts.clear()
             case DrafterLost():
                 self._drafter_present = False
@@ -312,6 +325,7 @@ class GenerationCore:
             self._drafter_exhausted = True
             self._cancel_drafts()
             return
+        self._drafts_late = False
         self.counters.drafted += len(tokens)
         for position, token in enumerate(tokens, start):
             if position < self.committed:  # the target was faster: compare late
@@ -389,7 +403,8 @@ class GenerationCore:
     def _worth_verifying(self) -> bool:
         drafts_coming = self._draft_front() > len(self.tokens)
         if not self._verifications:
-            return not drafts_coming or len(self.tokens) - self.committed >= self.policy.first_wait
+            enough = len(self.tokens) - self.committed >= self.policy.first_wait
+            return enough or not drafts_coming or self._drafts_late
         wanted = self.policy.lookahead if drafts_coming else 1
         return self.policy.span > 0 and len(self.tokens) - self._verified_front() >= wanted
 

@@ -16,6 +16,7 @@ MAX_ARRAY_ITEMS = 1024  # arrays and maps occur only in fields that a later vers
 MAX_NESTING = 8
 
 _TYPE_KEY = "type"
+_BUFFER_BYTES = 1024  # to begin with; the library's own choice of 256 KiB is more than all messages in flight need
 
 
 def _schema(message: type[Message]) -> tuple[tuple[str, Kind], ...]:
@@ -39,7 +40,7 @@ def encode(message: Message) -> bytes:
             wire[name] = pack(getattr(message, name))
     except ValueError as error:
         raise InvalidField(type(message).__name__, name, str(error)) from None
-    frame: bytes = msgpack.packb(wire, use_bin_type=True)
+    frame: bytes = msgpack.packb(wire, use_bin_type=True, buf_size=_BUFFER_BYTES)
     return frame
 
 

@@ -26,6 +26,7 @@ from dsi_actors.core.events import (
     DrafterJoined,
     DrafterLost,
     DraftsArrived,
+    DraftsLate,
     Event,
     PolicyChanged,
     ServerJoined,
@@ -174,6 +175,7 @@ class Adversary:
         if self.servers:
             choices += ["lose server"]
         choices.append("join drafter" if self.drafter_tokens is None else "lose drafter")
+        choices.append("drafts late")
         match self.data.draw(st.sampled_from(choices), label="step"):
             case "join server":
                 self.join_server()
@@ -181,6 +183,8 @@ class Adversary:
                 self.lose_server(self.data.draw(st.sampled_from(sorted(self.servers))))
             case "join drafter":
                 self.join_drafter()
+            case "drafts late":
+                self.feed(DraftsLate())
             case "lose drafter":
                 self.drafter_tokens = None
                 self.feed(DrafterLost())
@@ -408,3 +412,17 @@ def test_what_is_resumed_at_its_end_is_finished() -> None:
     assert GenerationCore([1], policy=policy, max_tokens=2, resumed=[5, 6]).finish_reason == "length"
     assert GenerationCore([1], policy=policy, max_tokens=9, stop_tokens=[6], resumed=[5, 6]).finish_reason == "stop"
     assert not GenerationCore([1], policy=policy, max_tokens=9, stop_tokens=[7], resumed=[5, 6]).finished
+
+
+def test_nothing_waits_for_ever_for_a_drafter_that_hangs() -> None:
+    core = joined(Policy.speculative(4), 1)  # attempts: 1 draft; verification waits for 4 guesses
+    assert core.waits_for_drafts
+    [verify] = core.handle(DraftsLate())
+    assert isinstance(verify, StartVerify)
+    assert not core.waits_for_drafts
+    again = core.handle(VerificationFinished(verify.attempt, 0, 1, (5,)))
+    [running] = [action for action in again if isinstance(action, StartVerify)]  # as long as no drafts come
+    core.handle(DraftsArrived(1, 1, (5, 6, 7)))
+    core.handle(VerificationFinished(running.attempt, 0, 2, (6,)))
+    assert core.waits_for_drafts, "and again when they do"
+    core.check()

@@ -92,6 +92,26 @@ async def test_a_drafter_that_is_back_drafts_again(orchestrator: dsi_actors.Orch
     assert sum(accepted[-100:]) > 20, "and went on with one"
 
 
+@pytest.mark.parametrize("algorithm", ["si", "dsi"])
+async def test_a_drafter_that_hangs_costs_speed_only(algorithm: Any) -> None:
+    """It is stopped, and not found dead for a minute: nothing waits for it."""
+    async with dsi_actors.Orchestrator(timed_config(target_ms=10, drafter_ms=2, silence_ms=60_000)) as orchestrator:
+        [drafter] = [worker for worker in orchestrator.workers if worker.role == "drafter"]
+        text: list[int] = []
+        async with asyncio.timeout(20):
+            async with orchestrator.generate(
+                PROMPT, dsi_actors.Sampling(max_tokens=60), algorithm=algorithm, lookahead=4
+            ) as stream:
+                async for tokens in stream:
+                    text.extend(tokens)
+                    if len(text) > 10 and len(text) - len(tokens) <= 10:
+                        os.kill(drafter.hello.process, signal.SIGSTOP)
+                report = await stream.report()
+        os.kill(drafter.hello.process, signal.SIGCONT)
+        assert text == plain_decoding(PROMPT, 60)
+        assert report.total_ms < 60 * 10 * 2.5, "plain decoding takes 600 ms, and noticing takes a moment"
+
+
 async def test_a_worker_that_dies_too_often_is_left_dead() -> None:
     async with dsi_actors.Orchestrator(timed_config(restarts=1)) as orchestrator:
         for left in (3, 2):

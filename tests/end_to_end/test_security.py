@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import json
 import stat
 import subprocess
 import sys
@@ -180,8 +180,17 @@ async def test_a_flood_of_hellos_keeps_nobody_out() -> None:
 
 @contextmanager
 def flooding(endpoint: str, seconds: float) -> Iterator[None]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-m", "support.strangers", endpoint, str(seconds)]
-    with subprocess.Popen(command, env=environment) as process:
+    command = [sys.executable, "-m", "dsi_actors.chaos.strangers", "hellos", endpoint, str(seconds)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         yield
         process.kill()
+
+
+def test_bench_flood_prints_a_row_for_each_attack() -> None:
+    words = ["bench", "flood", "--tokens", "15", "--repeats", "1", "--target-ms", "4", "--drafter-ms", "1", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "dsi_actors.cli.main", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["results"]
+    assert [row["attack"] for row in rows] == ["nobody", "hellos", "noise", "large frames", "half handshakes"]

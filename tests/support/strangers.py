@@ -1,37 +1,17 @@
-"""Peers that are no workers, and what they do to a socket. `python -m support.strangers ENDPOINT SECONDS` floods it."""
+"""Peers that are no workers, and what they do to a socket. (Those that flood it: dsi_actors/chaos/strangers.py.)"""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 import struct
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import msgpack
 import zmq
 
-from dsi_protocol import Heartbeat, Hello, encode
-
-
-def flood(endpoint: str, seconds: float) -> None:
-    """As many Hellos as one process can send, over several connections."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    peers = [context.socket(zmq.DEALER) for _ in range(4)]
-    for peer in peers:
-        peer.setsockopt(zmq.LINGER, 0)
-        peer.connect(endpoint)
-    deadline, number = time.monotonic() + seconds, 0
-    while time.monotonic() < deadline:
-        for peer in peers:
-            number += 1
-            try:
-                peer.send(encode(Hello(1, number, "target", "auto", "x", "cpu:0", "flood", 1)), zmq.NOBLOCK)
-            except zmq.Again:
-                time.sleep(0.001)
-    context.destroy(linger=0)
+from dsi_protocol import Heartbeat, encode
 
 
 def giant_frame(endpoint: str) -> None:
@@ -71,7 +51,3 @@ def strange_frames(endpoint: str) -> None:
     peer.send(encode(Heartbeat(1, 1)))
     peer.close(linger=1000)
     context.term()
-
-
-if __name__ == "__main__":
-    flood(sys.argv[1], float(sys.argv[2]))

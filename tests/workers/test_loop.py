@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import cast
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dsi_protocol import (
     Cancel,
@@ -16,10 +19,13 @@ from dsi_protocol import (
     Drain,
     Failed,
     FromWorker,
+    Goodbye,
+    Heartbeat,
     Message,
     NeedPrefix,
     OpenGeneration,
     Ready,
+    Reply,
     Verified,
     Verify,
     Welcome,
@@ -199,3 +205,55 @@ def test_an_engine_that_breaks_fails_one_request() -> None:
     socket.inbox.extend([OPEN, verify(1, PROMPT), verify(2, PROMPT)])
     WorkerLoop(cast(WorkSocket, socket), engine, still_needed=lambda: True).run()
     assert socket.sent == [Failed(1, attempt, "engine", "RuntimeError: out of memory") for attempt in (1, 2)]
+
+
+small = st.integers(0, 6)
+tokens = st.lists(st.sampled_from([10, 11, 12, 13, 14, 99, 1000, 5000]), max_size=5).map(tuple)
+checksums = st.one_of(
+    st.just(0), st.lists(st.sampled_from([10, 11, 12, 13]), max_size=4).map(prefix_checksum), st.integers(0, 2**32 - 1)
+)
+anything: st.SearchStrategy[Message] = st.one_of(
+    st.builds(replace, st.just(OPEN), generation=small),
+    st.builds(Verify, small, small, small, checksums, tokens, st.integers(0, 70)),
+    st.builds(Verify, st.just(1), small, st.just(0), st.just(0), st.just(PROMPT), st.just(3)),
+    st.builds(
+        Draft, small, small, small, checksums, tokens, st.integers(0, 70), st.sampled_from([0, 1, 3, 2**32 - 1]), small
+    ),
+    st.builds(Draft, st.just(1), small, st.just(0), st.just(0), st.just(PROMPT), st.integers(3, 6), small, small),
+    st.builds(Cancel, small, small),
+    st.builds(CloseGeneration, small),
+    st.sampled_from(
+        [
+            Drain(),
+            Goodbye("go"),
+            Welcome(1, "target", "timed", "", {}, 500, 2000),
+            Heartbeat(1, 1),
+            Cancelled(1, 1, 1, 1),
+        ]
+    ),
+)
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.lists(anything, max_size=30), st.lists(st.lists(anything, max_size=3), max_size=8))
+def test_whatever_comes_every_request_has_its_reply(messages: list[Message], during: list[list[Message]]) -> None:
+    """The fuzzer of the worker's loop: any messages in any order, before and in the middle of its work."""
+    socket, engine = ScriptedSocket(), CountingEngine()
+    engine.socket = socket
+    engine.during.extend(during)
+    socket.inbox.extend([OPEN, *messages])
+    WorkerLoop(cast(WorkSocket, socket), engine, still_needed=lambda: True).run()
+    asked: Counter[tuple[int, int]] = Counter()
+    arrived = [OPEN, *messages, *(message for each in during[: len(during) - len(engine.during)] for message in each)]
+    for message in arrived:
+        if isinstance(message, Verify | Draft):
+            asked[message.generation, message.attempt] += 1
+    terminal = Counter(
+        (reply.generation, reply.attempt)
+        for reply in socket.sent
+        if isinstance(reply, Reply) and not (isinstance(reply, Drafted) and not reply.done)
+    )
+    assert set(terminal) <= set(asked)
+    assert all(terminal[key] <= asked[key] for key in terminal)
+    if not any(isinstance(message, Goodbye) for message in arrived):
+        assert set(terminal) == set(asked), "each has one"
