@@ -16,7 +16,7 @@ from zmq.auth.asyncio import AsyncioAuthenticator
 from dsi_actors.errors import ConfigError
 from dsi_actors.keys import Keyring
 from dsi_actors.logs import get_logger
-from dsi_protocol import MAX_FRAME_BYTES, FromOrchestrator, Message, ProtocolError, decode, encode
+from dsi_protocol import MAX_REPLY_FRAME_BYTES, FromOrchestrator, Message, ProtocolError, decode, encode
 
 log = get_logger("gateway")
 
@@ -27,8 +27,10 @@ _FRAMES_PER_TURN = 256
 _FRAMES_PER_TURN_IN_A_FLOOD = 32
 _FLOOD_PAUSE_S = 0.001
 _MAX_IDENTITY_BYTES = 255
-#: Messages that may wait for us from each peer, and for each peer from us.
-_HIGH_WATER_MARK = 1000
+#: Messages that may wait for us from each peer, and for each peer from us. The first bounds what a peer can make us hold:
+#: what is over it stays with the peer.
+_RECEIVE_HIGH_WATER_MARK = 128
+_SEND_HIGH_WATER_MARK = 1000
 _STRANGER_HANDSHAKE_MS = 5000
 
 
@@ -58,11 +60,11 @@ class Gateway:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an unreachable peer is an error, not silence
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a worker that reconnects keeps its identity
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_REPLY_FRAME_BYTES)
         self._socket.setsockopt(zmq.LINGER, 100)
         self._socket.setsockopt(zmq.HANDSHAKE_IVL, _STRANGER_HANDSHAKE_MS)
-        self._socket.setsockopt(zmq.RCVHWM, _HIGH_WATER_MARK)
-        self._socket.setsockopt(zmq.SNDHWM, _HIGH_WATER_MARK)
+        self._socket.setsockopt(zmq.RCVHWM, _RECEIVE_HIGH_WATER_MARK)
+        self._socket.setsockopt(zmq.SNDHWM, _SEND_HIGH_WATER_MARK)
         if keyring is not None:
             self._authenticator = AsyncioAuthenticator(self._context)
             self._authenticator.start()

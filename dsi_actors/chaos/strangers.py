@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import zmq
 
-from dsi_protocol import MAX_FRAME_BYTES, Hello, encode
+from dsi_protocol import MAX_REPLY_FRAME_BYTES, Hello, encode
 
 _CONNECTIONS = 8
 _PAUSE_S = 0.001
@@ -27,7 +27,8 @@ def noise(number: int) -> bytes:
 
 
 def large_frames(number: int) -> bytes:
-    return bytes(MAX_FRAME_BYTES)
+    """As large as they may be."""
+    return bytes(MAX_REPLY_FRAME_BYTES)
 
 
 FRAMES: dict[str, Callable[[int], bytes]] = {"hellos": hellos, "noise": noise, "large frames": large_frames}

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 UNLIMITED = 1 << 30
+#: Tokens that any drafter may be ahead: one answer must fit one frame of the protocol.
+MOST_AHEAD = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,5 +61,5 @@ class Policy:
         leaving some drafts to the next one. The drafter may run ahead by what `sp` servers
         verify and one block more, or by `max_ahead` if that is more.
         """
-        ahead = max((sp + 1) * lookahead, first_wait + lookahead, max_ahead)
+        ahead = min(MOST_AHEAD, max((sp + 1) * lookahead, first_wait + lookahead, max_ahead))
         return Policy("dsi", sp=sp, lookahead=lookahead, first_wait=first_wait, max_ahead=ahead, span=span)

@@ -12,6 +12,8 @@ from dsi_protocol.fields import MAX_TOKENS_PER_MESSAGE, Kind
 from dsi_protocol.messages import MESSAGES, Message
 
 MAX_FRAME_BYTES = 4 * MAX_TOKENS_PER_MESSAGE + 64 * 1024
+#: What a worker sends is short: an orchestrator takes no longer frames.
+MAX_REPLY_FRAME_BYTES = 128 * 1024
 MAX_ARRAY_ITEMS = 1024  # arrays and maps occur only in fields that a later version may add
 MAX_NESTING = 8
 

@@ -11,7 +11,7 @@ import zmq
 
 from dsi_actors.actors.gateway import Gateway, PeerGone
 from dsi_actors.errors import ConfigError
-from dsi_protocol import MAX_FRAME_BYTES, Cancel, Drain, Goodbye, Message, encode
+from dsi_protocol import MAX_REPLY_FRAME_BYTES, Cancel, Drain, Goodbye, Message, encode
 
 
 @dataclass
@@ -76,7 +76,7 @@ async def test_bad_frames_are_dropped_and_the_peer_stays(setup: Setup) -> None:
 
 async def test_an_oversized_frame_costs_its_sender_the_connection_only(setup: Setup) -> None:
     good, bad = setup.peer(b"good"), setup.peer(b"bad")
-    bad.send(bytes(MAX_FRAME_BYTES + 1))
+    bad.send(bytes(MAX_REPLY_FRAME_BYTES + 1))
     good.send(encode(Drain()))
     await until(lambda: bool(setup.heard))
     assert setup.heard == [(b"good", Drain())]
