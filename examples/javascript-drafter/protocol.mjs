@@ -28,10 +28,12 @@ const text = (value) => {
   return value;
 };
 
+const finite = (numbers) => (numbers.every(Number.isFinite) ? numbers : refuse("not a finite number"));
+
 const packed = (read) => (value) => {
   if (!(value instanceof Uint8Array) || value.length % 4 || value.length > 4 * MAX_LIST) refuse("not packed numbers");
   const view = new DataView(value.buffer, value.byteOffset, value.length);
-  return Array.from({ length: value.length / 4 }, (_, index) => view[read](4 * index, true));
+  return finite(Array.from({ length: value.length / 4 }, (_, index) => view[read](4 * index, true)));
 };
 
 const options = (value) => {
@@ -40,6 +42,7 @@ const options = (value) => {
     text(name);
     if (!["string", "number", "bigint", "boolean"].includes(typeof option)) refuse("options are not nested");
     if (typeof option === "string") text(option);
+    if (typeof option === "number") finite([option]);
   }
   return value;
 };

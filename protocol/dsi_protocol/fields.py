@@ -6,6 +6,7 @@ says what is wrong. Nothing else may come over the wire, so nothing else needs c
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import Annotated, Protocol, TypeAlias
 
@@ -69,16 +70,21 @@ class PackedFloats:
         if type(value) is not tuple or len(value) > MAX_TOKENS_PER_MESSAGE:
             raise ValueError(f"expected a tuple of at most {MAX_TOKENS_PER_MESSAGE} numbers")
         try:
-            return struct.pack(f"<{len(value)}f", *value)
+            packed = struct.pack(f"<{len(value)}f", *value)
         except (struct.error, OverflowError):
             raise ValueError("expected numbers that fit single precision") from None
+        self.unpack(packed)
+        return packed
 
     def unpack(self, wire: object) -> tuple[float, ...]:
         if type(wire) is not bytes:
             raise ValueError(f"expected packed numbers, got {_kind_name(wire)}")
         if len(wire) % 4 or len(wire) > 4 * MAX_TOKENS_PER_MESSAGE:
             raise ValueError(f"{len(wire)} bytes are no list of 4-byte numbers")
-        return struct.unpack(f"<{len(wire) // 4}f", wire)
+        values = struct.unpack(f"<{len(wire) // 4}f", wire)
+        if not all(map(math.isfinite, values)):
+            raise ValueError("expected finite numbers")
+        return values
 
 
 class ShortText:
@@ -131,6 +137,8 @@ class OptionMap:
         for key, value in wire.items():
             if type(key) is not str or type(value) not in (str, int, float, bool):
                 raise ValueError("options map text to text, integer, float or boolean")
+            if type(value) is float and not math.isfinite(value):
+                raise ValueError(f"option {value} is not a finite number")
             if type(value) is int and not -(1 << 63) <= value < 1 << 64:
                 raise ValueError(f"option {value} does not fit 64 bits")
             _check_text(key)

@@ -28,7 +28,8 @@ from dsi_protocol import (
 from dsi_protocol.fields import Boolean, Double, OptionMap, PackedFloats, PackedTokens, ShortText, Unsigned
 
 U32 = st.integers(0, 2**32 - 1)
-scalars = st.one_of(st.text(max_size=20), st.integers(-(2**63), 2**64 - 1), st.booleans(), st.floats(allow_nan=False))
+finite = st.floats(allow_nan=False, allow_infinity=False)
+scalars = st.one_of(st.text(max_size=20), st.integers(-(2**63), 2**64 - 1), st.booleans(), finite)
 
 
 def values_of(kind: object) -> st.SearchStrategy[object]:
@@ -40,7 +41,7 @@ def values_of(kind: object) -> st.SearchStrategy[object]:
         case Double():
             return st.floats(-(2.0**53), 2.0**53)
         case PackedFloats():
-            return st.lists(st.floats(width=32, allow_nan=False), max_size=30).map(tuple)
+            return st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=30).map(tuple)
         case ShortText():
             return st.text(max_size=40)
         case PackedTokens():
