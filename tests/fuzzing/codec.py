@@ -12,6 +12,7 @@ import json
 import random
 import struct
 import sys
+import tempfile
 import time
 import tracemalloc
 from collections import Counter
@@ -194,8 +195,7 @@ def _guided(runs: int) -> int:
     import atheris  # not a dependency: it has no build for every Python
 
     atheris.instrument_all()
-    corpus = Path("/tmp") / "dsi-fuzz-corpus"
-    corpus.mkdir(exist_ok=True)
+    corpus = Path(tempfile.mkdtemp(prefix="dsi-fuzz-"))
     for index, frame in enumerate(_SEEDS):
         (corpus / f"vector-{index}").write_bytes(frame)
     atheris.Setup(
