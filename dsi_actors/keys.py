@@ -19,6 +19,9 @@ from pathlib import Path
 import zmq
 
 from dsi_actors.errors import ConfigError
+from dsi_actors.logs import get_logger
+
+log = get_logger("keys")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 _KEY = re.compile(r"[!-~]{40}$")
@@ -61,8 +64,9 @@ class Keyring:
                     names = sorted(directory.glob("*.pub"))
                     self._allowed = {_read(path, "public")[0]: path.stem for path in names}
                     self._changed_ns = changed_ns
-            except (OSError, ConfigError):
-                self._allowed, self._changed_ns = {}, -1  # nobody, rather than anybody
+            except (OSError, ConfigError) as error:
+                log.error("keys cannot be read: nobody is let in", reason=str(error))
+                self._allowed, self._changed_ns = {}, -1
         return self._allowed
 
     def callback(self, domain: str, key: bytes) -> bool:

@@ -21,7 +21,7 @@ from dsi_actors.cli.options import (
     sampling_from,
 )
 from dsi_actors.config import ALGORITHMS, NGRAM, RANDOM, SELF_INT8, Algorithm, Config, Sampling
-from dsi_actors.errors import ConfigError
+from dsi_actors.errors import ConfigError, NoTargetError
 from dsi_actors.models import resolve_model
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.planning.tuner import Estimates
@@ -62,6 +62,8 @@ def add_parser(commands: SubParsers) -> None:
 class _Run:
     """One generation: its tokens, which of them had been drafted, and what it cost."""
 
+    #: What an earlier run had given.
+    resumed: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     accepted: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -75,8 +77,11 @@ class _Run:
     def as_dict(self, tokenizer: Tokenizer) -> dict[str, Any]:
         assert self.report is not None
         logprobs = {"logprobs": self.logprobs} if self.logprobs else {}
-        text = tokenizer.decode(self.token_ids)
-        return {"text": text, "token_ids": self.token_ids, **logprobs, **self.report.as_dict()}
+        return {**self.so_far(tokenizer), **logprobs, **self.report.as_dict()}
+
+    def so_far(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        token_ids = self.resumed + self.token_ids
+        return {"text": tokenizer.decode(token_ids), "token_ids": token_ids}
 
 
 async def run(arguments: argparse.Namespace) -> int:
@@ -97,7 +102,14 @@ async def run(arguments: argparse.Namespace) -> int:
             status.stop()
             err.print(_calibration(orchestrator.estimates))
             session = _Session(orchestrator, prompt_ids, resumed, sampling, arguments)
-            first = await session.generate(arguments.algorithm, None if arguments.json else _Printer(out, tokenizer))
+            try:
+                first = await session.generate(
+                    arguments.algorithm, None if arguments.json else _Printer(out, tokenizer)
+                )
+            except NoTargetError as error:
+                if arguments.json:  # so that --resume can go on from here
+                    out.print_json(json.dumps({"error": str(error), **session.runs[-1].so_far(tokenizer)}))
+                raise
             if arguments.compare:
                 return await _compare(session, first, arguments, tokenizer, out)
     if arguments.json:
@@ -115,9 +127,10 @@ class _Session:
     resumed: list[int]
     sampling: Sampling
     arguments: argparse.Namespace
+    runs: list[_Run] = field(default_factory=list)
 
     async def generate(self, algorithm: Algorithm, printer: _Printer | None = None) -> _Run:
-        result = _Run()
+        self.runs.append(result := _Run(resumed=self.resumed))
         async with self.orchestrator.generate(
             self.prompt_ids,
             self.sampling,

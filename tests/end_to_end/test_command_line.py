@@ -39,6 +39,32 @@ def dsi_actors(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=60, check=False)
 
 
+def test_what_was_cut_off_is_resumed(model: Path, tmp_path: Path) -> None:
+    words = [
+        "generate",
+        PROMPT,
+        "--target",
+        str(model),
+        "--max-tokens",
+        "20",
+        "--temperature",
+        "0.8",
+        "--seed",
+        "4",
+        "--json",
+    ]
+    whole = json.loads(dsi_actors(*words, "--ignore-eos").stdout)
+    cut = tmp_path / "cut.json"
+    cut.write_text(json.dumps({"token_ids": whole["token_ids"][:7]}))
+    rest = json.loads(dsi_actors(*words, "--ignore-eos", "--resume", cut).stdout)
+    assert (rest["token_ids"], rest["text"]) == (whole["token_ids"], whole["text"])
+    assert rest["tokens"] == 13
+    cut.write_text("[]")
+    done = dsi_actors(*words, "--resume", cut)
+    assert done.returncode == 1
+    assert "has no token_ids: give what an earlier run printed with --json" in done.stderr
+
+
 def test_generate_prints_one_json_object(model: Path) -> None:
     done = dsi_actors("generate", PROMPT, "--target", model, "--gpu", "cpu", "--max-tokens", "12", "--json")
     assert done.returncode == 0, done.stderr
@@ -321,6 +347,13 @@ def test_ctrl_c_leaves_nothing_behind(model: Path, after_s: float) -> None:
         (["generate", PROMPT, "--dtype", "float8"], "invalid choice: 'float8'"),
         (["generate", PROMPT, "--listen", "5555"], "listen '5555' is no endpoint"),
         (["generate", PROMPT, "--listen", "tcp://0.0.0.0:5555"], "can be reached by other machines"),
+        (["generate", PROMPT, "--keys", "keys"], "keys are for workers that connect: give listen, too"),
+        (
+            ["generate", PROMPT, "--listen", "tcp://0.0.0.0:0", "--keys", "/nowhere"],
+            "there is no /nowhere/orchestrator.key",
+        ),
+        (["generate", PROMPT, "--resume", "/nowhere"], "cannot read --resume /nowhere: No such file"),
+        (["conformance", "5555"], "listen '5555' is no endpoint"),
         (["generate", PROMPT, "--drafter", "/nowhere/x.gguf"], "there is no file /nowhere/x.gguf"),
         (["generate", PROMPT, "--drafter", "OTHER"], "has another vocabulary than the target"),
         (["generate", PROMPT, "--target", "package:no_such"], "no Python package 'no_such' is installed"),
