@@ -11,6 +11,10 @@ class ConfigError(DsiError):
     """A setting or an argument cannot be used. Raised before any work starts."""
 
 
+class TooManyGenerations(DsiError):
+    """So many wait or run already that one more is not taken. Later there is room again."""
+
+
 class WorkerStartError(DsiError):
     """A local worker did not become ready: it failed to load its model, ended, or took too long."""
 

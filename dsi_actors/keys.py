@@ -61,10 +61,9 @@ class Keyring:
             try:
                 changed_ns = directory.stat().st_mtime_ns
                 if changed_ns != self._changed_ns:
-                    names = sorted(directory.glob("*.pub"))
-                    self._allowed = {_read(path, "public")[0]: path.stem for path in names}
+                    self._allowed = _public_keys(directory)
                     self._changed_ns = changed_ns
-            except (OSError, ConfigError) as error:
+            except OSError as error:
                 log.error("keys cannot be read: nobody is let in", reason=str(error))
                 self._allowed, self._changed_ns = {}, -1
         return self._allowed
@@ -124,6 +123,16 @@ def load_worker_key(path: str | Path) -> WorkerKey:
     return WorkerKey(*_read(Path(path), "orchestrator", "public", "secret"))
 
 
+def _public_keys(directory: Path) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for path in sorted(directory.glob("*.pub")):
+        try:
+            found[_read(path, "public")[0]] = path.stem
+        except ConfigError as error:
+            log.error("a key is left out", reason=str(error))
+    return found
+
+
 def _pair() -> tuple[str, str]:
     public, secret = zmq.curve_keypair()
     return public.decode(), secret.decode()
@@ -143,7 +152,10 @@ def _read(path: Path, *names: str) -> tuple[str, ...]:
 
 
 def _write(path: Path, comment: str, **values: str) -> None:
-    """Readable by this user alone, from the first byte on. Z85 has neither quotes nor backslashes."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    """Readable by this user alone, there as a whole or not at all. Z85 has neither quotes nor backslashes."""
+    unfinished = path.with_name(path.name + ".new")
+    unfinished.unlink(missing_ok=True)
+    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(f"# {comment}\n" + "".join(f'{name} = "{value}"\n' for name, value in values.items()))
+    unfinished.rename(path)

@@ -18,7 +18,13 @@ from dsi_actors.actors.worker_handle import WorkerHandle
 from dsi_actors.config import ALGORITHMS, Algorithm, Config, Sampling
 from dsi_actors.core import GenerationCore
 from dsi_actors.devices import local_devices
-from dsi_actors.errors import ConfigError, DsiError, NoTargetError, OrchestratorClosed, WorkerStartError
+from dsi_actors.errors import (
+    ConfigError,
+    NoTargetError,
+    OrchestratorClosed,
+    TooManyGenerations,
+    WorkerStartError,
+)
 from dsi_actors.logs import get_logger
 from dsi_actors.planning.tuner import Estimates, Tuner
 from dsi_actors.stream import Channel, GenerationStream
@@ -117,7 +123,9 @@ class Orchestrator:
             self._check_prompt(target, prompt_ids, sampling)
             self._check_tokens(target, resumed)
             if len(root.generations) >= self.config.max_generations:
-                raise DsiError(f"{self.config.max_generations} generations wait or run already: try again later")
+                raise TooManyGenerations(
+                    f"{self.config.max_generations} generations wait or run already: try again later"
+                )
             tuner = self._tuner(root, algorithm, sp, lookahead)
             core = GenerationCore(
                 prompt_ids,
@@ -152,6 +160,18 @@ class Orchestrator:
     def workers(self) -> list[WorkerHandle]:
         """The workers that are ready."""
         return list(self._running().ready_workers)
+
+    @property
+    def max_length(self) -> int:
+        """Positions, prompt and answer together, that the target servers take; 0 while there is none."""
+        return min(
+            (worker.ready.max_length for worker in self.workers if worker.role == "target" and worker.ready), default=0
+        )
+
+    @property
+    def waiting(self) -> int:
+        """Generations that have no target server yet."""
+        return self._running().scheduler.waiting
 
     @property
     def process_ids(self) -> list[int]:
@@ -249,8 +269,11 @@ class Orchestrator:
         assert target.ready is not None
         Orchestrator._check_tokens(target, prompt_ids)
         length = len(prompt_ids) + sampling.max_tokens
-        if len(prompt_ids) > MAX_TOKENS_PER_MESSAGE:
-            raise ConfigError(f"the prompt has {len(prompt_ids)} tokens: {MAX_TOKENS_PER_MESSAGE} fit one message")
+        if length > MAX_TOKENS_PER_MESSAGE:
+            raise ConfigError(
+                f"the prompt has {len(prompt_ids)} tokens and max_tokens is {sampling.max_tokens}: together {length} are "
+                f"over the {MAX_TOKENS_PER_MESSAGE} that fit one message"
+            )
         if length > target.ready.max_length:
             raise ConfigError(
                 f"the prompt has {len(prompt_ids)} tokens and max_tokens is {sampling.max_tokens}: together {length} are "

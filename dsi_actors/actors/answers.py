@@ -41,6 +41,8 @@ class Misbehaved:
 
     worker: WorkerHandle
     reason: str
+    #: Whether it is the worker's own fault. It is not that a text is too long for it.
+    fault: bool = True
 
 
 Meaning: TypeAlias = Answered | VerificationAbandoned | DraftsArrived | DraftEnded | Withdrawn | Misbehaved
@@ -75,7 +77,7 @@ class Answers:
                 return VerificationAbandoned(attempt, worker.number, held)
             case None:
                 return Withdrawn(worker)
-        return Misbehaved(worker, _words_of(reply))
+        return _refused(worker, reply)
 
     def drafted(self, request: Draft, worker: WorkerHandle, block: Drafted) -> Meaning:
         """A block of drafts, the last one or not."""
@@ -101,8 +103,10 @@ class Answers:
                 return DraftEnded(attempt, complete=False, held=held)
             case None:
                 return Withdrawn(worker)
-        return Misbehaved(worker, _words_of(reply))
+        return _refused(worker, reply)
 
 
-def _words_of(reply: Reply) -> str:
-    return reply.message if isinstance(reply, Failed) else f"it answered {type(reply).__name__}, which fits nothing"
+def _refused(worker: WorkerHandle, reply: Reply) -> Misbehaved:
+    if isinstance(reply, Failed):
+        return Misbehaved(worker, reply.message, fault=reply.code != "limit")
+    return Misbehaved(worker, f"it answered {type(reply).__name__}, which fits nothing")

@@ -50,10 +50,12 @@ class Gateway:
         endpoint: str,
         on_message: Callable[[bytes, Message], None],
         lets_in: Callable[[bytes, int], bool] = lambda identity, size_bytes: True,
+        on_malformed: Callable[[bytes, str], None] = lambda identity, reason: None,
         keyring: Keyring | None = None,
     ) -> None:
         self._on_message = on_message
         self._lets_in = lets_in
+        self._on_malformed = on_malformed
         self._keyring = keyring
         self._authenticator: AsyncioAuthenticator | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -171,5 +173,6 @@ class Gateway:
 
     def _refuse(self, identity: bytes, reason: str) -> None:
         self.malformed_frames += 1
+        self._on_malformed(identity, reason)
         if self.malformed_frames & (self.malformed_frames - 1) == 0:  # the 1st, 2nd, 4th, 8th: a flood stays readable
             log.warning("malformed frame dropped", peer=identity.hex(), reason=reason, so_far=self.malformed_frames)

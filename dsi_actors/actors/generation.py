@@ -147,8 +147,8 @@ class Generation(Actor[GenerationMessage]):
                 self._use(worker)
             case Withdrawn(worker):
                 self._lose(worker)
-            case Misbehaved(worker, reason):
-                self._send_away(worker, reason)
+            case Misbehaved(worker, reason, fault):
+                self._send_away(worker, reason, fault=fault)
             case WaitedForTarget(waits):
                 if waits == self._waits and not self._servers and not self._core.finished:
                     self._on_waited_for_target()
@@ -265,11 +265,12 @@ class Generation(Actor[GenerationMessage]):
         )
         self._feed(CancelRequested())
 
-    def _send_away(self, worker: WorkerHandle, reason: str) -> None:
+    def _send_away(self, worker: WorkerHandle, reason: str, *, fault: bool) -> None:
         self._last_failure = f"{worker} failed ({reason[:300]})"
         self._log.error("a worker failed this generation", worker=str(worker), reason=reason[:500])
         worker.close(self.number)
-        worker.fault(reason)
+        if fault:
+            worker.fault(reason)
         self._scheduler.tell(GivenBack(self, worker))
         self._lose(worker)
 

@@ -94,6 +94,11 @@ class Scheduler(Actor[SchedulerMessage]):
     def waiting_or_running(self) -> int:
         return len(self._leases)
 
+    @property
+    def waiting(self) -> int:
+        """Generations that hold no target server."""
+        return sum(not lease.targets for lease in self._leases.values())
+
     def has_target_for(self, client: Client) -> bool:
         """Whether some target server, free or lent to another, may serve this client sooner or later."""
         lent = [worker for lease in self._leases.values() for worker in lease.targets]

@@ -51,6 +51,15 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class NotStarted:
+    """The system could not make the process: no memory, too many of them."""
+
+    slot: _Slot
+    incarnation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Exited:
     slot: _Slot
     incarnation: int
@@ -62,7 +71,7 @@ class LaunchTimedOut:
     incarnation: int
 
 
-SupervisorMessage: TypeAlias = Started | Exited | LaunchTimedOut
+SupervisorMessage: TypeAlias = Started | NotStarted | Exited | LaunchTimedOut
 
 
 class WorkerSupervisor(Actor[SupervisorMessage]):
@@ -107,13 +116,16 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
         incarnation = secrets.randbits(64)
         # A session of its own keeps the terminal's Ctrl-C from it: we are told, and we tell it. The pipe on its
         # standard input closes with us, however we end, and then it ends too.
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "dsi_actors.worker",
-            "--gpu", slot.spec.device, "--connect", self._endpoint, "--role", slot.spec.role,
-            "--log-level", self._config.log_level, "--supervised",
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL, start_new_session=True,
-            env={**os.environ, INCARNATION_VARIABLE: str(incarnation)},
-        )  # fmt: skip
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "dsi_actors.worker",
+                "--gpu", slot.spec.device, "--connect", self._endpoint, "--role", slot.spec.role,
+                "--log-level", self._config.log_level, "--supervised",
+                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL, start_new_session=True,
+                env={**os.environ, INCARNATION_VARIABLE: str(incarnation)},
+            )  # fmt: skip
+        except OSError as error:
+            return NotStarted(slot, incarnation, error.strerror or str(error))
         self._processes[incarnation] = process
         return Started(slot, incarnation, process)
 
@@ -131,6 +143,11 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
                 self._launching[incarnation] = time.monotonic()
                 self.spawn(self._watch(message))
                 self.spawn(self._launch_time(incarnation))
+            case NotStarted(slot, incarnation, reason):
+                log.error("a worker could not be started", role=slot.spec.role, reason=reason)
+                self._on_exit(incarnation, slot.spec, 1)
+                if self.restarts:
+                    self._restart(slot, 0.0)
             case LaunchTimedOut(incarnation) if incarnation in self._launching and self.restarts:
                 log.warning("a worker was not ready in time: killed", timeout_s=self._config.ready_timeout_s)
                 self.fence(incarnation)
@@ -144,7 +161,7 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
                 code = process.returncode
                 assert code is not None
                 self._on_exit(incarnation, slot.spec, code)
-                if self.restarts and code != 0:  # 0: somebody asked it to leave
+                if self.restarts and code not in (0, -signal.SIGTERM):  # else somebody asked it to leave
                     self._restart(slot, served_s)
 
     def _restart(self, slot: _Slot, served_s: float) -> None:

@@ -27,6 +27,7 @@ from dsi_protocol import (
     FromOrchestrator,
     Hello,
     OpenGeneration,
+    ProtocolError,
     Ready,
     Reply,
     Verified,
@@ -40,6 +41,8 @@ _MOST_REOPENINGS = 3
 #: A worker may be faulty so often before it is not used any more, by anyone.
 _MOST_FAULTS = 3
 _CLOCK_SLACK_US = 1000
+#: A drafter that lost its own guesses makes them again: as many as it may be ahead.
+_DRAFTED_SLACK = 8192
 #: A network that doubles messages, and requests that are sent again, have replies come again: at most so many, at once and
 #: per second.
 _REPEATED_BURST, _REPEATED_PER_S = 1000.0, 200.0
@@ -68,6 +71,8 @@ class _Flight:
     #: When it was cancelled. It still owes its terminal reply.
     cancelled_s: float | None = None
     reopenings: int = 0
+    #: Tokens that came for a draft request.
+    drafted: int = 0
 
 
 class WorkerHandle:
@@ -150,12 +155,12 @@ class WorkerHandle:
                 if flight.cancelled_s is not None:
                     self._tell(Cancel(generation, attempt))
 
-    def forgive(self, late_s: float) -> None:
+    def forgive(self, late_s: float, now_s: float) -> None:
         """This process itself stood still for so long: nobody shall be blamed for that time."""
         for flight in self._in_flight.values():
-            flight.since_s += late_s
+            flight.since_s = min(now_s, flight.since_s + late_s)
             if flight.cancelled_s is not None:
-                flight.cancelled_s += late_s
+                flight.cancelled_s = min(now_s, flight.cancelled_s + late_s)
 
     def fault(self, reason: str) -> None:
         """It did what no working worker would do."""
@@ -188,7 +193,11 @@ class WorkerHandle:
         self._in_flight[key] = _Flight(
             request, on_reply, on_drafted, now_s, self._patience_s, now_s if cancelled else None
         )
-        self._tell(request)
+        try:
+            self._tell(request)
+        except ProtocolError:  # it cannot be said: a bug of ours, which must not be tried again
+            self._in_flight.pop(key, None)
+            raise
 
     def _mark_cancelled(self, generation: int, attempt: int | None) -> None:
         """The cut: attempts of this generation up to `attempt` (None: all)."""
@@ -196,6 +205,7 @@ class WorkerHandle:
         for (number, asked), flight in self._in_flight.items():
             if number == generation and (attempt is None or asked <= attempt) and flight.cancelled_s is None:
                 flight.cancelled_s = now_s
+                flight.patience_s = now_s - flight.since_s + self._patience_s  # the cancel may be lost, too
 
     def _tell(self, message: FromOrchestrator) -> None:
         if not self.lost:
@@ -210,6 +220,8 @@ class WorkerHandle:
             self._on_unasked(reply, now_s)
             return
         if isinstance(reply, Drafted):
+            if self._drafts_too_much(flight, reply):
+                return
             reply = _with_possible_time(reply, now_s - flight.since_s)
             flight.since_s, flight.patience_s = now_s, self._patience_s
             if flight.on_drafted is not None and reply.tokens:
@@ -225,11 +237,23 @@ class WorkerHandle:
                 reply = Cancelled(*key, 0, 0)
             elif self._open_again(flight):
                 return
-        self._in_flight.pop(key, None)  # on_drafted may have lost the worker
+        if self._in_flight.pop(key, None) is None:
+            return  # on_drafted lost the worker, and with it this flight was answered
         self._answered[key] = None
         if len(self._answered) > _REMEMBERED_REPLIES:
             del self._answered[next(iter(self._answered))]
         flight.on_reply(reply)
+
+    def _drafts_too_much(self, flight: _Flight, block: Drafted) -> bool:
+        """Blocks without end, or beyond what was asked for. Some may come twice."""
+        request = flight.request
+        if isinstance(request, Draft):
+            flight.drafted += max(1, len(block.tokens))
+            beyond = block.start + len(block.tokens) > request.start + request.count
+            if not beyond and flight.drafted <= 4 * request.count + _DRAFTED_SLACK:
+                return False
+        self.fault(f"it drafted up to {block.start + len(block.tokens)}, {flight.drafted} tokens so far, for {request}")
+        return True
 
     def _open_again(self, flight: _Flight) -> bool:
         """The generation was opened, but that message was lost, or the worker had to forget it."""
@@ -262,5 +286,5 @@ class WorkerHandle:
 
 def _with_possible_time(reply: AnyTimed, most_s: float) -> AnyTimed:
     """A worker cannot have worked for longer than it had the request: what it says steers the policy."""
-    most_us = int(most_s * 1e6) + _CLOCK_SLACK_US
+    most_us = int(max(0.0, most_s) * 1e6) + _CLOCK_SLACK_US
     return reply if reply.busy_us <= most_us else replace(reply, busy_us=most_us)

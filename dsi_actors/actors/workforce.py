@@ -42,6 +42,8 @@ MAX_LOADING = 64
 _MAX_REMEMBERED_DISMISSALS = 1024
 _MAX_REMEMBERED_FAILURES = 256
 _LOADING_PATIENCE_S = 30.0
+#: A broken connection may come back for so long. What was lost with it is sent again.
+_RECONNECT_S = 0.5
 #: A worker that thinks us dead too early has to load its model again: it waits for so many times our own patience.
 _WORKERS_PATIENCE = 5
 _MAX_REASON_CHARS = 500
@@ -78,6 +80,8 @@ class _Member:
     since_s: float
     #: A Welcome that has had no Ready for so long is sent again: either may be lost.
     greet_again_s: float
+    #: Since when it cannot be reached: its connection is broken, and may come back.
+    unreachable_s: float | None = None
 
 
 WorkforceMessage: TypeAlias = FrameArrived | LookForSilence | FoundUseless
@@ -100,7 +104,7 @@ class Workforce(Actor[WorkforceMessage]):
         self._keyring = Keyring(config.keys) if config.keys is not None else None
         self._by_identity: dict[bytes, _Member] = {}
         self._by_incarnation: dict[int, _Member] = {}
-        self._doorkeeper = Doorkeeper(self._by_identity, time.monotonic)
+        self._doorkeeper = Doorkeeper(time.monotonic, self._on_flood)
         self._dismissed: OrderedDict[int, str] = OrderedDict()
         self._next_number = 1
         #: vocabulary of the target, known from the first target server on.
@@ -119,6 +123,7 @@ class Workforce(Actor[WorkforceMessage]):
             endpoint,
             lambda identity, message: self.deliver(FrameArrived(identity, message)),
             self._doorkeeper.lets_in,
+            self._on_malformed,
             self._keyring,
         )
         return self._gateway.endpoint
@@ -126,6 +131,16 @@ class Workforce(Actor[WorkforceMessage]):
     def look_for_silence(self) -> None:
         """Start the clock by which silent workers are found. Call once, when running."""
         self.spawn(self._tick())
+
+    def _on_flood(self, identity: bytes) -> None:
+        member = self._by_identity.get(identity)
+        if member is not None:
+            self.tell(FoundUseless(member.worker, "it floods us"), control=True)
+
+    def _on_malformed(self, identity: bytes, reason: str) -> None:
+        member = self._by_identity.get(identity)
+        if member is not None:
+            member.worker.fault(f"malformed frame: {reason}")
 
     async def _tick(self) -> WorkforceMessage:
         due_s = time.monotonic() + self._config.heartbeat_ms / 1e3
@@ -172,6 +187,7 @@ class Workforce(Actor[WorkforceMessage]):
         worker = member.worker
         match message:
             case Failed(0, _, _, reason):
+                reason = reason[:_MAX_REASON_CHARS]
                 self._remember_failure(worker.hello, reason)
                 log.error("a worker cannot serve", worker=str(worker), reason=reason)
                 self._drop(worker, farewell=None)
@@ -217,7 +233,7 @@ class Workforce(Actor[WorkforceMessage]):
         config = self._config
         worker = WorkerHandle(
             self._next_number, identity, hello, assignment.role,
-            lambda message: self._send_or_drop(worker, message),
+            lambda message: self._send_to(member, message),
             patience_s=config.silence_ms / 2e3,
             on_useless=lambda reason: self.tell(FoundUseless(worker, reason), control=True),
         )  # fmt: skip
@@ -236,7 +252,7 @@ class Workforce(Actor[WorkforceMessage]):
     def _greet(self, member: _Member) -> None:
         now_s = time.monotonic()
         member.greet_again_s = now_s + max(self._config.silence_ms / 1e3, now_s - member.since_s)
-        self._send_or_drop(member.worker, member.welcome)
+        self._send_to(member, member.welcome)
 
     def _refuse(self, identity: bytes, hello: Hello, reason: str) -> None:
         reason = reason[:_MAX_REASON_CHARS]  # it may quote what the peer said
@@ -250,6 +266,7 @@ class Workforce(Actor[WorkforceMessage]):
         if worker.ready is not None:
             return
         worker.ready = ready
+        self._doorkeeper.trust(worker.identity)
         if worker.role == "target" and self.vocabulary is None:
             self.vocabulary = ready
             for other in self.workers:
@@ -294,6 +311,8 @@ class Workforce(Actor[WorkforceMessage]):
             worker.ask_again(now_s)
             if now_s - member.heard_s > patience_s:
                 self._give_up(worker, f"it was silent for {now_s - member.heard_s:.1f} s")
+            elif member.unreachable_s is not None and now_s - member.unreachable_s > _RECONNECT_S:
+                self._give_up(worker, "its connection is gone")
             elif worker.owes_since(now_s - config.silence_ms / 1e3):
                 self._give_up(worker, "it did not answer")
             elif worker.ready is None and now_s - member.since_s > config.ready_timeout_s:
@@ -307,9 +326,10 @@ class Workforce(Actor[WorkforceMessage]):
 
     def _forgive(self, late_s: float) -> None:
         log.warning("this process stood still", late_ms=round(late_s * 1e3))
+        now_s = time.monotonic()
         for member in self._by_identity.values():
-            member.heard_s += late_s
-            member.worker.forgive(late_s)
+            member.heard_s = min(now_s, member.heard_s + late_s)
+            member.worker.forgive(late_s, now_s)
 
     def drop_incarnation(self, incarnation: int) -> None:
         """The local process of this incarnation has ended."""
@@ -320,15 +340,16 @@ class Workforce(Actor[WorkforceMessage]):
     def _drop(self, worker: WorkerHandle, farewell: str | None) -> None:
         if worker.lost:
             return
-        if farewell is not None:
-            self._send(worker.identity, Goodbye(farewell))
         self._by_identity.pop(worker.identity, None)
         self._by_incarnation.pop(worker.hello.incarnation, None)
+        self._doorkeeper.forget(worker.identity)
         self._dismissed[worker.hello.incarnation] = farewell or "it left"
         if len(self._dismissed) > _MAX_REMEMBERED_DISMISSALS:
             self._dismissed.popitem(last=False)
+        self._on_lost(worker)  # and so fenced, before it hears of it
+        if farewell is not None:
+            self._send(worker.identity, Goodbye(farewell))
         worker.on_lost()
-        self._on_lost(worker)
 
     def _send(self, identity: bytes, message: FromOrchestrator) -> bool:
         assert self._gateway is not None
@@ -338,7 +359,10 @@ class Workforce(Actor[WorkforceMessage]):
             return False
         return True
 
-    def _send_or_drop(self, worker: WorkerHandle, message: FromOrchestrator) -> None:
-        if not self._send(worker.identity, message):
-            log.warning("worker takes no messages: taken for dead", worker=str(worker))
-            self._drop(worker, farewell=None)
+    def _send_to(self, member: _Member, message: FromOrchestrator) -> None:
+        """What cannot be sent is lost, as messages may be: the worker is asked again if its connection comes back."""
+        if self._send(member.worker.identity, message):
+            member.unreachable_s = None
+        elif member.unreachable_s is None:
+            member.unreachable_s = time.monotonic()
+            log.info("worker unreachable", worker=str(member.worker))

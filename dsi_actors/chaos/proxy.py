@@ -23,7 +23,7 @@ _SHARE = 0.3
 _DELAY_S = (0.05, 0.6)
 _REORDER_S = (0.0, 0.03)
 #: A peer that was silent for so long is gone.
-_FORGET_S = 20.0
+_FORGET_S = 300.0
 _LOOK_S = 1.0
 
 

@@ -19,7 +19,7 @@ _PAUSE_S = 0.001
 
 def hellos(number: int) -> bytes:
     """Each from another worker that does not exist."""
-    return encode(Hello(1, number, "target", "auto", "x", "cpu:0", "flood", 1))
+    return encode(Hello(1, number, "target", "auto", "", "cpu:0", "flood", 1))
 
 
 def noise(number: int) -> bytes:

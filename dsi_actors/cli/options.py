@@ -84,8 +84,9 @@ def lookahead(text: str) -> int | Literal["auto"]:
 
 
 def config_from(
-    arguments: argparse.Namespace, *, listen: str | None = None, insecure: bool = False, keys: str | None = None
-) -> Config:
+    arguments: argparse.Namespace, *, listen: str | None = None, insecure: bool = False, keys: str | None = None,
+    max_generations: int = default_of(Config, "max_generations"),
+) -> Config:  # fmt: skip
     """Raises ConfigError."""
     engine: dict[str, OptionValue] = {
         name: value for name in ("window", "max_length", "threads") if (value := getattr(arguments, name)) is not None
@@ -98,6 +99,7 @@ def config_from(
         listen=listen,
         insecure=insecure,
         keys=keys,
+        max_generations=max_generations,
         target_options={**engine, "dtype": arguments.dtype},
         drafter_options=dict(engine),
         calibrate=arguments.calibrate,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections import deque
@@ -65,7 +66,8 @@ class Peer:
         if isinstance(message, Heartbeat):
             self.heartbeats.append((time.monotonic(), message))
             if self.answers_heartbeats:
-                self._gateway.send(identity, message)
+                with contextlib.suppress(PeerGone):
+                    self._gateway.send(identity, message)
         elif isinstance(message, Hello) and self.identity is None:
             self.identity, self.hello = identity, message
         if identity == self.identity and not isinstance(message, Heartbeat):

@@ -18,6 +18,8 @@ _PRIOR_WEIGHT = 6.0
 #: Of what was judged, the share that is forgotten with each further token: what counts are the last hundred or so.
 _FORGOTTEN = 0.01
 _LATENCY_WEIGHT = 0.1
+#: No forward is faster. A worker may say what it likes: estimates stay numbers that can be planned with.
+_LEAST_MS = 1e-3
 #: Judged tokens between two looks at the policy, and how much must have changed for another one.
 _LOOK_EVERY = 4
 _ACCEPTANCE_STEP = 0.04
@@ -81,6 +83,7 @@ class Tuner:
         known = self.estimates
         if positions > known.window:
             return
+        took_ms = max(_LEAST_MS, took_ms)
         if known.target_ms <= 0:
             known.target_ms, known.window_ms = took_ms, max(took_ms, known.window_ms)
             return
@@ -89,7 +92,7 @@ class Tuner:
         known.window_ms *= factor
 
     def drafted(self, tokens: int, took_ms: float) -> None:
-        known = self.estimates
+        known, took_ms = self.estimates, max(_LEAST_MS * tokens, took_ms)
         weight = min(1.0, _LATENCY_WEIGHT * tokens) if known.drafter_ms > 0 else 1.0
         known.drafter_ms += weight * (took_ms / max(1, tokens) - known.drafter_ms)
 

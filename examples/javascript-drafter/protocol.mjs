@@ -53,7 +53,7 @@ const KINDS = {
   u64: { read: unsigned(64), write: (value) => (BigInt(value) < 1n << 32n ? Number(value) : BigInt(value)) },
   bool: { read: (value) => (typeof value === "boolean" ? value : refuse("not a boolean")), write: Boolean },
   f64: {
-    read: (value) => (typeof value !== "boolean" && Math.abs(Number(value)) <= 2 ** 53 ? Number(value) : refuse("not a number")),
+    read: (value) => (["number", "bigint"].includes(typeof value) && Math.abs(Number(value)) <= 2 ** 53 ? Number(value) : refuse("not a number")),
     write: Number,
   },
   text: { read: text, write: text },
@@ -97,7 +97,7 @@ export function decode(frame) {
   if (frame.length > MAX_FRAME_BYTES) refuse("the frame is too large");
   const wire = unpackWithinLimits(frame);
   if (!isMap(wire)) refuse("a frame is one map");
-  const [name, words] = (typeof wire.type === "number" && BY_NUMBER.get(wire.type)) || refuse("unknown type");
+  const [name, words] = (["number", "bigint"].includes(typeof wire.type) && BY_NUMBER.get(Number(wire.type))) || refuse("unknown type");
   const message = { type: name };
   for (const [field, kind] of words) {
     if (!Object.hasOwn(wire, field)) refuse(`${field} is missing`);

@@ -99,11 +99,13 @@ def test_time_in_which_we_stood_still_counts_for_nobody(handle: WorkerHandle, se
     handle.verify(VERIFY, lambda reply: None)
     handle.cancel(1, 7)
     now_s = time.monotonic()
-    handle.forgive(60.0)
+    handle.forgive(60.0, now_s + 60.0)
     handle.ask_again(now_s + 60.5)
     assert sent == [VERIFY, Cancel(1, 7)]
     assert not handle.owes_since(now_s + 59)
     assert handle.owes_since(now_s + 61)
+    handle.forgive(60.0, now_s + 60.0)
+    assert handle.owes_since(now_s + 61), "what was asked lately was not asked in the future"
 
 
 def test_a_generation_that_the_worker_does_not_know_is_opened_again(
@@ -171,3 +173,35 @@ def test_a_worker_cannot_have_worked_for_longer_than_it_had(handle: WorkerHandle
     handle.on_reply(Verified(1, 7, 2, (5,), (), 1, 4_000_000_000))
     assert isinstance(answers[0], Verified)
     assert answers[0].busy_us < 1_000_000
+
+
+def test_a_worker_that_is_lost_while_it_answers_answers_once() -> None:
+    answers: list[Reply | None] = []
+    hello = Hello(1, 1, "drafter", "timed", "", "cpu:0", "host", 1)
+    handle = WorkerHandle(1, b"id", hello, "drafter", lambda message: None)
+    handle.draft(DRAFT, answers.append, lambda block: handle.on_lost())
+    handle.on_reply(Drafted(1, 8, 2, (4,), True, 1))
+    assert answers == [None]
+
+
+def test_drafts_that_were_not_asked_for_are_a_fault(handle: WorkerHandle) -> None:
+    blocks: list[Drafted] = []
+    handle.draft(DRAFT, lambda reply: None, blocks.append)
+    handle.on_reply(Drafted(1, 8, 4, (5, 6), False, 1))
+    handle.on_reply(Drafted(1, 8, 2, (4,) * 20_000, False, 1))
+    assert (handle.faults, blocks) == (2, [])
+    handle.on_reply(Drafted(1, 8, 2, (4,), False, 1))
+    assert len(blocks) == 0, "it has said too much for this request"
+
+
+def test_a_cancel_that_is_lost_is_sent_again_soon(handle: WorkerHandle, sent: list[FromOrchestrator]) -> None:
+    handle.verify(VERIFY, lambda reply: None)
+    now_s = time.monotonic()
+    for second in (1.1, 2.1, 4.1):
+        handle.ask_again(now_s + second)
+    for flight in handle._in_flight.values():
+        flight.since_s -= 4.5  # so that it is cancelled after so long
+    handle.cancel(1, 7)
+    del sent[:]
+    handle.ask_again(time.monotonic() + 1.1)
+    assert sent == [VERIFY, Cancel(1, 7)]

@@ -15,7 +15,7 @@ import pytest
 import dsi_actors
 from dsi_actors.actors.worker_handle import WorkerHandle
 from dsi_protocol import Draft, Verify
-from support.timed import PROMPT, all_gone, plain_decoding, start_worker, text_of, timed_config
+from support.timed import PROMPT, all_gone, plain_decoding, start_worker, text_of, timed_config, workers
 
 TOKENS = 40
 DETECTION_MS = 600
@@ -139,20 +139,76 @@ async def test_a_worker_that_was_taken_for_dead_ends_when_it_wakes(tmp_path: Any
     """One that nobody here can kill: on another machine. What it had to say comes too late."""
     config = timed_config(listen=f"ipc://{tmp_path}/dsi.sock", silence_ms=DETECTION_MS)
     async with dsi_actors.Orchestrator(config) as orchestrator:
-        workers = [start_worker(orchestrator.endpoint, "--role", role) for role in ("target", "target", "drafter")]
+        started = [start_worker(orchestrator.endpoint, "--role", role) for role in ("target", "target", "drafter")]
         assert await orchestrator.wait_for_workers(targets=2, drafters=1, timeout_s=20)
         text: list[int] = []
         async for tokens in orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=300)):
             text.extend(tokens)
             if len(text) > 10 and len(text) - len(tokens) <= 10:
-                os.kill(workers[0].pid, signal.SIGSTOP)
+                os.kill(started[0].pid, signal.SIGSTOP)
         await until(lambda: len(orchestrator.workers) == 2)
-        os.kill(workers[0].pid, signal.SIGCONT)
+        os.kill(started[0].pid, signal.SIGCONT)
         assert text == plain_decoding(PROMPT, 300)
-        await asyncio.to_thread(workers[0].wait, 3)
+        await asyncio.to_thread(started[0].wait, 3)
         assert len(orchestrator.workers) == 2
-    for worker in workers:
+    for worker in started:
         worker.communicate(timeout=5)
+
+
+async def test_a_connection_that_breaks_costs_a_moment_and_no_worker() -> None:
+    """The worker reconnects and stays the same; what was lost on the way is sent again."""
+    config = timed_config(listen="tcp://127.0.0.1:*", silence_ms=2000, drafter=None)
+    async with dsi_actors.Orchestrator(config) as orchestrator:
+        host, port = orchestrator.endpoint.removeprefix("tcp://").rsplit(":", 1)
+        writers: list[asyncio.StreamWriter] = []
+
+        async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            there_reader, there_writer = await asyncio.open_connection(host, int(port))
+            writers.extend([writer, there_writer])
+
+            async def carry(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+                with contextlib.suppress(ConnectionError):
+                    while words := await source.read(4096):
+                        sink.write(words)
+                sink.close()
+
+            await asyncio.gather(carry(reader, there_writer), carry(there_reader, writer))
+
+        async with await asyncio.start_server(relay, "127.0.0.1", 0) as server:
+            with workers(f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}", ["--role", "target"]):
+                assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=20)
+                [before] = orchestrator.workers
+                text: list[int] = []
+                async with asyncio.timeout(15):
+                    async for tokens in orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=200)):
+                        text.extend(tokens)
+                        if len(text) in (30, 100):
+                            for writer in writers:
+                                writer.transport.abort()
+                            writers.clear()
+                assert text == plain_decoding(PROMPT, 200)
+                assert orchestrator.workers == [before]
+            server.close()
+
+
+async def test_a_process_that_cannot_be_made_is_tried_again(
+    orchestrator: dsi_actors.Orchestrator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failures = asyncio.create_subprocess_exec, 2
+
+    async def fail_twice(*words: Any, **options: Any) -> asyncio.subprocess.Process:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return await real(*words, **options)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", fail_twice)
+    victim = next(worker for worker in orchestrator.workers if worker.role == "target")
+    os.kill(victim.hello.process, signal.SIGKILL)
+    await until(lambda: victim.lost)
+    assert await orchestrator.wait_for_workers(targets=2, drafters=1, timeout_s=10)
+    assert failures == 0
 
 
 async def test_a_generation_is_resumed_wherever_it_was_cut(orchestrator: dsi_actors.Orchestrator) -> None:

@@ -139,6 +139,11 @@ def test_keys_are_private_and_names_are_checked(keys: Path) -> None:
         load_worker_key(keys / "allowed" / "one.pub")
 
 
+def test_a_damaged_key_keeps_its_own_worker_out_only(keys: Path) -> None:
+    (keys / "allowed" / "four.pub").write_text("")
+    assert sorted(Keyring(keys).allowed.values()) == ["one", "three", "two"]
+
+
 def test_the_command_makes_lists_and_revokes(tmp_path: Path) -> None:
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         words = [sys.executable, "-m", "dsi_actors.cli.main", "keys", *arguments]

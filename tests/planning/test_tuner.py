@@ -61,3 +61,18 @@ def test_fewer_servers_change_the_plan() -> None:
     assert after is not None
     assert after.sp == before.sp == 4, "more may come back"
     assert after.first_wait > before.first_wait
+
+
+@pytest.mark.parametrize("lie_ms", [0.0, 1e12])
+def test_estimates_stay_numbers_whatever_workers_say(lie_ms: float) -> None:
+    tuner = Tuner("dsi", 2, None, Estimates(20.0, 25.0, 8, 4.0))
+    for _ in range(20_000):
+        tuner.drafted(1, lie_ms)
+        tuner.verified(1, 20.0)
+    tuner.judged(8, 9)
+    tuner.retune()
+    for _ in range(20_000):
+        tuner.verified(1, lie_ms)
+    tuner.judged(8, 9)
+    tuner.retune()
+    assert Tuner("dsi", 2, None, tuner.carry_over()).choose().sp == 2

@@ -38,9 +38,11 @@ _RECONNECT_PATIENCE_S = 5.0
 _LINGER_MS = 200  # how long a last message may take to leave at the end
 
 
-_HANDSHAKE_FAILURES = (
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-)
+_REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+#: Whoever is there hung up: one that wants a key does so, and a proxy in front of nobody, too.
+_HUNG_UP = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+#: Within seconds, since a connection is tried again after 0.1 to 1 s.
+_MOST_HANG_UPS = 10
 
 
 class Unreachable(Exception):
@@ -77,7 +79,8 @@ class WorkSocket:
         self._still_needed = still_needed
         # The routing id outlives a broken connection: after reconnecting this is still the same worker.
         self._socket = _dealer(context, address, b"w" + incarnation.to_bytes(8, "little"))
-        self._monitor = self._socket.get_monitor_socket(_HANDSHAKE_FAILURES)
+        self._monitor = self._socket.get_monitor_socket(_REFUSED | _HUNG_UP)
+        self._hang_ups = 0
         #: Signals that something may have come since recv() last said that nothing is there.
         self._descriptor = int(self._socket.getsockopt(zmq.FD))
         self._refused = 0
@@ -119,12 +122,11 @@ class WorkSocket:
                 log.warning("malformed frame dropped", reason=str(error), so_far=self._refused)
 
     def refused(self) -> bool:
-        """Whether the other end has turned us away since the last call, before any message: the keys do not fit."""
-        seen = False
+        """Whether the other end turns us away, before any message: the keys do not fit."""
         while self._monitor.poll(0):
-            recv_monitor_message(self._monitor)
-            seen = True
-        return seen
+            event = recv_monitor_message(self._monitor)["event"]
+            self._hang_ups += _MOST_HANG_UPS if event & _REFUSED else 1
+        return self._hang_ups >= _MOST_HANG_UPS
 
     def close(self) -> None:
         self._socket.disable_monitor()

@@ -93,6 +93,10 @@ class WorkerLoop:
             elif self._draining:
                 return
 
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
     def drain(self) -> None:
         """Take no more work; finish what is here. Safe to call from a signal handler."""
         self._draining = True
@@ -183,15 +187,22 @@ class WorkerLoop:
             return
         self._sessions[request.generation] = self._sessions.pop(request.generation)
         if not session.is_new(request.attempt):
-            answered = session.reply_to(request.attempt)
-            if answered is not None:
-                self._socket.send(answered)
+            self._answer_again(request, session)
         elif self._draining:
             self._fail(request, "draining", "this worker takes no more work")
         elif (problem := self._problem_with(request)) is not None:
             self._fail(request, "limit", problem)
         else:
             self._queue.append(_Work(request, session))
+
+    def _answer_again(self, request: Draft | Verify, session: Session) -> None:
+        answered = session.reply_to(request.attempt)
+        if answered is not None:
+            self._socket.send(answered)
+        elif request.attempt <= session.cancelled_to and all(
+            work.request.attempt != request.attempt or work.session is not session for work in self._queue
+        ):  # it had its reply long ago
+            self._socket.send(Cancelled(request.generation, request.attempt, 0, 0))
 
     def _problem_with(self, request: Draft | Verify) -> str | None:
         info = self._engine.info

@@ -147,7 +147,7 @@ def _serve(
     socket.send(ready)
     log.info("ready", role=welcome.role, load_ms=load_ms, latency_ms=info.latency_us / 1e3)
     loop.run()
-    if heart.gone:
+    if heart.gone and not loop.draining:
         raise WorkerError(f"the orchestrator at {config.endpoint} {heart.gone}: this worker ends")
     socket.offer(Goodbye("done"))
     log.info("done")

@@ -9,8 +9,8 @@ from dsi_protocol import FromWorker, prefix_checksum
 
 #: More than can be queued: see loop.py.
 _REMEMBERED_ATTEMPTS = 8192
-#: More than an orchestrator waits for at a time.
-_REMEMBERED_REPLIES = 64
+#: As many as come in the time after which an orchestrator asks again, and more.
+_REMEMBERED_REPLIES = 1024
 
 
 @dataclass(frozen=True, slots=True)
