@@ -80,6 +80,7 @@ def test_no_module_outgrows_one_idea() -> None:
     "program",
     [
         "import dsi_actors, dsi_actors.tokenizer, dsi_actors.cli.main",
+        "import dsi_actors.serving.app",
         "import dsi_workers.main, dsi_workers.engines, dsi_workers.models, dsi_workers.loop",
     ],
 )

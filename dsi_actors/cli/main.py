@@ -22,6 +22,7 @@ from dsi_actors.cli import (
     generate,
     keys,
     plan,
+    serve,
     simulate,
 )
 from dsi_actors.errors import DsiError
@@ -34,6 +35,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="dsi-actors", description="Distributed speculative inference.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     generate.add_parser(commands)
+    serve.add_parser(commands)
     plan.add_parser(commands)
     simulate.add_parser(commands)
     keys.add_parser(commands)

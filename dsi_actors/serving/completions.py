@@ -1,0 +1,126 @@
+"""One client's request from prompt to text: its choices run side by side, and end together when the client goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from dsi_actors.config import Algorithm, Sampling
+from dsi_actors.orchestrator import Orchestrator
+from dsi_actors.results import GenerationReport
+from dsi_actors.serving.metrics import Metrics
+from dsi_actors.serving.text import Piece, TextAssembler
+from dsi_actors.tokenizer import Tokenizer
+
+#: Pieces that may wait for a client that reads slowly. Its generations go on meanwhile, at most to max_tokens.
+_PIECES_AHEAD = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be done, whatever the endpoint."""
+
+    prompt_ids: list[int]
+    sampling: Sampling
+    stops: Sequence[str]
+    choices: int
+    algorithm: Algorithm
+    sp: int | None
+    lookahead: int | Literal["auto"]
+    correlation: str
+
+
+@dataclass(slots=True)
+class Choice:
+    """One answer, as it comes."""
+
+    index: int
+    seed: int
+    text: str = ""
+    pieces: list[Piece] = field(default_factory=list)
+    finish_reason: str | None = None
+    report: GenerationReport | None = None
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """Something new in a choice: a piece of its text, or its end."""
+
+    choice: Choice
+    piece: Piece | None
+
+
+class Completion:
+    """Iterate over `updates`; leaving the loop cancels all choices, down to the forwards that run."""
+
+    def __init__(self, orchestrator: Orchestrator, tokenizer: Tokenizer, metrics: Metrics, job: Job) -> None:
+        self._orchestrator = orchestrator
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self.job = job
+        self.choices = [Choice(index, (job.sampling.seed + index) % (1 << 64)) for index in range(job.choices)]
+
+    async def updates(self) -> AsyncIterator[Update]:
+        """Raises what the orchestrator raises."""
+        queue: asyncio.Queue[Update | BaseException] = asyncio.Queue(_PIECES_AHEAD)
+        tasks = [asyncio.create_task(self._run(choice, queue)) for choice in self.choices]
+        try:
+            left = len(tasks)
+            while left:
+                update = await queue.get()
+                if isinstance(update, BaseException):
+                    raise update
+                left -= update.piece is None
+                yield update
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self, choice: Choice, queue: asyncio.Queue[Update | BaseException]) -> None:
+        try:
+            with self._metrics.running():
+                await self._generate(choice, queue)
+        except Exception as error:
+            await queue.put(error)
+        else:
+            await queue.put(Update(choice, None))
+
+    async def _generate(self, choice: Choice, queue: asyncio.Queue[Update | BaseException]) -> None:
+        job = self.job
+        assembler = TextAssembler(self._tokenizer, job.stops)
+        begun_s = last_s = time.perf_counter()
+        async with self._orchestrator.generate(
+            job.prompt_ids, replace(job.sampling, seed=choice.seed), algorithm=job.algorithm, sp=job.sp,
+            lookahead=job.lookahead, correlation=f"{job.correlation}-{choice.index}",
+        ) as stream:  # fmt: skip
+            async for tokens in stream:
+                now_s = time.perf_counter()
+                self._metrics.committed(len(tokens), now_s - last_s, first=not choice.tokens)
+                last_s = now_s
+                choice.tokens += len(tokens)
+                await self._show(choice, assembler.add(tokens), queue)
+                if assembler.stopped:
+                    stream.cancel()
+                    break
+            if not assembler.stopped:
+                await self._show(choice, assembler.rest(), queue)
+            choice.report = await stream.report()
+        choice.finish_reason = "length" if choice.report.finish_reason == "length" and not assembler.stopped else "stop"
+        self._metrics.finished(choice.report, choice.finish_reason, time.perf_counter() - begun_s)
+
+    async def _show(self, choice: Choice, piece: Piece, queue: asyncio.Queue[Update | BaseException]) -> None:
+        if piece.text or piece.tokens:
+            choice.text += piece.text
+            choice.pieces.append(piece)
+            await queue.put(Update(choice, piece))
+
+
+def seed_or_any(seed: int | None) -> int:
+    """The client's seed, as a number of 64 bits; without one, any."""
+    return secrets.randbits(63) if seed is None else seed % (1 << 64)

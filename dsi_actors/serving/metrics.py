@@ -1,0 +1,84 @@
+"""What Prometheus is told. One registry for each service, so that several can live in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from dsi_actors.results import GenerationReport
+
+_SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 0.8, 1.2, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 60.0)
+
+
+class Metrics:
+    """Names begin with dsi_; times are in seconds, as Prometheus wants them."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self, model: str, *, workers: Callable[[str], int], waiting: Callable[[], int]) -> None:
+        self._registry = CollectorRegistry()
+        labels = {"model": model}
+
+        def counter(name: str, words: str, *names: str) -> Counter:
+            return Counter(f"dsi_{name}", words, ("model", *names), registry=self._registry)
+
+        def histogram(name: str, words: str) -> Histogram:
+            made = Histogram(f"dsi_{name}", words, ("model",), buckets=_SECONDS, registry=self._registry)
+            return made.labels(**labels)
+
+        self._model = model
+        self._requests = counter("requests", "Requests that ended, by how they did.", "outcome")
+        self._generations = counter("generations", "Generations that ended, by why.", "reason")
+        self._tokens = counter("tokens", "Tokens committed.")
+        self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
+        self._judged = counter("drafted_tokens", "Drafted tokens, as far as the target got to them.", "verdict")
+        self._forwards = counter("target_forwards", "Forwards of target servers, by what became of them.", "use")
+        self._busy = counter("busy_seconds", "Time that workers computed.", "role")
+        self._first = histogram("time_to_first_token_seconds", "From the start of a generation to its first token.")
+        self._between = histogram("token_interval_seconds", "Between commits, per committed token.")
+        self._total = histogram("generation_seconds", "From the start of a generation to its end.")
+        gauge = Gauge("dsi_generations_running", "Generations that run or wait.", ("model",), registry=self._registry)
+        self._running = gauge.labels(**labels)
+        waiting_gauge = Gauge("dsi_generations_waiting", "Those that wait.", ("model",), registry=self._registry)
+        waiting_gauge.labels(**labels).set_function(waiting)
+        ready = Gauge("dsi_workers_ready", "Workers that are ready.", ("model", "role"), registry=self._registry)
+        for role in ("target", "drafter"):
+            ready.labels(model=model, role=role).set_function(partial(workers, role))
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with self._running.track_inprogress():
+            yield
+
+    def committed(self, tokens: int, took_s: float, *, first: bool) -> None:
+        if first:
+            self._first.observe(took_s)
+            tokens_left = 0
+        else:
+            tokens_left = tokens
+        for _ in range(tokens_left):
+            self._between.observe(took_s / tokens)
+        self._tokens.labels(self._model).inc(tokens)
+
+    def finished(self, report: GenerationReport, reason: str, took_s: float) -> None:
+        model = self._model
+        self._total.observe(took_s)
+        self._generations.labels(model, reason).inc()
+        accepted = round(report.acceptance_rate * report.drafted_tokens)
+        self._judged.labels(model, "accepted").inc(accepted)
+        self._judged.labels(model, "rejected").inc(max(0, report.drafted_tokens - accepted))
+        self._forwards.labels(model, "wasted").inc(report.wasted_target_forwards)
+        self._forwards.labels(model, "useful").inc(report.target_forwards - report.wasted_target_forwards)
+        self._busy.labels(model, "target").inc(report.target_busy_ms / 1e3)
+        self._busy.labels(model, "drafter").inc(report.drafter_busy_ms / 1e3)
+
+    def request(self, outcome: str, prompt_tokens: int = 0) -> None:
+        self._requests.labels(self._model, outcome).inc()
+        self._prompt_tokens.labels(self._model).inc(prompt_tokens)
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)

@@ -1,0 +1,250 @@
+"""The service in a process of its own, asked by the official `openai` client."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from support.engines import make_tiny_model
+
+MESSAGES: Any = [{"role": "user", "content": "w5 w6 w7"}]
+KEY = "sk-test"
+
+
+@contextmanager
+def served(model: Path, *arguments: str) -> Iterator[str]:
+    """The base URL of a service with one target server and a drafter."""
+    command = [sys.executable, "-m", "dsi_actors.cli.main", "serve", "--target", str(model), "--sp", "1", "--port", "0"]
+    with subprocess.Popen(
+        [*command, "--model-name", "tiny", "--gpu", "cpu", "--log-level", "info", *arguments],
+        stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        try:
+            assert process.stderr is not None
+            for line in process.stderr:
+                found = re.search(r"running on (http://[\d.:]+)", line)
+                if found is not None:
+                    break
+            else:
+                raise AssertionError("the service did not start")
+            yield found.group(1)
+        finally:
+            process.terminate()
+            _, errors = process.communicate(timeout=15)
+            assert "Traceback" not in errors, errors
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = make_tiny_model(tmp_path_factory.mktemp("tiny"))
+    template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    (directory / "chat_template.jinja").write_text(template)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text(f"{KEY}\nsk-other\n")
+    with served(model, "--api-keys", str(keys)) as found:
+        yield found
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as made:
+        yield made
+
+
+def metric(url: str, name: str) -> float:
+    """The sum over all its labels."""
+    with urllib.request.urlopen(f"{url}/metrics") as answer:
+        text = answer.read().decode()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if re.match(rf"{name}(\{{|\s)", line))
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+def test_a_chat_answers_the_same_streamed_or_not(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": "tiny", "messages": MESSAGES, "max_tokens": 30, "seed": 7, "temperature": 0.8,
+        "extra_body": {"ignore_eos": True},
+    }  # fmt: skip
+    whole = client.chat.completions.create(**asked)
+    [choice] = whole.choices
+    assert choice.message.role == "assistant"
+    assert choice.finish_reason == "length"
+    assert whole.usage is not None
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens, whole.usage.total_tokens) == (3, 30, 33)
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == choice.message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
+    assert chunks[-1].usage == whole.usage
+    assert len(chunks) > 5
+
+
+def test_the_text_does_not_depend_on_how_it_is_decoded(client: openai.OpenAI) -> None:
+    texts = set()
+    for options in ({"algorithm": "ar"}, {"algorithm": "si", "lookahead": 3}, {"algorithm": "dsi", "lookahead": 2}):
+        answer = client.completions.create(
+            model="tiny", prompt="w5 w6 w7", max_tokens=25, seed=3, temperature=0.7, extra_body={"dsi": options}
+        )
+        texts.add(answer.choices[0].text)
+        [cost] = answer.model_extra["dsi"]  # type: ignore[index]
+        assert (cost["algorithm"], cost["seed"]) == (options["algorithm"], 3)
+        assert cost["target_forwards"] > 0
+        assert cost["target_busy_ms_per_token"] > 0
+    assert len(texts) == 1
+
+
+def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "w5 w6 w7", "max_tokens": 30, "temperature": 0}
+    whole = client.completions.create(**asked).choices[0].text
+    stop = whole.split()[10]
+    for stream in (False, True):
+        if stream:
+            chunks = list(client.completions.create(**asked, stop=["nothing", stop], stream=True))
+            text, reason = "".join(chunk.choices[0].text for chunk in chunks), chunks[-1].choices[0].finish_reason
+        else:
+            answer = client.completions.create(**asked, stop=stop).choices[0]
+            text, reason = answer.text, answer.finish_reason
+        assert text == whole[: whole.find(stop)]
+        assert reason == "stop"
+
+
+def test_logprobs_are_those_of_the_chosen_tokens(client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=8, logprobs=True, seed=1)
+    logprobs = chat.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert len(logprobs.content) == 8
+    assert all(token.logprob <= 0 for token in logprobs.content)
+    assert "".join(token.token for token in logprobs.content) == chat.choices[0].message.content
+    plain = client.completions.create(model="tiny", prompt="w5", max_tokens=8, logprobs=0, seed=1).choices[0].logprobs
+    assert plain is not None
+    assert plain.token_logprobs is not None
+    assert len(plain.token_logprobs) == 8
+
+
+def test_each_choice_has_a_seed_of_its_own(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 20, "temperature": 1.0}
+    both = client.completions.create(**asked, n=2, seed=11)
+    alone = [client.completions.create(**asked, seed=seed).choices[0].text for seed in (11, 12)]
+    assert [choice.text for choice in both.choices] == alone
+    assert alone[0] != alone[1]
+    without = client.completions.create(**asked)
+    [cost] = without.model_extra["dsi"]
+    again = client.completions.create(**asked, seed=cost["seed"])
+    assert again.choices[0].text == without.choices[0].text, "the seed that was taken is told"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "status", "words"),
+    [
+        ({"model": "other"}, 404, "there is no model 'other' here: it is 'tiny'"),
+        ({"temperature": -1}, 400, "temperature must lie in"),
+        ({"top_p": 0}, 400, "top_p must lie in"),
+        ({"max_tokens": 0}, 400, "max_tokens: Input should be greater than or equal to 1"),
+        ({"max_tokens": 5000}, 400, "over the target's limit of 512"),
+        ({"messages": []}, 400, "messages: List should have at least 1 item"),
+        ({"messages": [{"role": "user", "content": "w1 " * 600}]}, 400, "over the target's limit of 512"),
+        ({"logit_bias": {"5": 1}}, 400, "logit_bias is not supported"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools is not supported"),
+        ({"presence_penalty": 1}, 400, "presence_penalty is not supported"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format must be text"),
+        ({"stop": [""]}, 400, "none of them empty"),
+        ({"n": 100}, 400, "n: Input should be less than or equal to 16"),
+        ({"extra_body": {"dsi": {"algorithm": "magic"}}}, 400, "dsi.algorithm: Input should be 'dsi', 'si' or 'ar'"),
+        ({"extra_body": {"dsi": {"speed": 9}}}, 400, "dsi.speed: Extra inputs are not permitted"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_requests_are_named(
+    client: openai.OpenAI, wrong: dict[str, Any], status: int, words: str, stream: bool
+) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 5, "stream": stream, **wrong}
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.chat.completions.create(**asked)
+    assert caught.value.status_code == status
+    assert words in str(caught.value)
+    assert isinstance(caught.value.body, dict)
+    assert set(caught.value.body) == {"message", "type", "param", "code"}
+
+
+def test_a_wrong_key_is_refused(url: str) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="sk-wrong", max_retries=0) as client:
+        with pytest.raises(openai.AuthenticationError):
+            client.models.list()
+        with pytest.raises(openai.AuthenticationError):
+            client.chat.completions.create(model="tiny", messages=MESSAGES)
+
+
+def test_what_is_no_request_gets_an_error_in_the_same_shape(url: str) -> None:
+    for path, body in (("/v1/chat/completions", b"{nonsense"), ("/v1/nowhere", b"{}")):
+        request = urllib.request.Request(f"{url}{path}", body, {"Content-Type": "application/json"})
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request)
+        with caught.value as answer:
+            assert set(json.loads(answer.read())["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_its_workers(url: str, client: openai.OpenAI, stream: bool) -> None:
+    asked: dict[str, Any] = {
+        "model": "tiny", "prompt": "w5", "max_tokens": 500,
+        "extra_body": {"ignore_eos": True, "dsi": {"algorithm": "ar"}},
+    }  # fmt: skip
+    gone = metric(url, "dsi_requests_total")
+    if stream:
+        chunks = client.completions.create(**asked, stream=True)
+        next(iter(chunks))
+        chunks.close()
+    else:
+        with pytest.raises(openai.APITimeoutError):
+            client.with_options(timeout=0.2).completions.create(**asked)
+    deadline_s = time.monotonic() + 3
+    while (metric(url, "dsi_generations_running") or metric(url, "dsi_requests_total") == gone) and (
+        time.monotonic() < deadline_s
+    ):
+        time.sleep(0.02)
+    assert metric(url, "dsi_generations_running") == 0
+    assert metric(url, "dsi_tokens_total") < 500 * 20
+    assert client.completions.create(model="tiny", prompt="w5", max_tokens=2, temperature=0).choices[0].text
+
+
+def test_a_full_queue_says_when_to_come_again(model: Path) -> None:
+    with (
+        served(model, "--max-queue", "1") as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client,
+    ):
+        first = client.completions.create(
+            model="tiny", prompt="w5", max_tokens=500, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(first))
+        with pytest.raises(openai.RateLimitError) as caught:
+            client.completions.create(model="tiny", prompt="w5", max_tokens=5)
+        assert caught.value.response.headers["retry-after"] == "1"
+        first.close()
+
+
+def test_health_and_metrics_need_no_key(url: str) -> None:
+    for path in ("/health", "/ready"):
+        with urllib.request.urlopen(f"{url}{path}") as answer:
+            assert answer.status == 200
+    assert metric(url, "dsi_workers_ready") == 2
+    assert metric(url, "dsi_tokens_total") > 0
+    assert metric(url, "dsi_time_to_first_token_seconds_count") > 0
