@@ -269,15 +269,15 @@ class Orchestrator:
         assert target.ready is not None
         Orchestrator._check_tokens(target, prompt_ids)
         length = len(prompt_ids) + sampling.max_tokens
-        if length > MAX_TOKENS_PER_MESSAGE:
-            raise ConfigError(
-                f"the prompt has {len(prompt_ids)} tokens and max_tokens is {sampling.max_tokens}: together {length} are "
-                f"over the {MAX_TOKENS_PER_MESSAGE} that fit one message"
-            )
         if length > target.ready.max_length:
             raise ConfigError(
                 f"the prompt has {len(prompt_ids)} tokens and max_tokens is {sampling.max_tokens}: together {length} are "
                 f"over the target's limit of {target.ready.max_length}"
+            )
+        if length > MAX_TOKENS_PER_MESSAGE:
+            raise ConfigError(
+                f"the prompt has {len(prompt_ids)} tokens and max_tokens is {sampling.max_tokens}: together {length} are "
+                f"over the {MAX_TOKENS_PER_MESSAGE} that fit one message"
             )
 
     @staticmethod

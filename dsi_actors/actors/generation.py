@@ -53,6 +53,13 @@ class Granted:
 
 
 @dataclass(frozen=True, slots=True)
+class Reclaimed:
+    """The server is another generation's now."""
+
+    worker: WorkerHandle
+
+
+@dataclass(frozen=True, slots=True)
 class WaitedForTarget:
     """The `waits`-th wait for a target server is over."""
 
@@ -64,7 +71,7 @@ class Settled:
     """The last reply is in, or waiting for it took too long."""
 
 
-GenerationMessage: TypeAlias = Event | Meaning | Granted | WaitedForTarget | Settled
+GenerationMessage: TypeAlias = Event | Meaning | Granted | Reclaimed | WaitedForTarget | Settled
 
 
 class Generation(Actor[GenerationMessage]):
@@ -139,6 +146,9 @@ class Generation(Actor[GenerationMessage]):
     def withdraw(self, worker: WorkerHandle) -> None:
         self.tell(Withdrawn(worker), control=True)
 
+    def reclaim(self, worker: WorkerHandle) -> None:
+        self.tell(Reclaimed(worker), control=True)
+
     # Messages
 
     def receive(self, message: GenerationMessage) -> None:
@@ -147,6 +157,9 @@ class Generation(Actor[GenerationMessage]):
                 self._use(worker)
             case Withdrawn(worker):
                 self._lose(worker)
+            case Reclaimed(worker):
+                worker.close(self.number)
+                self._let_go(worker)
             case Misbehaved(worker, reason, fault):
                 self._send_away(worker, reason, fault=fault)
             case WaitedForTarget(waits):
@@ -237,16 +250,20 @@ class Generation(Actor[GenerationMessage]):
 
     def _lose(self, worker: WorkerHandle) -> None:
         """The worker is gone, or not to be used here again. Hearing of it twice changes nothing."""
-        if self._servers.pop(worker.number, None) is not None:
+        if worker.number in self._servers:
             self._log.warning("target server lost", worker=str(worker))
-            self._tuner.servers = len(self._servers)
-            self._feed(ServerLost(worker.number))
+            self._let_go(worker)
             if not self._servers:
                 self._wait_for_target(self._target_wait_s)
         elif self._drafter is worker:
             self._log.warning("drafter lost: decoding goes on without", worker=str(worker))
             self._drafter = None
             self._feed(DrafterLost())
+
+    def _let_go(self, worker: WorkerHandle) -> None:
+        if self._servers.pop(worker.number, None) is not None:
+            self._tuner.servers = len(self._servers)
+            self._feed(ServerLost(worker.number))
 
     def _wait_for_target(self, patience_s: float) -> None:
         self._waits += 1

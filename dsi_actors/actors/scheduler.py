@@ -1,7 +1,8 @@
-"""Which generation gets which free worker: in the order in which the generations came.
+"""Which generation gets which worker: one server for each before a second for any, the first in line first.
 
-Each generation holds its servers and its drafter until its end. The first in line gets all it can use, the next what is
-left; workers that become ready or free later go to the first that can use one more.
+A generation that is alone gets all the servers that it can use. When another comes and none is free, it gets one of
+those that somebody has more than one of: under load speculation parallelism shrinks, down to one server for each generation;
+who comes then waits in line. Servers that become ready or free go to who has fewest, drafters to the first that has none.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ class Client(Protocol):
 
     def withdraw(self, worker: WorkerHandle) -> None:
         """This worker is gone."""
+
+    def reclaim(self, worker: WorkerHandle) -> None:
+        """This worker is another's now: let go of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,14 +138,31 @@ class Scheduler(Actor[SchedulerMessage]):
                 lease.client.withdraw(worker)
 
     def _match(self) -> None:
+        self._free = sorted((worker for worker in self._free if not worker.lost), key=lambda worker: worker.number)
         # Drafters first, so that a policy that waits for drafts knows from the start whether any will come.
-        self._free = sorted(
-            (worker for worker in self._free if not worker.lost),
-            key=lambda worker: (worker.role == "target", worker.number),
-        )
+        for worker in [worker for worker in self._free if worker.role == "drafter"]:
+            self._lend(worker, next((lease for lease in self._leases.values() if lease.can_use(worker)), None))
+        for worker in [worker for worker in self._free if worker.role == "target"]:
+            lending = [lease for lease in self._leases.values() if lease.can_use(worker)]
+            self._lend(worker, min(lending, key=lambda lease: len(lease.targets), default=None))
         for lease in self._leases.values():
-            for worker in list(self._free):
-                if lease.can_use(worker):
-                    self._free.remove(worker)
-                    lease.of_role(worker).append(worker)
-                    lease.client.grant(worker)
+            if not lease.targets:
+                self._make_room(lease)
+
+    def _lend(self, worker: WorkerHandle, lease: _Lease | None) -> None:
+        if lease is not None:
+            self._free.remove(worker)
+            lease.of_role(worker).append(worker)
+            lease.client.grant(worker)
+
+    def _make_room(self, lease: _Lease) -> None:
+        """Take a server for this one from whoever holds most, if that one keeps another: speculation gives way."""
+        richest = max(self._leases.values(), key=lambda other: len(other.targets))
+        if len(richest.targets) < 2:
+            return
+        worker = next((worker for worker in reversed(richest.targets) if lease.can_use(worker)), None)
+        if worker is not None:
+            richest.targets.remove(worker)
+            richest.client.reclaim(worker)
+            lease.targets.append(worker)
+            lease.client.grant(worker)

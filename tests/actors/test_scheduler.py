@@ -24,6 +24,9 @@ class Client:
     def withdraw(self, worker: WorkerHandle) -> None:
         self.workers.remove(worker.number)
 
+    def reclaim(self, worker: WorkerHandle) -> None:
+        self.workers.remove(worker.number)
+
 
 T1, T2, T3, D9 = worker(1, "target"), worker(2, "target"), worker(3, "target"), worker(9, "drafter")
 
@@ -38,6 +41,26 @@ def test_first_come_first_served_and_the_rest_moves_up() -> None:
     assert second.workers == [3]
     scheduler.receive(Released(first))
     assert second.workers == [3, 9, 1]
+
+
+def test_each_has_one_server_before_any_has_two() -> None:
+    scheduler, first, second, third, fourth = Scheduler(), Client(1), Client(2), Client(3), Client(4)
+    for ready in (T1, T2, T3):
+        scheduler.receive(WorkerReady(ready))
+    scheduler.receive(Requested(first, 3, wants_drafter=False))
+    assert first.workers == [1, 2, 3]
+    scheduler.receive(Requested(second, 3, wants_drafter=False))
+    assert (first.workers, second.workers) == ([1, 2], [3])
+    scheduler.receive(Requested(third, 3, wants_drafter=False))
+    assert (first.workers, second.workers, third.workers) == ([1], [3], [2])
+    scheduler.receive(Requested(fourth, 3, wants_drafter=False))
+    assert fourth.workers == []
+    assert scheduler.waiting == 1
+    scheduler.receive(Released(second))
+    assert fourth.workers == [3]
+    scheduler.receive(Released(first))
+    scheduler.receive(Released(fourth))
+    assert third.workers == [2, 1, 3]
 
 
 def test_workers_that_come_late_are_used_at_once() -> None:

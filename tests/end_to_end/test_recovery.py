@@ -230,7 +230,8 @@ async def test_an_error_carries_what_a_resumption_needs() -> None:
                 text.extend(tokens)
                 for worker in orchestrator.workers:
                     if worker.role == "target":
-                        os.kill(worker.hello.process, signal.SIGKILL)
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(worker.hello.process, signal.SIGKILL)
     assert 0 < len(text) < TOKENS
     async with dsi_actors.Orchestrator(timed_config()) as orchestrator:
         rest = await text_of(orchestrator.generate(PROMPT, sampling, resumed=text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import signal
@@ -63,6 +64,18 @@ async def test_several_generations_share_the_workers(orchestrator: dsi_actors.Or
     streams = [orchestrator.generate(prompt, dsi_actors.Sampling(max_tokens=20)) for prompt in prompts]
     texts = await asyncio.gather(*(text_of(stream) for stream in streams))
     assert texts == [plain_decoding(prompt, 20) for prompt in prompts]
+
+
+async def test_who_comes_later_need_not_wait_for_the_end() -> None:
+    """One generation has both servers; a second one gets one of them at once, and gives it back at its end."""
+    async with dsi_actors.Orchestrator(timed_config(target_ms=10, drafter_ms=2)) as orchestrator:
+        long = asyncio.create_task(text_of(orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=300))))
+        await asyncio.sleep(0.3)
+        stream = orchestrator.generate([7, 8], dsi_actors.Sampling(max_tokens=20))
+        assert await text_of(stream) == plain_decoding([7, 8], 20)
+        assert not long.done()
+        assert (await stream.report()).first_token_ms < 200
+        assert await long == plain_decoding(PROMPT, 300)
 
 
 @pytest.mark.parametrize("how", ["leave the loop", "cancel the task", "close the stream"])
@@ -131,7 +144,8 @@ async def test_without_any_target_a_generation_ends_with_what_it_has() -> None:
             if len(text) > 10:
                 for worker in orchestrator.workers:
                     if worker.role == "target":
-                        os.kill(worker.hello.process, signal.SIGKILL)
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(worker.hello.process, signal.SIGKILL)
 
     async with dsi_actors.Orchestrator(timed_config(target_wait_s=0.2)) as orchestrator:
         with pytest.raises(
