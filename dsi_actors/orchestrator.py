@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -17,6 +17,8 @@ from dsi_actors.actors.supervisor import WorkerSpec, WorkerSupervisor
 from dsi_actors.actors.worker_handle import WorkerHandle
 from dsi_actors.config import ALGORITHMS, Algorithm, Config, Sampling
 from dsi_actors.core import GenerationCore
+from dsi_actors.core.actions import Action
+from dsi_actors.core.events import Event
 from dsi_actors.devices import local_devices
 from dsi_actors.errors import (
     ConfigError,
@@ -49,6 +51,7 @@ class Orchestrator:
         self._numbers = itertools.count(1)
         #: What the last generation with a drafter taught about latencies and acceptance.
         self._learned: Estimates | None = None
+        self._observer: Callable[[int, Event | Action], None] | None = None
 
     async def __aenter__(self) -> Orchestrator:
         self._root = root = Root(self.config)
@@ -150,11 +153,17 @@ class Orchestrator:
                 on_tokens=channel.put,
                 on_end=channel.end,
                 on_learned=self._learn,
+                observe=self._observer,
             )
             root.start_generation(generation, channel)
             return generation
 
         return GenerationStream(channel, start)
+
+    def observe(self, observer: Callable[[int, Event | Action], None] | None) -> None:
+        """Tell `observer` of every event and every action of the cores of generations that start from now on, with the
+        generation's number. It must return at once. None: nobody."""
+        self._observer = observer
 
     @property
     def workers(self) -> list[WorkerHandle]:

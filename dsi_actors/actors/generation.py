@@ -92,6 +92,7 @@ class Generation(Actor[GenerationMessage]):
         on_tokens: Callable[[CommittedTokens], None],
         on_end: Callable[[Exception | None], None],
         on_learned: Callable[[Estimates], None],
+        observe: Callable[[int, Event | Action], None] | None = None,
     ) -> None:
         super().__init__(f"generation {number}")
         self.number = number
@@ -106,6 +107,7 @@ class Generation(Actor[GenerationMessage]):
         self._on_tokens = on_tokens
         self._on_end = on_end
         self._on_learned = on_learned
+        self._observe = observe
         self._servers: dict[int, WorkerHandle] = {}
         self._most_servers = 0
         self._drafter: WorkerHandle | None = None
@@ -176,9 +178,13 @@ class Generation(Actor[GenerationMessage]):
             self._conclude()
 
     def _feed(self, event: Event) -> None:
+        if self._observe is not None:
+            self._observe(self.number, event)
         counters = self._core.counters
         useful, accepted, judged = counters.useful_verifications, counters.accepted, counters.judged
         for action in self._core.handle(event):
+            if self._observe is not None:
+                self._observe(self.number, action)
             self._do(action)
         if isinstance(event, VerificationFinished):
             self._account.settle(event.attempt, useful=counters.useful_verifications > useful)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +29,7 @@ from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.planning.tuner import Estimates
 from dsi_actors.results import CommittedTokens, GenerationReport
 from dsi_actors.tokenizer import Tokenizer
+from dsi_actors.tracing.record import Recorder
 
 _ACCEPTED_STYLE = "green"
 _LABELS: dict[str, str] = {"ar": "AR", "si": "SI", "dsi": "DSI"}
@@ -53,6 +56,7 @@ def add_parser(commands: SubParsers) -> None:
         "--wait", type=float, default=60.0, metavar="S",
         help="with --listen: how long to wait for a target server and a drafter (default %(default)s)",
     )  # fmt: skip
+    parser.add_argument("--record", metavar="FILE", help="keep what happens, for dsi-actors trace FILE")
     parser.add_argument("--compare", action="store_true", help="then run AR, SI and DSI on the same workers")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(command=run)
@@ -93,7 +97,7 @@ async def run(arguments: argparse.Namespace) -> int:
     sampling = sampling_from(arguments, stop_token_ids=stop, logprobs=arguments.logprobs)
     prompt_ids = _encode(arguments, tokenizer)
     out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
-    with err.status(_greeting(config)) as status:
+    with _opened(arguments.record) as record, err.status(_greeting(config)) as status:
         async with Orchestrator(config) as orchestrator:
             if config.insecure:
                 err.print("--insecure: whoever can reach this address can take part, unseen and unencrypted")
@@ -102,6 +106,8 @@ async def run(arguments: argparse.Namespace) -> int:
             status.stop()
             err.print(_calibration(orchestrator.estimates))
             session = _Session(orchestrator, prompt_ids, resumed, sampling, arguments)
+            recorder = None if record is None else Recorder(record, {w.number: str(w) for w in orchestrator.workers})
+            orchestrator.observe(recorder)
             try:
                 first = await session.generate(
                     arguments.algorithm, None if arguments.json else _Printer(out, tokenizer)
@@ -110,6 +116,10 @@ async def run(arguments: argparse.Namespace) -> int:
                 if arguments.json:  # so that --resume can go on from here
                     out.print_json(json.dumps({"error": str(error), **session.runs[-1].so_far(tokenizer)}))
                 raise
+            orchestrator.observe(None)
+            if recorder is not None:
+                text = tokenizer.stream()
+                recorder.end(text.add(token) for token in first.token_ids)
             if arguments.compare:
                 return await _compare(session, first, arguments, tokenizer, out)
     if arguments.json:
@@ -175,6 +185,19 @@ def _check_drafter(config: Config, tokenizer: Tokenizer) -> None:
             f"the drafter {config.drafter!r} has another vocabulary than the target {config.target!r}: "
             "choose a model of the same family, self-int8 or ngram"
         )
+
+
+@contextmanager
+def _opened(path: str | None) -> Iterator[IO[str] | None]:
+    if path is None:
+        yield None
+        return
+    try:
+        file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115  closed below
+    except OSError as error:
+        raise ConfigError(f"cannot write --record {path}: {error.strerror}") from None
+    with file:
+        yield file
 
 
 def _read_tokens(path: str) -> list[int]:

@@ -24,6 +24,7 @@ from dsi_actors.cli import (
     plan,
     serve,
     simulate,
+    trace,
 )
 from dsi_actors.errors import DsiError
 from dsi_actors.logs import show_logs
@@ -38,6 +39,7 @@ def main() -> int:
     serve.add_parser(commands)
     plan.add_parser(commands)
     simulate.add_parser(commands)
+    trace.add_parser(commands)
     keys.add_parser(commands)
     chaos.add_parser(commands)
     conformance.add_parser(commands)

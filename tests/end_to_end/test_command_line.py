@@ -39,6 +39,14 @@ def dsi_actors(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=60, check=False)
 
 
+def test_a_generation_is_recorded_and_drawn(model: Path, tmp_path: Path) -> None:
+    recorded = tmp_path / "recorded"
+    done = dsi_actors("generate", PROMPT, "--target", model, "--max-tokens", "12", "--ignore-eos", "--record", recorded)
+    assert done.returncode == 0, done.stderr
+    assert dsi_actors("trace", recorded).stdout.strip() == f"{recorded}.html"
+    assert "12 tokens in" in Path(f"{recorded}.html").read_text()
+
+
 def test_what_was_cut_off_is_resumed(model: Path, tmp_path: Path) -> None:
     words = [
         "generate",
@@ -359,6 +367,7 @@ def test_ctrl_c_leaves_nothing_behind(model: Path, after_s: float) -> None:
         (["serve", "--port", "99999"], "--port must be a port"),
         (["serve", "--api-keys", "/nowhere"], "cannot read --api-keys /nowhere: No such file"),
         (["serve", "--max-queue", "0"], "max_generations must be at least 1"),
+        (["generate", PROMPT, "--record", "/nowhere/x"], "cannot write --record /nowhere/x: No such file"),
         (["conformance", "5555"], "listen '5555' is no endpoint"),
         (["generate", PROMPT, "--drafter", "/nowhere/x.gguf"], "there is no file /nowhere/x.gguf"),
         (["generate", PROMPT, "--drafter", "OTHER"], "has another vocabulary than the target"),

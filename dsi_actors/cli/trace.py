@@ -1,0 +1,48 @@
+"""`dsi-actors trace FILE`: a recorded generation as a picture. Record one with `dsi-actors generate ... --record FILE`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from dsi_actors.cli.options import SubParsers, add_logging_option
+from dsi_actors.errors import ConfigError
+from dsi_actors.tracing.chrome import chrome_trace
+from dsi_actors.tracing.lanes import draw
+from dsi_actors.tracing.page import html_page
+from dsi_actors.tracing.record import read_recording
+
+
+def add_parser(commands: SubParsers) -> None:
+    parser = commands.add_parser("trace", help="one generation as a picture", description=__doc__)
+    parser.add_argument("file", metavar="FILE", help="what --record wrote")
+    parser.add_argument("--html", metavar="OUT", help="a page that needs nothing else (default: FILE.html)")
+    parser.add_argument("--chrome", metavar="OUT", help="a trace for chrome://tracing and ui.perfetto.dev")
+    parser.add_argument("--generation", type=int, metavar="N", help="which one, if several were recorded")
+    add_logging_option(parser)
+    parser.set_defaults(command=run)
+
+
+async def run(arguments: argparse.Namespace) -> int:
+    recording = read_recording(arguments.file)
+    known = sorted({moment.generation for moment in recording.moments})
+    if arguments.generation not in (None, *known):
+        raise ConfigError(f"there is no generation {arguments.generation} in {arguments.file}: it has {known}")
+    picture = draw(recording, arguments.generation)
+    page = arguments.html or f"{arguments.file}.html"
+    outputs = {page: html_page(picture, f"A generation of {len(picture.accepted)} tokens")}
+    if arguments.chrome:
+        outputs[arguments.chrome] = json.dumps(chrome_trace(picture))
+    for path, content in outputs.items():
+        _write(path, content)
+        sys.stdout.write(f"{path}\n")
+    return 0
+
+
+def _write(path: str, content: str) -> None:
+    try:
+        Path(path).write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None

@@ -1,0 +1,112 @@
+"""From a recording to a picture: every span has an owner, a time and a fate; and bad files are named."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dsi_actors
+from dsi_actors.tracing.chrome import chrome_trace
+from dsi_actors.tracing.lanes import draw
+from dsi_actors.tracing.page import html_page
+from dsi_actors.tracing.record import Recorder, read_recording
+from support.timed import PROMPT, plain_decoding, timed_config
+
+TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("trace") / "recorded"
+
+    async def record() -> None:
+        async with dsi_actors.Orchestrator(timed_config(target_ms=8, drafter_ms=2)) as orchestrator:
+            with path.open("w") as file:
+                recorder = Recorder(file, {worker.number: str(worker) for worker in orchestrator.workers})
+                orchestrator.observe(recorder)
+                stream = orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=TOKENS), lookahead=2)
+                text = [token async for tokens in stream for token in tokens]
+                await stream.report()
+                assert text == plain_decoding(PROMPT, TOKENS)
+                recorder.end(f"<{token}> " for token in text)
+
+    asyncio.run(record())
+    return path
+
+
+def test_every_piece_of_work_has_an_owner_a_time_and_a_fate(recorded: Path) -> None:
+    picture = draw(read_recording(recorded))
+    assert [name.split()[0] for name in picture.lanes] == ["drafter", "target", "target"]
+    for name, spans in picture.lanes.items():
+        assert spans, name
+        for before, after in itertools.pairwise(spans):
+            assert before.to_ms <= after.from_ms + 1e-6, "one thing at a time"
+        assert all(picture.from_ms <= span.from_ms <= span.to_ms <= picture.to_ms for span in spans)
+        assert "running" not in {span.fate for span in spans}
+    fates = {span.fate for spans in picture.lanes.values() for span in spans}
+    assert {"useful", "cancelled"} <= fates
+    assert len(picture.accepted) == len(picture.texts) == TOKENS
+    assert 0 < sum(picture.accepted) < TOKENS
+    positions = [commit.start for commit in picture.commits]
+    assert positions == sorted(set(positions))
+    assert 0 < len(picture.rejections_ms) <= picture.accepted.count(False)
+
+
+def test_the_page_needs_nothing_else_and_hides_nothing(recorded: Path) -> None:
+    page = html_page(draw(read_recording(recorded)), "a <title>")
+    assert "a &lt;title&gt;" in page
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", ""), "nothing is loaded from anywhere"
+    assert "<script" not in page
+    first = plain_decoding(PROMPT, 1)[0]
+    assert f"&lt;{first}&gt;" in page
+
+
+def test_the_chrome_trace_has_a_lane_for_each_worker(recorded: Path) -> None:
+    events = chrome_trace(draw(read_recording(recorded)))["traceEvents"]
+    names = [event["args"]["name"] for event in events if event["name"] == "thread_name"]
+    assert [name.split()[0] for name in names] == ["drafter", "target", "target"]
+    assert all(event["dur"] >= 1 for event in events if event["ph"] == "X")
+
+
+def trace(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dsi_actors.cli.main", "trace", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_command_writes_what_it_says(recorded: Path, tmp_path: Path) -> None:
+    done = trace(recorded, "--html", tmp_path / "page.html", "--chrome", tmp_path / "chrome.json")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "page.html"), str(tmp_path / "chrome.json")]
+    assert json.loads((tmp_path / "chrome.json").read_text())["displayTimeUnit"] == "ms"
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "cannot read"),
+        ("", "is no recording: make one with dsi-actors generate"),
+        ("nonsense", "is no recording"),
+        ("[1]", "is no recording"),
+        ('{"recording": 99, "workers": {}}', "was recorded by another version (99)"),
+        ('{"recording": 1, "workers": {}}', "nothing happened in"),
+        ('{"recording": 1, "workers": {}}\n{"at_ms": 1}', "is no recording"),
+    ],
+)
+def test_what_is_no_recording_is_named(tmp_path: Path, content: str | None, problem: str) -> None:
+    path = tmp_path / "file"
+    if content is not None:
+        path.write_text(content)
+    done = trace(path)
+    assert done.returncode == 1
+    assert problem in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_generation_that_is_not_there_is_named(recorded: Path) -> None:
+    assert "there is no generation 77 in" in trace(recorded, "--generation", "77").stderr
