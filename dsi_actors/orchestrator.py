@@ -34,6 +34,9 @@ from dsi_protocol import MAX_TEXT_BYTES, MAX_TOKENS_PER_MESSAGE
 
 log = get_logger("orchestrator")
 
+#: How long workers have to read that they are dismissed.
+_FAREWELL_S = 0.05
+
 
 class Orchestrator:
     """Drafter, target servers and generations behind one object. Use as an async context manager.
@@ -245,6 +248,9 @@ class Orchestrator:
             for generation, _ in list(root.generations.values()):
                 generation.stop()
             await root.wait_until(lambda: not root.generations or root.ended, 1.0)
+            if root.workforce.workers and not root.workforce.ended:
+                root.workforce.say_goodbye()
+                await asyncio.sleep(_FAREWELL_S)
             root.workforce.stop()
             if root.supervisor is not None:
                 await root.supervisor.end_all()

@@ -107,6 +107,7 @@ class Workforce(Actor[WorkforceMessage]):
         self._doorkeeper = Doorkeeper(time.monotonic, self._on_flood)
         self._dismissed: OrderedDict[int, str] = OrderedDict()
         self._next_number = 1
+        self._goodbye_said = False
         #: vocabulary of the target, known from the first target server on.
         self.vocabulary: Ready | None = None
         self.refused = 0
@@ -161,9 +162,17 @@ class Workforce(Actor[WorkforceMessage]):
                 log.error("worker quarantined", worker=str(worker), reason=reason)
                 self._drop(worker, farewell=reason)
 
+    def say_goodbye(self) -> None:
+        """Dismiss all workers. Once; and let a moment pass before the socket closes: what a peer has not read by then may
+        be lost with the connection."""
+        if not self._goodbye_said:
+            self._goodbye_said = True
+            for worker in self.workers:
+                self._send(worker.identity, Goodbye("the orchestrator ends"))
+
     def on_stop(self) -> None:
+        self.say_goodbye()
         for worker in self.workers:
-            self._send(worker.identity, Goodbye("the orchestrator ends"))
             worker.on_lost()
         self.close_gateway()
 
