@@ -316,6 +316,8 @@ class Workforce(Actor[WorkforceMessage]):
                 patience_s = max(patience_s, _LOADING_PATIENCE_S)
             # A heart may beat where messages were lost, or where the loop hangs. A request that takes too long is
             # cancelled, and a worker that does not even answer that is taken for dead.
+            if member.unreachable_s is not None:  # an idle one is told nothing by which we would learn that it is back
+                self._send_to(member, Heartbeat(worker.hello.incarnation, 0))
             worker.cancel_overdue(now_s - config.request_timeout_s)
             worker.ask_again(now_s)
             if now_s - member.heard_s > patience_s:

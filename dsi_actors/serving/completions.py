@@ -101,7 +101,7 @@ class Completion:
         ) as stream:  # fmt: skip
             async for tokens in stream:
                 now_s = time.perf_counter()
-                self._metrics.committed(len(tokens), now_s - last_s, first=not choice.tokens)
+                self._metrics.committed(tokens.accepted, now_s - last_s, first=not choice.tokens)
                 last_s = now_s
                 choice.tokens += len(tokens)
                 await self._show(choice, assembler.add(tokens), queue)

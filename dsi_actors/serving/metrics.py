@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -33,9 +33,10 @@ class Metrics:
         self._model = model
         self._requests = counter("requests", "Requests that ended, by how they did.", "outcome")
         self._generations = counter("generations", "Generations that ended, by why.", "reason")
-        self._tokens = counter("tokens", "Tokens committed.")
+        self._tokens = counter("tokens", "Tokens committed, by where they came from.", "origin")
         self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
-        self._judged = counter("drafted_tokens", "Drafted tokens, as far as the target got to them.", "verdict")
+        self._drafted = counter("drafted_tokens", "Tokens that drafters guessed, whatever became of them.")
+        self._rejections = counter("rejections", "Corrections by the target that dropped what was built on a guess.")
         self._forwards = counter("target_forwards", "Forwards of target servers, by what became of them.", "use")
         self._busy = counter("busy_seconds", "Time that workers computed.", "role")
         self._first = histogram("time_to_first_token_seconds", "From the start of a generation to its first token.")
@@ -54,23 +55,22 @@ class Metrics:
         with self._running.track_inprogress():
             yield
 
-    def committed(self, tokens: int, took_s: float, *, first: bool) -> None:
+    def committed(self, accepted: Sequence[bool], took_s: float, *, first: bool) -> None:
+        """Tokens that came together, `took_s` after the ones before; which of them had been drafted."""
         if first:
             self._first.observe(took_s)
-            tokens_left = 0
         else:
-            tokens_left = tokens
-        for _ in range(tokens_left):
-            self._between.observe(took_s / tokens)
-        self._tokens.labels(self._model).inc(tokens)
+            for _ in accepted:
+                self._between.observe(took_s / len(accepted))
+        self._tokens.labels(self._model, "drafter").inc(sum(accepted))
+        self._tokens.labels(self._model, "target").inc(len(accepted) - sum(accepted))
 
     def finished(self, report: GenerationReport, reason: str, took_s: float) -> None:
         model = self._model
         self._total.observe(took_s)
         self._generations.labels(model, reason).inc()
-        accepted = round(report.acceptance_rate * report.drafted_tokens)
-        self._judged.labels(model, "accepted").inc(accepted)
-        self._judged.labels(model, "rejected").inc(max(0, report.drafted_tokens - accepted))
+        self._drafted.labels(model).inc(report.drafted_tokens)
+        self._rejections.labels(model).inc(report.rejections)
         self._forwards.labels(model, "wasted").inc(report.wasted_target_forwards)
         self._forwards.labels(model, "useful").inc(report.target_forwards - report.wasted_target_forwards)
         self._busy.labels(model, "target").inc(report.target_busy_ms / 1e3)

@@ -105,7 +105,9 @@ def test_time_in_which_we_stood_still_counts_for_nobody(handle: WorkerHandle, se
     assert not handle.owes_since(now_s + 59)
     assert handle.owes_since(now_s + 61)
     handle.forgive(60.0, now_s + 60.0)
-    assert handle.owes_since(now_s + 61), "what was asked lately was not asked in the future"
+    assert handle.owes_since(now_s + 61), "what was cancelled lately was not cancelled in the future"
+    handle.ask_again(now_s + 61.5)
+    assert sent == [VERIFY, Cancel(1, 7)] * 2, "nor asked"
 
 
 def test_a_generation_that_the_worker_does_not_know_is_opened_again(
@@ -132,10 +134,15 @@ def test_what_was_cancelled_is_not_opened_again(handle: WorkerHandle, sent: list
     assert answers == [Cancelled(1, 7, 0, 0)]
 
 
-def test_a_worker_that_says_what_nobody_asked_is_useless_after_a_while() -> None:
+def observed() -> tuple[WorkerHandle, list[str]]:
+    """A handle, and the reasons for which it finds its worker useless."""
     reasons: list[str] = []
     hello = Hello(1, 1, "target", "timed", "", "cpu:0", "host", 1)
-    handle = WorkerHandle(1, b"id", hello, "target", lambda message: None, on_useless=reasons.append)
+    return WorkerHandle(1, b"id", hello, "target", lambda message: None, on_useless=reasons.append), reasons
+
+
+def test_a_worker_that_says_what_nobody_asked_is_useless_after_a_while() -> None:
+    handle, reasons = observed()
     for attempt in range(8):
         handle.on_reply(Verified(9, attempt, 2, (5,), (), 1, 20))
     assert reasons == []
@@ -144,9 +151,7 @@ def test_a_worker_that_says_what_nobody_asked_is_useless_after_a_while() -> None
 
 
 def test_a_worker_that_repeats_itself_without_end_is_useless_too() -> None:
-    reasons: list[str] = []
-    hello = Hello(1, 1, "target", "timed", "", "cpu:0", "host", 1)
-    handle = WorkerHandle(1, b"id", hello, "target", lambda message: None, on_useless=reasons.append)
+    handle, reasons = observed()
     handle.verify(VERIFY, lambda reply: None)
     for _ in range(1000):
         handle.on_reply(Verified(1, 7, 2, (5,), (), 1, 20))
@@ -157,9 +162,7 @@ def test_a_worker_that_repeats_itself_without_end_is_useless_too() -> None:
 
 
 def test_a_worker_that_is_faulty_three_times_is_useless() -> None:
-    reasons: list[str] = []
-    hello = Hello(1, 1, "target", "timed", "", "cpu:0", "host", 1)
-    handle = WorkerHandle(1, b"id", hello, "target", lambda message: None, on_useless=reasons.append)
+    handle, reasons = observed()
     handle.fault("one")
     handle.fault("two")
     assert reasons == []
