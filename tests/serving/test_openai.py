@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
 from support.engines import make_tiny_model
@@ -248,3 +249,21 @@ def test_health_and_metrics_need_no_key(url: str) -> None:
     assert metric(url, "dsi_workers_ready") == 2
     assert metric(url, "dsi_tokens_total") > 0
     assert metric(url, "dsi_time_to_first_token_seconds_count") > 0
+
+
+def test_who_is_being_served_is_served_to_the_end(model: Path) -> None:
+    """On SIGTERM nothing new is taken, and what runs is finished."""
+    with served(model) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
+        answer = client.completions.create(
+            model="tiny", prompt="w5", max_tokens=400, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
+        chunks = iter(answer)
+        next(chunks)
+        port = int(url.rsplit(":", 1)[1])
+        [service] = [
+            child
+            for child in psutil.Process().children()
+            if any(peer.laddr.port == port for peer in child.net_connections("tcp"))
+        ]
+        service.terminate()
+        assert list(chunks)[-1].choices[0].finish_reason == "length"
