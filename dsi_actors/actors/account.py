@@ -28,11 +28,14 @@ class Account:
     def begin(self) -> None:
         self._begun_s = time.perf_counter()
 
-    def commit(self, tokens: int) -> None:
+    def commit(self, tokens: int) -> float:
+        """Returns the milliseconds since the commit before; 0 for the first one, which has a prompt to wait for."""
+        before_s = self._last_s
         self._last_s = time.perf_counter()
         if not self._tokens:
             self._first_s, self._first_tokens = self._last_s, tokens
         self._tokens += tokens
+        return (self._last_s - before_s) * 1e3 if self._tokens > tokens else 0.0
 
     def end(self) -> None:
         self._ended_s = time.perf_counter()

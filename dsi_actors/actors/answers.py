@@ -57,7 +57,8 @@ class Answers:
         self._vocabulary_size = vocabulary_size
         self._logprobs = logprobs
 
-    def to_verify(self, request: Verify, worker: WorkerHandle, reply: Reply | None) -> Meaning:
+    def to_verify(self, request: Verify, worker: WorkerHandle, reply: Reply | None, waited_ms: float) -> Meaning:
+        """`waited_ms`: since it was asked."""
         match reply:
             case Verified(_, attempt, start, tokens, logprobs, forwards, busy_us):
                 most = request.base + len(request.tokens) - request.start + 1
@@ -68,7 +69,10 @@ class Answers:
                         worker, f"{len(tokens)} tokens from {start}, asked for up to {most} from {request.start}"
                     )
                 self._account.verified(attempt, forwards, busy_us)
-                self._tuner.verified(request.base + len(request.tokens) - min(request.base, start - 1), busy_us / 1e3)
+                self._tuner.verified(
+                    request.base + len(request.tokens) - min(request.base, start - 1), busy_us / 1e3,
+                    sharers=max(1, worker.sharers), waited_ms=waited_ms,
+                )  # fmt: skip
                 return Answered(VerificationFinished(attempt, worker.number, start, tokens), logprobs)
             case Cancelled(_, attempt, forwards, busy_us):
                 self._account.cancelled(forwards, busy_us)
@@ -79,11 +83,11 @@ class Answers:
                 return Withdrawn(worker)
         return _refused(worker, reply)
 
-    def drafted(self, request: Draft, worker: WorkerHandle, block: Drafted) -> Meaning:
-        """A block of drafts, the last one or not."""
+    def drafted(self, request: Draft, worker: WorkerHandle, block: Drafted, waited_ms: float) -> Meaning:
+        """A block of drafts, the last one or not. `waited_ms`: since it was asked, or the block before."""
         self._account.drafting(block.busy_us, len(block.tokens))
         if len(request.tokens) <= 1:  # else it read more than it drafted
-            self._tuner.drafted(len(block.tokens), block.busy_us / 1e3)
+            self._tuner.drafted(len(block.tokens), waited_ms if worker.sharers > 1 else block.busy_us / 1e3)
         if max(block.tokens) >= self._vocabulary_size:
             return Misbehaved(worker, f"token {max(block.tokens)} is outside the target's vocabulary")
         return DraftsArrived(request.attempt, block.start, block.tokens)

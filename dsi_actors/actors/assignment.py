@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from dsi_actors.config import NGRAM, RANDOM, SELF_INT8, Config
+from dsi_actors.config import NGRAM, NGRAM_FOR, RANDOM, SELF_INT8, Config
 from dsi_protocol import PROTOCOL_VERSION, Hello, OptionValue
 
 
@@ -49,7 +49,12 @@ def _assign_drafter(config: Config, hello: Hello) -> Assignment | str:
     if reference is None:
         return "no drafter is wanted here"
     options = dict(config.drafter_options)
+    if reference.startswith(NGRAM_FOR):
+        reference = reference.removeprefix(NGRAM_FOR)
+        options["lookup"] = True
     if reference == SELF_INT8:
         reference = config.target
         options["quantization"] = "int8"
+    elif config.target:
+        options["target"] = config.target  # its vocabulary may be another one
     return Assignment("drafter", config.engine, reference, options)

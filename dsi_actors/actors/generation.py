@@ -7,6 +7,7 @@ comes back as one event; a cancel is told to the worker, one way. A rule about t
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -112,11 +113,13 @@ class Generation(Actor[GenerationMessage]):
         self._most_servers = 0
         self._drafter: WorkerHandle | None = None
         self._workers_used: dict[int, WorkerHandle] = {}
+        self._sent_away: set[int] = set()
         #: _checksums[n] is the checksum of the first n tokens, for committed ones.
         self._checksums = [0]
         self._error: Exception | None = None
         self._last_failure = ""
         self._drafts_cancelled_to = 0
+        self._drafter_heard_s = 0.0
         self._pending = 0  # requests without a terminal reply
         self._account = Account()
         self._answers = Answers(self._account, tuner, vocabulary_size=vocabulary_size, logprobs=sampling.logprobs)
@@ -137,7 +140,7 @@ class Generation(Actor[GenerationMessage]):
             return
         policy = self._core.policy
         self._account.begin()
-        self._scheduler.tell(Requested(self, policy.sp, wants_drafter=policy.max_ahead > 0))
+        self._scheduler.tell(Requested(self, policy.sp, wants_drafter=policy.algorithm != "ar"))
         self._wait_for_target(self._first_target_wait_s)
 
     # As a client of the scheduler
@@ -191,10 +194,9 @@ class Generation(Actor[GenerationMessage]):
         if counters.judged > judged:
             self._account.judged(counters.accepted - accepted, counters.judged - judged)
             self._tuner.judged(counters.accepted - accepted, counters.judged - judged)
-            policy = self._tuner.retune()
-            if policy is not None and not self._core.finished:
-                self._log.info("policy", wait=policy.first_wait, lookahead=policy.lookahead)
-                self._feed(PolicyChanged(policy))
+        if not self._core.finished and (policy := self._tuner.retune()) is not None:
+            self._log.info("policy", wait=policy.first_wait, lookahead=policy.lookahead)
+            self._feed(PolicyChanged(policy))
         self._mind_late_drafts(event)
 
     def _mind_late_drafts(self, event: Event) -> None:
@@ -229,7 +231,7 @@ class Generation(Actor[GenerationMessage]):
                 if self._drafter is not None:
                     self._drafter.cancel(self.number, attempt)
             case EmitTokens(start, tokens, accepted):
-                self._account.commit(len(tokens))
+                self._tuner.paced(len(tokens), self._account.commit(len(tokens)))
                 first, logprobs = self._logprobs
                 self._on_tokens(
                     CommittedTokens(tokens, accepted, logprobs[start - first : start - first + len(tokens)])
@@ -241,8 +243,8 @@ class Generation(Actor[GenerationMessage]):
     # Workers
 
     def _use(self, worker: WorkerHandle) -> None:
-        if self._core.finished:
-            return  # what is lent is given back with the rest, at the end
+        if self._core.finished or worker.number in self._sent_away:
+            return  # lent when that was not known; what is lent is given back at the end, what was sent away was already
         worker.open(self.number, self._core.prompt_length, self._correlation, self._sampling)
         self._workers_used[worker.number] = worker
         if worker.role == "target":
@@ -292,6 +294,7 @@ class Generation(Actor[GenerationMessage]):
         self._last_failure = f"{worker} failed ({reason[:300]})"
         self._log.error("a worker failed this generation", worker=str(worker), reason=reason[:500])
         worker.close(self.number)
+        self._sent_away.add(worker.number)
         if fault:
             worker.fault(reason)
         self._scheduler.tell(GivenBack(self, worker))
@@ -300,16 +303,24 @@ class Generation(Actor[GenerationMessage]):
     # Requests: each gets one answer, which becomes one message
 
     def _verify(self, request: Verify, worker: WorkerHandle) -> None:
+        asked_s = time.perf_counter()
+
         def on_reply(reply: Reply | None) -> None:
             self._pending -= 1
-            self.deliver(self._answers.to_verify(request, worker, reply))
+            waited_ms = (time.perf_counter() - asked_s) * 1e3
+            self.deliver(self._answers.to_verify(request, worker, reply, waited_ms))
 
         self._pending += 1
         worker.verify(request, on_reply)
 
     def _draft(self, request: Draft, worker: WorkerHandle) -> None:
+        asked_s = time.perf_counter()
+
         def on_drafted(block: Drafted) -> None:
-            self.deliver(self._answers.drafted(request, worker, block))
+            now_s = time.perf_counter()
+            waited_ms = (now_s - max(asked_s, self._drafter_heard_s)) * 1e3
+            self._drafter_heard_s = now_s
+            self.deliver(self._answers.drafted(request, worker, block, waited_ms))
 
         def on_reply(reply: Reply | None) -> None:
             self._pending -= 1
@@ -354,7 +365,7 @@ class Generation(Actor[GenerationMessage]):
             self._core.handle(CancelRequested())
         if self.report is None:
             self.report = self._account.report(self._core, self._most_servers)
-        if self._core.counters.judged:
+        if self._core.counters.judged or self._tuner.estimates.sharers > 1:
             self._on_learned(self._tuner.carry_over())
 
 

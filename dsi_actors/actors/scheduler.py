@@ -1,12 +1,15 @@
 """Which generation gets which worker: one server for each before a second for any, the first in line first.
 
-A generation that is alone gets all the servers that it can use. When another comes and none is free, it gets one of
-those that somebody has more than one of: under load speculation parallelism shrinks, down to one server for each generation;
-who comes then waits in line. Servers that become ready or free go to who has fewest, drafters to the first that has none.
+A generation that is alone gets all the servers that it can use. When another comes and none is idle, it gets one of
+those that somebody has more than one of: under load speculation parallelism shrinks, down to one server for each generation.
+Who comes then shares a server, the one with fewest generations; when all have as many as they have slots, who comes waits
+in line. A server that becomes idle goes to who shares with most others. Drafters are shared from the first.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
@@ -91,7 +94,9 @@ class _Lease:
 class Scheduler(Actor[SchedulerMessage]):
     def __init__(self) -> None:
         super().__init__("scheduler")
-        self._free: list[WorkerHandle] = []
+        self._workers: dict[int, WorkerHandle] = {}
+        #: Generations that each worker is lent to.
+        self._load: Counter[int] = Counter()
         self._leases: dict[int, _Lease] = {}  # by generation number, in the order of arrival
 
     @property
@@ -104,15 +109,15 @@ class Scheduler(Actor[SchedulerMessage]):
         return sum(not lease.targets for lease in self._leases.values())
 
     def has_target_for(self, client: Client) -> bool:
-        """Whether some target server, free or lent to another, may serve this client sooner or later."""
-        lent = [worker for lease in self._leases.values() for worker in lease.targets]
+        """Whether some target server, free or lent to others, may serve this client sooner or later."""
         refused = self._leases[client.number].refused if client.number in self._leases else set()
-        return any(worker.role == "target" and worker.number not in refused for worker in self._free + lent)
+        return any(worker.role == "target" and number not in refused for number, worker in self._workers.items())
 
     def receive(self, message: SchedulerMessage) -> None:
         match message:
             case WorkerReady(worker):
-                self._free.append(worker)
+                if not worker.lost:
+                    self._workers[worker.number] = worker
             case WorkerGone(worker):
                 self._remove(worker)
             case Requested(client, max_servers, wants_drafter):
@@ -120,49 +125,91 @@ class Scheduler(Actor[SchedulerMessage]):
             case Released(client):
                 lease = self._leases.pop(client.number, None)
                 if lease is not None:
-                    self._free.extend(lease.targets + lease.drafters)
+                    self._load.subtract(worker.number for worker in lease.targets + lease.drafters)
             case GivenBack(client, worker):
                 lease = self._leases.get(client.number)
-                if lease is not None and worker in lease.of_role(worker):
-                    lease.of_role(worker).remove(worker)
+                if lease is not None:
                     lease.refused.add(worker.number)
-                    self._free.append(worker)
+                    if worker in lease.of_role(worker):
+                        self._take(worker, lease)
         self._match()
 
     def _remove(self, worker: WorkerHandle) -> None:
-        if worker in self._free:
-            self._free.remove(worker)
+        self._workers.pop(worker.number, None)
         for lease in self._leases.values():
             if worker in lease.of_role(worker):
                 lease.of_role(worker).remove(worker)
                 lease.client.withdraw(worker)
+        self._load.pop(worker.number, None)
 
     def _match(self) -> None:
-        self._free = sorted((worker for worker in self._free if not worker.lost), key=lambda worker: worker.number)
+        workers = sorted((worker for worker in self._workers.values() if not worker.lost), key=lambda each: each.number)
+        drafters = [worker for worker in workers if worker.role == "drafter"]
+        targets = [worker for worker in workers if worker.role == "target"]
         # Drafters first, so that a policy that waits for drafts knows from the start whether any will come.
-        for worker in [worker for worker in self._free if worker.role == "drafter"]:
-            self._lend(worker, next((lease for lease in self._leases.values() if lease.can_use(worker)), None))
-        for worker in [worker for worker in self._free if worker.role == "target"]:
-            lending = [lease for lease in self._leases.values() if lease.can_use(worker)]
-            self._lend(worker, min(lending, key=lambda lease: len(lease.targets), default=None))
+        for lease in self._leases.values():
+            if lease.wants_drafter and not lease.drafters:
+                self._lend(self._least_loaded(drafters, lease), lease)
+        self._find_first_servers(targets)
+        for worker in targets:
+            if not self._load[worker.number]:
+                self._use_idle_server(worker)
+        self._find_first_servers(targets)  # who moved to an idle one may have left a slot
+
+    def _find_first_servers(self, targets: Sequence[WorkerHandle]) -> None:
         for lease in self._leases.values():
             if not lease.targets:
-                self._make_room(lease)
+                self._find_first_server(lease, targets)
 
-    def _lend(self, worker: WorkerHandle, lease: _Lease | None) -> None:
-        if lease is not None:
-            self._free.remove(worker)
+    def _find_first_server(self, lease: _Lease, targets: Sequence[WorkerHandle]) -> None:
+        """An idle one, else one of somebody who has several, else one to share."""
+        worker = self._least_loaded(targets, lease)
+        if worker is None or self._load[worker.number]:
+            rich = [
+                other
+                for other in self._leases.values()
+                if len(other.targets) > 1 and any(map(lease.can_use, other.targets))
+            ]
+            if rich:
+                richest = max(rich, key=lambda other: len(other.targets))
+                spare = [worker for worker in reversed(richest.targets) if lease.can_use(worker)]
+                worker = min(spare, key=lambda worker: self._load[worker.number])
+                self._reclaim(worker, richest)
+        self._lend(worker, lease)
+
+    def _use_idle_server(self, worker: WorkerHandle) -> None:
+        """Who shares its only server with most others gets it; if nobody shares, who has fewest and can use another."""
+        crowds = {
+            number: min(self._load[each.number] for each in lease.targets)
+            for number, lease in self._leases.items()
+            if lease.targets and worker.number not in lease.refused
+        }
+        crowded = max(
+            (number for number in crowds if crowds[number] > 1), key=lambda number: crowds[number], default=None
+        )
+        if crowded is not None:
+            lease = self._leases[crowded]
+            self._reclaim(max(lease.targets, key=lambda each: self._load[each.number]), lease)
+            self._lend(worker, lease)
+            return
+        lending = [lease for lease in self._leases.values() if lease.can_use(worker)]
+        if lending:
+            self._lend(worker, min(lending, key=lambda lease: len(lease.targets)))
+
+    def _least_loaded(self, workers: Sequence[WorkerHandle], lease: _Lease) -> WorkerHandle | None:
+        usable = [worker for worker in workers if self._load[worker.number] < worker.slots and lease.can_use(worker)]
+        return min(usable, key=lambda worker: self._load[worker.number], default=None)
+
+    def _lend(self, worker: WorkerHandle | None, lease: _Lease) -> None:
+        if worker is not None:
+            self._load[worker.number] += 1
             lease.of_role(worker).append(worker)
             lease.client.grant(worker)
 
-    def _make_room(self, lease: _Lease) -> None:
-        """Take a server for this one from whoever holds most, if that one keeps another: speculation gives way."""
-        richest = max(self._leases.values(), key=lambda other: len(other.targets))
-        if len(richest.targets) < 2:
-            return
-        worker = next((worker for worker in reversed(richest.targets) if lease.can_use(worker)), None)
-        if worker is not None:
-            richest.targets.remove(worker)
-            richest.client.reclaim(worker)
-            lease.targets.append(worker)
-            lease.client.grant(worker)
+    def _take(self, worker: WorkerHandle, lease: _Lease) -> None:
+        self._load[worker.number] -= 1
+        lease.of_role(worker).remove(worker)
+
+    def _reclaim(self, worker: WorkerHandle, lease: _Lease) -> None:
+        self._take(worker, lease)
+        lease.client.reclaim(worker)

@@ -120,7 +120,7 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "dsi_actors.worker",
                 "--gpu", slot.spec.device, "--connect", self._endpoint, "--role", slot.spec.role,
-                "--log-level", self._config.log_level, "--supervised",
+                "--log-level", self._config.log_level, "--log-format", self._config.log_format, "--supervised",
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL, start_new_session=True,
                 env={**os.environ, INCARNATION_VARIABLE: str(incarnation)},
             )  # fmt: skip

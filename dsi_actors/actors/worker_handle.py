@@ -118,6 +118,16 @@ class WorkerHandle:
     def __str__(self) -> str:
         return f"{self.role} {self.number} ({self.hello.device}, pid {self.hello.process})"
 
+    @property
+    def slots(self) -> int:
+        """Generations that it serves side by side."""
+        return max(1, self.ready.slots) if self.ready is not None else 1
+
+    @property
+    def sharers(self) -> int:
+        """Generations that are open on it."""
+        return len(self._opened)
+
     def verify(self, request: Verify, on_reply: OnReply) -> None:
         self._ask(request, on_reply, None)
 

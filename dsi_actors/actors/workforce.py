@@ -57,9 +57,9 @@ class FrameArrived:
 
 @dataclass(frozen=True, slots=True)
 class LookForSilence:
-    """Told by our own clock, every heartbeat interval; `late_s` later than it was meant."""
+    """Told by our own clock, every heartbeat interval; it was meant for `due_s`."""
 
-    late_s: float
+    due_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,17 +146,18 @@ class Workforce(Actor[WorkforceMessage]):
     async def _tick(self) -> WorkforceMessage:
         due_s = time.monotonic() + self._config.heartbeat_ms / 1e3
         await asyncio.sleep(self._config.heartbeat_ms / 1e3)
-        return LookForSilence(time.monotonic() - due_s)
+        return LookForSilence(due_s)
 
     def receive(self, message: WorkforceMessage) -> None:
         match message:
             case FrameArrived(identity, inner):
                 self._on_frame(identity, inner)
-            case LookForSilence(late_s):
-                if late_s > self._config.heartbeat_ms / 1e3:
-                    self._forgive(late_s)  # and frames wait to be read
+            case LookForSilence(due_s):
+                now_s = time.monotonic()  # not when the clock rang: a service may block its event loop in between
+                if now_s - due_s > self._config.heartbeat_ms / 1e3:
+                    self._forgive(now_s - due_s, now_s)  # and frames wait to be read
                 else:
-                    self._look_after_workers(time.monotonic())
+                    self._look_after_workers(now_s)
                 self.spawn(self._tick())
             case FoundUseless(worker, reason):
                 log.error("worker quarantined", worker=str(worker), reason=reason)
@@ -294,7 +295,8 @@ class Workforce(Actor[WorkforceMessage]):
             return
         reason = (
             f"the {worker.role}'s vocabulary ({worker.ready.vocabulary_size} tokens) is not the target's "
-            f"({self.vocabulary.vocabulary_size} tokens): choose a model of the same family"
+            f"({self.vocabulary.vocabulary_size} tokens): choose a model of the same family, or let a drafter's worker read the "
+            "target's tokenizer"
         )
         self._remember_failure(worker.hello, reason)
         log.error("worker refused", worker=str(worker), reason=reason)
@@ -335,9 +337,8 @@ class Workforce(Actor[WorkforceMessage]):
         log.warning("worker taken for dead", worker=str(worker), reason=reason)
         self._drop(worker, farewell=reason)
 
-    def _forgive(self, late_s: float) -> None:
+    def _forgive(self, late_s: float, now_s: float) -> None:
         log.warning("this process stood still", late_ms=round(late_s * 1e3))
-        now_s = time.monotonic()
         for member in self._by_identity.values():
             member.heard_s = min(now_s, member.heard_s + late_s)
             member.worker.forgive(late_s, now_s)

@@ -4,8 +4,9 @@ When target and drafter draw with the same noise (Gumbel coupling), they agree w
 (1 - TV) / (1 + TV) and 1 - TV, where TV is the total variation distance of their distributions (arXiv 2408.07978).
 1 - TV is the best that any coupling reaches, and what rejection sampling (Leviathan et al., 2023) reaches.
 
-Each output of DSI is read again by transformers, with both models: the mean of both bounds over its positions stands
-beside the acceptance rate that the generations had.
+Outputs are SI's, which waits for its drafts: so a slow machine compares as many as a fast one. Each is read again by
+transformers, with both models: the mean of both bounds over its positions stands beside the acceptance rate that the
+generations had.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from dsi_actors.errors import ConfigError
 from dsi_actors.models import resolve_model
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.tokenizer import Tokenizer
+
+_LOOKAHEAD = 3
 
 
 def add_parser(benches: SubParsers) -> None:
@@ -84,7 +87,7 @@ async def _measure(
     for seed, prompt in enumerate(prompts):
         sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
         output: list[int] = []
-        async with orchestrator.generate(prompt.ids, sampling, algorithm="dsi") as stream:
+        async with orchestrator.generate(prompt.ids, sampling, algorithm="si", lookahead=_LOOKAHEAD) as stream:
             async for tokens in stream:
                 output += tokens
                 accepted += sum(tokens.accepted)

@@ -22,7 +22,7 @@ from dsi_actors.cli.options import (
     config_from,
     sampling_from,
 )
-from dsi_actors.config import ALGORITHMS, NGRAM, RANDOM, SELF_INT8, Algorithm, Config, Sampling
+from dsi_actors.config import ALGORITHMS, NGRAM, NGRAM_FOR, RANDOM, SELF_INT8, Algorithm, Config, Sampling
 from dsi_actors.errors import ConfigError, NoTargetError
 from dsi_actors.models import resolve_model
 from dsi_actors.orchestrator import Orchestrator
@@ -92,7 +92,7 @@ async def run(arguments: argparse.Namespace) -> int:
     config = config_from(arguments, listen=arguments.listen, insecure=arguments.insecure, keys=arguments.keys)
     resumed = [] if arguments.resume is None else _read_tokens(arguments.resume)
     tokenizer = Tokenizer(resolve_model(config.target))
-    _check_drafter(config, tokenizer)
+    _prepare_drafter(config)
     stop = () if arguments.ignore_eos else tokenizer.stop_token_ids
     sampling = sampling_from(arguments, stop_token_ids=stop, logprobs=arguments.logprobs)
     prompt_ids = _encode(arguments, tokenizer)
@@ -175,16 +175,11 @@ class _Printer:
         self._console.print("\n")
 
 
-def _check_drafter(config: Config, tokenizer: Tokenizer) -> None:
-    """A drafter with other token ids would never be right: say so before anything is started."""
-    if config.drafter in (None, SELF_INT8, NGRAM, RANDOM):
-        return
-    assert config.drafter is not None
-    if Tokenizer(resolve_model(config.drafter)).vocabulary_hash() != tokenizer.vocabulary_hash():
-        raise ConfigError(
-            f"the drafter {config.drafter!r} has another vocabulary than the target {config.target!r}: "
-            "choose a model of the same family, self-int8 or ngram"
-        )
+def _prepare_drafter(config: Config) -> None:
+    """A model that is not there or must be converted shows before anything is started."""
+    reference = None if config.drafter is None else config.drafter.removeprefix(NGRAM_FOR)
+    if reference is not None and reference not in (SELF_INT8, NGRAM, RANDOM):
+        resolve_model(reference)
 
 
 @contextmanager

@@ -31,6 +31,15 @@ def memory_of(process: int) -> dict[str, int]:
     }
 
 
+def processor_s_of(process: int) -> float:
+    """Seconds of a processor that a process has used. 0 where /proc does not tell."""
+    file = Path(f"/proc/{process}/stat")
+    if not file.is_file():
+        return 0.0
+    user, system = file.read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def _cpu_model() -> str:
     file = Path("/proc/cpuinfo")
     if file.is_file():

@@ -12,9 +12,15 @@ from dsi_actors.cli import (
     bench_exact,
     bench_exact_cost,
     bench_flood,
+    bench_gpu,
     bench_heatmap,
+    bench_http,
+    bench_load,
     bench_never_slower,
     bench_overhead,
+    bench_real,
+    bench_soak,
+    bench_start,
     bench_table2,
     bench_timed,
     chaos,
@@ -24,6 +30,7 @@ from dsi_actors.cli import (
     plan,
     serve,
     simulate,
+    status,
     trace,
 )
 from dsi_actors.errors import DsiError
@@ -37,6 +44,7 @@ def main() -> int:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     generate.add_parser(commands)
     serve.add_parser(commands)
+    status.add_parser(commands)
     plan.add_parser(commands)
     simulate.add_parser(commands)
     trace.add_parser(commands)
@@ -46,6 +54,8 @@ def main() -> int:
     bench = commands.add_parser("bench", help="measure this machine")
     benches = bench.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
     bench_overhead.add_parser(benches)
+    bench_real.add_parser(benches)
+    bench_gpu.add_parser(benches)
     bench_exact.add_parser(benches)
     bench_exact_cost.add_parser(benches)
     bench_acceptance.add_parser(benches)
@@ -54,8 +64,12 @@ def main() -> int:
     bench_never_slower.add_parser(benches)
     bench_heatmap.add_parser(benches)
     bench_flood.add_parser(benches)
+    bench_load.add_parser(benches)
+    bench_http.add_parser(benches)
+    bench_soak.add_parser(benches)
+    bench_start.add_parser(benches)
     arguments = parser.parse_args()
-    show_logs(arguments.log_level)
+    show_logs(arguments.log_level, arguments.log_format)
     try:
         return _run(arguments.command(arguments))
     except DsiError as error:

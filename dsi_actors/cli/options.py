@@ -19,6 +19,7 @@ def default_of(settings: type[Any], name: str) -> Any:
 def add_logging_option(parser: argparse.ArgumentParser) -> None:
     levels = ["debug", "info", "warning", "error"]
     parser.add_argument("--log-level", choices=levels, default=default_of(Config, "log_level"))
+    parser.add_argument("--log-format", choices=["text", "json"], default=default_of(Config, "log_format"))
 
 
 def add_worker_options(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +30,8 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--drafter", default=default_of(Config, "drafter"), metavar="REF",
-        help="self-int8 (the target's own weights in int8), ngram (prompt lookup), none, or a model with the target's "
-        "vocabulary (default %(default)s)",
+        help="self-int8 (the target's own weights in int8), ngram (prompt lookup), none, or a model, of another "
+        "vocabulary, too; ngram+REF is the drafter REF, for which prompt lookup guesses (default %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--sp", type=int, default=default_of(Config, "sp"), metavar="N",
@@ -104,4 +105,5 @@ def config_from(
         drafter_options=dict(engine),
         calibrate=arguments.calibrate,
         log_level=arguments.log_level,
+        log_format=arguments.log_format,
     )

@@ -21,6 +21,7 @@ def add_prompt_options(parser: argparse.ArgumentParser, *, limit: int, max_token
     parser.add_argument("--prompts", required=True, metavar="FILE", help='lines of {"id": ..., "prompt": ...}')
     parser.add_argument("--limit", type=int, default=limit, metavar="N", help="prompts to use (default %(default)s)")
     parser.add_argument("--skip", type=int, default=0, metavar="N", help="prompts to leave out before")
+    parser.add_argument("--chat", action="store_true", help="give each as a chat message, not as a text to go on with")
     parser.add_argument(
         "--max-tokens", type=int, default=max_tokens, metavar="M", help="tokens of each (default %(default)s)"
     )
@@ -39,4 +40,6 @@ def read_prompts(arguments: argparse.Namespace, tokenizer: Tokenizer) -> list[Pr
         raise ConfigError(f'{file} cannot be read as lines of {{"id": ..., "prompt": ...}}: {error}') from None
     if not texts:
         raise ConfigError(f"{file} has no prompts after the first {skip}")
-    return [Prompt(name, tokenizer.encode(text)) for name, text in texts]
+    if not arguments.chat:
+        return [Prompt(name, tokenizer.encode(text)) for name, text in texts]
+    return [Prompt(name, tokenizer.encode_chat([{"role": "user", "content": text}])) for name, text in texts]

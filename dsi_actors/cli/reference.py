@@ -2,65 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import sys
-from types import TracebackType
-from typing import Any
-
-from dsi_actors.errors import DsiError
-
-_LINE_BYTES = 1 << 24
+from dsi_actors.cli.line_process import LineProcess
 
 
-class ReferenceProcess:
-    """Use as an async context manager: it is ready when the block is entered, and ended when it is left."""
-
+class ReferenceProcess(LineProcess):
     def __init__(self, model: str, *, dtype: str = "float32", threads: int = 1, drafter: str = "") -> None:
-        self._arguments = ["--model", model, "--dtype", dtype, "--threads", str(threads), "--drafter", drafter]
-        self._process: asyncio.subprocess.Process | None = None
-
-    async def __aenter__(self) -> ReferenceProcess:
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "dsi_workers.reference", *self._arguments,
-            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=_LINE_BYTES,
-        )  # fmt: skip
-        try:
-            await self._answer()
-        except BaseException:
-            await self._end()
-            raise
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self._end()
-
-    @property
-    def process_id(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    async def ask(self, **request: Any) -> dict[str, Any]:
-        """Raises DsiError if the process ends instead of answering."""
-        assert self._process is not None
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        await self._process.stdin.drain()
-        return await self._answer()
-
-    async def _answer(self) -> dict[str, Any]:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        line = await self._process.stdout.readline()
-        if not line:
-            raise DsiError("the process that runs transformers for comparison ended (see above)")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    async def _end(self) -> None:
-        assert self._process is not None
-        if self._process.returncode is None:
-            self._process.kill()  # it holds nothing
-        await self._process.wait()
+        settings = {"--model": model, "--dtype": dtype, "--threads": str(threads), "--drafter": drafter}
+        super().__init__("dsi_workers.reference", *(word for setting in settings.items() for word in setting))

@@ -37,9 +37,8 @@ def add_parser(commands: SubParsers) -> None:
 
 async def run(arguments: argparse.Namespace) -> int:
     try:
-        import uvicorn
-
         from dsi_actors.serving.app import ServiceConfig, create_app
+        from dsi_actors.serving.server import make_server
     except ImportError as error:
         raise ConfigError(f"serving needs more packages: pip install 'dsi-actors[serve]' ({error})") from None
     if not 0 <= arguments.port < 1 << 16 or arguments.default_max_tokens < 1 or arguments.drain_s < 0:
@@ -56,12 +55,9 @@ async def run(arguments: argparse.Namespace) -> int:
     tokenizer = Tokenizer(resolve_model(config.target))
     async with Orchestrator(config) as orchestrator:
         app = create_app(orchestrator, tokenizer, service_config)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app, host=arguments.host, port=arguments.port, log_level=arguments.log_level, access_log=False,
-                timeout_graceful_shutdown=round(arguments.drain_s), lifespan="off",
-            )
-        )  # fmt: skip
+        server = make_server(
+            app, host=arguments.host, port=arguments.port, log_level=arguments.log_level, drain_s=arguments.drain_s
+        )
         err.print(
             f"workers connect to {orchestrator.endpoint}" if config.listen else "workers are ready", soft_wrap=True
         )

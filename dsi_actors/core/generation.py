@@ -347,6 +347,9 @@ class GenerationCore:
         elif not complete or self._drafter_held < draft.end:
             self._drafter_exhausted = True
             self._cancel_drafts()
+        else:  # and so are those before it, though their ends are still to come
+            for earlier in [number for number in self._drafts if number < attempt]:
+                del self._drafts[earlier]
 
     # What to do next
 
@@ -404,9 +407,16 @@ class GenerationCore:
         drafts_coming = self._draft_front() > len(self.tokens)
         if not self._verifications:
             enough = len(self.tokens) - self.committed >= self.policy.first_wait
-            return enough or not drafts_coming or self._drafts_late
+            return enough or not drafts_coming or self._drafts_late or self._has_much_to_read()
         wanted = self.policy.lookahead if drafts_coming else 1
         return self.policy.span > 0 and len(self.tokens) - self._verified_front() >= wanted
+
+    def _has_much_to_read(self) -> bool:
+        """Whether the server would read more before the drafts than there may be drafts. Then they come while it reads: DSI
+        begins at once, and so does its first token."""
+        server = self._idle_server()
+        unread = 0 if server is None else self.committed - self._servers[server].held
+        return self.policy.algorithm == "dsi" and unread > self.policy.max_ahead
 
     def _verified_front(self) -> int:
         """One past the last drafted token that is being verified."""

@@ -51,6 +51,11 @@ class Policy:
         return Policy("si", sp=1, lookahead=lookahead, first_wait=lookahead, max_ahead=lookahead)
 
     @staticmethod
+    def undrafted(sp: int) -> Policy:
+        """DSI that leaves the drafter alone: plain decoding, on whichever of its servers."""
+        return Policy("dsi", sp=sp, lookahead=1, first_wait=0, max_ahead=0, span=0)
+
+    @staticmethod
     def distributed(
         lookahead: int, sp: int, first_wait: int = 0, *, max_ahead: int = 0, span: int = UNLIMITED
     ) -> Policy:

@@ -12,6 +12,7 @@ through time, and tests hold the two together.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -26,8 +27,9 @@ CostMs = Callable[[int], float]
 MAX_LOOKAHEAD = 32
 #: Of policies that are equally fast to within this share, the one that keeps the target servers least busy is taken.
 _TIE = 0.002
-_NEGLIGIBLE = 1e-4
-_MOST_STEPS = 80
+#: A walk ends when so few cycles are left, or after so many steps; the rest goes on at its pace. Walking on changes no plan.
+_NEGLIGIBLE = 3e-3
+_MOST_STEPS = 32
 _MOST_ROUNDS = 4
 #: Verifications end so early and drafts come so late (in units of the drafter's latency): a plan must not count on a
 #: block that comes in the very moment in which a verification ends.
@@ -65,13 +67,23 @@ def expect(policy: Policy, cost_ms: CostMs, drafter_ms: float, acceptance: float
 def best_si(cost_ms: CostMs, drafter_ms: float, acceptance: float, *, most: int = MAX_LOOKAHEAD) -> Policy:
     """The lookahead that makes SI fastest."""
     policies = [Policy.speculative(lookahead) for lookahead in range(1, most + 1)]
-    return _best(policies, cost_ms, drafter_ms, acceptance)
+    return _best(policies, lambda policy: expect(policy, cost_ms, drafter_ms, acceptance))
 
 
-def best_dsi(cost_ms: CostMs, drafter_ms: float, acceptance: float, sp: int, *, most: int = MAX_LOOKAHEAD) -> Policy:
+def best_dsi(
+    cost_ms: CostMs,
+    drafter_ms: float,
+    acceptance: float,
+    sp: int,
+    *,
+    most: int = MAX_LOOKAHEAD,
+    queued: int | None = None,
+) -> Policy:
     """The wait after a rejection and the stagger between verifications that make DSI fastest on `sp` servers.
 
-    The family contains AR (span 0) and what is at least as fast as SI (one server, wait and span of k).
+    The family contains AR (span 0) and what is at least as fast as SI (one server, wait and span of k). Where servers are
+    shared, a verification waits for the forward of others to end, in which time `queued` tokens are drafted: so many are
+    waited for, since that costs nothing, and no more, since who is not in the next forward waits for the one after.
     """
     target_ms = cost_ms(1)
     if (
@@ -80,9 +92,16 @@ def best_dsi(cost_ms: CostMs, drafter_ms: float, acceptance: float, sp: int, *, 
         return Policy.distributed(1, 1, span=0)
     in_time = math.ceil(target_ms / max(drafter_ms, 1e-6))
     waits = [wait for wait in _CANDIDATES if wait <= min(most, in_time)]
+    if queued is not None:
+        waits = [max(wait for wait in waits if wait <= queued)]
     lookaheads = [k for k in _CANDIDATES[1:] if k <= min(most, max(1, in_time if sp > 1 else in_time // 4))]
+    if (
+        queued is not None
+    ):  # four messages of drafts in each forward are enough: more would keep the orchestrator busy for nothing
+        lookaheads = [max(k for k in lookaheads if k <= max(1, in_time // 4))]
     # Where a long verification takes no longer than a short one there is no reason to check less than there is.
-    spans = sorted({span for span in _CANDIDATES[1:] if span < most} | {most})
+    # The longest of equals: drafts that come in bursts, as those of prompt lookup, may be more than are expected.
+    spans = sorted({span for span in _CANDIDATES[1:] if span < most} | {most}, reverse=True)
     if cost_ms(most + 1) <= target_ms:
         spans = [UNLIMITED] if cost_ms(8 * most) <= target_ms else [most]
 
@@ -90,20 +109,21 @@ def best_dsi(cost_ms: CostMs, drafter_ms: float, acceptance: float, sp: int, *, 
         ahead = drafts_ahead(target_ms, drafter_ms, k, wait)
         return Policy.distributed(k, sp, min(wait, span), max_ahead=ahead, span=span)
 
+    expected = functools.cache(lambda policy: expect(policy, cost_ms, drafter_ms, acceptance))
     # One at a time, until nothing gets better: they hardly depend on one another.
-    best = policy(0, lookaheads[0], spans[-1])
+    best = policy(0, lookaheads[0], spans[0])
     if spans != [UNLIMITED]:
         si = best_si(cost_ms, drafter_ms, acceptance, most=most)
-        best = policy(si.lookahead, lookaheads[0], si.lookahead)
+        best = policy(min(si.lookahead, waits[-1]), lookaheads[0], si.lookahead)
     for _ in range(_MOST_ROUNDS):
         before, wait, span = best, best.first_wait, best.span
-        best = _best([policy(wait, k, span) for k in lookaheads], cost_ms, drafter_ms, acceptance)
-        best = _best([policy(wait, best.lookahead, span) for wait in waits], cost_ms, drafter_ms, acceptance)
-        best = _best([policy(best.first_wait, best.lookahead, span) for span in spans], cost_ms, drafter_ms, acceptance)
+        best = _best([policy(wait, k, span) for k in lookaheads], expected)
+        best = _best([policy(wait, best.lookahead, span) for wait in waits], expected)
+        best = _best([policy(best.first_wait, best.lookahead, span) for span in spans], expected)
         if best == before:
             break
     plain = Policy.distributed(best.lookahead, sp, max_ahead=best.max_ahead, span=0)
-    return _best([best, plain], cost_ms, drafter_ms, acceptance)
+    return _best([best, plain], expected)
 
 
 def drafts_ahead(target_ms: float, drafter_ms: float, lookahead: int, wait: int) -> int:
@@ -111,10 +131,10 @@ def drafts_ahead(target_ms: float, drafter_ms: float, lookahead: int, wait: int)
     return min(512, math.ceil(2 * target_ms / max(drafter_ms, target_ms / 128)) + wait + 2 * lookahead)
 
 
-def _best(policies: Iterable[Policy], cost_ms: CostMs, drafter_ms: float, acceptance: float) -> Policy:
-    expected = [(policy, expect(policy, cost_ms, drafter_ms, acceptance)) for policy in policies]
-    fastest_ms = min(expectation.ms_per_token for _, expectation in expected)
-    ties = [pair for pair in expected if pair[1].ms_per_token <= fastest_ms * (1 + _TIE)]
+def _best(policies: Iterable[Policy], expected: Callable[[Policy], Expectation]) -> Policy:
+    pairs = [(policy, expected(policy)) for policy in policies]
+    fastest_ms = min(expectation.ms_per_token for _, expectation in pairs)
+    ties = [pair for pair in pairs if pair[1].ms_per_token <= fastest_ms * (1 + _TIE)]
     return min(ties, key=lambda pair: (pair[1].target_busy_ms, pair[1].ms_per_token))[0]
 
 
@@ -146,7 +166,8 @@ class _Cycle:
         """(tokens known, when): the next verification that ends, in order of time."""
         while True:
             self._start_what_is_due()
-            arrival = self._next_arrival()
+            # While all servers are at work no draft changes anything.
+            arrival = math.inf if len(self._live) == self._policy.sp else self._next_arrival()
             if self._live and self._live[0][0] <= arrival:
                 self.now_ms, covers, server = self._live.popleft()
                 self._servers[server] = (self.now_ms, covers)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from dsi_actors.core import Policy
 from dsi_actors.planning.expectation import MAX_LOOKAHEAD, CostMs, best_dsi, best_si
+from dsi_actors.planning.pace import Pace
 
 #: Before anything was judged. Int8 copies of a target agree with it about so often, and more.
 ASSUMED_ACCEPTANCE = 0.8
@@ -20,6 +21,8 @@ _FORGOTTEN = 0.01
 _LATENCY_WEIGHT = 0.1
 #: No forward is faster. A worker may say what it likes: estimates stay numbers that can be planned with.
 _LEAST_MS = 1e-3
+#: Of the target's latency. Prompt lookup takes less; and its drafts come in bursts, of which a trial sees too few.
+_NOTHING = 0.01
 #: Judged tokens between two looks at the policy, and how much must have changed for another one.
 _LOOK_EVERY = 4
 _ACCEPTANCE_STEP = 0.04
@@ -36,6 +39,13 @@ class Estimates:
     #: Positions of one verification forward.
     window: int = 1
     drafter_ms: float = 0.0
+    #: `target_ms` as the worker measured it at its start, when it was alone.
+    calibrated_ms: float = 0.0
+    #: What each further position adds to a forward for several generations.
+    position_ms: float = 0.0
+    #: Generations that share the target server, and how long a verification of one position takes there, waiting included.
+    sharers: int = 1
+    shared_ms: float = 0.0
     accepted: float = ASSUMED_ACCEPTANCE * _PRIOR_WEIGHT
     judged: float = _PRIOR_WEIGHT
 
@@ -46,10 +56,35 @@ class Estimates:
     def cost_ms(self, positions: int) -> float:
         """Of one verification: a straight line up to a full window, and again for each further window."""
         full, rest = divmod(positions, self.window)
-        ms = full * self.window_ms
+        target_ms, window_ms = self.latencies_ms
+        ms = full * window_ms
         if rest:
-            ms += self.target_ms + (self.window_ms - self.target_ms) * (rest - 1) / max(1, self.window - 1)
+            ms += target_ms + (window_ms - target_ms) * (rest - 1) / max(1, self.window - 1)
         return ms
+
+    @property
+    def promised_ms(self) -> float:
+        """What a token should take in plain decoding, from what the workers measured at their start. 0: they did not."""
+        return self.calibrated_ms + self.position_ms * (self.sharers - 1) if self.calibrated_ms > 0 else 0.0
+
+    @property
+    def queued(self) -> int | None:
+        """Tokens that are drafted while a verification waits for the forward of others to end. None: nobody shares."""
+        if self.sharers == 1:
+            return None
+        waits_ms = self.shared_ms - self.target_ms - self.position_ms * (self.sharers - 1)
+        return int(max(0.0, waits_ms) / self.drafter_ms) if self.drafter_ms > 0 else 0
+
+    @property
+    def latencies_ms(self) -> tuple[float, float]:
+        """Of a verification of one position and of a full window, as things are.
+
+        Who shares a server with others that plan alike pays for their positions, too: each that one generation adds is added
+        by all. So what is best for each at these costs is best for all together.
+        """
+        if self.sharers == 1 or self.shared_ms <= 0:
+            return self.target_ms, self.window_ms
+        return self.shared_ms, self.shared_ms + self.position_ms * self.sharers * (self.window - 1)
 
 
 def flat(target_ms: float) -> CostMs:
@@ -58,9 +93,11 @@ def flat(target_ms: float) -> CostMs:
 
 
 class Tuner:
-    """Of one generation. `lookahead` fixes it; None lets it be chosen."""
+    """Of one generation. `lookahead` fixes it; None lets it be chosen. `pace` is shared with the generations beside it."""
 
-    def __init__(self, algorithm: str, sp: int, lookahead: int | None, estimates: Estimates) -> None:
+    def __init__(
+        self, algorithm: str, sp: int, lookahead: int | None, estimates: Estimates, pace: Pace | None = None
+    ) -> None:
         #: Our own copy: it changes with every observation.
         self.estimates = known = replace(estimates)
         self._algorithm = algorithm
@@ -68,20 +105,27 @@ class Tuner:
         #: Servers that are there now, of the `sp` that may be used.
         self.servers = sp
         self._fixed = lookahead
+        self._pace = Pace() if pace is None else pace
         self._since_look = 0
-        self._planned_for = (sp, replace(known))
+        self._planned_for = (sp, replace(known), True)
         self._policy: Policy | None = None
 
     def choose(self) -> Policy:
         """The policy to begin with."""
-        self._planned_for = (self.servers, replace(self.estimates))
+        self._planned_for = (self.servers, replace(self.estimates), self._pace.speculation_pays)
         self._policy = self._best()
         return self._policy
 
-    def verified(self, positions: int, took_ms: float) -> None:
-        """A verification that read so many positions. One that read more than a window read a prompt: not counted."""
+    def verified(self, positions: int, took_ms: float, *, sharers: int = 1, waited_ms: float = 0.0) -> None:
+        """A verification that read so many positions. One that read more than a window read a prompt: not counted. Of
+        `sharers` generations on one server each waits for others: then `waited_ms` counts, from the question to the answer."""
         known = self.estimates
+        known.sharers = sharers
         if positions > known.window:
+            return
+        if sharers > 1:
+            one_ms = max(_LEAST_MS, waited_ms - known.position_ms * sharers * (positions - 1))
+            known.shared_ms += (one_ms - known.shared_ms) * (_LATENCY_WEIGHT if known.shared_ms > 0 else 1)
             return
         took_ms = max(_LEAST_MS, took_ms)
         if known.target_ms <= 0:
@@ -90,6 +134,17 @@ class Tuner:
         factor = 1 + _LATENCY_WEIGHT * (took_ms / max(1e-6, known.cost_ms(positions)) - 1)
         known.target_ms *= factor
         known.window_ms *= factor
+
+    def paced(self, tokens: int, took_ms: float) -> None:
+        """So many tokens were committed, so long after the ones before; 0 where that says nothing."""
+        if self._policy is None or self._policy.algorithm != "dsi" or self._fixed is not None or took_ms <= 0:
+            return
+        known, speculating = self.estimates, bool(self._policy.max_ahead)
+        if speculating and known.drafter_ms < _NOTHING * known.target_ms:
+            return  # it takes nothing from the target: what is slower has another reason
+        if not speculating:
+            self._since_look += tokens  # nothing is judged, but another way may pay again
+        self._pace.committed(tokens, took_ms, speculating=speculating, promised_ms=known.promised_ms)
 
     def drafted(self, tokens: int, took_ms: float) -> None:
         known, took_ms = self.estimates, max(_LEAST_MS * tokens, took_ms)
@@ -109,8 +164,8 @@ class Tuner:
         if self._fixed is not None or self._algorithm == "ar" or self._since_look < _LOOK_EVERY:
             return None
         self._since_look = 0
-        servers, estimates = self._planned_for
-        if servers == self.servers and not _differ(self.estimates, estimates):
+        servers, estimates, paid = self._planned_for
+        if (servers, paid) == (self.servers, self._pace.speculation_pays) and not _differ(self.estimates, estimates):
             return None
         before = self._policy
         return policy if (policy := self.choose()) != before else None
@@ -124,24 +179,29 @@ class Tuner:
         if self._algorithm == "ar":
             return Policy.autoregressive()
         known, sp, fixed = self.estimates, self._sp, self._fixed
+        target_ms, window_ms = known.latencies_ms
         if fixed is not None:
             return Policy.speculative(fixed) if self._algorithm == "si" else Policy.distributed(fixed, sp)
-        if known.target_ms <= 0 or known.drafter_ms <= 0:  # not calibrated: begin as plain decoding does, and measure
+        if self._algorithm == "dsi" and not self._pace.speculation_pays:
+            return Policy.undrafted(sp)
+        if target_ms <= 0 or known.drafter_ms <= 0:  # not calibrated: begin as plain decoding does, and measure
             return Policy.speculative(1) if self._algorithm == "si" else Policy.distributed(1, sp)
         policy = _planned(
             self._algorithm, max(1, min(sp, self.servers)), known.window,
-            _rounded(known.target_ms / known.drafter_ms),
-            _rounded(max(known.target_ms, known.window_ms) / known.drafter_ms),
-            round(known.acceptance / _ACCEPTANCE_STEP) * _ACCEPTANCE_STEP,
+            _rounded(target_ms / known.drafter_ms), _rounded(max(target_ms, window_ms) / known.drafter_ms),
+            round(known.acceptance / _ACCEPTANCE_STEP) * _ACCEPTANCE_STEP, known.queued,
         )  # fmt: skip
         return replace(policy, sp=1 if self._algorithm == "si" else sp)
 
 
 def _differ(left: Estimates, right: Estimates) -> bool:
-    if min(left.target_ms, left.drafter_ms, right.target_ms, right.drafter_ms) <= 0:
+    if (left.sharers > 1) != (right.sharers > 1):
         return True
-    change = left.target_ms / left.drafter_ms * right.drafter_ms / right.target_ms
-    return abs(left.acceptance - right.acceptance) > _ACCEPTANCE_STEP or not 1 / _RATIO_STEP < change < _RATIO_STEP
+    lefts, rights = ((*known.latencies_ms, known.drafter_ms) for known in (left, right))
+    if min(*lefts, *rights) <= 0 or abs(left.acceptance - right.acceptance) > _ACCEPTANCE_STEP:
+        return True
+    changes = [now / lefts[-1] * rights[-1] / before for now, before in zip(lefts[:-1], rights[:-1], strict=True)]
+    return not all(1 / _RATIO_STEP < change < _RATIO_STEP for change in changes)
 
 
 def _rounded(ratio: float) -> float:
@@ -150,10 +210,12 @@ def _rounded(ratio: float) -> float:
 
 
 @functools.lru_cache(maxsize=1024)
-def _planned(algorithm: str, sp: int, window: int, target: float, full_window: float, acceptance: float) -> Policy:
+def _planned(
+    algorithm: str, sp: int, window: int, target: float, full_window: float, acceptance: float, queued: int | None
+) -> Policy:
     """Latencies in units of the drafter's: the policy depends on nothing else."""
     cost_ms = Estimates(target, full_window, window).cost_ms
     most = max(1, min(MAX_LOOKAHEAD, window - 1))  # one forward verifies one window
     if algorithm == "si":
         return best_si(cost_ms, 1.0, acceptance, most=most)
-    return best_dsi(cost_ms, 1.0, acceptance, sp, most=most)
+    return best_dsi(cost_ms, 1.0, acceptance, sp, most=most, queued=queued)

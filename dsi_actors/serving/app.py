@@ -8,11 +8,12 @@ import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from dsi_actors.config import Sampling
@@ -24,12 +25,14 @@ from dsi_actors.serving.completions import Completion, Job, seed_or_any
 from dsi_actors.serving.errors import ApiError, from_ours, from_validation
 from dsi_actors.serving.metrics import Metrics
 from dsi_actors.serving.schemas import ChatRequest, CompletionRequest
+from dsi_actors.serving.watch import Watch
 from dsi_actors.tokenizer import Tokenizer
 
 log = get_logger("serving")
 
 _LOOK_FOR_CLIENT_S = 0.1
 _MOST_BODY_BYTES = 16 << 20
+_DASHBOARD = Path(__file__).parent / "dashboard.html"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +55,20 @@ class Service:
         self.tokenizer = tokenizer
         self.config = config
         self.created = int(time.time())
+        self.watch = Watch(orchestrator, tokenizer)
         self.metrics = Metrics(config.model, workers=self.ready_workers, waiting=lambda: orchestrator.waiting)
 
     def ready_workers(self, role: str) -> int:
         return sum(worker.role == role for worker in self.orchestrator.workers)
+
+    def answered(self, completion: Completion, request_id: str, outcome: str) -> None:
+        """The request is over, one way or another."""
+        self.metrics.request(outcome, len(completion.job.prompt_ids))
+        log.info(
+            "answered", id=request_id, outcome=outcome, tokens=sum(choice.tokens for choice in completion.choices),
+            finish_reasons=[choice.finish_reason for choice in completion.choices],
+            took_ms=round((time.perf_counter() - completion.begun_s) * 1e3),
+        )  # fmt: skip
 
     def check_key(self, request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
@@ -104,6 +117,7 @@ def create_app(orchestrator: Orchestrator, tokenizer: Tokenizer, config: Service
     """The application. The orchestrator must run for as long as it does."""
     app = FastAPI(title="DSI actors", docs_url=None, redoc_url=None, max_body_size=_MOST_BODY_BYTES)
     service = Service(orchestrator, tokenizer, config)
+    app.state.watch = service.watch
 
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> JSONResponse:
@@ -134,6 +148,16 @@ def create_app(orchestrator: Orchestrator, tokenizer: Tokenizer, config: Service
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=service.metrics.content_type)
+
+    @app.get("/dashboard")
+    async def dashboard() -> FileResponse:
+        return FileResponse(_DASHBOARD, media_type="text/html")
+
+    @app.get("/dashboard/events")
+    async def dashboard_events(request: Request) -> StreamingResponse:
+        service.check_key(request)
+        events = service.watch.events()
+        return StreamingResponse(_resumed(await anext(events), events), media_type="text/event-stream")
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
@@ -170,9 +194,9 @@ async def _answer(service: Service, request: Request, body: ChatRequest | Comple
             headers={"Cache-Control": "no-cache", "X-Request-Id": bodies.id},
         )  # fmt: skip
     if not await _run_while_connected(request, completion):
-        service.metrics.request("client_gone", len(job.prompt_ids))
+        service.answered(completion, bodies.id, "client_gone")
         return Response(status_code=499)
-    service.metrics.request("done", len(job.prompt_ids))
+    service.answered(completion, bodies.id, "done")
     return JSONResponse(bodies.whole(completion), headers={"X-Request-Id": bodies.id})
 
 
@@ -220,8 +244,14 @@ async def _events(
         outcome = "error_stream"
         yield _event(from_ours(error).body)
     finally:
-        service.metrics.request(outcome, len(completion.job.prompt_ids))
+        service.answered(completion, bodies.id, outcome)
         await updates.aclose()  # type: ignore[attr-defined]  # an async generator
+
+
+async def _resumed(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+    yield first
+    async for event in rest:
+        yield event
 
 
 def _event(body: dict[str, Any]) -> str:

@@ -63,6 +63,7 @@ class Completion:
         self._tokenizer = tokenizer
         self._metrics = metrics
         self.job = job
+        self.begun_s = time.perf_counter()
         self.choices = [Choice(index, (job.sampling.seed + index) % (1 << 64)) for index in range(job.choices)]
 
     async def updates(self) -> AsyncIterator[Update]:

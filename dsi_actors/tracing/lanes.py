@@ -64,9 +64,10 @@ class _Painter:
         self._drafter = next((name for name in recording.workers.values() if name.startswith("drafter")), "drafter")
         self._picture = Picture(lanes={self._drafter: []})
         self._verifying: dict[int, tuple[str, Span]] = {}
-        #: What was answered last, and whether drafts were dropped for it.
+        #: What was answered last.
         self._answered: Span | None = None
-        self._dropped = False
+        #: One past the last position that was guessed since the last correction.
+        self._guessed = 0
         self._drafting: dict[int, float] = {}  # attempt -> since when the next block is made
         self._drafted_ms = 0.0  # when the last block of drafts came
 
@@ -84,7 +85,7 @@ class _Painter:
                 answered = self._end_verification(fields["attempt"], at_ms, "wasted")
                 if answered is not None:
                     answered.words += f", says {len(fields['tokens'])} tokens"
-                self._answered, self._dropped = answered, False
+                self._answered = answered
             case "VerificationAbandoned":
                 self._end_verification(fields["attempt"], at_ms, "cancelled")
             case "CancelVerify":
@@ -96,7 +97,7 @@ class _Painter:
                 # A request that waits behind another one is not worked on yet.
                 since_ms = max(self._drafting.get(fields["attempt"], at_ms), self._drafted_ms)
                 self._drafted_ms = at_ms
-                end = fields["start"] + len(fields["tokens"])
+                self._guessed = end = fields["start"] + len(fields["tokens"])
                 words = f"drafts {len(fields['tokens'])} from {fields['start']}"
                 self._picture.lanes[self._drafter].append(Span(since_ms, at_ms, fields["start"], end, "running", words))
                 self._drafting[fields["attempt"]] = at_ms
@@ -104,10 +105,9 @@ class _Painter:
                 if self._answered is not None:
                     self._answered.fate = "useful"
                 self._picture.commits.append(Commit(at_ms, fields["start"], tuple(fields["accepted"])))
-                if self._dropped and not fields["accepted"][-1]:
+                if not fields["accepted"][-1] and self._guessed >= fields["start"] + len(fields["tokens"]):
                     self._picture.rejections_ms.append(at_ms)
-            case "CancelDrafts":
-                self._dropped = True
+                    self._guessed = 0
 
     def _end_verification(self, attempt: int, at_ms: float, fate: Fate) -> Span | None:
         found = self._verifying.pop(attempt, None)

@@ -56,6 +56,9 @@ class Ready:
     #: Measured when warm: a verification of one position, or one drafted token. 0 if it was not measured.
     latency_us: U32
     window_latency_us: U32  # a verification of a full window; a drafter says 0
+    #: Generations that the worker serves side by side, in one forward where it can: no more are given to it. At least 1.
+    slots: U32
+    batch_latency_us: U32  # a forward for all slots, each with a full window (a drafter: one token); 0: not measured
     load_ms: U32
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dsi_actors.actors.scheduler import GivenBack, Released, Requested, Scheduler, WorkerGone, WorkerReady
 from dsi_actors.actors.worker_handle import WorkerHandle
-from dsi_protocol import Hello
+from dsi_protocol import Hello, Ready
 
 
-def worker(number: int, role: str) -> WorkerHandle:
+def worker(number: int, role: str, slots: int = 1) -> WorkerHandle:
     hello = Hello(1, number, role, "timed", "", "cpu:0", "host", number)
-    return WorkerHandle(number, bytes([number]), hello, role, lambda message: None)
+    made = WorkerHandle(number, bytes([number]), hello, role, lambda message: None)
+    made.ready = Ready("", 1000, 1 << 16, 8, 1000, 1000, slots, 0, 1)
+    return made
 
 
 class Client:
@@ -92,3 +94,57 @@ def test_a_worker_that_failed_a_generation_goes_to_others() -> None:
     assert first.workers == [2]
     scheduler.receive(Requested(second, 2, wants_drafter=False))
     assert second.workers == [1]
+
+
+def asked(scheduler: Scheduler, *clients: Client, servers: int = 2) -> None:
+    for client in clients:
+        scheduler.receive(Requested(client, servers, wants_drafter=True))
+
+
+def test_who_comes_when_every_server_has_one_shares_the_emptiest() -> None:
+    scheduler, clients = Scheduler(), [Client(number) for number in range(1, 8)]
+    for ready in (worker(1, "target", 3), worker(2, "target", 3), worker(9, "drafter", 5)):
+        scheduler.receive(WorkerReady(ready))
+    asked(scheduler, *clients)
+    servers = [[number for number in client.workers if number != 9] for client in clients]
+    assert servers == [[1], [2], [1], [2], [1], [2], []]  # three slots each
+    assert scheduler.waiting == 1
+    assert [9 in client.workers for client in clients] == [True] * 5 + [False] * 2
+    scheduler.receive(Released(clients[1]))
+    assert clients[6].workers == [2]
+    assert 9 in clients[5].workers
+
+
+def test_a_server_that_becomes_idle_goes_to_the_crowd() -> None:
+    scheduler, clients = Scheduler(), [Client(number) for number in (1, 2, 3, 4)]
+    for ready in (worker(1, "target", 4), worker(2, "target", 4)):
+        scheduler.receive(WorkerReady(ready))
+    asked(scheduler, *clients)
+    assert [client.workers for client in clients] == [[1], [2], [1], [2]]
+    scheduler.receive(Released(clients[0]))
+    scheduler.receive(Released(clients[2]))
+    assert [clients[1].workers, clients[3].workers] == [[1], [2]]
+    fifth = Client(5)
+    scheduler.receive(Requested(fifth, 2, wants_drafter=False))
+    assert [client.workers for client in (fifth, clients[1], clients[3])] == [[1], [1], [2]]
+
+
+def test_who_may_have_one_server_only_moves_to_the_idle_one() -> None:
+    scheduler, clients = Scheduler(), [Client(number) for number in (1, 2, 3)]
+    for ready in (worker(1, "target", 4), worker(2, "target", 4)):
+        scheduler.receive(WorkerReady(ready))
+    asked(scheduler, *clients, servers=1)
+    assert [client.workers for client in clients] == [[1], [2], [1]]
+    scheduler.receive(Released(clients[1]))
+    assert [clients[0].workers, clients[2].workers] == [[2], [1]]
+
+
+def test_a_shared_worker_that_is_gone_is_withdrawn_from_all() -> None:
+    scheduler, clients = Scheduler(), [Client(number) for number in (1, 2, 3)]
+    first = worker(1, "target", 4)
+    scheduler.receive(WorkerReady(first))
+    asked(scheduler, *clients)
+    scheduler.receive(WorkerGone(first))
+    assert [client.workers for client in clients] == [[], [], []]
+    scheduler.receive(WorkerReady(worker(2, "target", 2)))
+    assert [client.workers for client in clients] == [[2], [2], []]

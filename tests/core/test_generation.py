@@ -349,6 +349,22 @@ def test_a_span_leaves_drafts_to_the_next_verification() -> None:
     core.check()
 
 
+@pytest.mark.parametrize("algorithm", ["dsi", "si"])
+@pytest.mark.parametrize("length", [2, 9, 10, 300])
+def test_a_server_with_much_to_read_does_not_wait_for_drafts(algorithm: str, length: int) -> None:
+    si = algorithm == "si"
+    policy = Policy.speculative(2) if si else Policy.distributed(1, sp=1, first_wait=2, max_ahead=9)
+    core = GenerationCore([1] * length, policy=policy, max_tokens=20)
+    core.handle(DrafterJoined())
+    actions = core.handle(ServerJoined(0))
+    assert [type(action) for action in actions] == ([StartVerify] if length > 9 and not si else [])
+    if actions:  # from then on drafts are worth waiting for
+        assert isinstance(actions[0], StartVerify)
+        assert core.handle(DraftsArrived(1, length, (5,))) == []
+        after = core.handle(VerificationFinished(actions[0].attempt, 0, length, (6,)))
+        assert not any(isinstance(action, StartVerify) for action in after)
+
+
 def test_a_span_of_nothing_is_plain_decoding() -> None:
     core = joined(Policy.distributed(1, sp=3, span=0), 3)
     for position in (1, 2, 3):
@@ -372,6 +388,21 @@ def test_a_drafter_without_an_idea_is_asked_again_after_the_next_commit() -> Non
     assert core.handle(DraftEnded(1, complete=False)) == []
     actions = core.handle(VerificationFinished(2, 0, 1, (5,)))
     assert {type(action) for action in actions} == {EmitTokens, StartDraft, StartVerify}
+
+
+def test_an_end_that_comes_before_the_end_of_an_earlier_attempt_settles_both() -> None:
+    core = GenerationCore([1], policy=Policy.distributed(1, 1, 2), max_tokens=8)
+    first, second = (action for action in core.handle(DrafterJoined()) if isinstance(action, StartDraft))
+    core.handle(DraftsArrived(first.attempt, 1, (5, 6)))
+    for position in range(second.start, second.start + second.count):
+        core.handle(DraftsArrived(second.attempt, position, (7,)))
+    core.handle(DraftEnded(second.attempt, complete=True))
+    core.handle(ServerJoined(0))
+    core.check()
+    stale = core.counters.stale_events
+    core.handle(DraftEnded(first.attempt, complete=True))
+    assert core.counters.stale_events == stale + 1
+    core.check()
 
 
 def test_a_drafter_far_behind_skips_ahead() -> None:

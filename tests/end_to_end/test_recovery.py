@@ -271,3 +271,23 @@ async def test_an_orchestrator_that_stood_still_blames_nobody(orchestrator: dsi_
     await asyncio.sleep(0.5)
     assert set(orchestrator.process_ids) == before
     assert len(orchestrator.workers) == 3
+
+
+async def test_it_may_stand_still_just_when_it_looks_for_the_silent(
+    orchestrator: dsi_actors.Orchestrator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, sleep, blocked = asyncio.get_running_loop(), asyncio.sleep, asyncio.Event()
+
+    async def sleep_then_block(delay_s: float) -> None:
+        task = asyncio.current_task()
+        await sleep(delay_s)
+        if task is not None and task.get_name() == "workforce" and not blocked.is_set():
+            blocked.set()
+            loop.call_soon(time.sleep, 2 * DETECTION_MS / 1e3)  # after the clock has rung, before anybody heard it
+
+    before = set(orchestrator.process_ids)
+    monkeypatch.setattr("asyncio.sleep", sleep_then_block)
+    await asyncio.wait_for(blocked.wait(), 5)
+    await sleep(0.5)
+    assert set(orchestrator.process_ids) == before
+    assert len(orchestrator.workers) == 3

@@ -56,7 +56,7 @@ class Worker:
         self.alive = True
         self.socket = ScriptedSocket()
         self.engine = CountingEngine()
-        self.ready = Ready("count", VOCABULARY, 64, 8, 1, 1, 1)
+        self.ready = Ready("count", VOCABULARY, 64, 8, 1, 1, 4, 1, 1)
         self.loop = WorkerLoop(cast(WorkSocket, self.socket), self.engine, lambda: True, self.ready)
 
     def hello(self) -> Hello:
@@ -72,8 +72,8 @@ class Worker:
         if isinstance(message, Heartbeat | Drain):
             return []
         self.loop._on_message(message)
-        while (work := self.loop._pick()) is not None:
-            self.loop._step(work)
+        while batch := self.loop._pick():
+            self.loop._step(batch)
         said, self.socket.sent = self.socket.sent, []
         return [each for reply in said for each in self.disturbed(reply)]
 

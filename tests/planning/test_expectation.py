@@ -79,3 +79,9 @@ def test_a_verification_costs_a_line_up_to_each_window() -> None:
     cost_ms = Estimates(target_ms=50, window_ms=106, window=8).cost_ms
     assert [cost_ms(positions) for positions in (1, 8, 9, 16)] == [50, 106, 156, 212]
     assert cost_ms(2) == 58
+
+
+def test_a_burst_of_drafts_is_verified_at_once() -> None:
+    """Two drafts come while one verification runs, so any longer one is as good, until there are more for once."""
+    known = Estimates(2.5, 3.6, 8)
+    assert best_dsi(known.cost_ms, 1.0, 0.9, 1, most=7).span == 7

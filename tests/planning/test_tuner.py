@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from dsi_actors.core import Policy
 from dsi_actors.planning.expectation import best_dsi, expect
+from dsi_actors.planning.pace import Pace
 from dsi_actors.planning.tuner import Estimates, Tuner, flat
 
 
@@ -78,3 +80,130 @@ def test_estimates_stay_numbers_whatever_workers_say(lie_ms: float) -> None:
         tuner.retune()
     assert tuner.estimates.target_ms > 1e-6
     assert Tuner("dsi", 2, None, tuner.carry_over()).choose().sp == 2
+
+
+def test_who_shares_a_server_plans_with_the_time_that_it_waits_and_with_the_others_positions() -> None:
+    tuner = Tuner("dsi", 1, None, Estimates(20.0, 20.0, 32, 2.0, position_ms=0.2))
+    alone = tuner.choose()
+    for _ in range(60):
+        tuner.verified(5, 5.0, sharers=32, waited_ms=26.0 + 0.2 * 32 * 4)
+    tuner.judged(8, 10)
+    assert tuner.estimates.latencies_ms == pytest.approx((26.0, 26.0 + 0.2 * 32 * 31))
+    crowded = tuner.retune()
+    assert crowded is not None
+    assert crowded.span < alone.span  # what each adds costs all
+    tuner.verified(5, 20.0)
+    assert tuner.estimates.latencies_ms == (20.0, 20.0)
+    tuner.judged(8, 10)
+    again = tuner.retune()
+    assert again is not None
+    assert again.span == alone.span
+
+
+def test_what_the_forward_of_others_lasts_is_time_to_draft() -> None:
+    tuner = Tuner("dsi", 1, None, Estimates(20.0, 20.0, 32, 2.0, sharers=4, shared_ms=20.0))
+    assert tuner.choose().first_wait == 0  # it was answered as if alone: waiting for drafts would miss a forward
+    for _ in range(60):
+        tuner.verified(1, 5.0, sharers=4, waited_ms=30.0)
+    tuner.judged(8, 10)
+    policy = tuner.retune()
+    assert policy is not None
+    assert policy.first_wait in (4, 5)  # ten milliseconds, at two for each draft
+
+
+def _crowded(pace: Pace) -> Tuner:
+    known = Estimates(45.0, 50.0, 8, 5.0, 45.0, position_ms=2.0, sharers=4, shared_ms=80.0)
+    return Tuner("dsi", 1, None, known, pace)
+
+
+def _looks(tuner: Tuner, tokens: int, each_ms: float) -> Policy | None:
+    """So many tokens are committed, one by one; the last change of the policy."""
+    policy = None
+    for _ in range(tokens):
+        tuner.verified(1, 30.0, sharers=tuner.estimates.sharers, waited_ms=60.0)
+        tuner.paced(1, each_ms)
+        tuner.judged(4, 5)
+        policy = tuner.retune() or policy
+    return policy
+
+
+def test_all_generations_leave_speculation_together_where_plain_decoding_is_faster() -> None:
+    """On processors that target and drafter share: what the workers promised without a drafter beside is faster."""
+    pace = Pace()
+    first, second = _crowded(pace), _crowded(pace)
+    assert first.choose().max_ahead > 0
+    assert second.choose().max_ahead > 0
+    assert _looks(first, 60, 110.0) == Policy.undrafted(1)
+    assert _looks(second, 4, 110.0) == Policy.undrafted(1)
+    assert _crowded(pace).choose() == Policy.undrafted(1)
+
+
+def test_speculation_comes_back_if_plain_decoding_does_not_keep_its_promise_either() -> None:
+    pace = Pace()
+    tuner = _crowded(pace)
+    tuner.choose()
+    assert _looks(tuner, 60, 110.0) == Policy.undrafted(1)
+    policy = _looks(tuner, 60, 120.0)
+    assert policy is not None
+    assert policy.max_ahead > 0
+
+
+def test_one_long_wait_does_not_end_speculation() -> None:
+    tuner = _crowded(Pace())
+    assert tuner.choose().max_ahead > 0
+    for _ in range(20):
+        _looks(tuner, 30, 20.0)
+        tuner.paced(1, 900.0)
+        policy = _looks(tuner, 8, 20.0)
+        assert policy is None or policy.max_ahead > 0
+
+
+def test_a_generation_that_went_plain_speculates_again_once_it_is_alone() -> None:
+    running = 4
+    pace = Pace(lambda: running)
+    tuner = _crowded(pace)
+    for _ in range(1000):
+        pace.committed(1, 200.0, speculating=True, promised_ms=50.0)
+    assert tuner.choose() == Policy.undrafted(1)
+    running = 1
+    tuner.verified(1, 45.0)
+    for _ in range(30):
+        tuner.paced(8, 360.0)
+    policy = tuner.retune()
+    assert policy is not None
+    assert policy.max_ahead > 0
+
+
+def test_who_is_alone_leaves_speculation_too_where_it_is_slower_than_what_the_workers_promised() -> None:
+    """More workers than processors: each forward takes longer while the drafter runs, and the estimates with it."""
+    tuner = Tuner("dsi", 2, None, Estimates(40.0, 45.0, 8, 20.0, 40.0))
+    assert tuner.choose().max_ahead > 0
+    policy = None
+    for _ in range(60):
+        tuner.verified(4, 90.0)
+        tuner.drafted(4, 160.0)
+        tuner.paced(1, 60.0)
+        tuner.judged(1, 1)
+        policy = tuner.retune() or policy
+    assert policy == Policy.undrafted(2)
+
+
+@pytest.mark.parametrize("algorithm", ["ar", "si"])
+def test_what_others_do_on_request_says_nothing_about_dsi(algorithm: str) -> None:
+    pace = Pace()
+    known = Estimates(45.0, 50.0, 8, 5.0, 45.0, position_ms=2.0, sharers=4, shared_ms=80.0)
+    for tuner in (Tuner(algorithm, 1, None, known, pace), Tuner("dsi", 1, 2, known, pace)):
+        tuner.choose()
+        _looks(tuner, 100, 500.0)
+    assert _crowded(pace).choose().max_ahead > 0
+
+
+def test_a_drafter_that_takes_nothing_is_not_left() -> None:
+    """Where prompt lookup finds nothing for a while, tokens come as slowly as in plain decoding, or a little more so."""
+    for drafter_ms, speculates in ((0.01, True), (15.0, False)):
+        pace = Pace()
+        tuner = Tuner("dsi", 1, None, Estimates(40, 50, 8, drafter_ms, calibrated_ms=40), pace)
+        tuner.choose()
+        for _ in range(100):
+            tuner.paced(1, 50.0)
+        assert pace.speculation_pays is speculates

@@ -24,8 +24,8 @@ KEY = "sk-test"
 
 
 @contextmanager
-def served(model: Path, *arguments: str) -> Iterator[str]:
-    """The base URL of a service with one target server and a drafter."""
+def served(model: Path, *arguments: str, log: Path | None = None) -> Iterator[str]:
+    """The base URL of a service with one target server and a drafter. What it says goes to `log`."""
     command = [sys.executable, "-m", "dsi_actors.cli.main", "serve", "--target", str(model), "--sp", "1", "--port", "0"]
     with subprocess.Popen(
         [*command, "--model-name", "tiny", "--gpu", "cpu", "--log-level", "info", *arguments],
@@ -33,7 +33,9 @@ def served(model: Path, *arguments: str) -> Iterator[str]:
     ) as process:  # fmt: skip
         try:
             assert process.stderr is not None
+            said = []
             for line in process.stderr:
+                said.append(line)
                 found = re.search(r"running on (http://[\d.:]+)", line)
                 if found is not None:
                     break
@@ -44,6 +46,8 @@ def served(model: Path, *arguments: str) -> Iterator[str]:
             process.terminate()
             _, errors = process.communicate(timeout=15)
             assert "Traceback" not in errors, errors
+            if log is not None:
+                log.write_text("".join(said) + errors)
 
 
 @pytest.fixture(scope="module")

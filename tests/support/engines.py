@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsi_protocol import Drain, FromWorker, Message
-from dsi_workers.engines.base import Answer, Engine, EngineInfo, Interrupt, Interrupted
+from dsi_workers.engines.base import Engine, EngineInfo, Interrupt, Interrupted, Task
 from dsi_workers.session import Session
 
 
@@ -54,22 +54,30 @@ class CountingEngine(Engine):
     """Its next token is always the last one plus one. Runs `during` (once) in the middle of each call."""
 
     def __init__(self) -> None:
-        self.info = EngineInfo("count", 1000, 64, 8, 1)
+        self.info = EngineInfo("count", 1000, 64, 8, 1, slots=3)
+        #: The generations that shared each step.
+        self.batches: list[list[int]] = []
         self.during: deque[list[Message]] = deque()
         self.socket: ScriptedSocket | None = None
         self.forgotten: list[int] = []
 
-    def verify(self, session: Session, start: int, interrupt: Interrupt) -> Answer:
+    def step(self, tasks: Sequence[Task], interrupt: Interrupt) -> None:
         self.forwards += 1
+        self.batches.append([task.session.generation for task in tasks])
         if self.during and self.socket is not None:
             self.socket.inbox.extend(self.during.popleft())
         interrupt.check()
-        answer = [session.tokens[start - 1] + 1]
-        for position in range(start, len(session.tokens)):
+        for task in tasks:
+            self._count(task)
+
+    def _count(self, task: Task) -> None:
+        session, answer = task.session, task.answer.tokens
+        answer.append(session.tokens[task.start - 1] + 1)
+        for position in range(task.start, len(session.tokens)):
             if session.tokens[position] != answer[-1]:
                 break
             answer.append(answer[-1] + 1)
-        return Answer(answer)
+        task.done = True
 
     def forget(self, session: Session) -> None:
         self.forgotten.append(session.generation)

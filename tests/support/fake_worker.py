@@ -69,7 +69,7 @@ class FakeWorker:
     def _react(self, message: Message) -> Iterable[FromWorker]:
         match message:
             case Welcome():
-                return (Ready(self.vocabulary, 1000 if self.vocabulary else 0, 1 << 16, 8, 1000, 1000, 1),)
+                return (Ready(self.vocabulary, 1000 if self.vocabulary else 0, 1 << 16, 8, 1000, 1000, 4, 0, 1),)
             case Draft() | Verify():
                 replies = tuple(self.answer(message))
                 if not replies:

@@ -15,7 +15,7 @@ import dsi_actors
 from dsi_actors.tracing.chrome import chrome_trace
 from dsi_actors.tracing.lanes import draw
 from dsi_actors.tracing.page import html_page
-from dsi_actors.tracing.record import Recorder, read_recording
+from dsi_actors.tracing.record import Moment, Recorder, Recording, read_recording
 from support.timed import PROMPT, plain_decoding, timed_config
 
 TOKENS = 40
@@ -56,6 +56,19 @@ def test_every_piece_of_work_has_an_owner_a_time_and_a_fate(recorded: Path) -> N
     positions = [commit.start for commit in picture.commits]
     assert positions == sorted(set(positions))
     assert 0 < len(picture.rejections_ms) <= picture.accepted.count(False)
+
+
+def test_a_wrong_guess_is_seen_where_no_draft_was_under_way() -> None:
+    """SI drafts a block and waits: at the rejection there is nothing to cancel."""
+    moments = [
+        Moment(0.0, 1, "StartDraft", {"attempt": 1}),
+        Moment(1.0, 1, "DraftsArrived", {"attempt": 1, "start": 3, "tokens": [5, 6]}),
+        Moment(1.0, 1, "StartVerify", {"attempt": 2, "server": 1, "base": 0, "tokens": [1, 2, 3, 5, 6], "start": 3}),
+        Moment(2.0, 1, "VerificationFinished", {"attempt": 2, "server": 1, "start": 3, "tokens": [5, 9]}),
+        Moment(2.0, 1, "EmitTokens", {"start": 3, "tokens": [5, 9], "accepted": [True, False]}),
+        Moment(3.0, 1, "EmitTokens", {"start": 5, "tokens": [7], "accepted": [False]}),  # nothing was guessed here
+    ]
+    assert draw(Recording({1: "target 1"}, moments, [])).rejections_ms == [2.0]
 
 
 def test_the_page_needs_nothing_else_and_hides_nothing(recorded: Path) -> None:

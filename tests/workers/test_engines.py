@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from dsi_workers.engines import Engine, EngineError, Interrupted, load_engine
+from dsi_workers.engines.bits import Trial, Widths
 from dsi_workers.engines.transformers import TransformersEngine
+from dsi_workers.engines.translating import TranslatingEngine
 from dsi_workers.session import SamplingParameters, Session
 from support.engines import InterruptAfter, NoInterrupt, make_tiny_model, session_of
 
@@ -38,7 +40,8 @@ def engine(request: pytest.FixtureRequest, tiny_model: Path, sliding_model: Path
     if "timed" in kind:
         return load_engine("timed", role=role, model="", device="cpu:0", options={"acceptance": 0.5, "seed": 4})
     model = sliding_model if "sliding" in kind else tiny_model
-    return load_engine("transformers", role=role, model=str(model), device="cpu:0", options={"max_length": 256})
+    options: dict[str, Any] = {"max_length": 256, "quantization": "none"}
+    return load_engine("transformers", role=role, model=str(model), device="cpu:0", options=options)
 
 
 def fresh(engine: Engine, tokens: list[int], start: int) -> list[int]:
@@ -169,7 +172,7 @@ def test_the_bits_do_not_depend_on_how_much_of_the_cache_is_read(tmp_path: Path,
 
 
 def test_a_device_that_sums_by_what_it_reads_has_all_of_the_cache_read(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from torch.nn import functional
 
@@ -182,13 +185,75 @@ def test_a_device_that_sums_by_what_it_reads_has_all_of_the_cache_read(
         return plain(query, *arguments, **more) * (1 + chance.random() / 1e3)
 
     words: dict[str, Any] = {"role": "target", "device": "cpu:0", "options": {"max_length": 512}}
+    monkeypatch.setenv("DSI_CACHE", str(tmp_path / "by length"))
     monkeypatch.setattr(functional, "scaled_dot_product_attention", by_length)
     engine = load_engine("transformers", model=str(tiny_model), **words)
     assert isinstance(engine, TransformersEngine)
-    assert engine.read_step == 1024
+    assert engine._forward.read_step == 1024
+    monkeypatch.setenv("DSI_CACHE", str(tmp_path / "by chance"))
     monkeypatch.setattr(functional, "scaled_dot_product_attention", by_chance)
     with pytest.raises(EngineError, match="gives other bits when it computes the same tokens again"):
         load_engine("transformers", model=str(tiny_model), **words)
+
+
+def test_a_drafter_on_a_cpu_is_int8_unless_told_otherwise(tiny_model: Path) -> None:
+    def layers(role: str, **options: Any) -> set[type]:
+        words: dict[str, Any] = {"role": role, "device": "cpu:0", "options": {"calibrate": False, **options}}
+        engine = load_engine("transformers", model=str(tiny_model), **words)
+        assert isinstance(engine, TransformersEngine)
+        return {type(layer) for layer in engine._forward.linear_layers()}
+
+    assert layers("drafter") == layers("drafter", quantization="int8") != layers("drafter", quantization="none")
+    assert layers("target") == layers("drafter", quantization="none")
+
+
+def test_a_drafter_translates_only_for_a_target_with_another_vocabulary_that_it_can_read(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    other = make_tiny_model(tmp_path, words=64)
+    kinds = {str(tiny_model): TransformersEngine, str(other): TranslatingEngine, "/nowhere/x.gguf": TransformersEngine}
+    for target, kind in kinds.items():
+        words: dict[str, Any] = {"role": "drafter", "device": "cpu:0", "options": {"target": target}}
+        engine = load_engine("transformers", model=str(tiny_model), **words)
+        assert type(engine) is kind
+        assert engine.info.vocabulary_size == (64 if target == str(other) else 96)
+        assert len(engine.draft(session_of([3, 5, 7]), 1, NoInterrupt())) == 1
+
+
+def test_widths_are_tried_once_for_all_that_they_depend_on(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+    plain = Trial.widths
+
+    def counted(trial: Trial, slots: int) -> Widths:
+        tried.append(slots)
+        return plain(trial, slots)
+
+    def widths(**options: Any) -> set[int]:
+        words: dict[str, Any] = {"role": "target", "device": "cpu:0", "options": {"calibrate": False, **options}}
+        engine = load_engine("transformers", model=str(tiny_model), **words)
+        assert isinstance(engine, TransformersEngine)
+        return set(engine._widths.costs_s)
+
+    monkeypatch.setattr(Trial, "widths", counted)
+    monkeypatch.setenv("DSI_CACHE", str(tmp_path))
+    first = widths()
+    assert widths() == first
+    assert len(tried) == 1
+    widths(dtype="bfloat16")
+    widths(slots=3)
+    widths(window=4)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    widths()
+    assert len(tried) == 5
+    for file in (tmp_path / "trials").iterdir():
+        file.write_text("{")
+    assert widths() == first
+    assert len(tried) == 6
+    monkeypatch.setenv("DSI_CACHE", "/dev/null")
+    assert widths() == first
+    assert len(tried) == 7
 
 
 @pytest.mark.parametrize("checks", [1, 2, 3])
@@ -248,13 +313,13 @@ def test_an_int8_copy_is_close_to_its_target(tiny_model: Path) -> None:
 
 
 def test_ngram_continues_what_was_there_before() -> None:
-    engine = load_engine("ngram", role="drafter", model="", device="cpu:0", options={})
-    repeated = [9, 1, 2, 3, 4, 5, 6, 7, 1, 2, 3]
-    assert engine.draft(session_of(repeated), 3, NoInterrupt()) == [4, 5, 6]
-    assert engine.draft(session_of(repeated), 1, NoInterrupt()) == [4]
-    assert engine.draft(session_of([1, 2, 3, 4]), 3, NoInterrupt()) == []
-    long = [*range(1000), 5, 6, 7]
-    assert engine.draft(session_of(long), 4, NoInterrupt()) == [8, 9, 10, 11]
+    engine = load_engine("ngram", role="drafter", model="", device="cpu:0", options={"remember": False})
+    repeated = session_of([9, 1, 2, 3, 4, 5, 6, 7, 1, 2, 3], generation=1)
+    assert engine.draft(repeated, 3, NoInterrupt()) == [4, 5, 6]
+    assert engine.draft(repeated, 1, NoInterrupt()) == [4]
+    assert engine.draft(session_of([1, 2, 3, 4], generation=2), 3, NoInterrupt()) == []
+    long = session_of([*range(1000), 5, 6, 7], generation=3)
+    assert engine.draft(long, 4, NoInterrupt()) == [8, 9, 10, 11]
 
 
 @pytest.mark.parametrize("acceptance", [0.0, 0.3, 1.0])
@@ -284,7 +349,8 @@ def test_jitter_is_drawn_for_what_is_asked() -> None:
 
         for length in range(1, 2001):
             engine.verify(session_of([1] * length), length, Note())
-    assert waits[0] == pytest.approx(waits[1], abs=0.002)
+    # A machine that is busy may make us look at the clock late, now and then.
+    assert sum(abs(first - second) > 0.002 for first, second in zip(*waits, strict=True)) < 60
     assert sum(waits[0]) / 2000 == pytest.approx(0.020, rel=0.05)
     assert len({round(wait, 4) for wait in waits[0]}) > 100
 

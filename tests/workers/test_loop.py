@@ -151,7 +151,7 @@ def test_a_request_that_comes_again_after_its_reply_gets_that_again() -> None:
 
 def test_a_worker_that_is_greeted_again_says_again_that_it_is_ready() -> None:
     socket = ScriptedSocket()
-    ready = Ready("count", 1000, 64, 8, 1, 1, 5)
+    ready = Ready("count", 1000, 64, 8, 1, 1, 8, 1, 5)
     socket.inbox.extend([Welcome(1, "target", "timed", "", {}, 500, 2000)])
     WorkerLoop(cast(WorkSocket, socket), CountingEngine(), lambda: True, ready).run()
     assert socket.sent == [ready]
@@ -201,7 +201,7 @@ def test_impossible_requests_fail_with_a_reason(request_: Verify | Draft, proble
 
 def test_an_engine_that_breaks_fails_one_request() -> None:
     socket, engine = ScriptedSocket(), CountingEngine()
-    engine.verify = lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory"))  # type: ignore[method-assign]
+    engine.step = lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory"))  # type: ignore[method-assign]
     socket.inbox.extend([OPEN, verify(1, PROMPT), verify(2, PROMPT)])
     WorkerLoop(cast(WorkSocket, socket), engine, still_needed=lambda: True).run()
     assert socket.sent == [Failed(1, attempt, "engine", "RuntimeError: out of memory") for attempt in (1, 2)]

@@ -96,10 +96,13 @@ class WorkSocket:
                 if time.monotonic() > deadline_s or not self._still_needed():
                     raise Unreachable from None
 
-    def offer(self, message: FromWorker) -> None:
-        """Send if somebody is connected, else do nothing."""
-        with contextlib.suppress(zmq.Again):
+    def offer(self, message: FromWorker) -> bool:
+        """Send if somebody is connected, else do nothing; whether it was sent."""
+        try:
             self._socket.send(encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
 
     def receive(self, timeout_s: float = 0.0) -> Message | None:
         """The next message, or None if none comes within `timeout_s`."""

@@ -1,15 +1,14 @@
 """The worker's loop: drain all messages, apply cancels, pick work, do one bounded step, send.
 
-A step is one drafted token (or what the engine guesses at once) or one verification. While a step runs the engine
-looks up at every layer; then messages are drained too, so that a cancel reaches into a forward.
+A step is one forward: a drafted token (or what the engine guesses at once), a verification, a piece of a prompt; where
+several generations want one, it is for all of them together. While it runs the engine looks up at every layer; then
+messages are drained too, so that a cancel reaches into a forward.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -35,6 +34,7 @@ from dsi_protocol import (
 from dsi_workers.connection import WorkSocket
 from dsi_workers.engines.base import Answer, Engine, Interrupted
 from dsi_workers.session import SamplingParameters, Session
+from dsi_workers.work import Work, WorkQueue
 
 log = structlog.get_logger("dsi.worker")
 
@@ -44,26 +44,9 @@ MAX_QUEUED_REQUESTS = 4096
 IDLE_S = 0.1
 #: The last part of a timed wait is spun: waking up takes so long, and has the processor awake for the answer.
 _SPIN_S = 0.00015
-
-
-@dataclass(slots=True)
-class _Work:
-    """A request in hand, and what it has cost since the last reply to it."""
-
-    request: Draft | Verify
-    session: Session
-    prepared: bool = False
-    forwards: int = 0
-    busy_s: float = 0.0
-    #: Draft: the last tokens of the session, not sent yet.
-    unsent: list[int] = field(default_factory=list)
-
-    def wanted(self) -> bool:
-        return self.request.attempt > self.session.cancelled_to
-
-    def take_busy_us(self) -> int:
-        busy_s, self.busy_s = self.busy_s, 0.0
-        return round(busy_s * 1e6)
+#: Those who were answered together ask again one soon after another. The next forward waits for them while they come, at
+#: most for this share of a forward: else it would be for the first alone, and the others would wait for it, ever after.
+_GATHER_SHARE, _GATHER_GAP_SHARE, _GATHER_GAP_S = 0.25, 0.1, 0.002
 
 
 class WorkerLoop:
@@ -78,8 +61,8 @@ class WorkerLoop:
         #: What was told already; told again to an orchestrator that asks again.
         self._ready = ready
         self._sessions: dict[int, Session] = {}  # the one that was used last comes last
-        self._queue: deque[_Work] = deque()
-        self._current: _Work | None = None
+        self._queue = WorkQueue()
+        self._current: Sequence[Work] = ()
         self._draining = False
         self._dismissed = False
 
@@ -87,9 +70,11 @@ class WorkerLoop:
         """Serve. Returns when there is nothing more to do for this process."""
         while not self._dismissed and self._still_needed():
             self._drain(block=not self._queue)
-            work = self._pick()
-            if work is not None:
-                self._step(work)
+            batch = self._pick()
+            if batch:
+                begun_s = time.perf_counter()
+                self._step(batch)
+                self._gather(batch, time.perf_counter() - begun_s)
             elif self._draining:
                 return
 
@@ -105,7 +90,8 @@ class WorkerLoop:
 
     def check(self) -> None:
         self._drain(block=False)
-        if self._current is None or not self._current.wanted() or self._dismissed or not self._still_needed():
+        wanted = any(work.wanted() for work in self._current)
+        if not wanted or self._dismissed or not self._still_needed():
             raise Interrupted
 
     def wait_until(self, deadline_s: float) -> None:
@@ -193,7 +179,7 @@ class WorkerLoop:
         elif (problem := self._problem_with(request)) is not None:
             self._fail(request, "limit", problem)
         else:
-            self._queue.append(_Work(request, session))
+            self._queue.add(Work(request, session))
 
     def _answer_again(self, request: Draft | Verify, session: Session) -> None:
         answered = session.reply_to(request.attempt)
@@ -223,21 +209,39 @@ class WorkerLoop:
 
     # Work
 
-    def _pick(self) -> _Work | None:
-        """The oldest request that is wanted. Those that are not get their terminal reply on the way."""
-        while self._queue:
-            work = self._queue[0]
-            if not work.prepared and not self._prepare(work):
-                self._queue.popleft()
+    def _pick(self) -> list[Work]:
+        """What the next step works on. Requests that need no work get their terminal reply on the way."""
+        oldest: dict[Session, Work] = {}
+        for work in self._queue:
+            if work.session in oldest:
+                continue
+            if work.task is None and not self._prepare(work):
+                self._queue.remove(work)
             elif not work.wanted():
-                self._queue.popleft()
+                self._queue.remove(work)
                 request = work.request
                 self._send(Cancelled(request.generation, request.attempt, work.forwards, work.take_busy_us()))
             else:
-                return work
-        return None
+                oldest[work.session] = work
+        return self._queue.choose(list(oldest.values()), self._engine) if oldest else []
 
-    def _prepare(self, work: _Work) -> bool:
+    def _gather(self, batch: Sequence[Work], took_s: float) -> None:
+        """Wait a moment for the next requests of those who were just answered, if others are there to share a forward."""
+        missing = {work.session for work in batch if isinstance(work.request, Verify)}
+        missing -= {work.session for work in self._queue}
+        if not missing or (len(batch) == 1 and not self._queue):
+            return
+        deadline_s = time.perf_counter() + _GATHER_SHARE * took_s
+        gap_s = min(_GATHER_GAP_S, _GATHER_GAP_SHARE * took_s)
+        while missing and time.perf_counter() < deadline_s:
+            message = self._socket.receive(gap_s)
+            if message is None:
+                return
+            self._on_message(message)
+            missing = {session for session in missing if session.generation in self._sessions}
+            missing -= {work.session for work in self._queue}
+
+    def _prepare(self, work: Work) -> bool:
         """Make the session's tokens agree with the request. Also for one that is cancelled: the next one may build
         on its tokens. False if it was answered: the prefix is not here."""
         request, session = work.request, work.session
@@ -251,37 +255,44 @@ class WorkerLoop:
         if not session.tokens:
             self._fail(request, "limit", "there is nothing to continue: a generation begins with at least one token")
             return False
-        work.prepared = True
+        work.begin_task()
         return True
 
-    def _step(self, work: _Work) -> None:
-        self._current = work
+    def _step(self, batch: Sequence[Work]) -> None:
+        tasks = [work.task for work in batch if work.task is not None]
+        self._current = batch
         begun_s, forwards = time.perf_counter(), self._engine.forwards
-        answer: Answer | None = None
+        failure: Exception | None = None
         try:
-            answer = self._work_on(work)
+            self._engine.step(tasks, self)
         except Interrupted:
             pass  # the next _pick answers Cancelled
         except Exception as error:
-            log.exception("the engine failed", correlation=work.session.correlation)
-            self._queue.popleft()
-            self._fail(work.request, "engine", f"{type(error).__name__}: {error}"[:1000])
-        self._current = None
-        work.busy_s += time.perf_counter() - begun_s
-        work.forwards += self._engine.forwards - forwards
-        if answer is not None:
-            self._report(work, answer)
+            log.exception("the engine failed", correlation=[work.session.correlation for work in batch])
+            failure = error
+        self._current = ()
+        for work in batch:
+            work.busy_s += (time.perf_counter() - begun_s) / len(batch)
+            work.forwards += self._engine.forwards - forwards
+        if failure is None:
+            for work in batch:
+                if work.task is not None and work.task.done:
+                    self._report(work, work.task.answer)
+        elif len(batch) == 1:
+            self._queue.remove(batch[0])
+            self._fail(batch[0].request, "engine", f"{type(failure).__name__}: {failure}"[:1000])
+        else:  # whose fault it is shows when each is alone
+            for work in batch:
+                if work.wanted():
+                    work.begin_task()
+                    self._step([work])
 
-    def _work_on(self, work: _Work) -> Answer:
-        request, session = work.request, work.session
-        if isinstance(request, Verify):
-            return self._engine.verify(session, request.start, self)
-        return Answer(self._engine.draft(session, request.start + request.count - len(session.tokens), self))
-
-    def _report(self, work: _Work, answer: Answer) -> None:
+    def _report(self, work: Work, answer: Answer) -> None:
         request, session, tokens = work.request, work.session, answer.tokens
+        if not work.wanted():
+            return  # the next _pick answers Cancelled
         if isinstance(request, Verify):
-            self._queue.popleft()
+            self._queue.remove(work)
             self._send(
                 Verified(
                     request.generation, request.attempt, request.start, tuple(tokens), tuple(answer.logprobs),
@@ -293,7 +304,9 @@ class WorkerLoop:
         work.unsent.extend(tokens)
         done = not tokens or len(session.tokens) == request.start + request.count
         if done:
-            self._queue.popleft()
+            self._queue.remove(work)
+        else:
+            work.begin_task()
         if done or len(work.unsent) >= request.block:
             start = len(session.tokens) - len(work.unsent)
             block, work.unsent = tuple(work.unsent), []

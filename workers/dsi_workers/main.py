@@ -21,7 +21,8 @@ from dsi_workers.loop import WorkerLoop
 
 log = structlog.get_logger("dsi.worker")
 
-_HELLO_INTERVAL_S = 0.5
+#: Between two Hellos; and between two looks whether the connection is there, which takes a moment: at first, and later.
+_HELLO_INTERVAL_S, _FIRST_LOOK_S = 0.5, 0.005
 _PATIENCE_S = 5.0  # how often a worker that waits for its orchestrator says so
 
 
@@ -88,9 +89,11 @@ def _introduce(
         PROTOCOL_VERSION, incarnation, config.role, config.engine, config.model, config.device, host_name(), os.getpid()
     )
     complain_at = time.monotonic() + _PATIENCE_S
+    look_s = _FIRST_LOOK_S
     while still_needed():
-        socket.offer(hello)
-        match socket.receive(_HELLO_INTERVAL_S):
+        sent = socket.offer(hello)
+        look_s = _HELLO_INTERVAL_S if sent else min(2 * look_s, _HELLO_INTERVAL_S)
+        match socket.receive(look_s):
             case Welcome() as welcome:
                 if welcome.version != PROTOCOL_VERSION:
                     reason = (
@@ -118,7 +121,8 @@ def _serve(
     socket: WorkSocket, heart: Heart, config: WorkerConfig, welcome: Welcome, still_needed: Callable[[], bool]
 ) -> None:
     begun = time.monotonic()
-    log.info("loading", role=welcome.role, engine=welcome.engine, model=welcome.model, device=config.device)
+    structlog.contextvars.bind_contextvars(role=welcome.role)
+    log.info("loading", engine=welcome.engine, model=welcome.model, device=config.device)
     try:
         engine = load_engine(
             welcome.engine,
@@ -140,12 +144,12 @@ def _serve(
     load_ms = round((time.monotonic() - begun) * 1e3)
     ready = Ready(
         info.vocabulary, info.vocabulary_size, info.max_length, info.window, info.latency_us, info.window_latency_us,
-        load_ms,
+        info.slots, info.batch_latency_us, load_ms,
     )  # fmt: skip
     loop = WorkerLoop(socket, engine, lambda: still_needed() and not heart.gone, ready)
     signal.signal(signal.SIGTERM, lambda *_: loop.drain())
     socket.send(ready)
-    log.info("ready", role=welcome.role, load_ms=load_ms, latency_ms=info.latency_us / 1e3)
+    log.info("ready", load_ms=load_ms, latency_ms=info.latency_us / 1e3)
     loop.run()
     if heart.gone and not loop.draining:
         raise WorkerError(f"the orchestrator at {config.endpoint} {heart.gone}: this worker ends")
@@ -153,16 +157,23 @@ def _serve(
     log.info("done")
 
 
-def configure_logging(level: str) -> None:
-    """Logs go to standard error, one line each."""
+def configure_logging(level: str, form: str = "text") -> None:
+    """Logs go to standard error, one line each: text for people, or a JSON object."""
+    ending: list[structlog.typing.Processor]
+    if form == "json":
+        stamp = structlog.processors.TimeStamper(fmt="iso", utc=True, key="time")
+        ending = [stamp, structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+    else:
+        stamp = structlog.processors.TimeStamper(fmt="%H:%M:%S.%f")
+        ending = [stamp, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="%H:%M:%S.%f"),
-            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
+            *ending,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        # A line in one piece: several processes write to the same standard error.
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )

@@ -1,17 +1,55 @@
-"""A drafter out of the target's own weights: weight-only int8, so that there is nothing to download.
+"""A drafter out of the target's own weights in int8, so that there is nothing to download.
 
-Each output row of a linear layer gets one scale; activations stay in bfloat16, so that no token's result depends on the
-range of its neighbours' activations.
+Each output row of a weight has one scale. On a CPU with fbgemm inputs are rounded to int8, too, as they come: that makes a
+product faster and its result coarser (docs/measured.md). Elsewhere inputs stay in bfloat16.
 """
 
 from __future__ import annotations
+
+import warnings
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-#: Up to here the packed kernel beats converting the weights back and using the matrix units.
-_NARROW_ROWS = 8
+#: Rows: about as many tokens are drafted or checked at once. A prompt has more.
+_FEW = 8
+_TINY = 1e-30
+
+
+class DynamicInt8Linear(nn.Module):
+    """y = x W^T + b with weights and inputs in int8, sums in int32. x: [..., in] in float32.
+
+    The kernel rounds all inputs of a product by one scale. Inside an MLP the first tokens of a text are a thousand times as
+    large as the others, which would all be rounded to nothing: so rows are brought to one size before and back after. That
+    takes time, and is left out for a few rows of what was normed just before, which is all but where an MLP narrows again.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach().float()
+        scales = _scales(weight).double()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # quantized tensors are to go, but this kernel takes its weights from one
+            quantized = torch.quantize_per_channel(
+                weight, scales, torch.zeros(len(weight), dtype=torch.long), 0, torch.qint8
+            )
+        self._bias = None if linear.bias is None else linear.bias.detach().float()
+        self._weight: Any = torch.ops.quantized.linear_prepack(quantized, None)
+        self._multiply = torch.ops.quantized.linear_dynamic.default
+        # Without VNNI the kernel adds two products in 16 bits: seven bits of input keep that from overflowing.
+        self._reduce_range = not torch.cpu._is_vnni_supported()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.numel() // self.in_features
+        if rows == 1 or (rows <= _FEW and self.in_features <= self.out_features):
+            y: torch.Tensor = self._multiply(x, self._weight, self._reduce_range)
+        else:
+            sizes = torch.linalg.vector_norm(x, ord=torch.inf, dim=-1, keepdim=True).clamp_min_(_TINY)
+            y = self._multiply(x / sizes, self._weight, self._reduce_range).mul_(sizes)
+        return y if self._bias is None else y + self._bias
 
 
 class Int8Linear(nn.Module):
@@ -20,7 +58,7 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach().float()
-        scale = weight.abs().amax(dim=1).clamp_min(1e-8) / 127
+        scale = _scales(weight)
         self.weight: torch.Tensor
         self.scale: torch.Tensor
         self.bias: torch.Tensor | None
@@ -29,19 +67,27 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(torch.bfloat16))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        if rows.shape[0] <= _NARROW_ROWS and rows.device.type == "cpu":
-            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
-        else:
-            y = functional.linear(rows, self.weight.to(rows.dtype)) * self.scale
-        if self.bias is not None:
-            y = y + self.bias
-        return y.reshape(*x.shape[:-1], -1)
+        y = functional.linear(x, self.weight.to(x.dtype)) * self.scale
+        return y if self.bias is None else y + self.bias
 
 
-def quantize_int8(model: nn.Module) -> None:
-    """Replace every linear layer of `model`, the output head included, by its int8 version."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, Int8Linear(child))
+def _scales(weight: torch.Tensor) -> torch.Tensor:
+    """Of each row [out]. Without abs(): a copy of all weights would take half a second of a small model's start."""
+    return torch.maximum(weight.amax(dim=1), -weight.amin(dim=1)).clamp_min(1e-8) / 127
+
+
+def int8_dtype(device: torch.device) -> torch.dtype:
+    """What inputs of the int8 layers of this device have."""
+    return torch.float32 if _rounds_inputs(device) else torch.bfloat16
+
+
+def quantize_int8(linear: nn.Linear) -> nn.Module:
+    """The layer in int8, for the device that it is on."""
+    if not _rounds_inputs(linear.weight.device):
+        return Int8Linear(linear)
+    torch.backends.quantized.engine = "fbgemm"  # for one row faster than torch's own choice between it and oneDNN
+    return DynamicInt8Linear(linear)
+
+
+def _rounds_inputs(device: torch.device) -> bool:
+    return device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines

@@ -2,10 +2,12 @@
 
 `python -m dsi_workers.reference --model REF` reads one JSON request per line and writes one JSON answer per line:
 
-    {"generate": [ids], "max_tokens": n, "stop": [ids]}    -> {"tokens": [ids], "times_ms": [since the request]}
+    {"generate": [ids], "max_tokens": n, "stop": [ids], "threads": n, "assist": ""}
+        -> {"tokens": [ids], "times_ms": [since the request]}
     {"distance": [ids], "start": n, "temperature": t}      -> {"total_variation": [one for each token from start on]}
 
-`generate` is the library's own loop, greedy, with its own cache and masks. `distance` needs --drafter.
+`generate` is the library's own loop, greedy, with its own cache and masks; with `assist` its assisted generation, by "lookup"
+(of what was there before, in the prompt and after it) or by "drafter". `distance` needs --drafter, too.
 """
 
 from __future__ import annotations
@@ -17,17 +19,20 @@ import time
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.utils import logging as transformers_logging
 
 from dsi_workers.models import ModelError, resolve_model
-from dsi_workers.quantization import quantize_int8
+from dsi_workers.packing import replace_linear_layers
+from dsi_workers.quantization import int8_dtype, quantize_int8
 
+#: Of prompt lookup, as in the library's documentation.
+_LOOKUP_TOKENS = 10
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class _Clock(StoppingCriteria):
-    """Stops nothing; notes when each token was there."""
+    """Stops nothing; notes when tokens were there: assisted generation gives several at once."""
 
     def __init__(self) -> None:
         self.begun = time.perf_counter()
@@ -45,8 +50,8 @@ class Reference:
         self._target = self._load(model, _DTYPES[dtype])
         self._drafter: Any = None
         if drafter == "self-int8":
-            self._drafter = self._load(model, torch.bfloat16)
-            quantize_int8(self._drafter)
+            self._drafter = self._load(model, int8_dtype(torch.device("cpu")))
+            replace_linear_layers(self._drafter, quantize_int8)
         elif drafter:
             self._drafter = self._load(drafter, _DTYPES[dtype])
 
@@ -55,7 +60,14 @@ class Reference:
         directory = resolve_model(model)
         return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=False).eval()
 
-    def generate(self, prompt_ids: list[int], max_tokens: int, stop: list[int]) -> dict[str, Any]:
+    def generate(
+        self, prompt_ids: list[int], max_tokens: int, stop: list[int], assist: str = "", threads: int | None = None
+    ) -> dict[str, Any]:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        assistance: dict[str, Any] = {
+            "": {}, "lookup": {"prompt_lookup_num_tokens": _LOOKUP_TOKENS}, "drafter": {"assistant_model": self._drafter},
+        }[assist]  # fmt: skip
         clock = _Clock()
         output = self._target.generate(
             torch.tensor([prompt_ids]),
@@ -65,17 +77,23 @@ class Reference:
             eos_token_id=stop or None,
             pad_token_id=0,
             stopping_criteria=StoppingCriteriaList([clock]),
+            **assistance,
         )
         return {"tokens": output[0, len(prompt_ids) :].tolist(), "times_ms": clock.times_ms}
 
     @torch.inference_mode()
     def distance(self, tokens: list[int], start: int, temperature: float) -> dict[str, Any]:
         """Total variation between the distributions that target and drafter give to each token from `start` on."""
-        target, drafter = (
-            (model(torch.tensor([tokens])).logits[0, start - 1 : -1].float() / temperature).softmax(dim=-1)
-            for model in (self._target, self._drafter)
-        )
+        logits = self._target(torch.tensor([tokens])).logits[0, start - 1 : -1], self._drafted_logits(tokens, start)
+        target, drafter = ((each.float() / temperature).softmax(dim=-1) for each in logits)
         return {"total_variation": ((target - drafter).abs().sum(dim=-1) / 2).tolist()}
+
+    def _drafted_logits(self, tokens: list[int], start: int) -> torch.Tensor:
+        """Token after token, as it drafts: a product in int8 gives each row a little of its neighbours."""
+        cache, logits = DynamicCache(), []
+        for begin, end in [(0, start), *((place, place + 1) for place in range(start, len(tokens) - 1))]:
+            logits.append(self._drafter(torch.tensor([tokens[begin:end]]), past_key_values=cache).logits[0, -1:])
+        return torch.cat(logits)
 
 
 def main() -> int:
@@ -98,7 +116,13 @@ def main() -> int:
     for line in sys.stdin:
         request = json.loads(line)
         if "generate" in request:
-            answer = reference.generate(request["generate"], request["max_tokens"], request["stop"])
+            answer = reference.generate(
+                request["generate"],
+                request["max_tokens"],
+                request["stop"],
+                request.get("assist", ""),
+                request.get("threads"),
+            )
         else:
             answer = reference.distance(request["distance"], request["start"], request["temperature"])
         sys.stdout.write(json.dumps(answer) + "\n")

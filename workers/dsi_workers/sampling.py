@@ -12,13 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import (
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from dsi_protocol.gumbel import (
     FRACTION_BITS,
@@ -55,19 +48,21 @@ class Sampler:
 
 def _processors(parameters: SamplingParameters) -> list[Any]:
     """In transformers' order: the penalty on what was said, then temperature, top-k, top-p, min-p."""
+    from transformers.generation import logits_process as library  # half a second that greedy decoding does not need
+
     processors: list[Any] = []
     if parameters.repetition_penalty != 1:
-        processors.append(RepetitionPenaltyLogitsProcessor(parameters.repetition_penalty))
+        processors.append(library.RepetitionPenaltyLogitsProcessor(parameters.repetition_penalty))
     if parameters.temperature == 0:
         return processors  # greedy: what follows changes no order
     if parameters.temperature != 1:
-        processors.append(TemperatureLogitsWarper(parameters.temperature))
+        processors.append(library.TemperatureLogitsWarper(parameters.temperature))
     if parameters.top_k:
-        processors.append(TopKLogitsWarper(parameters.top_k))
+        processors.append(library.TopKLogitsWarper(parameters.top_k))
     if parameters.top_p < 1:
-        processors.append(TopPLogitsWarper(parameters.top_p))
+        processors.append(library.TopPLogitsWarper(parameters.top_p))
     if parameters.min_p > 0:
-        processors.append(MinPLogitsWarper(parameters.min_p))
+        processors.append(library.MinPLogitsWarper(parameters.min_p))
     return processors
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dsi_protocol import OptionValue
-from dsi_workers.engines.base import Engine, EngineError, EngineInfo, Interrupt, Interrupted
+from dsi_workers.engines.base import Engine, EngineError, EngineInfo, Interrupt, Interrupted, Task
 
 ENGINES = ("transformers", "timed", "ngram")
 
-__all__ = ["ENGINES", "Engine", "EngineError", "EngineInfo", "Interrupt", "Interrupted", "load_engine"]
+__all__ = ["ENGINES", "Engine", "EngineError", "EngineInfo", "Interrupt", "Interrupted", "Task", "load_engine"]
 
 
 def load_engine(name: str, *, role: str, model: str, device: str, options: Mapping[str, OptionValue]) -> Engine:
@@ -29,5 +29,10 @@ def load_engine(name: str, *, role: str, model: str, device: str, options: Mappi
     if name == "transformers":
         from dsi_workers.engines.transformers import TransformersEngine
 
-        return TransformersEngine(model, device=device, drafter=role == "drafter", options=options)
+        engine = TransformersEngine(model, device=device, drafter=role == "drafter", options=options)
+        if role == "drafter" and options.get("target"):
+            from dsi_workers.engines.translating import in_vocabulary_of
+
+            return in_vocabulary_of(str(options["target"]), engine, model)
+        return engine
     raise EngineError(f"unknown engine {name!r}: choose one of {', '.join(ENGINES)}")

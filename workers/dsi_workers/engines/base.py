@@ -7,6 +7,7 @@ or every millisecond to ask whether that work is still wanted.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -41,14 +42,29 @@ class EngineInfo:
     window: int  # positions in one verification forward
     latency_us: int  # measured after warm-up: a verification of one position, or one drafted token
     window_latency_us: int = 0  # a verification of a full window
+    slots: int = 1  # generations that are served side by side
+    batch_latency_us: int = 0  # a forward for all slots, a full window each (a drafter: one token each)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Answer:
     """The model's own tokens, and their log probabilities if the session wants them."""
 
-    tokens: list[int]
+    tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Task:
+    """What one generation wants to know: a row of the batch that a step works on."""
+
+    session: Session
+    #: The model's own tokens from this position (>= 1) on are wanted.
+    start: int
+    #: Draft: at most so many tokens that may follow session.tokens (then `start` is their number). None: verify.
+    count: int | None = None
+    answer: Answer = field(default_factory=Answer)
+    done: bool = False
 
 
 class Engine(ABC):
@@ -59,19 +75,32 @@ class Engine(ABC):
     forwards: int = 0
 
     @abstractmethod
-    def verify(self, session: Session, start: int, interrupt: Interrupt) -> Answer:
-        """Verify: the model's own tokens from position `start` (>= 1) on, given session.tokens.
+    def step(self, tasks: Sequence[Task], interrupt: Interrupt) -> None:
+        """One forward for all `tasks` (1 to `info.slots`, of different sessions), each of which gets on by it.
 
-        Up to and including the first that differs from session.tokens, or one beyond them if none does. Raises
-        Interrupted; then a later call for the same session still gives what a fresh session would give.
+        A task that is complete becomes `done`. The answer of a verification has the model's own tokens from `start` on,
+        given session.tokens: up to and including the first that differs from them, or one beyond them if none does. That
+        of a draft has between 0 and `count` tokens; none means 'no idea'. What else is in the batch changes no answer.
+
+        Raises Interrupted; then a new task for the same session still gets what a fresh session would get.
         """
+
+    def reads_alone(self, task: Task) -> bool:
+        """Whether the next step for this task is a piece of a long text, for which nothing can be added to the batch."""
+        return False
+
+    def verify(self, session: Session, start: int, interrupt: Interrupt) -> Answer:
+        """One verification by itself, from beginning to end."""
+        return self._alone(Task(session, start), interrupt)
 
     def draft(self, session: Session, count: int, interrupt: Interrupt) -> list[int]:
-        """One step of drafting: between 0 and `count` (>= 1) tokens that may follow session.tokens; [] is 'no idea'.
+        """One draft by itself: what comes at once, so one token of a model."""
+        return self._alone(Task(session, len(session.tokens), count), interrupt).tokens
 
-        By default one token of the model's own. Raises Interrupted as `verify` does.
-        """
-        return self.verify(session, len(session.tokens), interrupt).tokens
+    def _alone(self, task: Task, interrupt: Interrupt) -> Answer:
+        while not task.done:
+            self.step([task], interrupt)
+        return task.answer
 
     def forget(self, session: Session) -> None:  # noqa: B027  an engine may hold nothing
         """The session is closed: give back what is held for it."""

@@ -15,11 +15,11 @@ import os
 import random
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from dsi_protocol import OptionValue, prefix_checksum
 from dsi_protocol.gumbel import random_bits, stream_key
-from dsi_workers.engines.base import Answer, Engine, EngineError, EngineInfo, Interrupt
+from dsi_workers.engines.base import Engine, EngineError, EngineInfo, Interrupt, Task
 from dsi_workers.session import Session
 
 WINDOW = 32
@@ -30,7 +30,9 @@ _AT_ONCE_S = 0.002
 class TimedEngine(Engine):
     """A target takes `latency_ms` for a verification, however long; a drafter takes it for each token.
 
-    With `jitter` latencies are lognormal with that coefficient of variation and `latency_ms` as their mean.
+    With `jitter` latencies are lognormal with that coefficient of variation and `latency_ms` as their mean. Each position
+    that a forward computes beyond the first adds `position_ms`, whichever generation it is for, up to `slots` of them. A
+    text of more than `chunk` tokens is read in steps of so many.
     """
 
     def __init__(self, options: Mapping[str, OptionValue], *, drafter: bool) -> None:
@@ -45,47 +47,86 @@ class TimedEngine(Engine):
         self._jitter = number("jitter", 0.0)
         self.vocabulary_size = int(number("vocabulary_size", 1000))
         self.seed = int(number("seed", 0))
+        self._position_s = number("position_ms", 0.0) / 1e3
+        self._chunk = int(number("chunk", 1 << 20))
+        slots = int(number("slots", 64))
         self._drafter = drafter
         #: A token drafted right after another one begins when that one was due, so that oversleeping does not add up.
         self._due_s = 0.0
-        self._due_for: tuple[int, int] | None = None
+        self._due_for: set[tuple[int, int]] = set()
         _sleep_precisely()
         if self.acceptance > 1:
             raise EngineError(f"option acceptance of the timed engine must lie in [0, 1], not {self.acceptance}")
         if not 2 <= self.vocabulary_size < 1 << 32:
             raise EngineError("option vocabulary_size of the timed engine must be at least 2")
+        if not 1 <= slots <= 1024 or self._chunk < 1:
+            raise EngineError("options slots and chunk of the timed engine must be at least 1, and slots at most 1024")
         latency_us = round(self.latency_s * 1e6) if options.get("calibrate", True) else 0
+        position_us = self._position_s * 1e6 if latency_us else 0.0
         self.info = EngineInfo(
             vocabulary="" if options.get("any_vocabulary") else f"timed-{self.vocabulary_size}",
             vocabulary_size=0 if options.get("any_vocabulary") else self.vocabulary_size,
             max_length=1 << 20,
             window=WINDOW,
             latency_us=latency_us,
-            window_latency_us=0 if drafter else latency_us,
+            window_latency_us=0 if drafter else round(latency_us + position_us * (WINDOW - 1)),
+            slots=slots,
+            batch_latency_us=round(latency_us + position_us * (slots * (1 if drafter else WINDOW) - 1)),
         )
 
-    def verify(self, session: Session, start: int, interrupt: Interrupt) -> Answer:
+    def step(self, tasks: Sequence[Task], interrupt: Interrupt) -> None:
         begun = time.perf_counter()
-        answer: list[int] = []
+        ends = {id(task): self._end(task) for task in tasks}
+        for task in tasks:
+            if ends[id(task)] == len(task.session.tokens):
+                task.answer.tokens = self._own_tokens(task.session, task.start)
+        self.forwards += 1
+        if begun - self._due_s < _AT_ONCE_S and any(
+            (task.session.generation, len(task.session.tokens)) in self._due_for for task in tasks
+        ):
+            begun = self._due_s
+        self._due_for = set()
+        positions = sum(ends[id(task)] - self._begin(task) for task in tasks)
+        first, length = tasks[0], ends[id(tasks[0])]
+        self._due_s = begun + self._latency_for(first.session.sampling.seed, first.start, length)
+        self._due_s += self._position_s * (positions - 1)
+        interrupt.wait_until(self._due_s)
+        for task in tasks:
+            session = task.session
+            session.computed = ends[id(task)]
+            task.done = session.computed == len(session.tokens)
+            if task.done and session.sampling.logprobs:
+                task.answer.logprobs = [0.0] * len(task.answer.tokens)
+            if self._drafter:
+                self._due_for.add((session.generation, len(session.tokens) + 1))
+
+    def reads_alone(self, task: Task) -> bool:
+        return self._end(task) < len(task.session.tokens)
+
+    def _end(self, task: Task) -> int:
+        """Only what lies before the first answer is read in pieces."""
+        begin, length = self._begin(task), len(task.session.tokens)
+        return (
+            length
+            if length - begin <= self._chunk or begin == task.start - 1
+            else min(begin + self._chunk, task.start - 1)
+        )
+
+    def _begin(self, task: Task) -> int:
+        return min(task.session.computed, task.start - 1)
+
+    def _own_tokens(self, session: Session, start: int) -> list[int]:
+        tokens: list[int] = []
         checksum = prefix_checksum(session.tokens[:start])
         for position in range(start, len(session.tokens) + 1):
             token = self._truth(checksum)
             if self._drafter and not self._agrees(session.sampling.seed, position):
                 token = (token + 1) % self.vocabulary_size
-            answer.append(token)
+            tokens.append(token)
             if position == len(session.tokens) or session.tokens[position] != token:
                 break
             checksum = prefix_checksum((token,), checksum)
-        self.forwards += 1
-        length = len(session.tokens)
-        if self._due_for == (session.generation, length) and begun - self._due_s < _AT_ONCE_S:
-            begun = self._due_s
-        self._due_for = None
-        self._due_s = begun + self._latency_for(session.sampling.seed, start, length)
-        interrupt.wait_until(self._due_s)
-        self._due_for = (session.generation, length + 1) if self._drafter else None
-        session.computed = length
-        return Answer(answer, [0.0] * len(answer) if session.sampling.logprobs else [])
+        return tokens
 
     def _truth(self, prefix: int) -> int:
         return self._draw(b"truth", prefix) % self.vocabulary_size

@@ -1,0 +1,18 @@
+"""The application of app.py on a socket."""
+
+from __future__ import annotations
+
+import uvicorn
+from fastapi import FastAPI
+
+
+def make_server(app: FastAPI, *, host: str, port: int, log_level: str, drain_s: float) -> uvicorn.Server:
+    """Await its `serve()`. A signal, or `should_exit`, ends it; requests that run have `drain_s` then."""
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, host=host, port=port, log_level=log_level, access_log=False, log_config=None, lifespan="off",
+            timeout_graceful_shutdown=round(drain_s),
+        )
+    )  # fmt: skip
+    app.state.watch.ending = lambda: server.should_exit
+    return server

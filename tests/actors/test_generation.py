@@ -1,0 +1,43 @@
+"""A generation and the workers lent to it, message by message."""
+
+from __future__ import annotations
+
+import asyncio
+
+from dsi_actors.actors.answers import Misbehaved
+from dsi_actors.actors.generation import Generation, Granted
+from dsi_actors.actors.scheduler import Scheduler
+from dsi_actors.actors.worker_handle import WorkerHandle
+from dsi_actors.config import Sampling
+from dsi_actors.core import GenerationCore
+from dsi_actors.planning.tuner import Estimates, Tuner
+from dsi_protocol import CloseGeneration, FromOrchestrator, Hello, OpenGeneration, Verify
+
+
+def lent(number: int, sent: list[FromOrchestrator]) -> WorkerHandle:
+    hello = Hello(1, number, "target", "timed", "", "cpu:0", "host", number)
+    return WorkerHandle(number, bytes([number]), hello, "target", sent.append)
+
+
+async def test_a_worker_that_failed_is_not_used_again_even_if_a_grant_was_on_its_way() -> None:
+    """Reclaimed, and granted anew, while the generation was giving it back: the scheduler took it back after that."""
+    sent: dict[int, list[FromOrchestrator]] = {1: [], 2: []}
+    first, second = (lent(number, sent[number]) for number in sent)
+    tuner = Tuner("dsi", 2, 1, Estimates())
+    generation = Generation(
+        1, GenerationCore((1, 2), policy=tuner.choose(), max_tokens=4), Scheduler(), tuner,
+        vocabulary_size=1000, sampling=Sampling(max_tokens=4), correlation="g", first_target_wait_s=1.0,
+        target_wait_s=1.0, on_tokens=lambda tokens: None, on_end=lambda error: None, on_learned=lambda known: None,
+    )  # fmt: skip
+    running = asyncio.create_task(generation.run())
+    await asyncio.sleep(0)
+    for worker in (first, second):
+        generation.receive(Granted(worker))
+    assert [type(message) for message in sent[1]] == [OpenGeneration, Verify]
+    generation.receive(Misbehaved(first, "its numbers are not finite"))
+    assert isinstance(sent[1][-1], CloseGeneration)
+    before = len(sent[1])
+    generation.receive(Granted(first))
+    assert sent[1][before:] == []
+    generation.stop()
+    await running

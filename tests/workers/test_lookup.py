@@ -1,0 +1,181 @@
+"""Prompt lookup for a drafter: it drafts what it would have drafted, in fewer forwards where text repeats."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsi_workers.engines import Engine, Interrupted, load_engine
+from dsi_workers.lookup import Lookup
+from dsi_workers.session import SamplingParameters, Session
+from dsi_workers.suffix_index import SuffixIndex, Text, Texts
+from support.engines import InterruptAfter, NoInterrupt, make_tiny_model, session_of
+
+FLAT = {1: 10.0, 8: 11.0}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def drafter(model: Path, **options: bool) -> Engine:
+    return load_engine(
+        "transformers", role="drafter", model=str(model), device="cpu:0", options={"quantization": "none", **options}
+    )
+
+
+def draft(engine: Engine, session: Session, count: int) -> list[int]:
+    """As the loop does it: what a step gives is written before the next."""
+    begin = len(session.tokens)
+    while (left := begin + count - len(session.tokens)) > 0:
+        session.write(len(session.tokens), engine.draft(session, left, NoInterrupt()))
+    return session.tokens[begin:]
+
+
+@pytest.mark.parametrize("sampling", [SamplingParameters(), SamplingParameters(1.5, repetition_penalty=1.2, seed=3)])
+def test_it_drafts_what_it_would_have_drafted(model: Path, sampling: SamplingParameters) -> None:
+    """Whatever was rejected, written otherwise or interrupted before."""
+    plain, guessing = drafter(model), drafter(model, lookup=True)
+    cast("Any", guessing)._lookup = Lookup(FLAT, remember=True)  # so that many guesses are worth it
+    chance = random.Random(1)
+    for generation in range(8):
+        sessions = [Session(generation, 5, "test", sampling) for _ in range(2)]
+        prompt = [chance.randrange(6) for _ in range(30)]
+        for session in sessions:
+            session.write(0, prompt)
+        for _ in range(25):
+            count = chance.randrange(1, 9)
+            begin = len(sessions[0].tokens)
+            if chance.random() < 0.2:
+                with pytest.raises(Interrupted):
+                    guessing.draft(sessions[1], count, InterruptAfter(chance.randrange(3)))
+            expected, found = (
+                draft(engine, each, count) for engine, each in zip((plain, guessing), sessions, strict=True)
+            )
+            assert found == expected
+            at = begin + chance.randrange(count + 1)
+            if chance.random() < 0.3:  # drafted, and thrown away before it was written
+                guessing.draft(sessions[1], 5, NoInterrupt())
+            correction = [chance.randrange(6)]
+            for session in sessions:  # rejected from here on
+                session.truncate(at)
+                session.write(at, correction)
+    assert guessing.forwards < plain.forwards
+
+
+def test_text_that_repeats_takes_few_forwards(model: Path) -> None:
+    plain, guessing = drafter(model), drafter(model, lookup=True)
+    cast("Any", guessing)._lookup = Lookup(FLAT, remember=True)
+    text = draft(plain, session_of([3, 14, 15]), 120)
+    first = session_of([3, 14, 15], generation=1)
+    assert draft(guessing, first, 120) == text
+    guessing.forget(first)
+    before = guessing.forwards
+    assert draft(guessing, session_of([3, 14, 15], generation=2), 120) == text
+    assert guessing.forwards - before < 45, "another generation said it before"
+
+
+def test_guesses_that_are_wrong_are_left_and_tried_again() -> None:
+    lookup = Lookup({1: 10.0, 8: 20.0}, remember=False)
+    session = session_of([1, 2, 3, 4, 5, 6, 1, 2])
+    tried = []
+    for _ in range(400):
+        guess = lookup.guess(session, 7)
+        tried.append(bool(guess))
+        if guess:
+            lookup.checked(session, guess, right=0)
+    assert 2 <= sum(tried[:50]) < 20
+    assert 1 <= sum(tried[200:]) < 25
+    assert lookup.guess(session, 0) == []
+
+
+def test_what_is_dear_is_not_done() -> None:
+    session = session_of([1, 2, 3, 4, 5, 6, 1, 2])
+    assert Lookup({1: 10.0, 8: 150.0}, remember=False).guess(session, 7) == []
+    assert Lookup(FLAT, remember=False).guess(session, 7)
+
+
+@given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 5))
+def test_what_is_found_did_follow(text: list[int], most: int) -> None:
+    index = SuffixIndex()
+    grown = Text(index)
+    for end in range(len(text) + 1):
+        grown.become(text[:end])
+    found, match = index.find(text, most)
+    assert len(found) <= most
+    if found:
+        needle = [*text[-match:], *found]
+        assert any(text[at : at + len(needle)] == needle for at in range(len(text)))
+    else:
+        assert all(text[at : at + 2] != text[-2:] for at in range(len(text) - 2))
+
+
+def test_an_index_forgets_the_oldest() -> None:
+    index = SuffixIndex(most_places=200)
+    Text(index).become([1, 2, 3])
+    assert index.find([1, 2], 1) == ([3], 2)
+    Text(index).become(list(range(1000, 1400)))
+    assert index.find([1398, 1399], 1) == ([], 0)
+    assert index.find([1396, 1397], 1) == ([1398], 2)
+    Text(index).become(list(range(2000, 2400)))
+    assert index.find([1, 2], 1) == ([], 0)
+    assert len(index._young) + len(index._old) < 2000
+
+
+def test_generations_learn_from_one_another_only_if_they_may() -> None:
+    for remember, expected in ((True, [3, 4]), (False, [])):
+        texts = Texts(remember=remember)
+        old, new = session_of([1, 2, 3, 4], generation=1), session_of([9, 1, 2], generation=2)
+        texts.find(old, 2)
+        texts.forget(old)
+        assert texts.find(new, 2)[0] == expected
+
+
+def test_what_was_right_counts_only_where_it_stood_and_if_nothing_before_it_changed() -> None:
+    lookup = Lookup(FLAT, remember=False)
+    session = session_of([1, 2, 3, 4, 1, 2])
+    session.computed = 6
+    assert lookup.guess(session, 2) == [3, 4]
+    lookup.checked(session, [3, 4], right=2)
+    session.write(6, [3, 4, 5])
+    lookup.recognize(session)
+    assert session.computed == 8
+
+    lookup.guess(session, 2)
+    session.computed = 9
+    lookup.checked(session, [7, 8], right=2)
+    session.truncate(5)
+    session.write(5, [0, 0, 0, 0, 7, 8, 9])  # the guess stands where it stood, on another text
+    lookup.recognize(session)
+    assert session.computed == 5
+
+
+_Tokens = st.lists(st.integers(0, 3), max_size=40)
+
+
+@given(st.lists(_Tokens, min_size=1, max_size=8), _Tokens)
+def test_what_was_rejected_leaves_no_trace(versions: list[list[int]], text: list[int]) -> None:
+    """A text that was guessed wrongly, again and again, answers as one that always was what it is."""
+    index, straight = SuffixIndex(), SuffixIndex()
+    changing = Text(index)
+    for version in [*versions, text]:
+        changing.become(version)
+    Text(straight).become(text)
+    assert index.find(text, 3) == straight.find(text, 3)
+    assert index._young.keys() == straight._young.keys()
+
+
+def test_a_text_that_loses_more_than_is_remembered_is_not_found_where_it_was() -> None:
+    index = SuffixIndex()
+    text = Text(index)
+    text.become(list(range(5000)))
+    text.become([7])
+    assert index.find([8, 9], 2) == ([], 0)
+    text.become([7, 8, 9, 1])
+    assert index.find([8, 9], 2) == ([1], 2)

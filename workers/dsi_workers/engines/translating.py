@@ -1,0 +1,122 @@
+"""A drafter for a target of another family: an engine that thinks in its own vocabulary and speaks in the target's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import structlog
+
+from dsi_workers.engines.base import Engine, EngineError, Interrupt, Task
+from dsi_workers.models import ModelError, read_vocabulary_hash, resolve_model
+from dsi_workers.session import Session
+from dsi_workers.translation import Translation, Vocabulary
+
+log = structlog.get_logger("dsi.engine")
+
+#: A text that is no token of the target's after so many of the drafter's will not become one.
+_PATIENCE = 16
+
+
+def in_vocabulary_of(target: str, drafter: Engine, model: str) -> Engine:
+    """The drafter, whose model is `model`, as one that speaks in the tokens of the model `target`.
+
+    Where the target's tokenizer cannot be read, as on another machine, it stays what it is: its vocabulary may be the same,
+    and if it is not, the orchestrator refuses it."""
+    try:
+        directory, own = resolve_model(target, tokenizer_only=True), resolve_model(model, tokenizer_only=True)
+    except ModelError as error:
+        log.warning("the target's vocabulary cannot be read here: drafting in our own", reason=str(error))
+        return drafter
+    vocabulary = read_vocabulary_hash(directory)
+    if vocabulary == drafter.info.vocabulary:
+        return drafter
+    return TranslatingEngine(drafter, Vocabulary(own), Vocabulary(directory), vocabulary, _words(directory))
+
+
+class TranslatingEngine(Engine):
+    """Drafts greedily, whatever the sampling: the target's noise belongs to the target's tokens."""
+
+    def __init__(
+        self, drafter: Engine, own: Vocabulary, target: Vocabulary, vocabulary: str, vocabulary_size: int
+    ) -> None:
+        self._drafter, self._own, self._target = drafter, own, target
+        self.info = dataclasses.replace(
+            drafter.info, vocabulary=vocabulary, vocabulary_size=max(vocabulary_size, target.size)
+        )
+        self._translations: dict[int, Translation] = {}
+        #: Steps since a generation had its last draft.
+        self._silent: dict[int, int] = {}
+
+    def step(self, tasks: Sequence[Task], interrupt: Interrupt) -> None:
+        asked: list[tuple[Task, Translation, Task]] = []
+        for task in tasks:
+            if task.count is None:
+                raise EngineError("a drafter with another vocabulary only drafts: it has no tokens to verify with")
+            translation = self._follow(task.session)
+            if self._answer(task, translation, whole=False):
+                continue
+            own = self._own_task(task, translation)
+            if own is None:
+                task.done = True
+            else:
+                asked.append((task, translation, own))
+        if not asked:
+            return
+        try:
+            self._drafter.step([own for _, _, own in asked], interrupt)
+        finally:
+            self.forwards = self._drafter.forwards
+        for task, translation, own in asked:
+            if own.done:
+                self._go_on(task, translation, own)
+
+    def reads_alone(self, task: Task) -> bool:
+        own = self._own_task(task, self._follow(task.session))
+        return own is not None and self._drafter.reads_alone(own)
+
+    def forget(self, session: Session) -> None:
+        self._silent.pop(session.generation, None)
+        translation = self._translations.pop(session.generation, None)
+        if translation is not None:
+            self._drafter.forget(translation.session)
+
+    def _follow(self, session: Session) -> Translation:
+        translation = self._translations.get(session.generation)
+        if translation is None:
+            translation = Translation(self._target, self._own, session.generation, session.correlation)
+            self._translations[session.generation] = translation
+        translation.follow(session.tokens)
+        return translation
+
+    def _own_task(self, task: Task, translation: Translation) -> Task | None:
+        """The drafter's task; none where it has nothing to go on from, or no room."""
+        length, most = len(translation.session.tokens), self.info.max_length
+        if length == 0 or length >= most:
+            return None
+        return Task(translation.session, length, min((task.count or 0) + 1, most - length))
+
+    def _go_on(self, task: Task, translation: Translation, own: Task) -> None:
+        session = translation.session
+        silent = self._silent[session.generation] = self._silent.get(session.generation, 0) + 1
+        ends = self._own.says_nothing(own.answer.tokens)
+        if not ends:
+            session.write(len(session.tokens), own.answer.tokens)
+        if not self._answer(task, translation, whole=ends or silent > _PATIENCE):
+            task.done = ends or silent > _PATIENCE
+
+    def _answer(self, task: Task, translation: Translation, *, whole: bool) -> bool:
+        drafts = translation.drafts(whole=whole)[: task.count]
+        if drafts:
+            task.answer.tokens, task.done = drafts, True
+            self._silent[task.session.generation] = 0
+        return bool(drafts)
+
+
+def _words(directory: Path) -> int:
+    """The target's vocabulary in its model, which may have more tokens than its tokenizer."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 0)
+    return int(size)

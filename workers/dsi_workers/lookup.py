@@ -1,0 +1,91 @@
+"""A drafter for a drafter: tokens that a model checks in the forward in which it computes its next one.
+
+How many are worth it is measured: what a wider forward costs, and how often such guesses were right of late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from dsi_workers.session import Session
+from dsi_workers.suffix_index import LENGTHS, Texts
+
+_MOST = 7
+#: Before anything was checked, and after nothing was for long: this often right, as if so many had been.
+_PRIOR, _PRIOR_WEIGHT = 0.6, 4.0
+_FORGOTTEN = 0.005
+
+
+class _Record:
+    """How often guesses after a match of one length were right."""
+
+    def __init__(self) -> None:
+        self.right, self.checked = _PRIOR * _PRIOR_WEIGHT, _PRIOR_WEIGHT
+
+    def forget(self, share: float) -> None:
+        self.right += (_PRIOR * _PRIOR_WEIGHT - self.right) * share
+        self.checked += (_PRIOR_WEIGHT - self.checked) * share
+
+
+class Lookup:
+    """`costs_us`: of a forward of so many rows. With `remember` texts of earlier generations serve, too."""
+
+    def __init__(self, costs_us: Mapping[int, float], *, remember: bool) -> None:
+        self._costs_us = costs_us
+        self._texts = Texts(remember=remember)
+        self._records = {length: _Record() for length in LENGTHS}
+        #: Of a generation: how long the match was that its last guess came from; what was right of it, and where that stands.
+        self._matches: dict[int, int] = {}
+        self._right: dict[int, tuple[int, Sequence[int]]] = {}
+
+    def guess(self, session: Session, most: int) -> list[int]:
+        """Tokens that may follow the session's, at most so many."""
+        found, match = self._texts.find(session, min(most, _MOST))
+        if match:
+            del found[self._worth(self._records[match]) :]
+            self._matches[session.generation] = match
+            if not found:
+                self._records[match].forget(_FORGOTTEN)
+        return found
+
+    def checked(self, session: Session, guess: Sequence[int], *, right: int) -> None:
+        """The first `right` tokens of the guess were the model's own; at most one more was looked at."""
+        record = self._records[self._matches[session.generation]]
+        record.forget(_FORGOTTEN)
+        record.right += right
+        record.checked += min(right + 1, len(guess))
+        self._right[session.generation] = session.computed, guess[:right]
+
+    def recognize(self, session: Session) -> None:
+        """What was right of the last guess is computed beyond the session's tokens: it counts once they say the same."""
+        position, right = self._right.pop(session.generation, (0, ()))
+        if position != session.computed:
+            return  # something before it changed
+        for token in right:
+            if session.tokens[session.computed : session.computed + 1] != [token]:
+                return
+            session.computed += 1
+
+    def forget(self, session: Session) -> None:
+        self._texts.forget(session)
+        self._matches.pop(session.generation, None)
+        self._right.pop(session.generation, None)
+
+    def _worth(self, record: _Record) -> int:
+        """The number of guesses that gives most tokens in a time."""
+        rate = record.right / record.checked
+        best, best_per_us = 0, 1.0 / self._cost_us(1)
+        expected, chance = 1.0, 1.0
+        for guesses in range(1, _MOST + 1):
+            chance *= rate
+            expected += chance
+            if (per_us := expected / self._cost_us(guesses + 1)) > best_per_us:
+                best, best_per_us = guesses, per_us
+        return best
+
+    def _cost_us(self, rows: int) -> float:
+        """On a straight line between those that were measured."""
+        below = max(width for width in self._costs_us if width <= rows)
+        above = min((width for width in self._costs_us if width >= rows), default=below)
+        low_us, high_us = self._costs_us[below], self._costs_us[above]
+        return low_us if above == below else low_us + (high_us - low_us) * (rows - below) / (above - below)

@@ -1,0 +1,120 @@
+"""Where the last few tokens of a text stood before, in it or in a text of earlier: what followed them may follow again
+(prompt lookup, Saxena 2023). It needs no model, and no more than a few microseconds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from dsi_workers.session import Session
+
+#: Lengths of what is looked for, longest first. One token alone says little.
+LENGTHS = (4, 2)
+_MOST_PLACES = 1 << 17
+#: Tokens at the end of a text that may be rejected: what is drafted ahead, and more.
+_MAY_GO = 1024
+
+#: The text in which some tokens stood, and the position that followed.
+_Place = tuple[list[int], int]
+
+
+class SuffixIndex:
+    """Of texts that grow, and may lose their end. What was added first is forgotten first."""
+
+    def __init__(self, most_places: int = _MOST_PLACES) -> None:
+        self._most = most_places
+        #: From the last tokens to where they stood. Two halves: when the younger is full the older is dropped.
+        self._young: dict[tuple[int, ...], _Place] = {}
+        self._old: dict[tuple[int, ...], _Place] = {}
+
+    def put(self, suffix: tuple[int, ...], place: _Place) -> _Place | None:
+        """The suffix stands there, too. Returns where it stood before."""
+        before = self._young.get(suffix)
+        self._young[suffix] = place
+        if len(self._young) > self._most // 2:
+            self._old, self._young = self._young, {}
+        return before
+
+    def take_back(self, suffix: tuple[int, ...], place: _Place, before: _Place | None) -> None:
+        """It does not stand there any more; what stood before is found again."""
+        for half in (self._young, self._old):
+            if half.get(suffix) is place:
+                if before is None:
+                    del half[suffix]
+                else:
+                    half[suffix] = before
+
+    def find(self, text: Sequence[int], most: int) -> tuple[list[int], int]:
+        """Up to `most` tokens that may follow `text`, and how many tokens before them are the same; none: [], 0."""
+        for length in LENGTHS:
+            suffix = tuple(text[-length:])
+            source, position = self._young.get(suffix) or self._old.get(suffix) or ((), 0)
+            # What was taken back long ago may still be named.
+            same = len(suffix) == length and tuple(source[position - length : position]) == suffix
+            if same and (follows := list(source[position : position + most])):
+                return follows, length
+        return [], 0
+
+
+class Text:
+    """A text as an index knows it. A drafter's texts are full of guesses that were rejected: those leave no trace, or they
+    would hide what stood there before."""
+
+    def __init__(self, index: SuffixIndex) -> None:
+        self.index = index
+        self._tokens: list[int] = []
+        #: Of the last tokens: what each of them added.
+        self._added: deque[list[tuple[tuple[int, ...], _Place, _Place | None]]] = deque(maxlen=_MAY_GO)
+
+    def become(self, tokens: Sequence[int]) -> None:
+        """The text is `tokens` now."""
+        known = self._tokens
+        keeps = _common(known, tokens)
+        while len(known) > keeps:
+            known.pop()
+            for suffix, place, before in reversed(self._added.pop() if self._added else []):
+                self.index.take_back(suffix, place, before)
+        for token in tokens[keeps:]:
+            position = len(known)
+            added = []
+            for length in LENGTHS:
+                if length <= position:
+                    suffix, place = tuple(known[position - length :]), (known, position)
+                    added.append((suffix, place, self.index.put(suffix, place)))
+            self._added.append(added)
+            known.append(token)
+
+
+class Texts:
+    """The texts of the generations of one worker. With `remember` each is looked for in all of them, also in those that are
+    over; without it only in itself."""
+
+    def __init__(self, *, remember: bool) -> None:
+        self._shared = SuffixIndex() if remember else None
+        self._texts: dict[int, Text] = {}
+
+    def find(self, session: Session, most: int) -> tuple[list[int], int]:
+        """As SuffixIndex.find, for what may follow the session's tokens."""
+        text = self._texts.get(session.generation)
+        if text is None:
+            text = self._texts[session.generation] = Text(self._shared or SuffixIndex())
+        text.become(session.tokens)
+        return text.index.find(session.tokens, most)
+
+    def forget(self, session: Session) -> None:
+        self._texts.pop(session.generation, None)
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens at the beginning are the same: few comparisons of long pieces, which cost less than one of each."""
+    low, high = 0, min(len(left), len(right))
+    if left[:high] == right[:high]:
+        return high
+    while high - low > 1:  # the first `low` are the same, the first `high` are not
+        middle = (low + high) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
