@@ -1,8 +1,8 @@
 """`dsi-actors bench real`: real models, beside what people use today, on the same processors in one run.
 
-transformers' `generate` and its assisted generation (by the same drafter, and by prompt lookup), our plain decoding, SI and
-DSI, all greedy. Each round gives every way a prompt, another one to each, so that what disturbs the machine disturbs all and
-no worker still holds the prompt that it is given.
+transformers' `generate` and its assisted generation (by the same drafter, and by prompt lookup) on the first of our devices,
+our plain decoding, SI and DSI, all greedy. Each round gives every way a prompt, another one to each, so that what disturbs
+the machine disturbs all and no worker still holds the prompt that it is given.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dsi_actors.cli.options import SubParsers, add_logging_option, default_of
 from dsi_actors.cli.prompts import Prompt, add_prompt_options, read_prompts
 from dsi_actors.cli.reference import ReferenceProcess
 from dsi_actors.config import NGRAM, NGRAM_FOR, SELF_INT8, Algorithm, Config, Sampling
+from dsi_actors.devices import device_name, local_devices
 from dsi_actors.errors import ConfigError
 from dsi_actors.models import resolve_model
 from dsi_actors.orchestrator import Orchestrator
@@ -121,9 +122,12 @@ async def run(arguments: argparse.Namespace) -> int:
     drafters = list(dict.fromkeys(arguments.drafters)) or [SELF_INT8]
     model = next((each.removeprefix(NGRAM_FOR) for each in drafters if each != NGRAM), "")
     stop = tokenizer.stop_token_ids
+    device = device_name(local_devices(arguments.devices)[0])
     async with contextlib.AsyncExitStack() as stack:
         references = {
-            dtype: await stack.enter_async_context(ReferenceProcess(arguments.target, dtype=dtype, drafter=model))
+            dtype: await stack.enter_async_context(
+                ReferenceProcess(arguments.target, dtype=dtype, drafter=model, device=device)
+            )
             for dtype in dict(library)
         }
         orchestrators = [

@@ -6,6 +6,10 @@ from dsi_actors.cli.line_process import LineProcess
 
 
 class ReferenceProcess(LineProcess):
-    def __init__(self, model: str, *, dtype: str = "float32", threads: int = 1, drafter: str = "") -> None:
-        settings = {"--model": model, "--dtype": dtype, "--threads": str(threads), "--drafter": drafter}
+    def __init__(
+        self, model: str, *, dtype: str = "float32", threads: int = 1, drafter: str = "", device: str = "cpu:0"
+    ) -> None:
+        settings = {
+            "--model": model, "--dtype": dtype, "--threads": str(threads), "--drafter": drafter, "--device": device,
+        }  # fmt: skip
         super().__init__("dsi_workers.reference", *(word for setting in settings.items() for word in setting))

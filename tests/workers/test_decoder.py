@@ -59,7 +59,7 @@ def loaded(directory: Path, **more: str) -> tuple[ComputesLogits, Any]:
 
 def logits_of(decoder: ComputesLogits, config: Any, *, read_step: int = 512) -> torch.Tensor:
     """After each of TOKENS, read by pieces of different width, another generation's rows among them."""
-    forward = Forward(decoder, config, torch.device("cpu"), slots=2, capacity=64, last_position=255)
+    forward = Forward(decoder, config, torch.device("cpu"), slots=2, capacity=64)
     forward.read_step = read_step
     found, begin = [], 0
     for width in (7, 1, 1, 8, 20, 1, 1, 1):

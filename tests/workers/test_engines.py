@@ -201,7 +201,7 @@ def test_a_drafter_on_a_cpu_is_int8_unless_told_otherwise(tiny_model: Path) -> N
         words: dict[str, Any] = {"role": role, "device": "cpu:0", "options": {"calibrate": False, **options}}
         engine = load_engine("transformers", model=str(tiny_model), **words)
         assert isinstance(engine, TransformersEngine)
-        return {type(layer) for layer in engine._forward.linear_layers()}
+        return {type(layer) for layer in engine._forward.products()}
 
     assert layers("drafter") == layers("drafter", quantization="int8") != layers("drafter", quantization="none")
     assert layers("target") == layers("drafter", quantization="none")

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from dsi_workers.attention import attend, mask_of_group
-from dsi_workers.kv_cache import Pieces, Segment, SlotCache
+from dsi_workers.kv_cache import SlotCache, SlotLayer
+from dsi_workers.packed import Masks, Packed
 
 
 @dataclass(slots=True)
-class _Layer:
+class Layer:
     kind: str
     input_norm: torch.Tensor
     qkv: nn.Module
@@ -34,17 +35,10 @@ class _Layer:
 _PRODUCTS = ("qkv", "output", "gate_up", "down")
 
 
-class StoresKeys(Protocol):
-    """A layer of a cache."""
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[Pieces, Pieces]: ...
-
-
 @dataclass(slots=True)
-class Residual:
-    """A forward between two layers. x: [rows, hidden]."""
+class _Turns:
+    """What the rows of one forward are rotated by, [rows, 1, dim], and what each segment may read, by kind of layer."""
 
-    x: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
     masks: dict[str, list[torch.Tensor | None]]
@@ -53,81 +47,65 @@ class Residual:
 class Decoder:
     """A model as a function of rows of several generations, packed one after another, whose keys a SlotCache holds."""
 
-    needs_masks = False
+    recorded_rows: Sequence[int] = ()
+    sums_in_one_order = False
 
     def __init__(self, weights: Mapping[str, torch.Tensor], config: Any, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Weights and configuration have the library's names; cos and sin are [positions, head_dim]."""
-        self._embedding = weights["model.embed_tokens.weight"]
-        self.dtype, device = self._embedding.dtype, self._embedding.device
-        self._dim = cos.shape[-1]
-        self._heads = len(weights["model.layers.0.self_attn.q_proj.weight"]) // self._dim
-        self._kv_heads = len(weights["model.layers.0.self_attn.k_proj.weight"]) // self._dim
-        self._scaling = self._dim**-0.5
-        self._epsilon = torch.tensor(float(config.rms_norm_eps), device=device)
-        sign = torch.ones(self._dim, dtype=self.dtype, device=device)
-        sign[: self._dim // 2] = -1
-        #: [positions, 1, dim]
-        self._cos, self._sin = cos.to(device)[:, None], (sin.to(device) * sign)[:, None]
+        self.embedding = weights["model.embed_tokens.weight"]
+        self.dtype, self.device = self.embedding.dtype, self.embedding.device
+        self.dim = cos.shape[-1]
+        self.heads = len(weights["model.layers.0.self_attn.q_proj.weight"]) // self.dim
+        self.kv_heads = len(weights["model.layers.0.self_attn.k_proj.weight"]) // self.dim
+        self.scaling = self.dim**-0.5
+        self.epsilon = float(config.rms_norm_eps)
+        self._epsilon = torch.tensor(self.epsilon, device=self.device)
+        sign = torch.ones(self.dim, dtype=self.dtype, device=self.device)
+        sign[: self.dim // 2] = -1
+        #: [positions, dim]. The first half of the sines is negative.
+        self.cos, self.sin = cos.to(self.device), sin.to(self.device) * sign
         number = int(config.num_hidden_layers)
-        kinds = getattr(config, "layer_types", None) or ["full_attention"] * number
-        self._layers = [_layer(weights, f"model.layers.{layer}", kinds[layer]) for layer in range(number)]
-        self._norm = weights["model.norm.weight"]
-        self._head: nn.Module = _linear(weights, "lm_head")
+        kinds = getattr(config, "layer_types", None) or [""] * number
+        self.masks = Masks(config)
+        self.layers = [_layer(weights, f"model.layers.{layer}", kinds[layer]) for layer in range(number)]
+        self.norm = weights["model.norm.weight"]
+        self.head: nn.Module = _linear(weights, "lm_head")
 
     def lay_out(self, lay_out: Callable[[nn.Linear], nn.Module]) -> None:
         """Replace what multiplies by weights, one after another, so that few weights are there twice."""
-        for layer in self._layers:
+        for layer in self.layers:
             for name in _PRODUCTS:
                 setattr(layer, name, lay_out(getattr(layer, name)))
-        assert isinstance(self._head, nn.Linear)
-        self._head = lay_out(self._head)
+        assert isinstance(self.head, nn.Linear)
+        self.head = lay_out(self.head)
 
-    def linear_layers(self) -> list[nn.Module]:
-        return [getattr(self._layers[0], name) for name in _PRODUCTS] + [self._head]
+    def products(self) -> list[Any]:
+        return [getattr(self.layers[0], name) for name in _PRODUCTS] + [self.head]
 
-    def __call__(
-        self,
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        masks: torch.Tensor | Mapping[str, torch.Tensor] | None,
-        cache: SlotCache,
-        kept: torch.Tensor,
-        between_layers: Callable[[], None],
-    ) -> torch.Tensor:
-        """Logits [len(kept), vocabulary] of the rows in `kept`, of ids and positions [rows]. Masks as of the library, True
-        where a row [1, 1, rows, readable] may read; None: each may read all."""
-        state = self.begin(ids, positions, masks, cache.segments)
-        for layer, stored in enumerate(cache.layers):
+    def __call__(self, packed: Packed, cache: SlotCache, between_layers: Callable[[], None]) -> torch.Tensor:
+        """Logits [len(packed.kept), vocabulary]."""
+        turns = self._turns(packed)
+        x = functional.embedding(packed.ids.to(self.device), self.embedding)
+        for layer, stored in zip(self.layers, cache.layers, strict=True):
             between_layers()
-            self.advance(state, layer, stored)
-        return self.logits(state, kept)
+            x = self._advance(x, layer, stored, turns)
+        kept = torch.tensor(packed.kept, device=self.device)
+        logits: torch.Tensor = self.head.forward(self._normed(x[kept], self.norm))
+        return logits
 
-    # The same in parts, which graphs.py records
+    def _turns(self, packed: Packed) -> _Turns:
+        # Padding may lie beyond the last position that the model knows.
+        positions = packed.positions.to(self.device).clamp(max=len(self.cos) - 1)
+        own_masks: dict[str, list[torch.Tensor | None]] = {"": [None] * len(packed.segments)}
+        if not self.masks.hide_nothing(packed):
+            masks = self.masks.of(packed, self.device)
+            kinds = masks if isinstance(masks, Mapping) else {"": masks}
+            own_masks = {kind: self._own_masks(mask, packed) for kind, mask in kinds.items()}
+        return _Turns(self.cos[positions][:, None], self.sin[positions][:, None], own_masks)
 
-    @property
-    def layers(self) -> int:
-        return len(self._layers)
-
-    def empty_states(self, rows: int) -> torch.Tensor:
-        """Shaped as the keys or values of so many rows, [1, kv_heads, rows, dim]."""
-        return self._embedding.new_empty(1, self._kv_heads, rows, self._dim)
-
-    def begin(
-        self,
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        masks: torch.Tensor | Mapping[str, torch.Tensor] | None,
-        segments: Sequence[Segment],
-    ) -> Residual:
-        kinds = masks if isinstance(masks, Mapping) else {"": masks}
-        own_masks = {kind: self._own_masks(mask, segments) for kind, mask in kinds.items()}
-        embedded = functional.embedding(ids, self._embedding)
-        return Residual(embedded, self._cos[positions], self._sin[positions], own_masks)
-
-    def advance(self, state: Residual, number: int, stored: StoresKeys) -> None:
-        """By one layer."""
-        layer, x, heads, kv_heads, dim = self._layers[number], state.x, self._heads, self._kv_heads, self._dim
-        rows = len(x)
+    def _advance(self, x: torch.Tensor, layer: Layer, stored: SlotLayer, turns: _Turns) -> torch.Tensor:
+        """By one layer. x: [rows, hidden]."""
+        rows, heads, kv_heads, dim = len(x), self.heads, self.kv_heads, self.dim
         # `forward`, not a call: what torch looks for around a module costs as much as a small product.
         qkv = layer.qkv.forward(self._normed(x, layer.input_norm)).view(rows, heads + 2 * kv_heads, dim)
         queries_keys, values = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
@@ -137,24 +115,19 @@ class Decoder:
                 (self._normed(queries, layer.query_norm), self._normed(keys, layer.key_norm)), dim=1
             )
         turned = queries_keys.roll(dim // 2, -1)
-        rotated = torch.addcmul(queries_keys * state.cos, turned, state.sin).transpose(0, 1)[None]
+        rotated = torch.addcmul(queries_keys * turns.cos, turned, turns.sin).transpose(0, 1)[None]
         pieces = stored.update(rotated[:, heads:], values.transpose(0, 1)[None])
-        own = state.masks[layer.kind if len(state.masks) > 1 else ""]
+        own = turns.masks[layer.kind if len(turns.masks) > 1 else ""]
         attended = self._attend(rotated[:, :heads], pieces, own)
         x = x + layer.output.forward(attended.reshape(rows, heads * dim))
         gate, up = layer.gate_up.forward(self._normed(x, layer.mlp_norm)).chunk(2, dim=-1)
-        state.x = x + layer.down.forward(functional.silu(gate) * up)
+        x = x + layer.down.forward(functional.silu(gate) * up)
+        return x
 
-    def logits(self, state: Residual, kept: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self._head(self._normed(state.x[kept], self._norm))
-        return logits
-
-    def _own_masks(self, mask: torch.Tensor | None, segments: Sequence[Segment]) -> list[torch.Tensor | None]:
+    def _own_masks(self, mask: torch.Tensor, packed: Packed) -> list[torch.Tensor | None]:
         """For each segment: they are the same in each layer."""
-        if mask is None:
-            return [None] * len(segments)
-        found, begin, group = list[torch.Tensor | None](), 0, self._heads // self._kv_heads
-        for segment in segments:
+        found, begin, group = list[torch.Tensor | None](), 0, self.heads // self.kv_heads
+        for segment in packed.segments:
             end = begin + segment.width
             found.append(mask_of_group(mask[:, :, begin:end, : segment.readable], group, self.dtype))
             begin = end
@@ -164,10 +137,10 @@ class Decoder:
         """[1, rows, heads, dim]. Rows of no segment are padding and get zeros."""
         outputs, begin = [], 0
         for (rows, keys), (_, values), mask in zip(*pieces, masks, strict=True):
-            outputs.append(attend(queries[:, :, rows], keys, values, mask, self._scaling))
+            outputs.append(attend(queries[:, :, rows], keys, values, mask, self.scaling))
             begin = rows.stop
         if begin < queries.shape[2]:
-            outputs.append(queries.new_zeros(1, queries.shape[2] - begin, self._heads, self._dim))
+            outputs.append(queries.new_zeros(1, queries.shape[2] - begin, self.heads, self.dim))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -181,8 +154,8 @@ def root_mean_square_normed(x: torch.Tensor, weight: torch.Tensor, epsilon: torc
     return (wide * torch.addcmul(epsilon, length, length, value=1 / x.shape[-1]).rsqrt_()).to(x.dtype) * weight
 
 
-def _layer(weights: Mapping[str, torch.Tensor], name: str, kind: str) -> _Layer:
-    return _Layer(
+def _layer(weights: Mapping[str, torch.Tensor], name: str, kind: str) -> Layer:
+    return Layer(
         kind=kind,
         input_norm=weights[f"{name}.input_layernorm.weight"],
         qkv=_linear(weights, *(f"{name}.self_attn.{part}_proj" for part in "qkv")),

@@ -6,7 +6,7 @@ per line:
     {"forward": width, "repeats": n}  -> {"ms": [each], "floor_ms": bytes that must be read / what the device reads in a ms}
     {"forward": width, "seconds": s}  -> the same, for so long: to see how processes disturb one another
     {"cancel": width, "repeats": n}   -> {"ms": [from a cancel in the middle of a forward until the device is free]}
-    {"agree": width}                  -> {"widths": [those that give the bits of this one]}
+    {"agree": width}                  -> {"widths": [those that give the bits of this one, alone or as several windows]}
 
 The floor counts each weight once and the keys and values of the context; what a device can move in a ms is measured by copying.
 """
@@ -28,10 +28,12 @@ from dsi_workers.decoder import Decoder
 from dsi_workers.engines.base import EngineError, Interrupted
 from dsi_workers.engines.bits import Trial
 from dsi_workers.engines.forward import Forward, Never, Run
-from dsi_workers.graphs import GraphedDecoder
+from dsi_workers.engines.load import on_a_gpu
 from dsi_workers.packing import pack
 
 _WARM_UP, _COPIES = 5, 5
+#: Generations whose windows are tried together.
+_SLOTS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +78,9 @@ class DeviceBench:
             decoder = Decoder(weights, config, angles.cos().to(dtype), angles.sin().to(dtype))
             weights.clear()
             decoder.lay_out(lambda linear: pack(linear, self._window))
-        decodes = GraphedDecoder(decoder, device=device) if graphs else decoder
-        self._forward = Forward(
-            decodes, config, device, slots=1, capacity=positions, last_position=positions - 1
-        )  # fmt: skip
+        recorded = graphs and device.type == "cuda"
+        decodes = on_a_gpu(decoder) if recorded else decoder
+        self._forward = Forward(decodes, config, device, slots=1, capacity=positions)
         self._bytes_per_ms = self._copy_rate()
 
     def forward(self, width: int, repeats: int = 20, seconds: float = 0.0) -> dict[str, Any]:
@@ -114,7 +115,7 @@ class DeviceBench:
     def agree(self, width: int) -> dict[str, Any]:
         trial = Trial(self._forward, window=width, words=self._shape.words, name=f"a random model on {self._device}")
         try:
-            return {"widths": sorted(trial.widths(1).costs_s)}
+            return {"widths": sorted(trial.widths(_SLOTS).costs_s)}
         except EngineError as error:
             return {"widths": [], "problem": str(error)}
 

@@ -6,7 +6,7 @@ Importing the library takes seconds. What is not needed for a model of the Llama
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from dsi_workers.attention import attend, mask_of_group
 from dsi_workers.decoder import Decoder
 from dsi_workers.engines.base import EngineError
 from dsi_workers.kv_cache import Pieces, SlotCache, SlotLayer
+from dsi_workers.packed import Masks, Packed
 from dsi_workers.packing import PackedLinear
 
 _DECODER_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -63,39 +64,36 @@ def as_decoder(model: Any, config: Any, positions: int) -> Decoder | None:
 class LibraryDecoder:
     """Called like a Decoder."""
 
-    needs_masks = True
+    recorded_rows: Sequence[int] = ()
+    sums_in_one_order = False
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, config: Any, last_position: int) -> None:
+        """Padding may lie beyond the last position that the model knows, where its rope would change for all."""
         self._model = model
+        self._masks = Masks(config)
+        self._last_position = last_position
         self.dtype: torch.dtype = model.dtype
         self._cache: _Cache | None = None
         self._between_layers: Callable[[], None] = lambda: None
         for layer in self._decoder_layers():
             layer.register_forward_pre_hook(lambda module, inputs: self._between_layers())
 
-    def __call__(
-        self,
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        masks: torch.Tensor | Mapping[str, torch.Tensor] | None,
-        cache: SlotCache,
-        kept: torch.Tensor,
-        between_layers: Callable[[], None],
-    ) -> torch.Tensor:
+    def __call__(self, packed: Packed, cache: SlotCache, between_layers: Callable[[], None]) -> torch.Tensor:
         self._between_layers = between_layers
+        device = self._model.device
         if self._cache is None or self._cache.slots is not cache:
             self._cache = _Cache(cache)
         logits: torch.Tensor = self._model(
-            input_ids=ids[None],
-            position_ids=positions[None],
-            attention_mask=masks,
+            input_ids=packed.ids[None].to(device),
+            position_ids=packed.positions[None].to(device).clamp(max=self._last_position),
+            attention_mask=self._masks.of(packed, device),
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=kept,
+            logits_to_keep=torch.tensor(packed.kept, device=device),
         ).logits
         return logits[0]
 
-    def linear_layers(self) -> list[nn.Module]:
+    def products(self) -> list[Any]:
         return [module for module in self._model.modules() if isinstance(module, nn.Linear | PackedLinear)]
 
     @torch.inference_mode()

@@ -40,25 +40,25 @@ class _Clock(StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
         self.times_ms.append((time.perf_counter() - self.begun) * 1e3)
-        return torch.BoolTensor([False] * len(input_ids))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
 
 
 class Reference:
     """A target as transformers runs it, and the drafter whose distributions are compared with it."""
 
-    def __init__(self, model: str, drafter: str, dtype: str) -> None:
+    def __init__(self, model: str, drafter: str, dtype: str, device: torch.device) -> None:
+        self._device = device
         self._target = self._load(model, _DTYPES[dtype])
         self._drafter: Any = None
         if drafter == "self-int8":
-            self._drafter = self._load(model, int8_dtype(torch.device("cpu")))
+            self._drafter = self._load(model, int8_dtype(device))
             replace_linear_layers(self._drafter, quantize_int8)
         elif drafter:
             self._drafter = self._load(drafter, _DTYPES[dtype])
 
-    @staticmethod
-    def _load(model: str, dtype: torch.dtype) -> Any:
-        directory = resolve_model(model)
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, trust_remote_code=False).eval()
+    def _load(self, model: str, dtype: torch.dtype) -> Any:
+        loaded = AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype=dtype, trust_remote_code=False)
+        return loaded.eval().to(self._device)
 
     def generate(
         self, prompt_ids: list[int], max_tokens: int, stop: list[int], assist: str = "", threads: int | None = None
@@ -70,8 +70,8 @@ class Reference:
         }[assist]  # fmt: skip
         clock = _Clock()
         output = self._target.generate(
-            torch.tensor([prompt_ids]),
-            attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),
+            torch.tensor([prompt_ids], device=self._device),
+            attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long, device=self._device),
             max_new_tokens=max_tokens,
             do_sample=False,
             eos_token_id=stop or None,
@@ -84,15 +84,16 @@ class Reference:
     @torch.inference_mode()
     def distance(self, tokens: list[int], start: int, temperature: float) -> dict[str, Any]:
         """Total variation between the distributions that target and drafter give to each token from `start` on."""
-        logits = self._target(torch.tensor([tokens])).logits[0, start - 1 : -1], self._drafted_logits(tokens, start)
+        ids = torch.tensor([tokens], device=self._device)
+        logits = self._target(ids).logits[0, start - 1 : -1], self._drafted_logits(ids, start)
         target, drafter = ((each.float() / temperature).softmax(dim=-1) for each in logits)
         return {"total_variation": ((target - drafter).abs().sum(dim=-1) / 2).tolist()}
 
-    def _drafted_logits(self, tokens: list[int], start: int) -> torch.Tensor:
+    def _drafted_logits(self, ids: torch.Tensor, start: int) -> torch.Tensor:
         """Token after token, as it drafts: a product in int8 gives each row a little of its neighbours."""
         cache, logits = DynamicCache(), []
-        for begin, end in [(0, start), *((place, place + 1) for place in range(start, len(tokens) - 1))]:
-            logits.append(self._drafter(torch.tensor([tokens[begin:end]]), past_key_values=cache).logits[0, -1:])
+        for begin, end in [(0, start), *((place, place + 1) for place in range(start, ids.shape[1] - 1))]:
+            logits.append(self._drafter(ids[:, begin:end], past_key_values=cache).logits[0, -1:])
         return torch.cat(logits)
 
 
@@ -102,12 +103,13 @@ def main() -> int:
     parser.add_argument("--drafter", default="", metavar="REF")
     parser.add_argument("--dtype", default="float32", choices=sorted(_DTYPES))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu:0")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        reference = Reference(arguments.model, arguments.drafter, arguments.dtype)
+        reference = Reference(arguments.model, arguments.drafter, arguments.dtype, torch.device(arguments.device))
     except ModelError as error:
         sys.stderr.write(f"{error}\n")
         return 1

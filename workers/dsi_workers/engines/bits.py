@@ -11,12 +11,12 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from dsi_workers.attention import attend, mask_of_group
 from dsi_workers.decoder import root_mean_square_normed
 from dsi_workers.engines.base import EngineError
 from dsi_workers.engines.forward import Forward, Run
-from dsi_workers.packing import PackedLinear
 
 _NARROW = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 _BATCHES = (2, 4, 8, 16, 32, 64)
@@ -66,7 +66,8 @@ class Trial:
                     "would depend on chance, choose another model, dtype or device"
                 )
         window = self._window
-        batches = [rows for rows in _BATCHES if rows <= slots and rows * window <= self._forward.cache.capacity]
+        most = min([self._forward.cache.capacity, *self._forward.recorded_rows[-1:]])
+        batches = [rows for rows in _BATCHES if rows <= slots and rows * window <= most]
         begin = self._edges()[0] - window // 2
         length = window * max(batches, default=1)
         begin = max(0, min(begin, self._forward.cache.capacity - length))
@@ -84,12 +85,14 @@ class Trial:
         return Widths(dict(sorted(costs_s.items())))
 
     def _kernels_agree(self, width: int) -> bool:
+        if self._forward.sums_in_one_order:
+            return self._products_agree(width)
         return self._products_agree(width) and self._attention_agrees(width) and self._norms_agree(width)
 
     def _norms_agree(self, width: int) -> bool:
         """The same of norms, before they are rounded."""
         count = math.lcm(width, self._window)
-        size = max(layer.in_features for layer in self._forward.linear_layers())
+        size = max(layer.in_features for layer in self._forward.products())
         inputs = torch.randn(count * -(-_NORMS // count), size, generator=torch.Generator().manual_seed(width))
         inputs, epsilon = inputs.to(self._forward.device), torch.zeros((), device=self._forward.device)
         groups, windows = (
@@ -133,8 +136,8 @@ class Trial:
         """Whether products of so many rows have the bits of products of a window. In half precision most sums are rounded to
         the same number whatever their order, and a few logits do not show it: many random products do."""
         window = self._window
-        for layer in self._forward.linear_layers():
-            dtype = layer.dtype if isinstance(layer, PackedLinear) else layer.weight.dtype
+        for layer in self._forward.products():
+            dtype = layer.weight.dtype if isinstance(layer, nn.Linear) else layer.dtype
             count = max(rows, window) * max(1, -(-_PRODUCTS // (max(rows, window) * layer.out_features)))
             count = -(-count // math.lcm(rows, window)) * math.lcm(rows, window)
             inputs = torch.randn(count, layer.in_features, generator=torch.Generator().manual_seed(count))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from dsi_workers.engines.base import Interrupt
-from dsi_workers.kv_cache import Segment, SlotCache
+from dsi_workers.kv_cache import SlotCache
+from dsi_workers.packed import Packed, Segment
 
 #: The readable part of the cache grows in steps of so many positions, if that keeps the bits: shorter reads, few shapes.
 READ_STEP = 512
@@ -53,44 +53,31 @@ class AttentionShape:
 
 
 class ComputesLogits(Protocol):
-    """A Decoder or a LibraryDecoder."""
+    """A Decoder, a LibraryDecoder or a GpuDecoder."""
 
     dtype: torch.dtype
-    needs_masks: bool
+    #: Forwards of so many rows are recorded when they are first computed, others are widened to these; more rows are computed
+    #: in another way, as prompts are. Empty: none is recorded.
+    recorded_rows: Sequence[int]
+    #: Whether attention and norms do not depend on the number of rows: kernels of our own are made so.
+    sums_in_one_order: bool
 
-    def __call__(
-        self,
-        ids: torch.Tensor,
-        positions: torch.Tensor,
-        masks: torch.Tensor | Mapping[str, torch.Tensor] | None,
-        cache: SlotCache,
-        kept: torch.Tensor,
-        between_layers: Callable[[], None],
-    ) -> torch.Tensor:
-        """Logits [len(kept), vocabulary] of the rows in `kept`, of ids and positions [rows]. Masks [1, 1, rows, readable] are
-        True where a row may read; None: each may read all."""
+    def __call__(self, packed: Packed, cache: SlotCache, between_layers: Callable[[], None]) -> torch.Tensor:
+        """Logits [len(packed.kept), vocabulary]."""
 
-    def linear_layers(self) -> list[nn.Module]: ...
+    def products(self) -> list[Any]:
+        """What multiplies by weights: called with [rows, in_features] of its dtype."""
 
 
 class Forward:
     """A loaded model as a function of runs. Interrupted between layers; then no run has been computed."""
 
     def __init__(
-        self,
-        decoder: ComputesLogits,
-        config: Any,
-        device: torch.device,
-        *,
-        slots: int,
-        capacity: int,
-        last_position: int,
+        self, decoder: ComputesLogits, config: Any, device: torch.device, *, slots: int, capacity: int
     ) -> None:
         self._decoder = decoder
         self._config = config
         self.device = device
-        #: Padding may lie beyond the last position that the model knows, or where its rope would change for all.
-        self._last_position = last_position
         self.interrupt: Interrupt = Never()
         #: Forwards so far.
         self.count = 0
@@ -119,15 +106,7 @@ class Forward:
             row += run.width
         kept = wanted + [0] * max(logit_rows - len(wanted), not wanted)
         self.cache.segments = segments
-        positions = positions.to(self.device)
-        logits = self._decoder(
-            ids.to(self.device),
-            positions.clamp(max=self._last_position),
-            self._masks(positions, segments),
-            self.cache,
-            torch.tensor(kept, device=self.device),
-            self.interrupt.check,
-        )
+        logits = self._decoder(Packed(ids, positions, segments, kept), self.cache, self.interrupt.check)
         return list(logits[: len(wanted)].split([len(run.wanted) for run in runs]))
 
     def timed_s(self, runs: Sequence[Run], *, rows: int, logit_rows: int) -> float:
@@ -142,10 +121,17 @@ class Forward:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def linear_layers(self) -> list[Any]:
+    def products(self) -> list[Any]:
         """One of each shape."""
-        layers: list[Any] = list(self._decoder.linear_layers())
-        return list({(layer.in_features, layer.out_features): layer for layer in layers}.values())
+        return list({(layer.in_features, layer.out_features): layer for layer in self._decoder.products()}.values())
+
+    @property
+    def recorded_rows(self) -> Sequence[int]:
+        return self._decoder.recorded_rows
+
+    @property
+    def sums_in_one_order(self) -> bool:
+        return self._decoder.sums_in_one_order
 
     @property
     def decoder_kind(self) -> str:
@@ -158,26 +144,6 @@ class Forward:
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
         dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
         return AttentionShape(heads, kv_heads, dim, self._decoder.dtype)
-
-    def _masks(
-        self, positions: torch.Tensor, segments: Sequence[Segment]
-    ) -> torch.Tensor | dict[str, torch.Tensor] | None:
-        """Boolean masks [1, 1, rows, readable]: input at position p reads positions [0, p], or the last `window`. None where
-        each may read all that is read for it."""
-        window: int = getattr(self._config, "sliding_window", None) or 0
-        kinds = set(getattr(self._config, "layer_types", None) or ())
-        slides = window > 0 and (not kinds or "sliding_attention" in kinds)
-        last_ones = all(segment.width == 1 and segment.readable == segment.position + 1 for segment in segments)
-        if last_ones and not slides and not self._decoder.needs_masks:
-            return None
-        slots = torch.arange(max(segment.readable for segment in segments), device=self.device)
-        full: torch.Tensor = slots[None, :] <= positions[:, None]
-        if not slides:
-            return full[None, None]
-        sliding: torch.Tensor = (full & (slots[None, :] > positions[:, None] - window))[None, None]
-        if not kinds:
-            return sliding
-        return {"full_attention": full[None, None], "sliding_attention": sliding}
 
 
 def _round_up(number: int, step: int) -> int:

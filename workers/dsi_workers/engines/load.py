@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 from torch import nn
 
@@ -13,9 +14,10 @@ from dsi_workers.checkpoint import read_checkpoint
 from dsi_workers.decoder import Decoder
 from dsi_workers.engines.base import EngineError
 from dsi_workers.engines.forward import ComputesLogits, Forward, Run
-from dsi_workers.graphs import GraphedDecoder
 from dsi_workers.packing import pack, replace_linear_layers
 from dsi_workers.quantization import int8_dtype, quantize_int8
+
+log = structlog.get_logger("dsi.engine")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Logits are the library's if they are as near: sums in another order, and roundings in between.
@@ -62,8 +64,18 @@ def load_model(
             decoder.lay_out(lay_out)
         loaded = Loaded(decoder, checkpoint.config, positions)
     if graphs and device.type == "cuda" and isinstance(loaded.decoder, Decoder):
-        return replace(loaded, decoder=GraphedDecoder(loaded.decoder, device=device))
+        return replace(loaded, decoder=on_a_gpu(loaded.decoder))
     return loaded
+
+
+def on_a_gpu(decoder: Decoder) -> ComputesLogits:
+    """By kernels of our own, where there is a compiler for them: torch brings it along for CUDA."""
+    try:
+        from dsi_workers.gpu.decoder import GpuDecoder
+    except ImportError as error:
+        log.warning("without Triton, forwards on a GPU take nearly twice as long", reason=str(error))
+        return decoder
+    return GpuDecoder(decoder)
 
 
 def _load_by_library(
@@ -78,10 +90,10 @@ def _load_by_library(
     config = whole.get_text_config(decoder=True)
     positions = min(most_positions, position_limit(config))
     model = read_model(directory, dtype, device)
-    library = LibraryDecoder(model)
+    library = LibraryDecoder(model, config, positions - 1)
 
     def logits(decoder: ComputesLogits) -> torch.Tensor:
-        forward = Forward(decoder, config, device, slots=1, capacity=_TRIAL, last_position=positions - 1)
+        forward = Forward(decoder, config, device, slots=1, capacity=_TRIAL)
         return forward([Run(0, range(_TRIAL), 0, _TRIAL, 0)], rows=_TRIAL, logit_rows=_TRIAL)[0].float()
 
     library.check_attention(lambda: logits(library))

@@ -48,7 +48,7 @@ class TransformersEngine(Engine):
         except ModelError as error:
             raise EngineError(str(error)) from None
         self._exact = not drafter
-        self._window = _whole(options, "window", 8)
+        self._window = _whole(options, "window", 32 if self._device.type == "cuda" else 8)
         loaded = load_model(
             directory, self._device, reference=model, dtype=str(options.get("dtype", "auto")),
             quantization=self._quantization(options), rows=self._window,
@@ -61,7 +61,7 @@ class TransformersEngine(Engine):
         self._samplers: dict[int, Sampler] = {}
         self._slots = Slots(slots, block=PROMPT_CHUNK if self._exact else None)
         self._forward = Forward(
-            loaded.decoder, self._config, self._device, slots=slots, last_position=max_length - 1,
+            loaded.decoder, self._config, self._device, slots=slots,
             capacity=max_length + max(PROMPT_CHUNK, self._window),
         )  # fmt: skip
         if not self._exact and self._device.type == "cpu":
@@ -229,6 +229,8 @@ class TransformersEngine(Engine):
         self._forward(
             [Run(0, [position % 16 for position in range(length)], 0, length, length - 1)], rows=length, logit_rows=1
         )
+        for rows in self._forward.recorded_rows:  # now, not when somebody waits
+            self._forward([Run(0, [0] * rows, length, rows, length)], rows=rows, logit_rows=rows)
         latencies = 0, 0, 0
         if calibrate:
             slots, widths = self._forward.cache.slots, self._widths

@@ -55,7 +55,7 @@ def _key(forward: Forward, directory: Path, window: int, slots: int) -> str:
     facts = [
         (directory / "config.json").read_text(encoding="utf-8"),
         f"{forward.decoder_kind} {forward.attention_shape}",
-        str([(type(layer).__name__, layer.in_features, layer.out_features) for layer in forward.linear_layers()]),
+        str([(type(layer).__name__, layer.in_features, layer.out_features) for layer in forward.products()]),
         f"{window} {slots} {forward.cache.capacity} {forward.read_step} {torch.get_num_threads()}",
         torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         torch.__config__.show(),

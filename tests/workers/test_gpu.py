@@ -1,0 +1,214 @@
+"""What runs on a GPU computes what the decoder computes, and gives the same bits however tokens are grouped.
+
+Without a GPU the kernels run in Triton's interpreter, in float32, and parts of a forward as they are instead of as graphs. On
+one they run as they would in a worker, in bfloat16.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="kernels for a GPU need Triton")
+
+from dsi_protocol.gumbel import stream_key
+from dsi_workers.decoder import Decoder
+from dsi_workers.engines.base import Interrupted
+from dsi_workers.engines.forward import Forward, Run
+from dsi_workers.gpu.decoder import GpuDecoder
+from dsi_workers.gpu.product import Product
+from dsi_workers.quantization import Int8Linear
+from dsi_workers.sampling import gumbel_noise
+from support.engines import InterruptAfter
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda:0" if GPU else "cpu")
+DTYPE = torch.bfloat16 if GPU else torch.float32
+#: Of the norm of what is compared.
+NEAR = 0.03 if GPU else 1e-5
+HEADS, KV_HEADS, DIM, HIDDEN, INNER, WORDS, LAYERS = 4, 2, 16, 48, 96, 80, 2
+WINDOW = 8
+CAPACITY = 512
+SLIDES = 12
+
+
+def random_tensor(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    made = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+    return made.to(DEVICE, DTYPE)
+
+
+def decoder(*, slides: bool = False, norms: bool = False, biases: bool = False) -> tuple[Decoder, Any]:
+    config: Any = SimpleNamespace(
+        rms_norm_eps=1e-5, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS,
+        head_dim=DIM, hidden_size=HIDDEN,
+    )  # fmt: skip
+    if slides:
+        config.sliding_window, config.layer_types = SLIDES, ["sliding_attention", "full_attention"]
+    shapes = {
+        "self_attn.q_proj": (HEADS * DIM, HIDDEN), "self_attn.k_proj": (KV_HEADS * DIM, HIDDEN),
+        "self_attn.v_proj": (KV_HEADS * DIM, HIDDEN), "self_attn.o_proj": (HIDDEN, HEADS * DIM),
+        "mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN), "mlp.down_proj": (HIDDEN, INNER),
+    }  # fmt: skip
+    weights = {
+        "model.embed_tokens.weight": random_tensor(WORDS, HIDDEN, seed=1),
+        "lm_head.weight": random_tensor(WORDS, HIDDEN, seed=2, scale=0.3),
+        "model.norm.weight": random_tensor(HIDDEN, seed=3).abs(),
+    }
+    for layer in range(LAYERS):
+        name, seed = f"model.layers.{layer}", 100 * layer
+        for place, (part, shape) in enumerate(shapes.items()):
+            weights[f"{name}.{part}.weight"] = random_tensor(*shape, seed=seed + place, scale=shape[1] ** -0.5)
+            if biases:
+                weights[f"{name}.{part}.bias"] = random_tensor(shape[0], seed=seed + 20 + place)
+        for place, part in enumerate(("input_layernorm", "post_attention_layernorm")):
+            weights[f"{name}.{part}.weight"] = random_tensor(HIDDEN, seed=seed + 40 + place).abs()
+        if norms:
+            for place, part in enumerate(("q_norm", "k_norm")):
+                weights[f"{name}.self_attn.{part}.weight"] = random_tensor(DIM, seed=seed + 60 + place).abs()
+    angles = torch.outer(torch.arange(CAPACITY), 5e5 ** -torch.linspace(0, 1, DIM // 2))
+    angles = torch.cat((angles, angles), dim=-1)
+    return Decoder(weights, config, angles.cos().to(DTYPE), angles.sin().to(DTYPE)), config
+
+
+def forwards(**more: bool) -> tuple[Forward, Forward]:
+    """By kernels, and by torch's own operations."""
+    own, config = decoder(**more)
+    by_kernels = GpuDecoder(own)
+    first, second = (Forward(each, config, DEVICE, slots=3, capacity=CAPACITY) for each in (by_kernels, own))
+    return first, second
+
+
+def tokens_of(slot: int, begin: int, count: int) -> list[int]:
+    return [(13 * slot + 7 * place) % WORDS for place in range(begin, begin + count)]
+
+
+def run_of(slot: int, begin: int, count: int, width: int = WINDOW) -> Run:
+    return Run(slot, tokens_of(slot, begin, count), begin, width, begin)
+
+
+def logits_of(forward: Forward, runs: Sequence[Run]) -> list[torch.Tensor]:
+    rows = sum(run.width for run in runs)
+    return forward(runs, rows=rows, logit_rows=rows)
+
+
+def read(forward: Forward, slot: int, positions: int) -> None:
+    """A prompt: wider than a window, so that torch's own operations compute it."""
+    logits_of(forward, [run_of(slot, 0, positions, positions)])
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (found.float() - expected.float()).norm() <= NEAR * expected.float().norm()
+
+
+@pytest.mark.parametrize("more", [{}, {"slides": True}, {"norms": True, "biases": True}])
+def test_logits_are_the_decoders(more: dict[str, bool]) -> None:
+    """One generation and several, prompts between, windows that are full and not, on both sides of where attention is cut."""
+    by_kernels, plain = forwards(**more)
+    chance = random.Random(3)
+    lengths = [0, 0, 0]
+    for turn in range(4):
+        if turn == 2:
+            for forward in (by_kernels, plain):
+                read(forward, 0, 123)
+            lengths[0] = 123
+        slots = chance.sample(range(3), 1 + turn % 3)
+        runs = [run_of(slot, lengths[slot], chance.randrange(1, WINDOW + 1)) for slot in slots]
+        for ours, theirs in zip(logits_of(by_kernels, runs), logits_of(plain, runs), strict=True):
+            assert_near(ours, theirs)
+        for run in runs:
+            lengths[run.slot] += len(run.tokens)
+
+
+def test_a_token_has_the_same_bits_in_any_window_and_any_batch() -> None:
+    by_kernels, _ = forwards()
+    length = 126  # attention is cut at 128
+    for slot in range(2):
+        read(by_kernels, slot, length)
+    [alone] = logits_of(by_kernels, [run_of(0, length, WINDOW)])
+    for begin, count in ((length, 1), (length + 1, 3), (length + 4, 4)):
+        [logits] = logits_of(by_kernels, [run_of(0, begin, count, width=count)])
+        assert torch.equal(logits, alone[begin - length :][:count]), (begin, count)
+    _, second = logits_of(by_kernels, [run_of(1, 30, 5), run_of(0, length, WINDOW)])
+    assert torch.equal(second, alone)
+    if GPU:  # a multiplication of other width: numpy, which stands for it in the interpreter, sums as it likes
+        for others in (2, 3):
+            runs = [run_of(1, 30 + 8 * place, WINDOW) for place in range(others)]
+            assert torch.equal(logits_of(by_kernels, [*runs, run_of(0, length, WINDOW)])[-1], alone)
+
+
+@torch.inference_mode()
+def test_what_is_beyond_a_text_is_neither_read_nor_written() -> None:
+    by_kernels, _ = forwards()
+    read(by_kernels, 0, 40)
+    [expected] = logits_of(by_kernels, [run_of(0, 40, 3, width=3)])
+    like = torch.empty(1, KV_HEADS, 1, DIM, dtype=DTYPE, device=DEVICE)
+    for layer in by_kernels.cache.layers:
+        for tensor in layer.tensors(like, like):
+            tensor[0, :, 43:], tensor[1:] = 1e4, 1e4
+    [logits] = logits_of(by_kernels, [run_of(0, 40, 3, width=3)])
+    assert torch.equal(logits, expected)
+    for layer in by_kernels.cache.layers:
+        for tensor in layer.tensors(like, like):
+            assert (tensor[0, :, 43:] == 1e4).all()
+            assert (tensor[1:] == 1e4).all()
+
+
+@pytest.mark.parametrize("checks", [1, 2])
+def test_an_interrupt_takes_effect_within_a_forward_and_leaves_no_trace(
+    checks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsi_workers.gpu.decoder._LAYERS", 1)
+    by_kernels, _ = forwards()
+    [expected] = logits_of(by_kernels, [run_of(0, 0, 3)])
+    by_kernels.interrupt = InterruptAfter(checks)
+    with pytest.raises(Interrupted):
+        logits_of(by_kernels, [run_of(0, 0, 8)])
+    by_kernels.interrupt = InterruptAfter(1 << 30)
+    assert torch.equal(logits_of(by_kernels, [run_of(0, 0, 3)])[0], expected)
+
+
+def test_a_cache_of_its_own_gets_a_recording_of_its_own() -> None:
+    own, config = decoder()
+    shared = GpuDecoder(own)
+    first, second = (Forward(shared, config, DEVICE, slots=1, capacity=CAPACITY) for _ in range(2))
+    [expected] = logits_of(first, [run_of(0, 0, 4)])
+    logits_of(second, [run_of(0, 0, 1)])
+    assert torch.equal(logits_of(second, [run_of(0, 0, 4)])[0], expected)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("outputs", [80, 1600])
+def test_products_are_the_layers(gated: bool, outputs: int) -> None:
+    """Widths that no block divides, rows that fill no block."""
+    linear = torch.nn.Linear(200, outputs, device=DEVICE, dtype=DTYPE)
+    x = random_tensor(11, 200, seed=5)
+    expected = linear(x.float().to(DTYPE))
+    if gated:
+        gate, up = expected.float().chunk(2, dim=-1)
+        expected = torch.nn.functional.silu(gate) * up
+    with torch.inference_mode():
+        assert_near(Product(linear, gated=gated)(x), expected)
+
+
+def test_int8_weights_are_scaled_back() -> None:
+    linear = torch.nn.Linear(72, 48, device=DEVICE, dtype=DTYPE)
+    int8 = Int8Linear(linear)
+    if not GPU:  # the interpreter does not multiply bfloat16
+        int8.scale, int8.bias = int8.scale.float(), linear.bias.detach()
+    x = random_tensor(5, 72, seed=6)
+    with torch.inference_mode():
+        expected = x.float() @ (int8.weight.float() * int8.scale.float()[:, None]).T + linear.bias.float()
+        assert_near(Product(int8)(x), expected)
+
+
+@pytest.mark.skipif(not GPU, reason="there is no GPU")
+def test_noise_has_the_same_bits_on_a_gpu() -> None:
+    tokens = torch.arange(50_000)
+    for position in range(3):
+        key = stream_key(7, position)
+        assert torch.equal(gumbel_noise(key, tokens.to(DEVICE)).cpu(), gumbel_noise(key, tokens))
