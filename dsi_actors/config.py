@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dsi_actors.devices import device_name
+from dsi_actors.devices import device_name, servers_beside_drafter
 from dsi_actors.errors import ConfigError
 from dsi_protocol import OptionValue, ProtocolError, Welcome, encode
 
@@ -38,8 +38,9 @@ class Config:
     drafter: str | None = SELF_INT8
     #: Where workers connect. None: start local workers and talk to them over a private socket.
     listen: str | None = None
-    #: Target servers: how many local ones to start, and the most that one generation uses.
-    sp: int = 2
+    #: Target servers: how many local ones to start, and the most that one generation uses. None: one for each device that is
+    #: left beside the drafter's, and for a generation all that are there.
+    sp: int | None = None
     #: Devices of the local workers, in turn: "0" is a CUDA device. Empty: all CUDA devices, else the CPU.
     devices: tuple[str, ...] = ()
     engine: Literal["transformers", "timed"] = "transformers"
@@ -77,7 +78,7 @@ class Config:
         drafter = None if self.drafter is None else self.drafter.removeprefix(NGRAM_FOR)
         _require(drafter != "", "drafter is empty: give a model reference, self-int8, ngram or None")
         _require(self.drafter in (NGRAM, drafter) or drafter != NGRAM, "ngram+ngram is no more than ngram")
-        _require(1 <= self.sp <= 1024, f"sp must lie in [1, 1024], not {self.sp}")
+        _require(self.sp is None or 1 <= self.sp <= 1024, f"sp must lie in [1, 1024], not {self.sp}")
         _require(self.heartbeat_ms >= 10, f"heartbeat_ms must be at least 10, not {self.heartbeat_ms}")
         _require(self.silence_ms >= 2 * self.heartbeat_ms, "silence_ms must be at least twice heartbeat_ms")
         _require(self.restarts >= 0, f"restarts must not be negative, not {self.restarts}")
@@ -104,6 +105,17 @@ class Config:
                 "keys (dsi-actors keys new, then --keys), use 127.0.0.1, or allow it with --insecure",
             )
         _require(self.keys is None or self.listen is not None, "keys are for workers that connect: give listen, too")
+
+    @property
+    def local_servers(self) -> int:
+        """Target servers to start."""
+        if self.sp is not None:
+            return self.sp
+        if self.engine == "timed":  # which takes time, but no device
+            return 2
+        threads = self.target_options.get("threads", 1)
+        drafts = self.drafter not in (None, NGRAM)
+        return servers_beside_drafter(self.devices, drafts=drafts, threads=threads if type(threads) is int else 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from dsi_actors.errors import ConfigError
 
+#: Each has weights of its own, and the memory's speed is shared.
+_MOST_ON_A_CPU = 2
+
 
 def device_name(text: str) -> str:
     """What `--gpu` takes as torch names it: 0 is cuda:0, cpu is cpu:0, cpu:1 is itself. Raises ConfigError."""
@@ -17,6 +20,16 @@ def device_name(text: str) -> str:
     if match := re.fullmatch(r"cpu(?::(\d+))?", text):
         return f"cpu:{int(match[1] or 0)}"
     raise ConfigError(f"{text!r} is no device: give a CUDA device number, cpu or cpu:N")
+
+
+def servers_beside_drafter(wanted: Sequence[str], *, drafts: bool, threads: int) -> int:
+    """Local target servers for these devices (as for local_devices), if each worker shall have one for itself: a GPU, or on a
+    CPU so many cores as it has threads. `drafts`: a drafter has one of them. On a CPU not more than two, at least one."""
+    devices = local_devices(wanted)
+    if all(device_name(device).startswith("cpu") for device in devices):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, min(_MOST_ON_A_CPU, cores // threads - drafts))
+    return max(1, len(set(devices)) - drafts)
 
 
 def local_devices(wanted: Sequence[str]) -> list[str]:

@@ -109,12 +109,11 @@ class Orchestrator:
         take this prompt; NoTargetError, with the tokens so far, if no target server is there for too long.
         """
         sampling = sampling if sampling is not None else Sampling()
-        sp = self.config.sp if sp is None else sp
         if algorithm not in ALGORITHMS:
             raise ConfigError(f"unknown algorithm {algorithm!r}: choose one of {', '.join(ALGORITHMS)}")
         if not prompt_ids:
             raise ConfigError("the prompt is empty: give at least one token")
-        if not 1 <= sp <= 1024:
+        if sp is not None and not 1 <= sp <= 1024:
             raise ConfigError(f"sp must lie in [1, 1024], not {sp}")
         if lookahead != "auto" and not 1 <= lookahead <= 1024:
             raise ConfigError(f"lookahead must be auto or lie in [1, 1024], not {lookahead}")
@@ -134,7 +133,8 @@ class Orchestrator:
                 raise TooManyGenerations(
                     f"{self.config.max_generations} generations wait or run already: try again later"
                 )
-            tuner = self._tuner(root, algorithm, sp, lookahead)
+            servers = sp or self.config.sp or len(root.of_role("target"))
+            tuner = self._tuner(root, algorithm, servers, lookahead)
             core = GenerationCore(
                 prompt_ids,
                 policy=tuner.choose(),
@@ -223,7 +223,7 @@ class Orchestrator:
 
     async def _start_local_workers(self, root: Root) -> None:
         config = self.config
-        roles = ["target"] * config.sp + (["drafter"] if config.drafter is not None else [])
+        roles = ["target"] * config.local_servers + (["drafter"] if config.drafter is not None else [])
         devices = local_devices(config.devices)
         root.supervisor = WorkerSupervisor(self.endpoint, config, root.on_exit)
         root.start_permanent(root.supervisor)
@@ -311,7 +311,9 @@ class Orchestrator:
 
     def _tuner(self, root: Root, algorithm: Algorithm, sp: int, lookahead: int | Literal["auto"]) -> Tuner:
         self._pace.generation_begins()
-        tuner = Tuner(algorithm, sp, None if lookahead == "auto" else lookahead, self.estimates, self._pace)
+        overlaps = can_overlap(root.of_role("target"), root.of_role("drafter"))
+        fixed = None if lookahead == "auto" else lookahead
+        tuner = Tuner(algorithm, sp, fixed, self.estimates, self._pace, overlaps=overlaps)
         targets = max(1, len(root.of_role("target")))
         tuner.servers = min(sp, targets)
         tuner.estimates.sharers = -(-(len(root.generations) + 1) // targets)
@@ -338,6 +340,13 @@ class Orchestrator:
 
     def _learn(self, estimates: Estimates) -> None:
         self._learned = estimates
+
+
+def can_overlap(targets: Sequence[WorkerHandle], drafters: Sequence[WorkerHandle]) -> bool:
+    """Whether some drafter can compute while the targets do. Processes on one GPU take turns, and lose time by it."""
+    taken = {(worker.hello.host, worker.hello.device) for worker in targets}
+    places = {(worker.hello.host, worker.hello.device) for worker in drafters}
+    return not places or any(not device.startswith("cuda") or (host, device) not in taken for host, device in places)
 
 
 def _position_us(ready: Ready) -> float:

@@ -220,7 +220,7 @@ def _greeting(config: Config) -> str:
     if config.listen is not None:
         return f"listening on {config.listen}"
     drafter = "no drafter" if config.drafter is None else f"a drafter ({config.drafter})"
-    return f"starting {config.sp} target servers ({config.target}) and {drafter}"
+    return f"starting {config.local_servers} target server(s) ({config.target}) and {drafter}"
 
 
 def _calibration(known: Estimates) -> str:

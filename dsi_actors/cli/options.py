@@ -34,8 +34,8 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
         "vocabulary, too; ngram+REF is the drafter REF, for which prompt lookup guesses (default %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--sp", type=int, default=default_of(Config, "sp"), metavar="N",
-        help="target servers that verify at the same time (default %(default)s)",
+        "--sp", type=int, metavar="N",
+        help="target servers that verify at the same time (default: one for each GPU, or core, that the drafter leaves)",
     )  # fmt: skip
     parser.add_argument(
         "--gpu", action="append", default=[], metavar="N", dest="devices",

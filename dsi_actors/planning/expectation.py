@@ -16,7 +16,7 @@ import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsi_actors.core import Policy
 from dsi_actors.core.policy import UNLIMITED
@@ -34,6 +34,8 @@ _MOST_ROUNDS = 4
 #: Verifications end so early and drafts come so late (in units of the drafter's latency): a plan must not count on a
 #: block that comes in the very moment in which a verification ends.
 _LATE = 1e-4
+#: Blocks of drafts in the time of one target forward, if it has not more servers than half as many.
+_MOST_BLOCKS = 16
 _CANDIDATES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 
 
@@ -99,6 +101,9 @@ def best_dsi(
         queued is not None
     ):  # four messages of drafts in each forward are enough: more would keep the orchestrator busy for nothing
         lookaheads = [max(k for k in lookaheads if k <= max(1, in_time // 4))]
+    # A block of drafts is a message, and a drafter that takes next to no time would send hundreds of them.
+    finest = target_ms / (max(_MOST_BLOCKS, 2 * sp) * max(drafter_ms, 1e-6))
+    lookaheads = [k for k in lookaheads if k >= finest] or lookaheads[-1:]
     # Where a long verification takes no longer than a short one there is no reason to check less than there is.
     # The longest of equals: drafts that come in bursts, as those of prompt lookup, may be more than are expected.
     spans = sorted({span for span in _CANDIDATES[1:] if span < most} | {most}, reverse=True)
@@ -124,6 +129,16 @@ def best_dsi(
             break
     plain = Policy.distributed(best.lookahead, sp, max_ahead=best.max_ahead, span=0)
     return _best([best, plain], expected)
+
+
+def best_in_turns(
+    cost_ms: CostMs, drafter_ms: float, acceptance: float, sp: int, *, most: int = MAX_LOOKAHEAD
+) -> Policy:
+    """Where drafter and targets cannot compute at the same time: SI as a policy of DSI, or plain decoding."""
+    si = best_si(cost_ms, drafter_ms, acceptance, most=most)
+    if expect(si, cost_ms, drafter_ms, acceptance).ms_per_token >= cost_ms(1):
+        return Policy.undrafted(sp)
+    return replace(si, algorithm="dsi", sp=sp)
 
 
 def drafts_ahead(target_ms: float, drafter_ms: float, lookahead: int, wait: int) -> int:

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 
 from dsi_actors.core import Policy
-from dsi_actors.planning.expectation import MAX_LOOKAHEAD, CostMs, best_dsi, best_si
+from dsi_actors.planning.expectation import MAX_LOOKAHEAD, CostMs, best_dsi, best_in_turns, best_si
 from dsi_actors.planning.pace import Pace
 
 #: Before anything was judged. Int8 copies of a target agree with it about so often, and more.
@@ -93,10 +93,18 @@ def flat(target_ms: float) -> CostMs:
 
 
 class Tuner:
-    """Of one generation. `lookahead` fixes it; None lets it be chosen. `pace` is shared with the generations beside it."""
+    """Of one generation. `lookahead` fixes it; None lets it be chosen. `pace` is shared with the generations beside it.
+    `overlaps`: the drafter can compute while targets do."""
 
     def __init__(
-        self, algorithm: str, sp: int, lookahead: int | None, estimates: Estimates, pace: Pace | None = None
+        self,
+        algorithm: str,
+        sp: int,
+        lookahead: int | None,
+        estimates: Estimates,
+        pace: Pace | None = None,
+        *,
+        overlaps: bool = True,
     ) -> None:
         #: Our own copy: it changes with every observation.
         self.estimates = known = replace(estimates)
@@ -105,6 +113,7 @@ class Tuner:
         #: Servers that are there now, of the `sp` that may be used.
         self.servers = sp
         self._fixed = lookahead
+        self._overlaps = overlaps
         self._pace = Pace() if pace is None else pace
         self._since_look = 0
         self._planned_for = (sp, replace(known), True)
@@ -189,7 +198,7 @@ class Tuner:
         policy = _planned(
             self._algorithm, max(1, min(sp, self.servers)), known.window,
             _rounded(target_ms / known.drafter_ms), _rounded(max(target_ms, window_ms) / known.drafter_ms),
-            round(known.acceptance / _ACCEPTANCE_STEP) * _ACCEPTANCE_STEP, known.queued,
+            round(known.acceptance / _ACCEPTANCE_STEP) * _ACCEPTANCE_STEP, known.queued, self._overlaps,
         )  # fmt: skip
         return replace(policy, sp=1 if self._algorithm == "si" else sp)
 
@@ -211,11 +220,14 @@ def _rounded(ratio: float) -> float:
 
 @functools.lru_cache(maxsize=1024)
 def _planned(
-    algorithm: str, sp: int, window: int, target: float, full_window: float, acceptance: float, queued: int | None
-) -> Policy:
+    algorithm: str, sp: int, window: int, target: float, full_window: float, acceptance: float, queued: int | None,
+    overlaps: bool,
+) -> Policy:  # fmt: skip
     """Latencies in units of the drafter's: the policy depends on nothing else."""
     cost_ms = Estimates(target, full_window, window).cost_ms
     most = max(1, min(MAX_LOOKAHEAD, window - 1))  # one forward verifies one window
     if algorithm == "si":
         return best_si(cost_ms, 1.0, acceptance, most=most)
+    if not overlaps:
+        return best_in_turns(cost_ms, 1.0, acceptance, sp, most=most)
     return best_dsi(cost_ms, 1.0, acceptance, sp, most=most, queued=queued)

@@ -74,7 +74,9 @@ def test_what_was_cut_off_is_resumed(model: Path, tmp_path: Path) -> None:
 
 
 def test_generate_prints_one_json_object(model: Path) -> None:
-    done = dsi_actors("generate", PROMPT, "--target", model, "--gpu", "cpu", "--max-tokens", "12", "--json")
+    done = dsi_actors(
+        "generate", PROMPT, "--target", model, "--gpu", "cpu", "--sp", "2", "--max-tokens", "12", "--json"
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert len(result["token_ids"]) == result["tokens"] == 12
@@ -91,8 +93,8 @@ def test_generate_prints_one_json_object(model: Path) -> None:
 def test_compare_finds_the_three_algorithms_identical(model: Path, other_model: Path, drafter: str) -> None:
     drafter = {"same model": str(model), "another vocabulary": str(other_model)}.get(drafter, drafter)
     done = dsi_actors(
-        "generate", PROMPT, "--target", model, "--drafter", drafter, "--gpu", "cpu", "--max-tokens", "24",
-        "--compare", "--json",
+        "generate", PROMPT, "--target", model, "--drafter", drafter, "--gpu", "cpu", "--sp", "2",
+        "--max-tokens", "24", "--compare", "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -354,7 +356,7 @@ def test_three_shells(model: Path, tmp_path: Path) -> None:
 def test_ctrl_c_leaves_nothing_behind(model: Path, after_s: float) -> None:
     """While the workers load, and while they work."""
     running = subprocess.Popen(
-        command("generate", PROMPT, "--target", model, "--gpu", "cpu", "--max-tokens", "450", "--ignore-eos"),
+        command("generate", PROMPT, "--target", model, "--gpu", "cpu", "--sp", "2", "--max-tokens", "450", "--ignore-eos"),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background shell ignores it
     )  # fmt: skip

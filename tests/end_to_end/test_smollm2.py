@@ -38,7 +38,7 @@ async def test_all_algorithms_agree_with_transformers(model: Path) -> None:
     tokenizer = Tokenizer(model)
     reference: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     sampling = dsi_actors.Sampling(max_tokens=TOKENS)
-    async with dsi_actors.Orchestrator(dsi_actors.Config(devices=("cpu",))) as orchestrator:
+    async with dsi_actors.Orchestrator(dsi_actors.Config(devices=("cpu",), sp=2)) as orchestrator:
         for prompt in PROMPTS:
             prompt_ids = tokenizer.encode(prompt)
             outputs: list[list[int]] = []
@@ -86,7 +86,7 @@ def test_the_bits_do_not_depend_on_how_tokens_are_grouped(model: Path, dtype: st
 async def test_sampled_text_is_the_same_in_every_algorithm(model: Path) -> None:
     prompt_ids = Tokenizer(model).encode(PROMPTS[1])
     sampling = dsi_actors.Sampling(max_tokens=TOKENS, temperature=0.9, top_p=0.95, seed=5)
-    async with dsi_actors.Orchestrator(dsi_actors.Config(devices=("cpu",))) as orchestrator:
+    async with dsi_actors.Orchestrator(dsi_actors.Config(devices=("cpu",), sp=2)) as orchestrator:
         texts = []
         for algorithm in ALGORITHMS:
             stream = orchestrator.generate(prompt_ids, sampling, algorithm=algorithm)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsi_actors.core import Policy
-from dsi_actors.planning.expectation import best_dsi, best_si, equation_1_servers, expect
+from dsi_actors.planning.expectation import best_dsi, best_in_turns, best_si, equation_1_servers, expect
 from dsi_actors.planning.tuner import Estimates, Tuner, flat
 from dsi_actors.simulation.run import Scenario, simulate_once
 
@@ -85,3 +85,25 @@ def test_a_burst_of_drafts_is_verified_at_once() -> None:
     """Two drafts come while one verification runs, so any longer one is as good, until there are more for once."""
     known = Estimates(2.5, 3.6, 8)
     assert best_dsi(known.cost_ms, 1.0, 0.9, 1, most=7).span == 7
+
+
+@pytest.mark.parametrize(("target_ms", "drafter_ms", "acceptance"), PAIRS)
+def test_where_drafter_and_target_take_turns_nothing_overlaps(
+    target_ms: float, drafter_ms: float, acceptance: float
+) -> None:
+    """DSI is SI then, on however many servers: one verification at a time, and no draft meanwhile; or plain decoding."""
+    policy = best_in_turns(flat(target_ms), drafter_ms, acceptance, 3)
+    si = best_si(flat(target_ms), drafter_ms, acceptance)
+    best_ms = min(target_ms, expect(si, flat(target_ms), drafter_ms, acceptance).ms_per_token)
+    scenario = Scenario(target_ms=target_ms, drafter_ms=drafter_ms, acceptance=acceptance)
+    run = simulate_once(scenario, Fixed(policy), tokens=20_000, seed=1)
+    assert (policy.algorithm, policy.sp) == ("dsi", 3)
+    assert run.ms_per_token == pytest.approx(best_ms, rel=0.03)
+    busy_ms = run.target_busy_ms + run.drafter_busy_ms
+    assert busy_ms <= 1.03 * run.ms_per_token * run.tokens
+
+
+@pytest.mark.parametrize("sp", [1, 2, 7, 50])
+def test_a_drafter_that_takes_no_time_does_not_send_a_message_for_each_token(sp: int) -> None:
+    policy = best_dsi(flat(1.2), 0.003, 0.85, sp)
+    assert 1.2 / (0.003 * policy.lookahead) <= max(16, 2 * sp)
