@@ -85,7 +85,7 @@ class Decoder:
     def __call__(self, packed: Packed, cache: SlotCache, between_layers: Callable[[], None]) -> torch.Tensor:
         """Logits [len(packed.kept), vocabulary]."""
         turns = self._turns(packed)
-        x = functional.embedding(packed.ids.to(self.device), self.embedding)
+        x = functional.embedding(torch.tensor(packed.ids, device=self.device), self.embedding)
         for layer, stored in zip(self.layers, cache.layers, strict=True):
             between_layers()
             x = self._advance(x, layer, stored, turns)
@@ -95,7 +95,7 @@ class Decoder:
 
     def _turns(self, packed: Packed) -> _Turns:
         # Padding may lie beyond the last position that the model knows.
-        positions = packed.positions.to(self.device).clamp(max=len(self.cos) - 1)
+        positions = torch.tensor(packed.positions, device=self.device).clamp(max=len(self.cos) - 1)
         own_masks: dict[str, list[torch.Tensor | None]] = {"": [None] * len(packed.segments)}
         if not self.masks.hide_nothing(packed):
             masks = self.masks.of(packed, self.device)

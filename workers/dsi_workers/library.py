@@ -84,8 +84,8 @@ class LibraryDecoder:
         if self._cache is None or self._cache.slots is not cache:
             self._cache = _Cache(cache)
         logits: torch.Tensor = self._model(
-            input_ids=packed.ids[None].to(device),
-            position_ids=packed.positions[None].to(device).clamp(max=self._last_position),
+            input_ids=torch.tensor([packed.ids], device=device),
+            position_ids=torch.tensor([packed.positions], device=device).clamp(max=self._last_position),
             attention_mask=self._masks.of(packed, device),
             past_key_values=self._cache,
             use_cache=True,

@@ -28,10 +28,10 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """ids and positions: [rows], on the CPU, in the order of the segments. Rows beyond them are padding."""
+    """ids and positions: one for each row, in the order of the segments. Rows beyond them are padding."""
 
-    ids: torch.Tensor
-    positions: torch.Tensor
+    ids: Sequence[int]
+    positions: Sequence[int]
     segments: Sequence[Segment]
     #: Rows after which logits are wanted.
     kept: Sequence[int]
@@ -59,7 +59,7 @@ class Masks:
         )
 
     def of(self, packed: Packed, device: torch.device) -> MaskTensors:
-        positions = packed.positions.to(device)
+        positions = torch.tensor(packed.positions, device=device)
         places = torch.arange(max(segment.readable for segment in packed.segments), device=device)
         full: torch.Tensor = places[None, :] <= positions[:, None]
         if not self.window:

@@ -94,16 +94,15 @@ class Forward:
         """
         self.interrupt.check()
         self.count += 1
-        ids = torch.zeros(rows, dtype=torch.long)
-        positions = torch.zeros(rows, dtype=torch.long)
-        segments, wanted, row = [], [], 0
+        ids, positions, segments, wanted = list[int](), list[int](), list[Segment](), list[int]()
         for run in runs:
             readable = min(_round_up(run.begin + run.width, self.read_step), self.cache.capacity)
             segments.append(Segment(run.slot, run.begin, run.width, readable))
-            ids[row : row + len(run.tokens)] = torch.tensor(run.tokens)
-            positions[row : row + run.width] = torch.arange(run.begin, run.begin + run.width)
-            wanted += [row + position - run.begin for position in run.wanted]
-            row += run.width
+            wanted += [len(ids) + position - run.begin for position in run.wanted]
+            ids += [*run.tokens, *[0] * (run.width - len(run.tokens))]
+            positions += range(run.begin, run.begin + run.width)
+        padding = [0] * (rows - len(ids))
+        ids, positions = ids + padding, positions + padding
         kept = wanted + [0] * max(logit_rows - len(wanted), not wanted)
         self.cache.segments = segments
         logits = self._decoder(Packed(ids, positions, segments, kept), self.cache, self.interrupt.check)

@@ -122,12 +122,11 @@ class _Recording:
         """What the next forward computes."""
         rows, begin, group = len(self._ids), 0, 0
         ids, positions, slots = [0] * rows, [-1] * rows, [0] * len(self._slots)
-        given_ids, given_positions = packed.ids.tolist(), packed.positions.tolist()
         self._places = list[int]()
         for segment in packed.segments:
             own = slice(group * GROUP, group * GROUP + segment.width)
-            ids[own] = given_ids[begin : begin + segment.width]
-            positions[own] = given_positions[begin : begin + segment.width]
+            ids[own] = packed.ids[begin : begin + segment.width]
+            positions[own] = packed.positions[begin : begin + segment.width]
             self._places += range(own.start, own.stop)
             groups = triton.cdiv(segment.width, GROUP)
             slots[group : group + groups] = [segment.slot] * groups

@@ -13,11 +13,13 @@ from dsi_workers.gpu.kernels import LEAST_ROWS, multiply
 from dsi_workers.quantization import Int8Linear
 
 MOST_ROWS = 64
-#: A program multiplies by so many outputs at a time, reads so many of their inputs in one step, and has so many steps under way,
-#: if they fit into a processor's memory. Sums are made step by step: no other number but `_BLOCK_K` changes their bits.
-_BLOCK_N, _BLOCK_K, _STAGES = 64, 128, 6
-#: Narrow layers are cut finer, so that there are programs enough for all processors.
-_LEAST_PROGRAMS = 48
+#: For int8 or not, gated or not: outputs of one program, inputs of one step, warps, and the most steps under way. What was
+#: fastest on an H100 at 16 rows, for layers of 1B and 8B shapes (bfloat16). Sums are made step by step, so other inputs of a
+#: step would give other bits.
+_PLANS = {
+    (False, False): (64, 256, 4, 4), (False, True): (64, 128, 8, 4),
+    (True, False): (32, 256, 4, 5), (True, True): (64, 128, 4, 3),
+}  # fmt: skip
 #: Lines of 128 bytes of each row of the weight that are on their way before the kernel before has ended.
 _LINES_AHEAD = 4
 
@@ -67,21 +69,27 @@ class Product:
     ) -> None:
         """y [rows, out] of x [rows, in], normed before if there is a `norm`; `residual` is added, and may be y itself."""
         rows, chained = len(x), chains(x.device)
-        block_n = next(
-            (n for n in (_BLOCK_N, _BLOCK_N // 2) if self.out_features >= n * _LEAST_PROGRAMS), _BLOCK_N // 4
-        )
-        step_bytes = _BLOCK_K * (
-            block_n * self._weight.element_size() * (2 if self._gated else 1) + rows * x.element_size()
-        )
-        stages = max(2, min(_STAGES, _shared_bytes(x.device) // step_bytes))
+        block_n, block_k, warps, stages = self._plan(x.device)
+        stages = max(2, min(stages, _shared_bytes(x.device) // self._step_bytes(block_n, block_k, rows)))
         options: dict[str, Any] = {"launch_pdl": True} if chained else {}
         multiply[(triton.cdiv(self.out_features, block_n),)](
             x, self._weight, y, _or(self._scales, y), _or(self._bias, y), _or(residual, y), _or(norm, y), epsilon,
             self.out_features, inputs=self.in_features, gated=self._gated, scaled=self._scales is not None,
             biased=self._bias is not None, added=residual is not None, normed=norm is not None, rows=rows,
-            block_n=block_n, block_k=_BLOCK_K, chained=chained, fetched=_LINES_AHEAD, num_stages=stages,
-            num_warps=8 if block_n == _BLOCK_N and (self._gated or norm is not None) else 4, **options,
+            block_n=block_n, block_k=block_k, chained=chained, fetched=_LINES_AHEAD, num_stages=stages, num_warps=warps,
+            **options,
         )  # fmt: skip
+
+    def _plan(self, device: torch.device) -> tuple[int, int, int, int]:
+        """The same for any number of rows: their bits shall agree."""
+        block_n, block_k, warps, stages = _PLANS[self._scales is not None, self._gated]
+        while 2 * self._step_bytes(block_n, block_k, MOST_ROWS) > _shared_bytes(device):  # not on every GPU
+            block_k //= 2
+        return block_n, block_k, warps, stages
+
+    def _step_bytes(self, block_n: int, block_k: int, rows: int) -> int:
+        weights = block_n * self._weight.element_size() * (2 if self._gated else 1)
+        return block_k * (weights + rows * self.dtype.itemsize)
 
 
 def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
