@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dsi_actors.devices import device_name, servers_beside_drafter
+from dsi_actors.devices import device_name, servers_beside_drafters
 from dsi_actors.errors import ConfigError
 from dsi_protocol import OptionValue, ProtocolError, Welcome, encode
 
@@ -34,8 +34,9 @@ class Config:
     #: Model reference: a directory, a .gguf file, package:NAME, or a hub name.
     target: str = DEFAULT_TARGET
     #: The drafter: a model reference, self-int8, ngram, or None for no drafter. Where a model has another vocabulary than the
-    #: target's, its worker translates. ngram+REF is the drafter REF, for which prompt lookup guesses.
-    drafter: str | None = SELF_INT8
+    #: target's, its worker translates. ngram+REF is the drafter REF, for which prompt lookup guesses. Several: each generation
+    #: takes the one that turns out to be the fastest for it.
+    drafter: str | tuple[str, ...] | None = SELF_INT8
     #: Where workers connect. None: start local workers and talk to them over a private socket.
     listen: str | None = None
     #: Target servers: how many local ones to start, and the most that one generation uses. None: one for each device that is
@@ -75,9 +76,11 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(self.target != "" or self.engine == "timed", "target is empty: give a model reference")
-        drafter = None if self.drafter is None else self.drafter.removeprefix(NGRAM_FOR)
-        _require(drafter != "", "drafter is empty: give a model reference, self-int8, ngram or None")
-        _require(self.drafter in (NGRAM, drafter) or drafter != NGRAM, "ngram+ngram is no more than ngram")
+        for kind in self.drafters:
+            drafter = kind.removeprefix(NGRAM_FOR)
+            _require(drafter != "", "drafter is empty: give a model reference, self-int8, ngram or None")
+            _require(kind == NGRAM or drafter != NGRAM, "ngram+ngram is no more than ngram")
+        _require(len(set(self.drafters)) == len(self.drafters), "the same drafter is named twice")
         _require(self.sp is None or 1 <= self.sp <= 1024, f"sp must lie in [1, 1024], not {self.sp}")
         _require(self.heartbeat_ms >= 10, f"heartbeat_ms must be at least 10, not {self.heartbeat_ms}")
         _require(self.silence_ms >= 2 * self.heartbeat_ms, "silence_ms must be at least twice heartbeat_ms")
@@ -87,7 +90,9 @@ class Config:
         _require(self.ready_timeout_s > 0, "ready_timeout_s must be positive")
         _require(self.target_wait_s >= 0, "target_wait_s must not be negative")
         _require(self.max_generations >= 1, "max_generations must be at least 1")
-        for model, options in ((self.target, self.target_options), (self.drafter or "", self.drafter_options)):
+        for model, options in (
+            (self.target, self.target_options), *((drafter, self.drafter_options) for drafter in self.drafters or ("",))
+        ):  # fmt: skip
             try:
                 encode(Welcome(1, "target", self.engine, model, dict(options), self.heartbeat_ms, self.silence_ms))
             except ProtocolError as error:
@@ -107,6 +112,13 @@ class Config:
         _require(self.keys is None or self.listen is not None, "keys are for workers that connect: give listen, too")
 
     @property
+    def drafters(self) -> tuple[str, ...]:
+        """One or several, or none."""
+        if self.drafter is None:
+            return ()
+        return (self.drafter,) if isinstance(self.drafter, str) else tuple(self.drafter)
+
+    @property
     def local_servers(self) -> int:
         """Target servers to start."""
         if self.sp is not None:
@@ -114,8 +126,8 @@ class Config:
         if self.engine == "timed":  # which takes time, but no device
             return 2
         threads = self.target_options.get("threads", 1)
-        drafts = self.drafter not in (None, NGRAM)
-        return servers_beside_drafter(self.devices, drafts=drafts, threads=threads if type(threads) is int else 1)
+        models = sum(drafter != NGRAM for drafter in self.drafters)
+        return servers_beside_drafters(self.devices, models, threads=threads if type(threads) is int else 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,14 +22,14 @@ def device_name(text: str) -> str:
     raise ConfigError(f"{text!r} is no device: give a CUDA device number, cpu or cpu:N")
 
 
-def servers_beside_drafter(wanted: Sequence[str], *, drafts: bool, threads: int) -> int:
+def servers_beside_drafters(wanted: Sequence[str], drafters: int, *, threads: int) -> int:
     """Local target servers for these devices (as for local_devices), if each worker shall have one for itself: a GPU, or on a
-    CPU so many cores as it has threads. `drafts`: a drafter has one of them. On a CPU not more than two, at least one."""
+    CPU so many cores as it has threads. Of several drafters, a generation keeps one busy. At least one; on a CPU at most two."""
     devices = local_devices(wanted)
     if all(device_name(device).startswith("cpu") for device in devices):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, min(_MOST_ON_A_CPU, cores // threads - drafts))
-    return max(1, len(set(devices)) - drafts)
+        return max(1, min(_MOST_ON_A_CPU, cores // threads - min(1, drafters)))
+    return max(1, len(set(devices)) - drafters)
 
 
 def local_devices(wanted: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -28,6 +29,7 @@ from dsi_actors.errors import (
     WorkerStartError,
 )
 from dsi_actors.logs import get_logger
+from dsi_actors.planning.drafters import DrafterChoice, Drafters, guesser_of, unjudged
 from dsi_actors.planning.pace import Pace
 from dsi_actors.planning.tuner import Estimates, Tuner
 from dsi_actors.stream import Channel, GenerationStream
@@ -56,6 +58,7 @@ class Orchestrator:
         #: What the last generation with a drafter taught about latencies and acceptance.
         self._learned: Estimates | None = None
         self._pace = Pace(lambda: self.running)
+        self._drafters = Drafters()
         self._observer: Callable[[int, Event | Action], None] | None = None
 
     async def __aenter__(self) -> Orchestrator:
@@ -158,6 +161,7 @@ class Orchestrator:
                 on_tokens=channel.put,
                 on_end=channel.end,
                 on_learned=self._learn,
+                drafters=DrafterChoice(self._drafters, self._first_drafter(root)),
                 observe=self._observer,
             )
             root.start_generation(generation, channel)
@@ -223,13 +227,13 @@ class Orchestrator:
 
     async def _start_local_workers(self, root: Root) -> None:
         config = self.config
-        roles = ["target"] * config.local_servers + (["drafter"] if config.drafter is not None else [])
+        roles = [("target", "")] * config.local_servers + [("drafter", drafter) for drafter in config.drafters]
         devices = local_devices(config.devices)
         root.supervisor = WorkerSupervisor(self.endpoint, config, root.on_exit)
         root.start_permanent(root.supervisor)
         await asyncio.sleep(0)
-        for index, role in enumerate(roles):
-            root.supervisor.start_worker(WorkerSpec(devices[index % len(devices)], role))
+        for index, (role, model) in enumerate(roles):
+            root.supervisor.start_worker(WorkerSpec(devices[index % len(devices)], role, model))
         begun = time.monotonic()
         all_ready = await root.wait_until(
             lambda: len(root.ready_workers) == len(roles) or bool(root.exits) or root.ended, config.ready_timeout_s
@@ -324,7 +328,6 @@ class Orchestrator:
         """What the next generation begins with: what earlier ones taught, else what the workers measured at their start."""
         root = self._running()
         targets = [worker.ready for worker in root.of_role("target") if worker.ready is not None]
-        drafters = [worker.ready for worker in root.of_role("drafter") if worker.ready is not None]
         estimates = self._learned
         if estimates is None:
             target_ms = max((ready.latency_us for ready in targets), default=0) / 1e3
@@ -333,13 +336,25 @@ class Orchestrator:
                 calibrated_ms=target_ms,
                 window_ms=max((ready.window_latency_us for ready in targets), default=0) / 1e3,
                 window=max(1, min((ready.window for ready in targets), default=1)),
-                drafter_ms=drafters[0].latency_us / 1e3 if drafters else 0.0,
                 position_ms=max((_position_us(ready) for ready in targets), default=0.0) / 1e3,
             )
-        return estimates
+        kind = self._first_drafter(root)
+        latencies_us = [each.ready.latency_us for each in root.of_role("drafter") if each.ready and each.kind == kind]
+        if not latencies_us:
+            return estimates
+        guesser = self._drafters.guesser(kind) or unjudged(latencies_us[0] / 1e3)
+        return replace(estimates, drafter_ms=guesser.drafter_ms, accepted=guesser.accepted, judged=guesser.judged)
 
-    def _learn(self, estimates: Estimates) -> None:
+    def _first_drafter(self, root: Root) -> str:
+        """The kind that the next generation begins with."""
+        kinds = {worker.kind for worker in root.of_role("drafter")}
+        named = [kind for kind in self.config.drafters if kind in kinds]
+        return self._drafters.first([*named, *sorted(kinds.difference(named))])
+
+    def _learn(self, estimates: Estimates, drafter: str) -> None:
         self._learned = estimates
+        if drafter:
+            self._drafters.learn(drafter, guesser_of(estimates))
 
 
 def can_overlap(targets: Sequence[WorkerHandle], drafters: Sequence[WorkerHandle]) -> bool:

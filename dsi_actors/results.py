@@ -46,6 +46,8 @@ class GenerationReport:
     total_ms: float
     #: Of the drafted tokens that were compared with the target's own, the share that was equal.
     acceptance_rate: float
+    #: The drafter, as the configuration calls it: of several the last one. Empty if nothing was drafted.
+    drafter: str
     drafted_tokens: int
     rejections: int
     target_forwards: int

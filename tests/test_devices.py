@@ -8,7 +8,7 @@ import pytest
 
 from dsi_actors.actors.worker_handle import WorkerHandle
 from dsi_actors.config import Config
-from dsi_actors.devices import device_name, local_devices, servers_beside_drafter
+from dsi_actors.devices import device_name, local_devices, servers_beside_drafters
 from dsi_actors.errors import ConfigError
 from dsi_actors.orchestrator import can_overlap
 from dsi_protocol import Hello
@@ -31,22 +31,22 @@ def test_names_are_torchs() -> None:
 
 def test_each_gpu_has_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     assert local_devices([]) == ["0", "1", "2", "3"]
-    assert servers_beside_drafter([], drafts=True, threads=1) == 3
-    assert servers_beside_drafter([], drafts=False, threads=1) == 4
-    assert servers_beside_drafter(["1", "2"], drafts=True, threads=1) == 1
-    assert servers_beside_drafter(["1"], drafts=True, threads=1) == 1
-    assert servers_beside_drafter(["1", "cpu"], drafts=True, threads=1) == 1
+    assert servers_beside_drafters([], 1, threads=1) == 3
+    assert servers_beside_drafters([], 0, threads=1) == 4
+    assert servers_beside_drafters(["1", "2"], 1, threads=1) == 1
+    assert servers_beside_drafters(["1"], 1, threads=1) == 1
+    assert servers_beside_drafters(["1", "cpu"], 1, threads=1) == 1
 
 
 @pytest.mark.parametrize(
-    ("number", "threads", "drafts", "servers"),
-    [(1, 1, True, 1), (2, 1, True, 1), (2, 1, False, 2), (3, 1, True, 2), (16, 1, True, 2), (16, 8, True, 1)],
+    ("number", "threads", "drafters", "servers"),
+    [(1, 1, 1, 1), (2, 1, 1, 1), (2, 1, 0, 2), (3, 1, 1, 2), (3, 1, 2, 2), (16, 1, 1, 2), (16, 8, 1, 1)],
 )
 def test_on_a_cpu_each_worker_has_cores_of_its_own(
-    number: int, threads: int, drafts: bool, servers: int, monkeypatch: pytest.MonkeyPatch
+    number: int, threads: int, drafters: int, servers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cores(monkeypatch, number)
-    assert servers_beside_drafter(["cpu"], drafts=drafts, threads=threads) == servers
+    assert servers_beside_drafters(["cpu"], drafters, threads=threads) == servers
 
 
 def test_a_configuration_says_how_many_servers_are_started(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ class Account:
         """Of `judged` further drafts the first `accepted` were right."""
         self._accepted.extend(place < accepted for place in range(judged))
 
-    def report(self, core: GenerationCore, servers: int) -> GenerationReport:
+    def report(self, core: GenerationCore, servers: int, drafter: str) -> GenerationReport:
         counters, policy = core.counters, core.policy
         later_tokens = self._tokens - self._first_tokens
         return GenerationReport(
@@ -74,6 +74,7 @@ class Account:
             first_token_ms=(self._first_s - self._begun_s) * 1e3 if self._tokens else 0.0,
             total_ms=(self._ended_s - self._begun_s) * 1e3,
             acceptance_rate=counters.accepted / counters.judged if counters.judged else 0.0,
+            drafter=drafter if counters.drafted else "",
             drafted_tokens=counters.drafted,
             rejections=counters.rejections,
             target_forwards=self._forwards,

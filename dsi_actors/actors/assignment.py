@@ -17,16 +17,18 @@ class Assignment:
     engine: str
     model: str
     options: Mapping[str, OptionValue]
+    #: Of a drafter: what the configuration, or the worker itself, calls it.
+    kind: str = ""
 
 
-def assign(config: Config, hello: Hello, roles: Collection[str]) -> Assignment | str:
-    """The assignment, or the reason of the refusal. `roles`: of the workers that are there already."""
+def assign(config: Config, hello: Hello, roles: Collection[str], kinds: Collection[str]) -> Assignment | str:
+    """The assignment, or the reason of the refusal. `roles` and `kinds`: of the workers and drafters that are there already."""
     if hello.version != PROTOCOL_VERSION:
         return f"it speaks protocol version {hello.version}, this orchestrator {PROTOCOL_VERSION}"
     role = hello.role
     if role == "auto":
-        lacks_drafter = config.drafter is not None and "drafter" not in roles and "target" in roles
-        role = "drafter" if lacks_drafter or hello.engine == NGRAM else "target"
+        lacks_drafter = any(kind not in kinds for kind in config.drafters)
+        role = "drafter" if (lacks_drafter and "target" in roles) or hello.engine == NGRAM else "target"
     if role == "target":
         if hello.model not in ("", config.target):
             return f"it has the model {hello.model!r}, but the target is {config.target!r}"
@@ -34,19 +36,21 @@ def assign(config: Config, hello: Hello, roles: Collection[str]) -> Assignment |
             return f"it has the engine {hello.engine!r}, but target servers here run {config.engine!r}"
         return Assignment(role, config.engine, config.target, config.target_options)
     if role == "drafter":
-        return _assign_drafter(config, hello)
+        return _assign_drafter(config, hello, kinds)
     return f"it wants the role {hello.role!r}: a worker is a target or a drafter"
 
 
-def _assign_drafter(config: Config, hello: Hello) -> Assignment | str:
-    reference = hello.model or config.drafter
+def _assign_drafter(config: Config, hello: Hello, kinds: Collection[str]) -> Assignment | str:
+    lacking = [kind for kind in config.drafters if kind not in kinds]
+    kind = reference = hello.model or next(iter([*lacking, *config.drafters]), "")
     if hello.engine == NGRAM or (reference == NGRAM and hello.engine == "auto"):
-        return Assignment("drafter", NGRAM, "", config.drafter_options)
+        return Assignment("drafter", NGRAM, "", config.drafter_options, NGRAM)
     if reference == RANDOM:
-        return Assignment("drafter", "timed", "", {"vocabulary_size": 256, "any_vocabulary": True, "acceptance": 0.0})
+        options: dict[str, OptionValue] = {"vocabulary_size": 256, "any_vocabulary": True, "acceptance": 0.0}
+        return Assignment("drafter", "timed", "", options, kind)
     if config.engine == "timed":
-        return Assignment("drafter", "timed", "", config.drafter_options)
-    if reference is None:
+        return Assignment("drafter", "timed", "", config.drafter_options, kind)
+    if not reference:
         return "no drafter is wanted here"
     options = dict(config.drafter_options)
     if reference.startswith(NGRAM_FOR):
@@ -57,4 +61,4 @@ def _assign_drafter(config: Config, hello: Hello) -> Assignment | str:
         options["quantization"] = "int8"
     elif config.target:
         options["target"] = config.target  # its vocabulary may be another one
-    return Assignment("drafter", config.engine, reference, options)
+    return Assignment("drafter", config.engine, reference, options, kind)

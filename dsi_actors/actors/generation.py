@@ -15,7 +15,7 @@ from typing import TypeAlias
 from dsi_actors.actors.account import Account
 from dsi_actors.actors.actor import Actor
 from dsi_actors.actors.answers import Answered, Answers, Meaning, Misbehaved, Withdrawn
-from dsi_actors.actors.scheduler import GivenBack, Released, Requested, Scheduler
+from dsi_actors.actors.scheduler import Exchanged, GivenBack, Released, Requested, Scheduler
 from dsi_actors.actors.worker_handle import WorkerHandle
 from dsi_actors.config import Sampling
 from dsi_actors.core import GenerationCore
@@ -34,6 +34,7 @@ from dsi_actors.core.events import (
 )
 from dsi_actors.errors import NoTargetError
 from dsi_actors.logs import get_logger
+from dsi_actors.planning.drafters import DrafterChoice, Guesser, guesser_of, unjudged
 from dsi_actors.planning.tuner import Estimates, Tuner
 from dsi_actors.results import CommittedTokens, GenerationReport
 from dsi_protocol import Draft, Drafted, Reply, Verify, prefix_checksum
@@ -55,7 +56,7 @@ class Granted:
 
 @dataclass(frozen=True, slots=True)
 class Reclaimed:
-    """The server is another generation's now."""
+    """The server is another generation's now; or the drafter was exchanged for another one, which is granted next."""
 
     worker: WorkerHandle
 
@@ -92,7 +93,8 @@ class Generation(Actor[GenerationMessage]):
         target_wait_s: float,
         on_tokens: Callable[[CommittedTokens], None],
         on_end: Callable[[Exception | None], None],
-        on_learned: Callable[[Estimates], None],
+        on_learned: Callable[[Estimates, str], None],
+        drafters: DrafterChoice,
         observe: Callable[[int, Event | Action], None] | None = None,
     ) -> None:
         super().__init__(f"generation {number}")
@@ -112,6 +114,8 @@ class Generation(Actor[GenerationMessage]):
         self._servers: dict[int, WorkerHandle] = {}
         self._most_servers = 0
         self._drafter: WorkerHandle | None = None
+        self._choice = drafters
+        self._last_draft = 0
         self._workers_used: dict[int, WorkerHandle] = {}
         self._sent_away: set[int] = set()
         #: _checksums[n] is the checksum of the first n tokens, for committed ones.
@@ -140,7 +144,8 @@ class Generation(Actor[GenerationMessage]):
             return
         policy = self._core.policy
         self._account.begin()
-        self._scheduler.tell(Requested(self, policy.sp, wants_drafter=policy.algorithm != "ar"))
+        drafts = policy.algorithm != "ar"
+        self._scheduler.tell(Requested(self, policy.sp, wants_drafter=drafts, kind=self._choice.kind))
         self._wait_for_target(self._first_target_wait_s)
 
     # As a client of the scheduler
@@ -165,6 +170,8 @@ class Generation(Actor[GenerationMessage]):
             case Reclaimed(worker):
                 worker.close(self.number)
                 self._let_go(worker)
+                if worker is self._drafter:
+                    self._give_up_drafter(worker)
             case Misbehaved(worker, reason, fault):
                 self._send_away(worker, reason, fault=fault)
             case WaitedForTarget(waits):
@@ -222,6 +229,7 @@ class Generation(Actor[GenerationMessage]):
                 self._verify(verify, self._servers[server])
             case StartDraft(attempt, base, tokens, start, count, block):
                 assert self._drafter is not None
+                self._last_draft = attempt
                 draft = Draft(self.number, attempt, base, self._checksum(base), tokens, start, count, block)
                 self._draft(draft, self._drafter)
             case CancelVerify(attempt, server):
@@ -231,7 +239,7 @@ class Generation(Actor[GenerationMessage]):
                 if self._drafter is not None:
                     self._drafter.cancel(self.number, attempt)
             case EmitTokens(start, tokens, accepted):
-                self._tuner.paced(len(tokens), self._account.commit(len(tokens)))
+                self._pace(len(tokens), self._account.commit(len(tokens)))
                 first, logprobs = self._logprobs
                 self._on_tokens(
                     CommittedTokens(tokens, accepted, logprobs[start - first : start - first + len(tokens)])
@@ -239,6 +247,19 @@ class Generation(Actor[GenerationMessage]):
             case Finish(reason):
                 self._log.info("finished", reason=reason, tokens=len(self._core.output))
                 self._end_stream()
+
+    def _pace(self, tokens: int, took_ms: float) -> None:
+        """So many tokens came, so long after the ones before (0 where that says nothing). Another drafter may be faster."""
+        kinds = self._scheduler.drafter_kinds
+        if len(kinds) > 1 and self._drafter is not None and took_ms > 0:
+            if self._core.policy.max_ahead:
+                self._choice.committed(tokens, took_ms, self._tuner.estimates.promised_ms)
+            if (kind := self._choice.change(kinds)) is not None:
+                self._log.info("drafter", kind=kind)
+                self._scheduler.tell(Exchanged(self, kind))
+            if not self._choice.settled(kinds):
+                return  # that it is slow says nothing of speculation
+        self._tuner.paced(tokens, took_ms)
 
     # Workers
 
@@ -254,7 +275,18 @@ class Generation(Actor[GenerationMessage]):
             self._feed(ServerJoined(worker.number))
         else:
             self._drafter = worker
+            if worker.kind != self._choice.kind:
+                known = self._choice.drafters.guesser(worker.kind) or _unknown(worker)
+                self._tuner.drafter_is(known.drafter_ms, known.accepted, known.judged)
+            self._choice.use(worker.kind)
             self._feed(DrafterJoined())
+
+    def _give_up_drafter(self, worker: WorkerHandle) -> None:
+        """For another one."""
+        self._choice.drafters.learn(worker.kind, guesser_of(self._tuner.carry_over()))
+        self._drafts_cancelled_to = self._last_draft
+        self._drafter = None
+        self._feed(DrafterLost())
 
     def _lose(self, worker: WorkerHandle) -> None:
         """The worker is gone, or not to be used here again. Hearing of it twice changes nothing."""
@@ -352,7 +384,7 @@ class Generation(Actor[GenerationMessage]):
 
     def _conclude(self) -> None:
         if self.report is None:
-            self.report = self._account.report(self._core, self._most_servers)
+            self.report = self._account.report(self._core, self._most_servers, self._choice.kind)
             self.stop()
 
     def on_stop(self) -> None:
@@ -364,9 +396,14 @@ class Generation(Actor[GenerationMessage]):
         if not self._core.finished:
             self._core.handle(CancelRequested())
         if self.report is None:
-            self.report = self._account.report(self._core, self._most_servers)
+            self.report = self._account.report(self._core, self._most_servers, self._choice.kind)
         if self._core.counters.judged or self._tuner.estimates.sharers > 1:
-            self._on_learned(self._tuner.carry_over())
+            self._on_learned(self._tuner.carry_over(), self._choice.kind)
+
+
+def _unknown(worker: WorkerHandle) -> Guesser:
+    """What is assumed of a drafter before anything was judged."""
+    return unjudged(worker.ready.latency_us / 1e3 if worker.ready is not None else 0.0)
 
 
 async def _later(delay_s: float, message: GenerationMessage) -> GenerationMessage:

@@ -3,7 +3,8 @@
 A generation that is alone gets all the servers that it can use. When another comes and none is idle, it gets one of
 those that somebody has more than one of: under load speculation parallelism shrinks, down to one server for each generation.
 Who comes then shares a server, the one with fewest generations; when all have as many as they have slots, who comes waits
-in line. A server that becomes idle goes to who shares with most others. Drafters are shared from the first.
+in line. A server that becomes idle goes to who shares with most others. Drafters are shared from the first; of several kinds a
+generation has one, and may change to another.
 """
 
 from __future__ import annotations
@@ -50,6 +51,16 @@ class Requested:
     client: Client
     max_servers: int
     wants_drafter: bool
+    #: The kind of drafter that it would have rather than others.
+    kind: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Exchanged:
+    """The generation wants a drafter of this kind instead of the one it has. Nothing happens if there is none to be had."""
+
+    client: Client
+    kind: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +78,7 @@ class GivenBack:
     worker: WorkerHandle
 
 
-SchedulerMessage: TypeAlias = WorkerReady | WorkerGone | Requested | Released | GivenBack
+SchedulerMessage: TypeAlias = WorkerReady | WorkerGone | Requested | Exchanged | Released | GivenBack
 
 
 @dataclass(slots=True)
@@ -75,6 +86,7 @@ class _Lease:
     client: Client
     max_servers: int
     wants_drafter: bool
+    kind: str = ""
     targets: list[WorkerHandle] = field(default_factory=list)
     drafters: list[WorkerHandle] = field(default_factory=list)
     #: Numbers of workers that failed this generation: not given to it again.
@@ -108,6 +120,12 @@ class Scheduler(Actor[SchedulerMessage]):
         """Generations that hold no target server."""
         return sum(not lease.targets for lease in self._leases.values())
 
+    @property
+    def drafter_kinds(self) -> list[str]:
+        """Of those that are there."""
+        drafters = (worker for worker in self._workers.values() if worker.role == "drafter" and not worker.lost)
+        return list(dict.fromkeys(worker.kind for worker in drafters))
+
     def has_target_for(self, client: Client) -> bool:
         """Whether some target server, free or lent to others, may serve this client sooner or later."""
         refused = self._leases[client.number].refused if client.number in self._leases else set()
@@ -120,8 +138,12 @@ class Scheduler(Actor[SchedulerMessage]):
                     self._workers[worker.number] = worker
             case WorkerGone(worker):
                 self._remove(worker)
-            case Requested(client, max_servers, wants_drafter):
-                self._leases[client.number] = _Lease(client, max_servers, wants_drafter)
+            case Requested(client, max_servers, wants_drafter, kind):
+                self._leases[client.number] = _Lease(client, max_servers, wants_drafter, kind)
+            case Exchanged(client, kind):
+                lease = self._leases.get(client.number)
+                if lease is not None:
+                    self._exchange(lease, kind)
             case Released(client):
                 lease = self._leases.pop(client.number, None)
                 if lease is not None:
@@ -149,12 +171,26 @@ class Scheduler(Actor[SchedulerMessage]):
         # Drafters first, so that a policy that waits for drafts knows from the start whether any will come.
         for lease in self._leases.values():
             if lease.wants_drafter and not lease.drafters:
-                self._lend(self._least_loaded(drafters, lease), lease)
+                liked = [worker for worker in drafters if worker.kind == lease.kind]
+                self._lend(self._least_loaded(liked, lease) or self._least_loaded(drafters, lease), lease)
         self._find_first_servers(targets)
         for worker in targets:
             if not self._load[worker.number]:
                 self._use_idle_server(worker)
         self._find_first_servers(targets)  # who moved to an idle one may have left a slot
+
+    def _exchange(self, lease: _Lease, kind: str) -> None:
+        lease.kind = kind
+        others = [worker for worker in self._workers.values() if worker.role == "drafter" and worker.kind == kind]
+        if not lease.drafters or lease.drafters[0] in others:
+            return  # if there is none, the next one that is free
+        [present] = lease.drafters
+        lease.drafters.clear()
+        instead = self._least_loaded([worker for worker in others if not worker.lost], lease)
+        lease.drafters.append(present)
+        if instead is not None:
+            self._reclaim(present, lease)
+            self._lend(instead, lease)
 
     def _find_first_servers(self, targets: Sequence[WorkerHandle]) -> None:
         for lease in self._leases.values():

@@ -33,6 +33,8 @@ class WorkerSpec:
 
     device: str
     role: str
+    #: Of a drafter, if it is one of several kinds.
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,7 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "dsi_actors.worker",
                 "--gpu", slot.spec.device, "--connect", self._endpoint, "--role", slot.spec.role,
+                *(["--model", slot.spec.model] if slot.spec.model else []),
                 "--log-level", self._config.log_level, "--log-format", self._config.log_format, "--supervised",
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL, start_new_session=True,
                 env={**os.environ, INCARNATION_VARIABLE: str(incarnation)},

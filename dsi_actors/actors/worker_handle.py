@@ -88,6 +88,7 @@ class WorkerHandle:
         *,
         patience_s: float = 1.0,
         on_useless: Callable[[str], None] = lambda reason: None,
+        kind: str = "",
     ) -> None:
         """`patience_s`: after so long without a reply a request is sent again. `on_useless` is told the reason when
         the worker has been faulty too often."""
@@ -95,6 +96,8 @@ class WorkerHandle:
         self.identity = identity
         self.hello = hello
         self.role = role
+        #: Of a drafter: what the configuration calls it.
+        self.kind = kind
         self.ready: Ready | None = None
         self.lost = False
         #: It takes no more work and goes by itself.

@@ -236,7 +236,10 @@ class Workforce(Actor[WorkforceMessage]):
         if len(self._by_identity) >= MAX_WORKERS:
             self._refuse(identity, hello, f"there are {MAX_WORKERS} workers already")
             return
-        assignment = assign(self._config, hello, {worker.role for worker in self.workers})
+        workers = self.workers
+        assignment = assign(
+            self._config, hello, {worker.role for worker in workers}, {worker.kind for worker in workers}
+        )
         if isinstance(assignment, str):
             self._refuse(identity, hello, assignment)
             return
@@ -246,6 +249,7 @@ class Workforce(Actor[WorkforceMessage]):
             lambda message: self._send_to(member, message),
             patience_s=config.silence_ms / 2e3,
             on_useless=lambda reason: self.tell(FoundUseless(worker, reason), control=True),
+            kind=assignment.kind,
         )  # fmt: skip
         welcome = Welcome(
             PROTOCOL_VERSION, assignment.role, assignment.engine, assignment.model,

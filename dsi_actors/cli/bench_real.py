@@ -44,6 +44,11 @@ def add_parser(benches: SubParsers) -> None:
         "--drafter", action="append", default=[], metavar="REF", dest="drafters",
         help=f"may be repeated: each has workers of its own; transformers is assisted by the first model (default {SELF_INT8})",
     )  # fmt: skip
+    parser.add_argument(
+        "--choose",
+        action="store_true",
+        help="one more way: all the drafters, of which each generation takes the fastest",
+    )
     add_prompt_options(parser, limit=8, max_tokens=64)
     parser.add_argument("--sp", type=int, default=1, metavar="N", help="target servers (default %(default)s)")
     parser.add_argument("--gpu", action="append", default=[], metavar="N", dest="devices")
@@ -145,6 +150,10 @@ async def run(arguments: argparse.Namespace) -> int:
             _Way(f"ours: {algorithm.upper()} {drafter}", "ours: AR", _ours(each, algorithm, stop, arguments.sp))
             for each, drafter in zip(orchestrators, drafters, strict=True) for algorithm in algorithms
         ]  # fmt: skip
+        if arguments.choose:
+            chooses = await stack.enter_async_context(Orchestrator(_config(arguments, tuple(drafters))))
+            ask = _ours(chooses, "dsi", stop, arguments.sp)
+            ways.append(_Way(f"ours: DSI {' or '.join(drafters)}", "ours: AR", ask))
         err = Console(stderr=True, highlight=False)
         for way in ways:
             await way.ask(prompts[0], _WARM_UP_TOKENS)
@@ -161,7 +170,7 @@ async def run(arguments: argparse.Namespace) -> int:
     return 1 if any(row["differing"] for row in rows if row["way"].startswith("ours")) else 0
 
 
-def _config(arguments: argparse.Namespace, drafter: str) -> Config:
+def _config(arguments: argparse.Namespace, drafter: str | tuple[str, ...]) -> Config:
     # Each prompt is asked several times: nothing of it may be found where it was left.
     engine = {"slots": 1, "threads": arguments.threads}
     return Config(

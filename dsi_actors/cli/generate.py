@@ -177,9 +177,10 @@ class _Printer:
 
 def _prepare_drafter(config: Config) -> None:
     """A model that is not there or must be converted shows before anything is started."""
-    reference = None if config.drafter is None else config.drafter.removeprefix(NGRAM_FOR)
-    if reference is not None and reference not in (SELF_INT8, NGRAM, RANDOM):
-        resolve_model(reference)
+    for drafter in config.drafters:
+        reference = drafter.removeprefix(NGRAM_FOR)
+        if reference not in (SELF_INT8, NGRAM, RANDOM):
+            resolve_model(reference)
 
 
 @contextmanager
@@ -219,7 +220,8 @@ def _encode(arguments: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
 def _greeting(config: Config) -> str:
     if config.listen is not None:
         return f"listening on {config.listen}"
-    drafter = "no drafter" if config.drafter is None else f"a drafter ({config.drafter})"
+    drafter = "a drafter for each of " if len(config.drafters) > 1 else "a drafter "
+    drafter = f"{drafter}({', '.join(config.drafters)})" if config.drafters else "no drafter"
     return f"starting {config.local_servers} target server(s) ({config.target}) and {drafter}"
 
 

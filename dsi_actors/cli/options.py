@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any, Literal, TypeAlias
 
 from dsi_actors.config import ALGORITHMS, Config, Sampling
+from dsi_actors.errors import ConfigError
 from dsi_protocol import OptionValue
 
 SubParsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -29,9 +30,10 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
         help="the model: a directory, a .gguf file, package:NAME or a hub name (default %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--drafter", default=default_of(Config, "drafter"), metavar="REF",
+        "--drafter", action="append", default=[], metavar="REF", dest="drafters",
         help="self-int8 (the target's own weights in int8), ngram (prompt lookup), none, or a model, of another "
-        "vocabulary, too; ngram+REF is the drafter REF, for which prompt lookup guesses (default %(default)s)",
+        "vocabulary, too; ngram+REF is the drafter REF, for which prompt lookup guesses; several: each generation takes "
+        f"the one that is the fastest for it (default {default_of(Config, 'drafter')})",
     )  # fmt: skip
     parser.add_argument(
         "--sp", type=int, metavar="N",
@@ -84,6 +86,16 @@ def lookahead(text: str) -> int | Literal["auto"]:
     raise argparse.ArgumentTypeError(f"{text!r}: give auto or a whole number of at least 1")
 
 
+def _drafters(references: list[str]) -> tuple[str, ...] | str | None:
+    """Raises ConfigError."""
+    if references == ["none"]:
+        return None
+    if "none" in references:
+        raise ConfigError("--drafter none goes with no other drafter: leave one out")
+    default: str = default_of(Config, "drafter")
+    return tuple(references) or default
+
+
 def config_from(
     arguments: argparse.Namespace, *, listen: str | None = None, insecure: bool = False, keys: str | None = None,
     max_generations: int = default_of(Config, "max_generations"),
@@ -94,7 +106,7 @@ def config_from(
     }
     return Config(
         target=arguments.target,
-        drafter=None if arguments.drafter == "none" else arguments.drafter,
+        drafter=_drafters(arguments.drafters),
         sp=arguments.sp,
         devices=tuple(arguments.devices),
         listen=listen,

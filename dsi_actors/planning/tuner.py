@@ -160,6 +160,12 @@ class Tuner:
         weight = min(1.0, _LATENCY_WEIGHT * tokens) if known.drafter_ms > 0 else 1.0
         known.drafter_ms += weight * (took_ms / max(1, tokens) - known.drafter_ms)
 
+    def drafter_is(self, drafter_ms: float, accepted: float, judged: float) -> None:
+        """Another one from now on, of which this is known."""
+        known = self.estimates
+        known.drafter_ms, known.accepted, known.judged = drafter_ms, accepted, judged
+        self._since_look = _LOOK_EVERY
+
     def judged(self, accepted: int, judged: int) -> None:
         """So many further drafts were compared with the target's own, and so many of them were equal."""
         if judged:

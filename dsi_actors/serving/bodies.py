@@ -94,6 +94,7 @@ def _cost(choice: Choice) -> dict[str, Any]:
         "seed": choice.seed,
         "algorithm": report.algorithm,
         "sp": report.sp,
+        "drafter": report.drafter,
         "lookahead": report.lookahead,
         "acceptance_rate": report.acceptance_rate,
         "target_forwards": report.target_forwards,

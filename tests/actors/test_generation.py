@@ -10,6 +10,7 @@ from dsi_actors.actors.scheduler import Scheduler
 from dsi_actors.actors.worker_handle import WorkerHandle
 from dsi_actors.config import Sampling
 from dsi_actors.core import GenerationCore
+from dsi_actors.planning.drafters import DrafterChoice, Drafters
 from dsi_actors.planning.tuner import Estimates, Tuner
 from dsi_protocol import CloseGeneration, FromOrchestrator, Hello, OpenGeneration, Verify
 
@@ -27,7 +28,8 @@ async def test_a_worker_that_failed_is_not_used_again_even_if_a_grant_was_on_its
     generation = Generation(
         1, GenerationCore((1, 2), policy=tuner.choose(), max_tokens=4), Scheduler(), tuner,
         vocabulary_size=1000, sampling=Sampling(max_tokens=4), correlation="g", first_target_wait_s=1.0,
-        target_wait_s=1.0, on_tokens=lambda tokens: None, on_end=lambda error: None, on_learned=lambda known: None,
+        target_wait_s=1.0, on_tokens=lambda tokens: None, on_end=lambda error: None, on_learned=lambda known, drafter: None,
+        drafters=DrafterChoice(Drafters()),
     )  # fmt: skip
     running = asyncio.create_task(generation.run())
     await asyncio.sleep(0)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dsi_actors.actors.scheduler import GivenBack, Released, Requested, Scheduler, WorkerGone, WorkerReady
+from dsi_actors.actors.scheduler import Exchanged, GivenBack, Released, Requested, Scheduler, WorkerGone, WorkerReady
 from dsi_actors.actors.worker_handle import WorkerHandle
 from dsi_protocol import Hello, Ready
 
 
-def worker(number: int, role: str, slots: int = 1) -> WorkerHandle:
+def worker(number: int, role: str, slots: int = 1, kind: str = "") -> WorkerHandle:
     hello = Hello(1, number, role, "timed", "", "cpu:0", "host", number)
-    made = WorkerHandle(number, bytes([number]), hello, role, lambda message: None)
+    made = WorkerHandle(number, bytes([number]), hello, role, lambda message: None, kind=kind)
     made.ready = Ready("", 1000, 1 << 16, 8, 1000, 1000, slots, 0, 1)
     return made
 
@@ -148,3 +148,27 @@ def test_a_shared_worker_that_is_gone_is_withdrawn_from_all() -> None:
     assert [client.workers for client in clients] == [[], [], []]
     scheduler.receive(WorkerReady(worker(2, "target", 2)))
     assert [client.workers for client in clients] == [[2], [2], []]
+
+
+def test_drafters_of_several_kinds_are_exchanged() -> None:
+    scheduler, first, second = Scheduler(), Client(1), Client(2)
+    a, b, also_b = (worker(number, "drafter", kind=kind) for number, kind in ((7, "a"), (8, "b"), (9, "b")))
+    for ready in (T1, a, b):
+        scheduler.receive(WorkerReady(ready))
+    assert scheduler.drafter_kinds == ["a", "b"]
+    scheduler.receive(Requested(first, 1, wants_drafter=True, kind="b"))
+    assert first.workers == [8, 1]
+    scheduler.receive(Requested(second, 1, wants_drafter=True, kind="b"))
+    assert second.workers == [7], "one of another kind is better than none"
+    scheduler.receive(Exchanged(second, "b"))
+    assert second.workers == [7], "there is none to be had"
+    scheduler.receive(WorkerReady(also_b))
+    scheduler.receive(Exchanged(second, "b"))
+    assert second.workers == [9]
+    scheduler.receive(Exchanged(second, "b"))
+    assert second.workers == [9]
+    scheduler.receive(Exchanged(first, "a"))
+    assert first.workers == [1, 7]
+    scheduler.receive(Exchanged(Client(3), "a"))
+    scheduler.receive(WorkerGone(a))
+    assert first.workers == [1, 8], "the kind that is left"

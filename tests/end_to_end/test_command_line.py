@@ -388,6 +388,8 @@ def test_ctrl_c_leaves_nothing_behind(model: Path, after_s: float) -> None:
         (["generate", PROMPT, "--lookahead", "0"], "give auto or a whole number of at least 1"),
         (["generate", PROMPT, "--max-tokens", "5000"], "together 5008 are over the target's limit of 512"),
         (["generate", "w1 " * 600, "--max-tokens", "1"], "the prompt has 600 tokens"),
+        (["generate", PROMPT, "--drafter", "none", "--drafter", "ngram"], "--drafter none goes with no other drafter"),
+        (["generate", PROMPT, "--drafter", "ngram", "--drafter", "ngram"], "the same drafter is named twice"),
         (["generate", PROMPT, "--gpu", "nine"], "'nine' is no device"),
         (["generate", PROMPT, "--gpu", "7"], "there is no GPU 7"),
         (["generate", PROMPT, "--dtype", "float8"], "invalid choice: 'float8'"),
@@ -493,17 +495,28 @@ def test_bench_load_finds_every_text_alike() -> None:
 def test_bench_real_holds_ours_beside_the_library(model: Path, prompts: Path) -> None:
     result = dsi_actors(
         "bench", "real", "--target", model, "--prompts", prompts, "--limit", "2", "--max-tokens", "12", "--gpu", "cpu",
-        "--library", "float32:1", "--drafter", "self-int8", "--drafter", "ngram+self-int8", "--json",
+        "--library", "float32:1", "--drafter", "self-int8", "--drafter", "ngram+self-int8", "--choose", "--json",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     rows = {row["way"]: row for row in json.loads(result.stdout)["results"]}
     assert list(rows) == [
         "float32, 1 threads: generate", "float32, 1 threads: assisted, same drafter",
         "float32, 1 threads: assisted, prompt lookup", "ours: AR", "ours: SI self-int8", "ours: DSI self-int8",
-        "ours: SI ngram+self-int8", "ours: DSI ngram+self-int8",
+        "ours: SI ngram+self-int8", "ours: DSI ngram+self-int8", "ours: DSI self-int8 or ngram+self-int8",
     ]  # fmt: skip
     assert all(row["differing"] == 0 and row["ms_per_token"] > 0 for row in rows.values())
     assert all(rows[way]["other_text_than_our_plain_decoding"] == 0 for way in rows), "no two of its logits are near"
+
+
+def test_generate_takes_one_of_several_drafters(model: Path) -> None:
+    done = dsi_actors(
+        "generate", PROMPT, "--target", model, "--gpu", "cpu", "--drafter", "ngram", "--drafter", "self-int8",
+        "--max-tokens", "120", "--ignore-eos", "--compare", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["identical"] is True
+    assert {row["drafter"] for row in result["results"]} <= {"", "ngram", "self-int8"}
 
 
 def test_bench_http_finds_every_text_alike() -> None:

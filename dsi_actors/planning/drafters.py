@@ -1,0 +1,121 @@
+"""Which drafter a generation takes, where there are several: the one under which tokens have come fastest. Pure.
+
+How often a drafter is right depends on the text, and no number of its own says what it is worth: one that has no idea half of
+the time may be right whenever it has one. So what counts is how long a token took. A generation begins with the drafter that has
+been the fastest of late; after a trial it changes to another one, if that was faster here, or elsewhere, or was never tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from dsi_actors.planning.tuner import Estimates
+
+#: Tokens after a change that are not counted (the drafter reads the text), and those after which it is judged.
+WARM_UP, TRIAL = 8, 24
+#: Tokens by which a drafter is judged from then on; what earlier generations told counts as so many.
+_MEMORY, _CARRIED = 64.0, 64.0
+#: Another one must have taken so much less time: a change costs the reading of the text.
+_BETTER = 0.93
+
+
+@dataclass(slots=True)
+class _Way:
+    """How long a token took, as a multiple of what it should take in plain decoding."""
+
+    tokens: float = 0.0
+    ratio: float = 0.0
+
+    def add(self, tokens: float, ratio: float, memory: float) -> None:
+        self.tokens += tokens
+        self.ratio += (ratio - self.ratio) * min(1.0, tokens / min(self.tokens, memory))
+
+
+@dataclass(frozen=True, slots=True)
+class Guesser:
+    """What the planner must know of a drafter: milliseconds of a token, and of so many judged how many were right."""
+
+    drafter_ms: float
+    accepted: float
+    judged: float
+
+
+def unjudged(drafter_ms: float) -> Guesser:
+    """Of which only the latency is known."""
+    return guesser_of(Estimates(drafter_ms=drafter_ms))
+
+
+def guesser_of(estimates: Estimates) -> Guesser:
+    return Guesser(estimates.drafter_ms, estimates.accepted, estimates.judged)
+
+
+class Drafters:
+    """What all generations of one orchestrator have learnt. A kind is what the configuration calls a drafter."""
+
+    def __init__(self) -> None:
+        self._ways: dict[str, _Way] = {}
+        self._guessers: dict[str, Guesser] = {}
+
+    def first(self, kinds: Iterable[str]) -> str:
+        """To begin with: one that was never tried, in the order given, else the fastest. "": there is none."""
+        return min(kinds, key=self.ratio, default="")
+
+    def ratio(self, kind: str) -> float:
+        """0: it was never tried."""
+        return self._ways[kind].ratio if kind in self._ways else 0.0
+
+    def guesser(self, kind: str) -> Guesser | None:
+        return self._guessers.get(kind)
+
+    def learn(self, kind: str, guesser: Guesser) -> None:
+        self._guessers[kind] = guesser
+
+    def _tried(self, kind: str, tokens: float, ratio: float) -> None:
+        self._ways.setdefault(kind, _Way()).add(tokens, ratio, _CARRIED)
+
+
+@dataclass(slots=True)
+class DrafterChoice:
+    """Of one generation."""
+
+    drafters: Drafters
+    #: The kind in use.
+    kind: str = ""
+    _here: dict[str, _Way] = field(default_factory=dict)
+    #: Tokens since the last change.
+    _since: float = 0.0
+    #: Another one was asked for.
+    _asked: bool = False
+
+    def use(self, kind: str) -> None:
+        """From now on this one drafts."""
+        self.kind, self._since, self._asked = kind, 0.0, False
+
+    def committed(self, tokens: int, took_ms: float, promised_ms: float) -> None:
+        """So many tokens while the drafter was in use; `promised_ms` is what one should take in plain decoding."""
+        counted = min(float(tokens), self._since + tokens - WARM_UP)
+        self._since += tokens
+        if counted > 0 and promised_ms > 0:
+            ratio = took_ms / tokens / promised_ms
+            self._here.setdefault(self.kind, _Way()).add(counted, ratio, _MEMORY)
+            self.drafters._tried(self.kind, counted, ratio)
+
+    def settled(self, kinds: Sequence[str]) -> bool:
+        """Whether each of them was tried, here or before: else what is slow now may be fast with another one."""
+        return all(self._ratio(kind) > 0 for kind in kinds)
+
+    def change(self, kinds: Sequence[str]) -> str | None:
+        """Of those that are there, the one to change to; none while the present one is on trial, or the best."""
+        here = self._here.get(self.kind)
+        if self._asked or here is None or here.tokens < TRIAL or self._since < WARM_UP + TRIAL:
+            return None
+        best = min(kinds, key=self._ratio, default=self.kind)
+        if best == self.kind or self._ratio(best) >= _BETTER * here.ratio:
+            return None
+        self._asked = True
+        return best
+
+    def _ratio(self, kind: str) -> float:
+        here = self._here.get(kind)
+        return here.ratio if here is not None and here.tokens >= TRIAL else self.drafters.ratio(kind)

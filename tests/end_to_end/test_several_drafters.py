@@ -1,0 +1,74 @@
+"""Several drafters of one orchestrator: each generation finds the one that is the fastest for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+import dsi_actors
+from support.timed import PROMPT, plain_decoding, text_of, timed_config, workers
+
+#: Never right, and nine times in ten.
+DRAFTERS = ("random", "good")
+
+
+@pytest.fixture
+def config() -> dsi_actors.Config:
+    return timed_config(drafter=DRAFTERS, target_ms=8, drafter_ms=1, acceptance=0.9)
+
+
+async def test_each_generation_takes_the_fastest(config: dsi_actors.Config) -> None:
+    expected = plain_decoding(PROMPT, 160)
+    async with dsi_actors.Orchestrator(config) as orchestrator:
+        assert sorted(worker.kind for worker in orchestrator.workers) == ["", "", *sorted(DRAFTERS)]
+        reports = []
+        for _ in range(2):
+            stream = orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=160))
+            assert await text_of(stream) == expected
+            reports.append(await stream.report())
+        learnt = orchestrator.estimates
+    first, second = reports
+    assert [report.drafter for report in reports] == ["good", "good"]
+    assert first.acceptance_rate < second.acceptance_rate, "the second one has begun with it"
+    assert second.ms_per_token < first.ms_per_token < 8
+    assert learnt.drafter_ms == pytest.approx(1, rel=0.5)
+    assert learnt.acceptance == pytest.approx(0.9, abs=0.1)
+
+
+async def test_a_drafter_that_dies_leaves_the_others(config: dsi_actors.Config) -> None:
+    expected = plain_decoding(PROMPT, 160)
+    async with dsi_actors.Orchestrator(config) as orchestrator:
+        await text_of(orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=100)))
+        [good] = [worker for worker in orchestrator.workers if worker.kind == "good"]
+        found: list[int] = []
+        async with orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=160)) as stream:
+            async for tokens in stream:
+                found += tokens
+                if not 40 <= len(found) < 40 + len(tokens):
+                    continue
+                os.kill(good.hello.process, signal.SIGKILL)
+        assert found == expected
+        assert await orchestrator.wait_for_workers(targets=2, drafters=2, timeout_s=10), "it is started again"
+        assert await text_of(orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=160))) == expected
+
+
+async def test_plain_decoding_asks_no_drafter(config: dsi_actors.Config) -> None:
+    async with dsi_actors.Orchestrator(config) as orchestrator:
+        stream = orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=40), algorithm="ar")
+        assert await text_of(stream) == plain_decoding(PROMPT, 40)
+        report = await stream.report()
+    assert (report.drafter, report.drafted_tokens) == ("", 0)
+
+
+async def test_workers_that_ask_become_what_is_missing(tmp_path: Path) -> None:
+    """One after another: a target server first, then a drafter of each kind, then more target servers."""
+    config = timed_config(drafter=DRAFTERS, listen=f"ipc://{tmp_path}/dsi.sock")
+    async with dsi_actors.Orchestrator(config) as orchestrator:
+        with workers(orchestrator.endpoint, [], [], [], []):
+            assert await orchestrator.wait_for_workers(targets=2, drafters=2, timeout_s=20)
+            assert sorted(worker.kind for worker in orchestrator.workers) == ["", "", *sorted(DRAFTERS)]
+            stream = orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=40))
+            assert await text_of(stream) == plain_decoding(PROMPT, 40)
