@@ -125,9 +125,14 @@ class Config:
             return self.sp
         if self.engine == "timed":  # which takes time, but no device
             return 2
-        threads = self.target_options.get("threads", 1)
         models = sum(drafter != NGRAM for drafter in self.drafters)
-        return servers_beside_drafters(self.devices, models, threads=threads if type(threads) is int else 1)
+        return servers_beside_drafters(self.devices, models, threads=self.threads)
+
+    @property
+    def threads(self) -> int:
+        """Of a local target server."""
+        threads = self.target_options.get("threads", 1)
+        return threads if type(threads) is int and threads > 0 else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

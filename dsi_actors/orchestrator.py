@@ -16,11 +16,11 @@ from dsi_actors.actors.generation import Generation
 from dsi_actors.actors.root import Root
 from dsi_actors.actors.supervisor import WorkerSpec, WorkerSupervisor
 from dsi_actors.actors.worker_handle import WorkerHandle
-from dsi_actors.config import ALGORITHMS, Algorithm, Config, Sampling
+from dsi_actors.config import ALGORITHMS, NGRAM, Algorithm, Config, Sampling
 from dsi_actors.core import GenerationCore
 from dsi_actors.core.actions import Action
 from dsi_actors.core.events import Event
-from dsi_actors.devices import local_devices
+from dsi_actors.devices import crowding, local_devices
 from dsi_actors.errors import (
     ConfigError,
     NoTargetError,
@@ -229,11 +229,16 @@ class Orchestrator:
         config = self.config
         roles = [("target", "")] * config.local_servers + [("drafter", drafter) for drafter in config.drafters]
         devices = local_devices(config.devices)
+        places = [devices[index % len(devices)] for index in range(len(roles))]
+        # Of several drafters one computes for a generation, and prompt lookup needs no device.
+        busy = config.local_servers + any(drafter != NGRAM for drafter in config.drafters)
+        if config.engine != "timed" and (problem := crowding(places[:busy], config.threads)) is not None:
+            log.warning(problem)
         root.supervisor = WorkerSupervisor(self.endpoint, config, root.on_exit)
         root.start_permanent(root.supervisor)
         await asyncio.sleep(0)
-        for index, (role, model) in enumerate(roles):
-            root.supervisor.start_worker(WorkerSpec(devices[index % len(devices)], role, model))
+        for place, (role, model) in zip(places, roles, strict=True):
+            root.supervisor.start_worker(WorkerSpec(place, role, model))
         begun = time.monotonic()
         all_ready = await root.wait_until(
             lambda: len(root.ready_workers) == len(roles) or bool(root.exits) or root.ended, config.ready_timeout_s

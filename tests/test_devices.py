@@ -8,7 +8,7 @@ import pytest
 
 from dsi_actors.actors.worker_handle import WorkerHandle
 from dsi_actors.config import Config
-from dsi_actors.devices import device_name, local_devices, servers_beside_drafters
+from dsi_actors.devices import crowding, device_name, local_devices, servers_beside_drafters
 from dsi_actors.errors import ConfigError
 from dsi_actors.orchestrator import can_overlap
 from dsi_protocol import Hello
@@ -19,7 +19,7 @@ def visible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
 
 
-def cores(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def have_cores(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(number)), raising=False)
 
 
@@ -45,18 +45,36 @@ def test_each_gpu_has_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_a_cpu_each_worker_has_cores_of_its_own(
     number: int, threads: int, drafters: int, servers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cores(monkeypatch, number)
+    have_cores(monkeypatch, number)
     assert servers_beside_drafters(["cpu"], drafters, threads=threads) == servers
 
 
 def test_a_configuration_says_how_many_servers_are_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    cores(monkeypatch, 2)
+    have_cores(monkeypatch, 2)
     assert Config(sp=5, devices=("cpu",)).local_servers == 5
     assert Config(devices=("cpu",)).local_servers == 1
     assert Config(devices=("cpu",), drafter="ngram").local_servers == 2
     assert Config(devices=("cpu",), drafter="ngram+self-int8").local_servers == 1
     assert Config().local_servers == 3
     assert Config(engine="timed", devices=("cpu",)).local_servers == 2
+
+
+@pytest.mark.parametrize(
+    ("devices", "threads", "problem"),
+    [
+        (["cpu", "cpu"], 1, None),
+        (["cpu", "cpu"], 2, "2 workers with 2 thread(s) each share 2 core(s): they slow one another down"),
+        (["cpu", "cpu", "cpu"], 1, "3 workers with 1 thread(s) each share 2 core(s): they slow one another down"),
+        (["0", "1"], 8, None),
+        (["0", "1", "1"], 1, "2 workers share cuda:1: they take turns"),
+        (["0", "cpu"], 2, None),
+    ],
+)
+def test_workers_without_a_device_of_their_own_are_told_of(
+    devices: list[str], threads: int, problem: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have_cores(monkeypatch, 2)
+    assert crowding(devices, threads) == problem
 
 
 @pytest.mark.parametrize(

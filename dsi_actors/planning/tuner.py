@@ -39,7 +39,7 @@ class Estimates:
     #: Positions of one verification forward.
     window: int = 1
     drafter_ms: float = 0.0
-    #: `target_ms` as the worker measured it at its start, when it was alone.
+    #: `target_ms` as the worker measured it at its start, or as it was since if that was less: others may have started then, too.
     calibrated_ms: float = 0.0
     #: What each further position adds to a forward for several generations.
     position_ms: float = 0.0
@@ -143,6 +143,7 @@ class Tuner:
         factor = 1 + _LATENCY_WEIGHT * (took_ms / max(1e-6, known.cost_ms(positions)) - 1)
         known.target_ms *= factor
         known.window_ms *= factor
+        known.calibrated_ms = min(known.calibrated_ms, known.target_ms)
 
     def paced(self, tokens: int, took_ms: float) -> None:
         """So many tokens were committed, so long after the ones before; 0 where that says nothing."""

@@ -207,3 +207,16 @@ def test_a_drafter_that_takes_nothing_is_not_left() -> None:
         for _ in range(100):
             tuner.paced(1, 50.0)
         assert pace.speculation_pays is speculates
+
+
+def test_what_was_measured_among_others_that_started_is_no_promise() -> None:
+    tuner = Tuner("dsi", 1, None, Estimates(100.0, 150.0, 8, drafter_ms=10.0, calibrated_ms=100.0))
+    for _ in range(60):
+        tuner.verified(4, 60.0)
+    assert tuner.estimates.promised_ms < 60
+    promised_ms = tuner.estimates.promised_ms
+    for _ in range(60):
+        tuner.verified(4, 300.0)
+    assert tuner.estimates.promised_ms == promised_ms, (
+        "that a drafter slows the target down is not the target's promise"
+    )
