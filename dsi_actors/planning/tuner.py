@@ -23,6 +23,8 @@ _LATENCY_WEIGHT = 0.1
 _LEAST_MS = 1e-3
 #: Of the target's latency. Prompt lookup takes less; and its drafts come in bursts, of which a trial sees too few.
 _NOTHING = 0.01
+#: Of a drafter's latency: so little time takes only what it does not compute.
+_COPIED = 0.02
 #: Judged tokens between two looks at the policy, and how much must have changed for another one.
 _LOOK_EVERY = 4
 _ACCEPTANCE_STEP = 0.04
@@ -157,7 +159,10 @@ class Tuner:
         self._pace.committed(tokens, took_ms, speculating=speculating, promised_ms=known.promised_ms)
 
     def drafted(self, tokens: int, took_ms: float) -> None:
+        """A block of drafts. One that took next to no time was copied from the text: others will not be."""
         known, took_ms = self.estimates, max(_LEAST_MS * tokens, took_ms)
+        if took_ms < _COPIED * known.drafter_ms * tokens:
+            return
         weight = min(1.0, _LATENCY_WEIGHT * tokens) if known.drafter_ms > 0 else 1.0
         known.drafter_ms += weight * (took_ms / max(1, tokens) - known.drafter_ms)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsi_workers.engines import Engine, Interrupted, load_engine
+from dsi_workers.engines import Engine, Interrupted, Task, load_engine
 from dsi_workers.lookup import Lookup
 from dsi_workers.session import SamplingParameters, Session
 from dsi_workers.suffix_index import SuffixIndex, Text, Texts
@@ -42,7 +42,7 @@ def draft(engine: Engine, session: Session, count: int) -> list[int]:
 def test_it_drafts_what_it_would_have_drafted(model: Path, sampling: SamplingParameters) -> None:
     """Whatever was rejected, written otherwise or interrupted before."""
     plain, guessing = drafter(model), drafter(model, lookup=True)
-    cast("Any", guessing)._lookup = Lookup(FLAT, remember=True)  # so that many guesses are worth it
+    cast("Any", guessing)._lookup = Lookup(FLAT, remember=True, sure=2.0)  # many guesses are worth it, none is copied
     chance = random.Random(1)
     for generation in range(8):
         sessions = [Session(generation, 5, "test", sampling) for _ in range(2)]
@@ -71,7 +71,7 @@ def test_it_drafts_what_it_would_have_drafted(model: Path, sampling: SamplingPar
 
 def test_text_that_repeats_takes_few_forwards(model: Path) -> None:
     plain, guessing = drafter(model), drafter(model, lookup=True)
-    cast("Any", guessing)._lookup = Lookup(FLAT, remember=True)
+    cast("Any", guessing)._lookup = Lookup(FLAT, remember=True, sure=2.0)
     text = draft(plain, session_of([3, 14, 15]), 120)
     first = session_of([3, 14, 15], generation=1)
     assert draft(guessing, first, 120) == text
@@ -93,6 +93,84 @@ def test_guesses_that_are_wrong_are_left_and_tried_again() -> None:
     assert 2 <= sum(tried[:50]) < 20
     assert 1 <= sum(tried[200:]) < 25
     assert lookup.guess(session, 0) == []
+
+
+def surely(lookup: Lookup) -> Lookup:
+    """It has been right for long."""
+    for record in lookup._records.values():
+        record.count(200, 200)
+    return lookup
+
+
+def test_what_was_always_right_is_copied_until_the_model_is_too_far_behind() -> None:
+    lookup = Lookup(FLAT, remember=False)
+    session = session_of(list(range(100)) * 2)
+    session.computed = 200
+    assert lookup.copy(session, 7) == [], "it was not right yet"
+    surely(lookup)
+    copied: list[int] = []
+    while found := lookup.copy(session, 7):
+        copied += found
+        session.write(len(session.tokens), found)
+    assert copied == list(range(len(copied)))
+    assert 48 - 7 < len(copied) <= 48
+    session.computed = len(session.tokens)
+    assert len(lookup.copy(session, 3)) == 3
+    assert lookup.copy(session_of([1, 2, 3] * 4, generation=2), 7) == [], "three are not worth it"
+
+
+@pytest.mark.parametrize("right", [0, 3, 6])
+def test_a_copy_that_was_wrong_counts_as_a_guess_that_was_wrong(right: int) -> None:
+    copying, checking = (surely(Lookup(FLAT, remember=False)) for _ in range(2))
+    sessions = [session_of(list(range(20)) * 2) for _ in range(2)]
+    for session in sessions:
+        session.computed = 40
+    copied, guess = copying.copy(sessions[0], 7), checking.guess(sessions[1], 7)
+    assert copied == guess
+    sessions[0].write(40, copied)
+    later = copying.copy(sessions[0], 7)
+    sessions[0].write(47, later)
+    checking.checked(sessions[1], guess, right=right)
+    sessions[0].truncate(40 + right)
+    sessions[0].write(40 + right, [99])  # the target says something else, and what follows it is gone
+    copying.copy(sessions[0], 7)
+    found, expected = (lookup._records[4] for lookup in (copying, checking))
+    assert found.right == pytest.approx(expected.right, rel=0.02)
+    assert found.checked - found.right == pytest.approx(expected.checked - expected.right, rel=0.02)
+
+
+def test_what_was_dropped_with_what_was_before_it_says_nothing() -> None:
+    lookup = surely(Lookup(FLAT, remember=False))
+    session = session_of(list(range(20)) * 2)
+    session.computed = 40
+    before = lookup._records[4].right, lookup._records[4].checked
+    session.write(40, lookup.copy(session, 7))
+    session.truncate(30)
+    session.write(30, [99])
+    lookup.copy(session, 7)
+    record = lookup._records[4]
+    assert record.right == pytest.approx(before[0], rel=0.02)
+    assert record.checked == pytest.approx(before[1], rel=0.02)
+
+
+def test_copying_takes_no_forwards(model: Path) -> None:
+    copying = drafter(model, lookup=True)
+    line = list(range(20, 32))
+    found = session_of(line * 4)
+    copying.draft(found, 1, NoInterrupt())  # it reads the text
+    cast("Any", copying)._lookup = surely(Lookup(FLAT, remember=True))
+    before = copying.forwards
+    assert draft(copying, found, 36) == line * 3
+    assert copying.forwards == before
+    assert draft(copying, found, 14)[:7] == line[:7]
+    assert copying.forwards > before, "it read what it was behind, and said a token of its own"
+    assert found.computed > 48 + 36
+    pair = session_of(line * 2, generation=2), session_of([7, 7, 3], generation=3)  # in one step, of which one copies
+    tasks = [Task(session, len(session.tokens), 4) for session in pair]
+    copying.step(tasks, NoInterrupt())
+    assert [task.done for task in tasks] == [True, True]
+    assert tasks[0].answer.tokens == line[:4]
+    assert len(tasks[1].answer.tokens) == 1
 
 
 def test_what_is_dear_is_not_done() -> None:

@@ -97,6 +97,7 @@ class TransformersEngine(Engine):
     # A step
 
     def step(self, tasks: Sequence[Task], interrupt: Interrupt) -> None:
+        tasks = [task for task in tasks if not self._copies(task)]
         self._forward.interrupt = interrupt
         counted = self._forward.count
         try:
@@ -201,6 +202,13 @@ class TransformersEngine(Engine):
 
         costs_us = {rows: cost_us(rows) for rows in (1, 2, 4, 8)}
         return Lookup(costs_us, remember=options.get("remember", True) is not False)
+
+    def _copies(self, task: Task) -> bool:
+        """Whether the task is done by what followed the same tokens before."""
+        if self._lookup is not None and task.count is not None:
+            task.answer.tokens = self._lookup.copy(task.session, task.count)
+            task.done = bool(task.answer.tokens)
+        return task.done
 
     def _guess(self, task: Task) -> list[int]:
         if self._lookup is None or task.count is None or len(task.session.tokens) - _position(task) > 1:
