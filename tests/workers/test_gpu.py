@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,15 +17,19 @@ import torch
 
 pytest.importorskip("triton", reason="kernels for a GPU need Triton")
 
+from dsi_protocol import OptionValue
 from dsi_protocol.gumbel import stream_key
 from dsi_workers.decoder import Decoder
+from dsi_workers.engines import Task, load_engine
 from dsi_workers.engines.base import Interrupted
+from dsi_workers.engines.bits import Widths
 from dsi_workers.engines.forward import Forward, Run
+from dsi_workers.engines.transformers import TransformersEngine
 from dsi_workers.gpu.decoder import GpuDecoder
 from dsi_workers.gpu.product import Product
 from dsi_workers.quantization import Int8Linear
 from dsi_workers.sampling import gumbel_noise
-from support.engines import InterruptAfter
+from support.engines import InterruptAfter, NoInterrupt, make_tiny_model, session_of
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if GPU else "cpu")
@@ -158,6 +163,37 @@ def test_what_is_beyond_a_text_is_neither_read_nor_written() -> None:
             assert (tensor[1:] == 1e4).all()
 
 
+@pytest.mark.parametrize(("role", "unread"), [("target", (16, 16, 1, 1, 1, 1, 1, 1)), ("drafter", (0,) * 10)])
+def test_generations_share_no_forward_that_is_too_wide_for_the_kernels(
+    role: str, unread: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each run takes whole groups of rows: two windows of 16 and six single rows are 80, not 38."""
+    monkeypatch.setattr("dsi_workers.engines.load.pack", lambda linear, rows: linear)  # as on a GPU
+    options: dict[str, OptionValue] = {"window": 16, "slots": 10, "quantization": "none", "calibrate": False}
+    model = str(make_tiny_model(tmp_path))
+    engine = load_engine("transformers", role=role, model=model, device=str(DEVICE), options=options)
+    assert isinstance(engine, TransformersEngine)
+    if not GPU:
+        own = engine._forward._decoder
+        assert isinstance(own, Decoder)
+        engine._forward._decoder = GpuDecoder(own)
+        engine._widths = Widths({rows: 1.0 for rows in (1, 2, 4, 8, 16, 32, 64)})
+    shared: list[int] = []
+    compute = GpuDecoder.__call__
+
+    def counted(self: GpuDecoder, packed: Any, cache: Any, between_layers: Any) -> torch.Tensor:
+        shared.append(len(packed.segments))
+        return compute(self, packed, cache, between_layers)
+
+    monkeypatch.setattr(GpuDecoder, "__call__", counted)
+    sessions = [session_of([5, *range(10, 10 + more)], prompt_length=1, generation=n) for n, more in enumerate(unread)]
+    tasks = [Task(session, len(session.tokens), None if role == "target" else 1) for session in sessions]
+    while left := [task for task in tasks if not task.done]:
+        engine.step(left, NoInterrupt())
+    assert sum(shared) >= len(tasks)
+    assert max(shared) > 1
+
+
 @pytest.mark.parametrize("checks", [1, 2])
 def test_an_interrupt_takes_effect_within_a_forward_and_leaves_no_trace(
     checks: int, monkeypatch: pytest.MonkeyPatch
@@ -175,10 +211,15 @@ def test_an_interrupt_takes_effect_within_a_forward_and_leaves_no_trace(
 def test_a_cache_of_its_own_gets_a_recording_of_its_own() -> None:
     own, config = decoder()
     shared = GpuDecoder(own)
-    first, second = (Forward(shared, config, DEVICE, slots=1, capacity=CAPACITY) for _ in range(2))
-    [expected] = logits_of(first, [run_of(0, 0, 4)])
-    logits_of(second, [run_of(0, 0, 1)])
-    assert torch.equal(logits_of(second, [run_of(0, 0, 4)])[0], expected)
+    first, second = (Forward(shared, config, DEVICE, slots=2, capacity=CAPACITY) for _ in range(2))
+    logits_of(first, [run_of(0, 0, 8)])
+    logits_of(second, [run_of(1, 0, 8)])
+    [expected] = logits_of(first, [run_of(0, 8, 4)])
+    logits_of(second, [run_of(1, 8, 4)])
+    assert torch.equal(logits_of(first, [run_of(0, 8, 4)])[0], expected)
+    assert not torch.equal(logits_of(second, [run_of(0, 8, 4)])[0], expected), (
+        "another text came before, in the other cache"
+    )
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -48,7 +48,7 @@ class Decoder:
     """A model as a function of rows of several generations, packed one after another, whose keys a SlotCache holds."""
 
     recorded_rows: Sequence[int] = ()
-    sums_in_one_order = False
+    group_rows, sums_in_one_order = 1, False
 
     def __init__(self, weights: Mapping[str, torch.Tensor], config: Any, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Weights and configuration have the library's names; cos and sin are [positions, head_dim]."""

@@ -65,7 +65,7 @@ class LibraryDecoder:
     """Called like a Decoder."""
 
     recorded_rows: Sequence[int] = ()
-    sums_in_one_order = False
+    group_rows, sums_in_one_order = 1, False
 
     def __init__(self, model: Any, config: Any, last_position: int) -> None:
         """Padding may lie beyond the last position that the model knows, where its rope would change for all."""

@@ -59,6 +59,8 @@ class ComputesLogits(Protocol):
     #: Forwards of so many rows are recorded when they are first computed, others are widened to these; more rows are computed
     #: in another way, as prompts are. Empty: none is recorded.
     recorded_rows: Sequence[int]
+    #: A run takes a multiple of so many rows.
+    group_rows: int
     #: Whether attention and norms do not depend on the number of rows: kernels of our own are made so.
     sums_in_one_order: bool
 
@@ -127,6 +129,10 @@ class Forward:
     @property
     def recorded_rows(self) -> Sequence[int]:
         return self._decoder.recorded_rows
+
+    def rows_of(self, run: Run) -> int:
+        """What it takes of the most rows that a forward may have."""
+        return _round_up(run.width, self._decoder.group_rows)
 
     @property
     def sums_in_one_order(self) -> bool:

@@ -117,11 +117,12 @@ class TransformersEngine(Engine):
     def _groups(self, tasks: Sequence[Task], runs: Mapping[int, Run]) -> list[list[Task]]:
         """Tasks that share a forward: pieces of prompts have one of their own, the others as many as the bits allow."""
         groups: list[list[Task]] = [[]]
+        most = self._widths.most if self._exact else max(self._forward.recorded_rows, default=1 << 30)
         for task in tasks:
-            rows = sum(runs[id(other)].width for other in groups[0]) + runs[id(task)].width
+            rows = sum(self._forward.rows_of(runs[id(each)]) for each in (*groups[0], task))
             if len(tasks) > 1 and self.reads_alone(task):
                 groups.append([task])
-            elif groups[0] and self._exact and rows > self._widths.most:
+            elif groups[0] and rows > most:
                 groups.insert(0, [task])
             else:
                 groups[0].append(task)

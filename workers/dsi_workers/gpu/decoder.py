@@ -5,8 +5,8 @@ So there are seven for each layer (kernels.py), and Python starts none of them: 
 few layers, with at most two of them under way, so that a cancel takes effect within a forward.
 
 Rows come in groups, each of one generation; where they stand and which slot they read are numbers in device memory. So one
-recording serves all generations, positions and batches of as many rows. Prompts have more: they are computed by the decoder
-that this one stands on.
+recording serves all generations, positions and batches of as many rows. A run of more rows than any recording has, as of a
+prompt, is computed by the decoder that this one stands on.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class GpuDecoder:
     """Stands for the decoder: same weights, same cache."""
 
     recorded_rows: Sequence[int] = (16, 32, MOST_ROWS)
-    sums_in_one_order = True
+    group_rows, sums_in_one_order = GROUP, True
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -54,6 +54,9 @@ class GpuDecoder:
         """Logits [len(packed.kept), vocabulary]."""
         groups = sum(triton.cdiv(segment.width, GROUP) for segment in packed.segments)
         if groups * GROUP > MOST_ROWS:
+            assert len(packed.segments) == 1, (
+                "what several generations share would have other bits than what each has alone"
+            )
             return self._decoder(packed, cache, between_layers)
         rows = rows_for(groups * GROUP)
         recording = self._recordings.get(rows)
