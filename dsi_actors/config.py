@@ -76,6 +76,9 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(self.target != "" or self.engine == "timed", "target is empty: give a model reference")
+        _require(
+            all(isinstance(kind, str) for kind in self.drafters), "a drafter is named by a text: give a model reference"
+        )
         for kind in self.drafters:
             drafter = kind.removeprefix(NGRAM_FOR)
             _require(drafter != "", "drafter is empty: give a model reference, self-int8, ngram or None")

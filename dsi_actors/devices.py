@@ -27,16 +27,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def crowding(devices: Sequence[str], threads: int) -> str | None:
-    """What is wrong if a worker that computes is started on each of these devices (as for local_devices); None: nothing."""
-    names = [device_name(device) for device in devices]
-    on_cpu = sum(name.startswith("cpu") for name in names)
-    if on_cpu * threads > cores():
-        return f"{on_cpu} workers with {threads} thread(s) each share {cores()} core(s): they slow one another down"
-    for name in names:
-        if not name.startswith("cpu") and names.count(name) > 1:
-            return f"{names.count(name)} workers share {name}: they take turns"
-    return None
+def crowding(targets: Sequence[str], drafters: Sequence[str], threads: int) -> str | None:
+    """What is wrong if workers that compute are started on these devices (as for local_devices); None: nothing. Of several
+    drafters one computes for a generation."""
+    on_cpu = [name for name in map(device_name, targets) if name.startswith("cpu")]
+    on_cpu += [name for name in map(device_name, drafters) if name.startswith("cpu")][:1]
+    if len(on_cpu) * threads > cores():
+        each = "1 thread" if threads == 1 else f"{threads} threads"
+        return f"{len(on_cpu)} workers with {each} each have {cores()} cores: they slow one another down"
+    on_gpus = [name for name in map(device_name, [*targets, *drafters]) if not name.startswith("cpu")]
+    crowd = next((name for name in on_gpus if on_gpus.count(name) > 1), None)
+    return None if crowd is None else f"{on_gpus.count(crowd)} workers share {crowd}: they take turns"
 
 
 def servers_beside_drafters(wanted: Sequence[str], drafters: int, *, threads: int) -> int:

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Literal
 
 from dsi_actors.actors.generation import Generation
+from dsi_actors.actors.pacing import Pacing, can_overlap
 from dsi_actors.actors.root import Root
 from dsi_actors.actors.supervisor import WorkerSpec, WorkerSupervisor
 from dsi_actors.actors.worker_handle import WorkerHandle
@@ -152,7 +153,7 @@ class Orchestrator:
                 number,
                 core,
                 root.scheduler,
-                tuner,
+                Pacing(tuner, DrafterChoice(self._drafters, self._first_drafter(root))),
                 vocabulary_size=target.ready.vocabulary_size,
                 sampling=sampling,
                 correlation=correlation,
@@ -161,7 +162,6 @@ class Orchestrator:
                 on_tokens=channel.put,
                 on_end=channel.end,
                 on_learned=self._learn,
-                drafters=DrafterChoice(self._drafters, self._first_drafter(root)),
                 observe=self._observer,
             )
             root.start_generation(generation, channel)
@@ -227,12 +227,14 @@ class Orchestrator:
 
     async def _start_local_workers(self, root: Root) -> None:
         config = self.config
-        roles = [("target", "")] * config.local_servers + [("drafter", drafter) for drafter in config.drafters]
+        # Prompt lookup needs no device: it comes last.
+        drafters = sorted(config.drafters, key=lambda drafter: drafter == NGRAM)
+        roles = [("target", "")] * config.local_servers + [("drafter", drafter) for drafter in drafters]
         devices = local_devices(config.devices)
         places = [devices[index % len(devices)] for index in range(len(roles))]
-        # Of several drafters one computes for a generation, and prompt lookup needs no device.
-        busy = config.local_servers + any(drafter != NGRAM for drafter in config.drafters)
-        if config.engine != "timed" and (problem := crowding(places[:busy], config.threads)) is not None:
+        models = sum(drafter != NGRAM for drafter in drafters)
+        problem = crowding(places[: config.local_servers], places[config.local_servers :][:models], config.threads)
+        if config.engine != "timed" and problem is not None:
             log.warning(problem)
         root.supervisor = WorkerSupervisor(self.endpoint, config, root.on_exit)
         root.start_permanent(root.supervisor)
@@ -320,7 +322,10 @@ class Orchestrator:
 
     def _tuner(self, root: Root, algorithm: Algorithm, sp: int, lookahead: int | Literal["auto"]) -> Tuner:
         self._pace.generation_begins()
-        overlaps = can_overlap(root.of_role("target"), root.of_role("drafter"))
+        kind = self._first_drafter(root)
+        overlaps = can_overlap(
+            root.of_role("target"), [worker for worker in root.of_role("drafter") if worker.kind == kind]
+        )
         fixed = None if lookahead == "auto" else lookahead
         tuner = Tuner(algorithm, sp, fixed, self.estimates, self._pace, overlaps=overlaps)
         targets = max(1, len(root.of_role("target")))
@@ -360,13 +365,6 @@ class Orchestrator:
         self._learned = estimates
         if drafter:
             self._drafters.learn(drafter, guesser_of(estimates))
-
-
-def can_overlap(targets: Sequence[WorkerHandle], drafters: Sequence[WorkerHandle]) -> bool:
-    """Whether some drafter can compute while the targets do. Processes on one GPU take turns, and lose time by it."""
-    taken = {(worker.hello.host, worker.hello.device) for worker in targets}
-    places = {(worker.hello.host, worker.hello.device) for worker in drafters}
-    return not places or any(not device.startswith("cuda") or (host, device) not in taken for host, device in places)
 
 
 def _position_us(ready: Ready) -> float:

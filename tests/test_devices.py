@@ -6,11 +6,11 @@ import os
 
 import pytest
 
+from dsi_actors.actors.pacing import can_overlap
 from dsi_actors.actors.worker_handle import WorkerHandle
 from dsi_actors.config import Config
 from dsi_actors.devices import crowding, device_name, local_devices, servers_beside_drafters
 from dsi_actors.errors import ConfigError
-from dsi_actors.orchestrator import can_overlap
 from dsi_protocol import Hello
 
 
@@ -60,21 +60,23 @@ def test_a_configuration_says_how_many_servers_are_started(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("devices", "threads", "problem"),
+    ("targets", "drafters", "threads", "problem"),
     [
-        (["cpu", "cpu"], 1, None),
-        (["cpu", "cpu"], 2, "2 workers with 2 thread(s) each share 2 core(s): they slow one another down"),
-        (["cpu", "cpu", "cpu"], 1, "3 workers with 1 thread(s) each share 2 core(s): they slow one another down"),
-        (["0", "1"], 8, None),
-        (["0", "1", "1"], 1, "2 workers share cuda:1: they take turns"),
-        (["0", "cpu"], 2, None),
+        (["cpu"], ["cpu"], 1, None),
+        (["cpu"], ["cpu", "cpu"], 1, None),
+        (["cpu"], ["cpu"], 2, "2 workers with 2 threads each have 2 cores: they slow one another down"),
+        (["cpu", "cpu"], ["cpu"], 1, "3 workers with 1 thread each have 2 cores: they slow one another down"),
+        (["0"], ["1"], 8, None),
+        (["0", "1"], ["1"], 1, "2 workers share cuda:1: they take turns"),
+        (["0"], ["1", "0"], 1, "2 workers share cuda:0: they take turns"),
+        (["0"], ["cpu"], 2, None),
     ],
 )
 def test_workers_without_a_device_of_their_own_are_told_of(
-    devices: list[str], threads: int, problem: str | None, monkeypatch: pytest.MonkeyPatch
+    targets: list[str], drafters: list[str], threads: int, problem: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     have_cores(monkeypatch, 2)
-    assert crowding(devices, threads) == problem
+    assert crowding(targets, drafters, threads) == problem
 
 
 @pytest.mark.parametrize(
@@ -87,12 +89,14 @@ def test_workers_without_a_device_of_their_own_are_told_of(
         (["a cuda:0"], ["b cuda:0"], True),
         (["a cuda:0"], ["a cuda:0", "a cuda:1"], True),
         (["a cpu:0"], ["a cpu:0"], True),
+        (["a cuda:0"], ["a cuda:0*"], True),  # prompt lookup
     ],
 )
 def test_processes_on_one_gpu_take_turns(targets: list[str], drafters: list[str], overlaps: bool) -> None:
     def worker(place: str, role: str) -> WorkerHandle:
         host, device = place.split()
-        return WorkerHandle(1, b"", Hello(1, 1, role, "auto", "", device, host, 1), role, lambda message: None)
+        hello, computes = Hello(1, 1, role, "auto", "", device.strip("*"), host, 1), "*" not in device
+        return WorkerHandle(1, b"", hello, role, lambda message: None, computes=computes)
 
     assert (
         can_overlap([worker(each, "target") for each in targets], [worker(each, "drafter") for each in drafters])

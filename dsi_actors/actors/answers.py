@@ -83,10 +83,13 @@ class Answers:
                 return Withdrawn(worker)
         return _refused(worker, reply)
 
-    def drafted(self, request: Draft, worker: WorkerHandle, block: Drafted, waited_ms: float) -> Meaning:
-        """A block of drafts, the last one or not. `waited_ms`: since it was asked, or the block before."""
+    def drafted(
+        self, request: Draft, worker: WorkerHandle, block: Drafted, waited_ms: float, *, in_use: bool
+    ) -> Meaning:
+        """A block of drafts, the last one or not. `waited_ms`: since it was asked, or the block before. `in_use`: the drafter
+        was not exchanged for another one meanwhile."""
         self._account.drafting(block.busy_us, len(block.tokens))
-        if len(request.tokens) <= 1:  # else it read more than it drafted
+        if in_use and len(request.tokens) <= 1:  # else it read more than it drafted
             self._tuner.drafted(len(block.tokens), waited_ms if worker.sharers > 1 else block.busy_us / 1e3)
         if max(block.tokens) >= self._vocabulary_size:
             return Misbehaved(worker, f"token {max(block.tokens)} is outside the target's vocabulary")

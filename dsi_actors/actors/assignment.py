@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dsi_actors.config import NGRAM, NGRAM_FOR, RANDOM, SELF_INT8, Config
@@ -20,15 +20,19 @@ class Assignment:
     #: Of a drafter: what the configuration, or the worker itself, calls it.
     kind: str = ""
 
+    @property
+    def computes(self) -> bool:
+        """Whether it keeps a device busy."""
+        return self.engine not in (NGRAM, "timed")
 
-def assign(config: Config, hello: Hello, roles: Collection[str], kinds: Collection[str]) -> Assignment | str:
-    """The assignment, or the reason of the refusal. `roles` and `kinds`: of the workers and drafters that are there already."""
+
+def assign(config: Config, hello: Hello, *, targets: int, kinds: Sequence[str]) -> Assignment | str:
+    """The assignment, or the reason of the refusal. There are so many target servers already, and drafters of these kinds."""
     if hello.version != PROTOCOL_VERSION:
         return f"it speaks protocol version {hello.version}, this orchestrator {PROTOCOL_VERSION}"
     role = hello.role
     if role == "auto":
-        lacks_drafter = any(kind not in kinds for kind in config.drafters)
-        role = "drafter" if (lacks_drafter and "target" in roles) or hello.engine == NGRAM else "target"
+        role = "drafter" if _drafts(config, hello, targets, kinds) else "target"
     if role == "target":
         if hello.model not in ("", config.target):
             return f"it has the model {hello.model!r}, but the target is {config.target!r}"
@@ -40,7 +44,14 @@ def assign(config: Config, hello: Hello, roles: Collection[str], kinds: Collecti
     return f"it wants the role {hello.role!r}: a worker is a target or a drafter"
 
 
-def _assign_drafter(config: Config, hello: Hello, kinds: Collection[str]) -> Assignment | str:
+def _drafts(config: Config, hello: Hello, targets: int, kinds: Sequence[str]) -> bool:
+    """Whether a worker that leaves its role to us shall draft: if it can do nothing else, or drafters are missing."""
+    if hello.engine == NGRAM or hello.model in config.drafters:
+        return True
+    return hello.model != config.target and targets > 0 and len(kinds) < len(config.drafters)
+
+
+def _assign_drafter(config: Config, hello: Hello, kinds: Sequence[str]) -> Assignment | str:
     lacking = [kind for kind in config.drafters if kind not in kinds]
     kind = reference = hello.model or next(iter([*lacking, *config.drafters]), "")
     if hello.engine == NGRAM or (reference == NGRAM and hello.engine == "auto"):

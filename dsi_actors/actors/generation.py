@@ -15,6 +15,7 @@ from typing import TypeAlias
 from dsi_actors.actors.account import Account
 from dsi_actors.actors.actor import Actor
 from dsi_actors.actors.answers import Answered, Answers, Meaning, Misbehaved, Withdrawn
+from dsi_actors.actors.pacing import Pacing
 from dsi_actors.actors.scheduler import Exchanged, GivenBack, Released, Requested, Scheduler
 from dsi_actors.actors.worker_handle import WorkerHandle
 from dsi_actors.config import Sampling
@@ -34,8 +35,7 @@ from dsi_actors.core.events import (
 )
 from dsi_actors.errors import NoTargetError
 from dsi_actors.logs import get_logger
-from dsi_actors.planning.drafters import DrafterChoice, Guesser, guesser_of, unjudged
-from dsi_actors.planning.tuner import Estimates, Tuner
+from dsi_actors.planning.tuner import Estimates
 from dsi_actors.results import CommittedTokens, GenerationReport
 from dsi_protocol import Draft, Drafted, Reply, Verify, prefix_checksum
 
@@ -84,7 +84,7 @@ class Generation(Actor[GenerationMessage]):
         number: int,
         core: GenerationCore,
         scheduler: Scheduler,
-        tuner: Tuner,
+        pacing: Pacing,
         *,
         vocabulary_size: int,
         sampling: Sampling,
@@ -94,7 +94,6 @@ class Generation(Actor[GenerationMessage]):
         on_tokens: Callable[[CommittedTokens], None],
         on_end: Callable[[Exception | None], None],
         on_learned: Callable[[Estimates, str], None],
-        drafters: DrafterChoice,
         observe: Callable[[int, Event | Action], None] | None = None,
     ) -> None:
         super().__init__(f"generation {number}")
@@ -102,7 +101,7 @@ class Generation(Actor[GenerationMessage]):
         self.report: GenerationReport | None = None
         self._core = core
         self._scheduler = scheduler
-        self._tuner = tuner
+        self._pacing = pacing
         self._sampling = sampling
         self._correlation = correlation
         #: What came with the last answer: its first position, and its log probabilities.
@@ -114,7 +113,6 @@ class Generation(Actor[GenerationMessage]):
         self._servers: dict[int, WorkerHandle] = {}
         self._most_servers = 0
         self._drafter: WorkerHandle | None = None
-        self._choice = drafters
         self._last_draft = 0
         self._workers_used: dict[int, WorkerHandle] = {}
         self._sent_away: set[int] = set()
@@ -126,7 +124,9 @@ class Generation(Actor[GenerationMessage]):
         self._drafter_heard_s = 0.0
         self._pending = 0  # requests without a terminal reply
         self._account = Account()
-        self._answers = Answers(self._account, tuner, vocabulary_size=vocabulary_size, logprobs=sampling.logprobs)
+        self._answers = Answers(
+            self._account, pacing.tuner, vocabulary_size=vocabulary_size, logprobs=sampling.logprobs
+        )
         self._settling = False
         self._patience: asyncio.TimerHandle | None = None
         self._target_wait_s = target_wait_s
@@ -145,7 +145,7 @@ class Generation(Actor[GenerationMessage]):
         policy = self._core.policy
         self._account.begin()
         drafts = policy.algorithm != "ar"
-        self._scheduler.tell(Requested(self, policy.sp, wants_drafter=drafts, kind=self._choice.kind))
+        self._scheduler.tell(Requested(self, policy.sp, wants_drafter=drafts, kind=self._pacing.kind))
         self._wait_for_target(self._first_target_wait_s)
 
     # As a client of the scheduler
@@ -171,7 +171,8 @@ class Generation(Actor[GenerationMessage]):
                 worker.close(self.number)
                 self._let_go(worker)
                 if worker is self._drafter:
-                    self._give_up_drafter(worker)
+                    self._pacing.drafter_left()
+                    self._drop_drafter()
             case Misbehaved(worker, reason, fault):
                 self._send_away(worker, reason, fault=fault)
             case WaitedForTarget(waits):
@@ -200,8 +201,8 @@ class Generation(Actor[GenerationMessage]):
             self._account.settle(event.attempt, useful=counters.useful_verifications > useful)
         if counters.judged > judged:
             self._account.judged(counters.accepted - accepted, counters.judged - judged)
-            self._tuner.judged(counters.accepted - accepted, counters.judged - judged)
-        if not self._core.finished and (policy := self._tuner.retune()) is not None:
+            self._pacing.judged(counters.accepted - accepted, counters.judged - judged, self._core.committed)
+        if not self._core.finished and (policy := self._pacing.tuner.retune()) is not None:
             self._log.info("policy", wait=policy.first_wait, lookahead=policy.lookahead)
             self._feed(PolicyChanged(policy))
         self._mind_late_drafts(event)
@@ -213,7 +214,7 @@ class Generation(Actor[GenerationMessage]):
             self._patience.cancel()
             self._patience = None
         if waits and self._patience is None:
-            expected_ms = self._tuner.estimates.drafter_ms * max(1, self._core.policy.first_wait)
+            expected_ms = self._pacing.estimates.drafter_ms * max(1, self._core.policy.first_wait)
             patience_s = max(_LATE_S, _LATE_FACTOR * expected_ms / 1e3) if expected_ms else _LATE_UNKNOWN_S
             self._patience = asyncio.get_running_loop().call_later(patience_s, self._on_late_drafts)
 
@@ -239,7 +240,7 @@ class Generation(Actor[GenerationMessage]):
                 if self._drafter is not None:
                     self._drafter.cancel(self.number, attempt)
             case EmitTokens(start, tokens, accepted):
-                self._pace(len(tokens), self._account.commit(len(tokens)))
+                self._pace(len(tokens))
                 first, logprobs = self._logprobs
                 self._on_tokens(
                     CommittedTokens(tokens, accepted, logprobs[start - first : start - first + len(tokens)])
@@ -248,18 +249,14 @@ class Generation(Actor[GenerationMessage]):
                 self._log.info("finished", reason=reason, tokens=len(self._core.output))
                 self._end_stream()
 
-    def _pace(self, tokens: int, took_ms: float) -> None:
-        """So many tokens came, so long after the ones before (0 where that says nothing). Another drafter may be faster."""
-        kinds = self._scheduler.drafter_kinds
-        if len(kinds) > 1 and self._drafter is not None and took_ms > 0:
-            if self._core.policy.max_ahead:
-                self._choice.committed(tokens, took_ms, self._tuner.estimates.promised_ms)
-            if (kind := self._choice.change(kinds)) is not None:
-                self._log.info("drafter", kind=kind)
-                self._scheduler.tell(Exchanged(self, kind))
-            if not self._choice.settled(kinds):
-                return  # that it is slow says nothing of speculation
-        self._tuner.paced(tokens, took_ms)
+    def _pace(self, tokens: int) -> None:
+        kind = self._pacing.committed(
+            tokens, self._account.commit(tokens), committed=self._core.committed,
+            drafts=self._drafter is not None, kinds=self._scheduler.drafter_kinds(self),
+        )  # fmt: skip
+        if kind is not None:
+            self._log.info("another drafter", kind=kind)
+            self._scheduler.tell(Exchanged(self, kind))
 
     # Workers
 
@@ -271,19 +268,15 @@ class Generation(Actor[GenerationMessage]):
         if worker.role == "target":
             self._servers[worker.number] = worker
             self._most_servers = max(self._most_servers, len(self._servers))
-            self._tuner.servers = len(self._servers)
+            self._pacing.servers_are(self._servers.values(), self._drafter)
             self._feed(ServerJoined(worker.number))
         else:
             self._drafter = worker
-            if worker.kind != self._choice.kind:
-                known = self._choice.drafters.guesser(worker.kind) or _unknown(worker)
-                self._tuner.drafter_is(known.drafter_ms, known.accepted, known.judged)
-            self._choice.use(worker.kind)
+            self._pacing.drafter_is(worker, self._servers.values(), len(self._core.tokens))
             self._feed(DrafterJoined())
 
-    def _give_up_drafter(self, worker: WorkerHandle) -> None:
-        """For another one."""
-        self._choice.drafters.learn(worker.kind, guesser_of(self._tuner.carry_over()))
+    def _drop_drafter(self) -> None:
+        """What it still does for us is cancelled: it was closed, or is gone."""
         self._drafts_cancelled_to = self._last_draft
         self._drafter = None
         self._feed(DrafterLost())
@@ -297,12 +290,11 @@ class Generation(Actor[GenerationMessage]):
                 self._wait_for_target(self._target_wait_s)
         elif self._drafter is worker:
             self._log.warning("drafter lost: decoding goes on without", worker=str(worker))
-            self._drafter = None
-            self._feed(DrafterLost())
+            self._drop_drafter()
 
     def _let_go(self, worker: WorkerHandle) -> None:
         if self._servers.pop(worker.number, None) is not None:
-            self._tuner.servers = len(self._servers)
+            self._pacing.servers_are(self._servers.values(), self._drafter)
             self._feed(ServerLost(worker.number))
 
     def _wait_for_target(self, patience_s: float) -> None:
@@ -352,7 +344,8 @@ class Generation(Actor[GenerationMessage]):
             now_s = time.perf_counter()
             waited_ms = (now_s - max(asked_s, self._drafter_heard_s)) * 1e3
             self._drafter_heard_s = now_s
-            self.deliver(self._answers.drafted(request, worker, block, waited_ms))
+            in_use = worker is self._drafter
+            self.deliver(self._answers.drafted(request, worker, block, waited_ms, in_use=in_use))
 
         def on_reply(reply: Reply | None) -> None:
             self._pending -= 1
@@ -384,7 +377,7 @@ class Generation(Actor[GenerationMessage]):
 
     def _conclude(self) -> None:
         if self.report is None:
-            self.report = self._account.report(self._core, self._most_servers, self._choice.kind)
+            self.report = self._account.report(self._core, self._most_servers, self._pacing.kind)
             self.stop()
 
     def on_stop(self) -> None:
@@ -396,14 +389,10 @@ class Generation(Actor[GenerationMessage]):
         if not self._core.finished:
             self._core.handle(CancelRequested())
         if self.report is None:
-            self.report = self._account.report(self._core, self._most_servers, self._choice.kind)
-        if self._core.counters.judged or self._tuner.estimates.sharers > 1:
-            self._on_learned(self._tuner.carry_over(), self._choice.kind)
-
-
-def _unknown(worker: WorkerHandle) -> Guesser:
-    """What is assumed of a drafter before anything was judged."""
-    return unjudged(worker.ready.latency_us / 1e3 if worker.ready is not None else 0.0)
+            self.report = self._account.report(self._core, self._most_servers, self._pacing.kind)
+        self._pacing.ended()
+        if self._core.counters.judged or self._pacing.estimates.sharers > 1:
+            self._on_learned(self._pacing.tuner.carry_over(), self._pacing.kind)
 
 
 async def _later(delay_s: float, message: GenerationMessage) -> GenerationMessage:

@@ -120,11 +120,11 @@ class Scheduler(Actor[SchedulerMessage]):
         """Generations that hold no target server."""
         return sum(not lease.targets for lease in self._leases.values())
 
-    @property
-    def drafter_kinds(self) -> list[str]:
-        """Of those that are there."""
+    def drafter_kinds(self, client: Client) -> list[str]:
+        """Of those that are there and did not fail this client."""
+        refused = self._leases[client.number].refused if client.number in self._leases else set()
         drafters = (worker for worker in self._workers.values() if worker.role == "drafter" and not worker.lost)
-        return list(dict.fromkeys(worker.kind for worker in drafters))
+        return list(dict.fromkeys(worker.kind for worker in drafters if worker.number not in refused))
 
     def has_target_for(self, client: Client) -> bool:
         """Whether some target server, free or lent to others, may serve this client sooner or later."""

@@ -237,9 +237,8 @@ class Workforce(Actor[WorkforceMessage]):
             self._refuse(identity, hello, f"there are {MAX_WORKERS} workers already")
             return
         workers = self.workers
-        assignment = assign(
-            self._config, hello, {worker.role for worker in workers}, {worker.kind for worker in workers}
-        )
+        kinds = [worker.kind for worker in workers if worker.role == "drafter"]
+        assignment = assign(self._config, hello, targets=len(workers) - len(kinds), kinds=kinds)
         if isinstance(assignment, str):
             self._refuse(identity, hello, assignment)
             return
@@ -250,6 +249,7 @@ class Workforce(Actor[WorkforceMessage]):
             patience_s=config.silence_ms / 2e3,
             on_useless=lambda reason: self.tell(FoundUseless(worker, reason), control=True),
             kind=assignment.kind,
+            computes=assignment.computes,
         )  # fmt: skip
         welcome = Welcome(
             PROTOCOL_VERSION, assignment.role, assignment.engine, assignment.model,

@@ -150,7 +150,7 @@ async def run(arguments: argparse.Namespace) -> int:
             _Way(f"ours: {algorithm.upper()} {drafter}", "ours: AR", _ours(each, algorithm, stop, arguments.sp))
             for each, drafter in zip(orchestrators, drafters, strict=True) for algorithm in algorithms
         ]  # fmt: skip
-        if arguments.choose:
+        if arguments.choose and len(drafters) > 1:
             chooses = await stack.enter_async_context(Orchestrator(_config(arguments, tuple(drafters))))
             ask = _ours(chooses, "dsi", stop, arguments.sp)
             ways.append(_Way(f"ours: DSI {' or '.join(drafters)}", "ours: AR", ask))

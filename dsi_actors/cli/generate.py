@@ -235,7 +235,7 @@ def _calibration(known: Estimates) -> str:
 
 async def _wait_for_workers(orchestrator: Orchestrator, arguments: argparse.Namespace, err: Console) -> None:
     config = orchestrator.config
-    drafters = 0 if config.drafter is None or arguments.algorithm == "ar" else 1
+    drafters = 0 if not config.drafters or arguments.algorithm == "ar" else 1
     wanted = "a target server" + (" and a drafter" if drafters else "")
     err.print(f"waiting for {wanted}: python -m dsi_actors.worker --gpu N --connect {orchestrator.endpoint}")
     if not await orchestrator.wait_for_workers(targets=1, drafters=drafters, timeout_s=arguments.wait):

@@ -18,6 +18,12 @@ WARM_UP, TRIAL = 8, 24
 _MEMORY, _CARRIED = 64.0, 64.0
 #: Another one must have taken so much less time: a change costs the reading of the text.
 _BETTER = 0.93
+#: A token took at most so many times what it takes in plain decoding: more has another reason, such as a worker that died.
+_MOST = 4.0
+#: Of what is known of a drafter that a generation did not use, the share that is forgotten: so that it is tried again some day.
+_FORGOTTEN = 0.02
+#: Tokens after which one that could not be had is asked for again.
+_ASK_AGAIN = 128
 
 
 @dataclass(slots=True)
@@ -71,7 +77,12 @@ class Drafters:
     def learn(self, kind: str, guesser: Guesser) -> None:
         self._guessers[kind] = guesser
 
-    def _tried(self, kind: str, tokens: float, ratio: float) -> None:
+    def generation_ended(self, used: Iterable[str]) -> None:
+        """It has drafted by these: the others may have become better."""
+        for kind in self._ways.keys() - set(used):
+            self._ways[kind].ratio *= 1 - _FORGOTTEN
+
+    def tried(self, kind: str, tokens: float, ratio: float) -> None:
         self._ways.setdefault(kind, _Way()).add(tokens, ratio, _CARRIED)
 
 
@@ -83,38 +94,43 @@ class DrafterChoice:
     #: The kind in use.
     kind: str = ""
     _here: dict[str, _Way] = field(default_factory=dict)
-    #: Tokens since the last change.
+    #: Tokens since the last change; and when another one was asked for, that did not come yet.
     _since: float = 0.0
-    #: Another one was asked for.
-    _asked: bool = False
+    _asked: float | None = None
 
     def use(self, kind: str) -> None:
         """From now on this one drafts."""
-        self.kind, self._since, self._asked = kind, 0.0, False
+        self.kind, self._since, self._asked = kind, 0.0, None
 
     def committed(self, tokens: int, took_ms: float, promised_ms: float) -> None:
         """So many tokens while the drafter was in use; `promised_ms` is what one should take in plain decoding."""
         counted = min(float(tokens), self._since + tokens - WARM_UP)
         self._since += tokens
         if counted > 0 and promised_ms > 0:
-            ratio = took_ms / tokens / promised_ms
+            ratio = min(took_ms / tokens / promised_ms, _MOST)
             self._here.setdefault(self.kind, _Way()).add(counted, ratio, _MEMORY)
-            self.drafters._tried(self.kind, counted, ratio)
+            self.drafters.tried(self.kind, counted, ratio)
 
     def settled(self, kinds: Sequence[str]) -> bool:
-        """Whether each of them was tried, here or before: else what is slow now may be fast with another one."""
-        return all(self._ratio(kind) > 0 for kind in kinds)
+        """Whether each of them was tried, here or before, or could not be had: else what is slow now may be fast with another."""
+        return self._asked is not None or all(self._ratio(kind) > 0 for kind in kinds)
 
     def change(self, kinds: Sequence[str]) -> str | None:
-        """Of those that are there, the one to change to; none while the present one is on trial, or the best."""
+        """Of those that there are, the one to change to; none while the present one is on trial, or the best."""
         here = self._here.get(self.kind)
-        if self._asked or here is None or here.tokens < TRIAL or self._since < WARM_UP + TRIAL:
+        if here is None or here.tokens < TRIAL or self._since < WARM_UP + TRIAL:
+            return None
+        if self._asked is not None and self._since < self._asked + _ASK_AGAIN:
             return None
         best = min(kinds, key=self._ratio, default=self.kind)
         if best == self.kind or self._ratio(best) >= _BETTER * here.ratio:
             return None
-        self._asked = True
+        self._asked = self._since
         return best
+
+    def ended(self) -> None:
+        if self._here:
+            self.drafters.generation_ended(self._here)
 
     def _ratio(self, kind: str) -> float:
         here = self._here.get(kind)

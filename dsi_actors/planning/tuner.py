@@ -23,8 +23,8 @@ _LATENCY_WEIGHT = 0.1
 _LEAST_MS = 1e-3
 #: Of the target's latency. Prompt lookup takes less; and its drafts come in bursts, of which a trial sees too few.
 _NOTHING = 0.01
-#: Of a drafter's latency: so little time takes only what it does not compute.
-_COPIED = 0.02
+#: While nothing is drafted, what was judged is forgotten in about so many tokens: it may be another text by then.
+_UNJUDGED = 1024
 #: Judged tokens between two looks at the policy, and how much must have changed for another one.
 _LOOK_EVERY = 4
 _ACCEPTANCE_STEP = 0.04
@@ -41,7 +41,8 @@ class Estimates:
     #: Positions of one verification forward.
     window: int = 1
     drafter_ms: float = 0.0
-    #: `target_ms` as the worker measured it at its start, or as it was since if that was less: others may have started then, too.
+    #: A verification of one position while nobody drafts: as the worker measured it at its start, when others may have started,
+    #: too, and as it has been since.
     calibrated_ms: float = 0.0
     #: What each further position adds to a forward for several generations.
     position_ms: float = 0.0
@@ -115,15 +116,20 @@ class Tuner:
         #: Servers that are there now, of the `sp` that may be used.
         self.servers = sp
         self._fixed = lookahead
-        self._overlaps = overlaps
+        #: Whether the drafter can compute while targets do.
+        self.overlaps = overlaps
         self._pace = Pace() if pace is None else pace
         self._since_look = 0
-        self._planned_for = (sp, replace(known), True)
+        self._planned_for = (sp, replace(known), True, overlaps)
         self._policy: Policy | None = None
+
+    @property
+    def drafting(self) -> bool:
+        return self._policy is not None and self._policy.max_ahead > 0
 
     def choose(self) -> Policy:
         """The policy to begin with."""
-        self._planned_for = (self.servers, replace(self.estimates), self._pace.speculation_pays)
+        self._planned_for = (self.servers, replace(self.estimates), self._pace.speculation_pays, self.overlaps)
         self._policy = self._best()
         return self._policy
 
@@ -139,30 +145,31 @@ class Tuner:
             known.shared_ms += (one_ms - known.shared_ms) * (_LATENCY_WEIGHT if known.shared_ms > 0 else 1)
             return
         took_ms = max(_LEAST_MS, took_ms)
+        if positions == 1 and (took_ms < known.calibrated_ms or not (self.drafting and known.calibrated_ms)):
+            known.calibrated_ms += (took_ms - known.calibrated_ms) * (_LATENCY_WEIGHT if known.calibrated_ms > 0 else 1)
         if known.target_ms <= 0:
             known.target_ms, known.window_ms = took_ms, max(took_ms, known.window_ms)
             return
         factor = 1 + _LATENCY_WEIGHT * (took_ms / max(1e-6, known.cost_ms(positions)) - 1)
         known.target_ms *= factor
         known.window_ms *= factor
-        known.calibrated_ms = min(known.calibrated_ms, known.target_ms)
 
     def paced(self, tokens: int, took_ms: float) -> None:
         """So many tokens were committed, so long after the ones before; 0 where that says nothing."""
         if self._policy is None or self._policy.algorithm != "dsi" or self._fixed is not None or took_ms <= 0:
             return
-        known, speculating = self.estimates, bool(self._policy.max_ahead)
+        known, speculating = self.estimates, self.drafting
         if speculating and known.drafter_ms < _NOTHING * known.target_ms:
             return  # it takes nothing from the target: what is slower has another reason
         if not speculating:
             self._since_look += tokens  # nothing is judged, but another way may pay again
+            share = min(1.0, tokens / _UNJUDGED)
+            known.accepted += (ASSUMED_ACCEPTANCE * _PRIOR_WEIGHT - known.accepted) * share
+            known.judged += (_PRIOR_WEIGHT - known.judged) * share
         self._pace.committed(tokens, took_ms, speculating=speculating, promised_ms=known.promised_ms)
 
     def drafted(self, tokens: int, took_ms: float) -> None:
-        """A block of drafts. One that took next to no time was copied from the text: others will not be."""
         known, took_ms = self.estimates, max(_LEAST_MS * tokens, took_ms)
-        if took_ms < _COPIED * known.drafter_ms * tokens:
-            return
         weight = min(1.0, _LATENCY_WEIGHT * tokens) if known.drafter_ms > 0 else 1.0
         known.drafter_ms += weight * (took_ms / max(1, tokens) - known.drafter_ms)
 
@@ -185,8 +192,9 @@ class Tuner:
         if self._fixed is not None or self._algorithm == "ar" or self._since_look < _LOOK_EVERY:
             return None
         self._since_look = 0
-        servers, estimates, paid = self._planned_for
-        if (servers, paid) == (self.servers, self._pace.speculation_pays) and not _differ(self.estimates, estimates):
+        servers, estimates, *others = self._planned_for
+        same = servers == self.servers and others == [self._pace.speculation_pays, self.overlaps]
+        if same and not _differ(self.estimates, estimates):
             return None
         before = self._policy
         return policy if (policy := self.choose()) != before else None
@@ -210,7 +218,7 @@ class Tuner:
         policy = _planned(
             self._algorithm, max(1, min(sp, self.servers)), known.window,
             _rounded(target_ms / known.drafter_ms), _rounded(max(target_ms, window_ms) / known.drafter_ms),
-            round(known.acceptance / _ACCEPTANCE_STEP) * _ACCEPTANCE_STEP, known.queued, self._overlaps,
+            round(known.acceptance / _ACCEPTANCE_STEP) * _ACCEPTANCE_STEP, known.queued, self.overlaps,
         )  # fmt: skip
         return replace(policy, sp=1 if self._algorithm == "si" else sp)
 

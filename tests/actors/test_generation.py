@@ -6,13 +6,14 @@ import asyncio
 
 from dsi_actors.actors.answers import Misbehaved
 from dsi_actors.actors.generation import Generation, Granted
+from dsi_actors.actors.pacing import Pacing
 from dsi_actors.actors.scheduler import Scheduler
 from dsi_actors.actors.worker_handle import WorkerHandle
 from dsi_actors.config import Sampling
 from dsi_actors.core import GenerationCore
 from dsi_actors.planning.drafters import DrafterChoice, Drafters
 from dsi_actors.planning.tuner import Estimates, Tuner
-from dsi_protocol import CloseGeneration, FromOrchestrator, Hello, OpenGeneration, Verify
+from dsi_protocol import Cancelled, CloseGeneration, Draft, Failed, FromOrchestrator, Hello, OpenGeneration, Verify
 
 
 def lent(number: int, sent: list[FromOrchestrator]) -> WorkerHandle:
@@ -26,10 +27,9 @@ async def test_a_worker_that_failed_is_not_used_again_even_if_a_grant_was_on_its
     first, second = (lent(number, sent[number]) for number in sent)
     tuner = Tuner("dsi", 2, 1, Estimates())
     generation = Generation(
-        1, GenerationCore((1, 2), policy=tuner.choose(), max_tokens=4), Scheduler(), tuner,
+        1, GenerationCore((1, 2), policy=tuner.choose(), max_tokens=4), Scheduler(), Pacing(tuner, DrafterChoice(Drafters())),
         vocabulary_size=1000, sampling=Sampling(max_tokens=4), correlation="g", first_target_wait_s=1.0,
         target_wait_s=1.0, on_tokens=lambda tokens: None, on_end=lambda error: None, on_learned=lambda known, drafter: None,
-        drafters=DrafterChoice(Drafters()),
     )  # fmt: skip
     running = asyncio.create_task(generation.run())
     await asyncio.sleep(0)
@@ -43,3 +43,31 @@ async def test_a_worker_that_failed_is_not_used_again_even_if_a_grant_was_on_its
     assert sent[1][before:] == []
     generation.stop()
     await running
+
+
+async def test_what_a_drafter_that_was_sent_away_still_owes_is_not_its_fault() -> None:
+    """A text was too long for it: what else it was asked is cancelled by us, and it says so."""
+    sent: list[FromOrchestrator] = []
+    useless: list[str] = []
+    hello = Hello(1, 3, "drafter", "timed", "", "cpu:0", "host", 3)
+    drafter = WorkerHandle(3, b"3", hello, "drafter", sent.append, on_useless=useless.append)
+    for number in range(1, 5):
+        tuner = Tuner("dsi", 1, None, Estimates(40.0, 40.0, 8, drafter_ms=2.0))
+        generation = Generation(
+            number, GenerationCore((1, 2), policy=tuner.choose(), max_tokens=400), Scheduler(),
+            Pacing(tuner, DrafterChoice(Drafters())), vocabulary_size=1000, sampling=Sampling(max_tokens=400),
+            correlation="g", first_target_wait_s=1.0, target_wait_s=1.0, on_tokens=lambda tokens: None,
+            on_end=lambda error: None, on_learned=lambda known, drafter: None,
+        )  # fmt: skip
+        running = asyncio.create_task(generation.run())
+        await asyncio.sleep(0)
+        generation.receive(Granted(drafter))
+        asked = [message for message in sent if isinstance(message, Draft) and message.generation == number]
+        assert len(asked) == 2
+        drafter.on_reply(Failed(number, asked[1].attempt, "limit", "it is too long"))
+        await asyncio.sleep(0)
+        drafter.on_reply(Cancelled(number, asked[0].attempt, 0, 0))
+        await asyncio.sleep(0)
+        generation.stop()
+        await running
+    assert (drafter.faults, useless) == (0, [])

@@ -155,7 +155,7 @@ def test_drafters_of_several_kinds_are_exchanged() -> None:
     a, b, also_b = (worker(number, "drafter", kind=kind) for number, kind in ((7, "a"), (8, "b"), (9, "b")))
     for ready in (T1, a, b):
         scheduler.receive(WorkerReady(ready))
-    assert scheduler.drafter_kinds == ["a", "b"]
+    assert scheduler.drafter_kinds(first) == ["a", "b"]
     scheduler.receive(Requested(first, 1, wants_drafter=True, kind="b"))
     assert first.workers == [8, 1]
     scheduler.receive(Requested(second, 1, wants_drafter=True, kind="b"))

@@ -18,6 +18,7 @@ def generate(drafters: Drafters, tokens: int, each_ms: dict[str, float], kinds: 
         choice.committed(1, each_ms[choice.kind], PLAIN_MS)
         if (kind := choice.change(kinds)) is not None:
             choice.use(kind)
+    choice.ended()
     return used
 
 
@@ -81,3 +82,35 @@ def test_without_a_promise_nothing_is_learnt() -> None:
     choice = DrafterChoice(Drafters(), "a")
     choice.committed(100, 1000.0, 0.0)
     assert choice.change(["a", "b"]) is None
+
+
+def test_one_long_wait_does_not_end_a_drafter() -> None:
+    """A worker that died, say: the drafter is as good as before."""
+    drafters = Drafters()
+    generate(drafters, 200, {"a": 20.0, "b": 30.0})
+    choice = DrafterChoice(drafters, "a")
+    choice.committed(WARM_UP, 20.0 * WARM_UP, PLAIN_MS)
+    choice.committed(1, 2000.0, PLAIN_MS)
+    assert drafters.first(["a", "b"]) == "a"
+    choice.committed(TRIAL, 20.0 * TRIAL, PLAIN_MS)
+    assert choice.change(["a", "b"]) is None
+
+
+def test_what_was_not_used_for_long_is_tried_again() -> None:
+    drafters = Drafters()
+    generate(drafters, 200, {"a": 20.0, "b": 30.0})
+    generations = 1
+    while "b" not in generate(drafters, 100, {"a": 20.0, "b": 10.0}):
+        generations += 1
+        assert generations < 50
+    assert generations > 5
+    assert generate(drafters, 100, {"a": 20.0, "b": 10.0})[0] == "b"
+
+
+def test_one_that_cannot_be_had_does_not_keep_the_others_from_being_judged() -> None:
+    choice = DrafterChoice(Drafters(), "a")
+    choice.committed(WARM_UP + TRIAL, 1000.0, PLAIN_MS)
+    assert choice.change(["a", "b"]) == "b"
+    assert choice.settled(["a", "b"])
+    choice.committed(200, 4000.0, PLAIN_MS)
+    assert choice.change(["a", "b"]) == "b", "there may be room now"

@@ -210,13 +210,41 @@ def test_a_drafter_that_takes_nothing_is_not_left() -> None:
 
 
 def test_what_was_measured_among_others_that_started_is_no_promise() -> None:
+    """One position at a time shows what plain decoding takes; that a drafter slows the target down is not its promise."""
     tuner = Tuner("dsi", 1, None, Estimates(100.0, 150.0, 8, drafter_ms=10.0, calibrated_ms=100.0))
+    tuner.choose()
+    assert tuner.drafting
     for _ in range(60):
-        tuner.verified(4, 60.0)
-    assert tuner.estimates.promised_ms < 60
-    promised_ms = tuner.estimates.promised_ms
+        tuner.verified(8, 20.0)
+    assert tuner.estimates.promised_ms == 100
     for _ in range(60):
-        tuner.verified(4, 300.0)
-    assert tuner.estimates.promised_ms == promised_ms, (
-        "that a drafter slows the target down is not the target's promise"
-    )
+        tuner.verified(1, 60.0)
+    assert 60 <= tuner.estimates.promised_ms < 61
+    for _ in range(60):
+        tuner.verified(1, 300.0)
+    assert tuner.estimates.promised_ms < 61
+
+
+def test_plain_decoding_promises_what_it_takes() -> None:
+    tuner = Tuner("ar", 1, None, Estimates(100.0, 150.0, 8))
+    tuner.choose()
+    tuner.verified(1, 80.0)
+    assert tuner.estimates.promised_ms == 80, "it was not calibrated"
+    for _ in range(100):
+        tuner.verified(1, 120.0)
+    assert tuner.estimates.promised_ms == pytest.approx(120, rel=0.01)
+
+
+def test_where_nothing_overlaps_a_bad_text_does_not_end_speculation_for_ever() -> None:
+    known = Estimates(10.0, 10.0, 32, drafter_ms=2.0, calibrated_ms=10.0)
+    tuner = Tuner("dsi", 1, None, known, overlaps=False)
+    assert tuner.choose().max_ahead > 0
+    tuner.judged(0, 300)
+    assert tuner.retune() == Policy.undrafted(1)
+    tokens = 0
+    while not tuner.drafting:
+        tokens += 1
+        tuner.paced(1, 10.0)
+        tuner.retune()
+        assert tokens < 5000
+    assert tokens > 100

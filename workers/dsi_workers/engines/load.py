@@ -69,13 +69,17 @@ def load_model(
 
 
 def on_a_gpu(decoder: Decoder) -> ComputesLogits:
-    """By kernels of our own, where there is a compiler for them: torch brings it along for CUDA."""
+    """By kernels of our own, where they can be compiled and run: Triton comes with torch for CUDA, and wants a C compiler."""
     try:
         from dsi_workers.gpu.decoder import GpuDecoder
-    except ImportError as error:
-        log.warning("without Triton, forwards on a GPU take nearly twice as long", reason=str(error))
+
+        by_kernels = GpuDecoder(decoder)
+        by_kernels.try_out()
+    except Exception as error:  # of a compiler, a driver, a GPU: whatever it is, there is another way
+        reason = f"{type(error).__name__}: {error}"[:300]
+        log.warning("our kernels cannot be used here: forwards take nearly twice as long", reason=reason)
         return decoder
-    return GpuDecoder(decoder)
+    return by_kernels
 
 
 def _load_by_library(

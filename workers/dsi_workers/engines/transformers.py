@@ -7,8 +7,6 @@ generations that share the forward (docs/exactness.md). A drafter only guesses: 
 
 from __future__ import annotations
 
-import ctypes
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -20,6 +18,7 @@ from dsi_workers.engines.base import Engine, EngineError, EngineInfo, Interrupt,
 from dsi_workers.engines.bits import Trial, Widths
 from dsi_workers.engines.forward import Forward, Run
 from dsi_workers.engines.load import load_model
+from dsi_workers.engines.machine import keep_freed_memory, torch_device
 from dsi_workers.engines.tried import widths_tried
 from dsi_workers.lookup import Lookup
 from dsi_workers.models import ModelError, read_vocabulary_hash, resolve_model
@@ -35,14 +34,14 @@ _LONG_S = 0.2
 
 class TransformersEngine(Engine):
     """Options: dtype (auto, float32, bfloat16, float16), quantization (none, int8, or auto: int8 for a drafter on a CPU, where
-    nothing is faster), window, max_length, slots, threads, graphs (false: a GPU's kernels are launched one by one); a drafter's:
-    lookup (it checks guesses of prompt lookup on its way), remember (of earlier generations, too), target (the model whose
-    vocabulary it shall speak in)."""
+    nothing is faster), window, max_length, slots, threads, graphs (false: a GPU computes by torch's own operations, whose bits
+    are others); a drafter's: lookup (it checks guesses of prompt lookup on its way), remember (of earlier generations, too),
+    target (the model whose vocabulary it shall speak in)."""
 
     def __init__(self, model: str, *, device: str, drafter: bool, options: Mapping[str, OptionValue]) -> None:
         log.info("imported")
         torch.set_num_threads(_whole(options, "threads", 1))
-        self._device = _check_device(device)
+        self._device = torch_device(device)
         try:
             directory = resolve_model(model)
         except ModelError as error:
@@ -56,7 +55,7 @@ class TransformersEngine(Engine):
         )  # fmt: skip
         log.info("read", model=model)
         self._config, max_length = loaded.config, loaded.positions
-        _keep_freed_memory()
+        keep_freed_memory()
         slots = _whole(options, "slots", 8)
         self._samplers: dict[int, Sampler] = {}
         self._slots = Slots(slots, block=PROMPT_CHUNK if self._exact else None)
@@ -280,29 +279,3 @@ def _whole(options: Mapping[str, OptionValue], name: str, default: int) -> int:
     if type(value) is not int or not 1 <= value <= 1 << 24:
         raise EngineError(f"option {name} must be a whole number of at least 1, not {value!r}")
     return value
-
-
-def _check_device(name: str) -> torch.device:
-    kind, _, index = name.partition(":")
-    if kind == "cpu":
-        return torch.device("cpu")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if int(index) >= count:
-        has = f"this machine has {count}" if count else "this machine has no CUDA device; --gpu cpu runs on the CPU"
-        raise EngineError(f"there is no GPU {index}: {has}")
-    torch.cuda.set_device(int(index))
-    return torch.device(name)
-
-
-def _keep_freed_memory() -> None:
-    """Give back what loading needed, once. From then on stop glibc from giving large blocks back after each forward:
-    at long contexts the page faults that follow can cost as much as the forward itself."""
-    if os.uname().sysname == "Linux":
-        try:
-            libc = ctypes.CDLL("libc.so.6")
-        except OSError:  # another C library
-            return
-        libc.malloc_trim(0)
-        m_mmap_threshold, m_trim_threshold = -3, -1
-        libc.mallopt(m_mmap_threshold, 1 << 30)
-        libc.mallopt(m_trim_threshold, 1 << 30)

@@ -19,7 +19,7 @@ import triton
 from torch.nn import functional
 
 from dsi_workers.decoder import Decoder, Layer
-from dsi_workers.gpu.kernels import SPLIT, attend_in_parts, join_parts, turn_and_keep
+from dsi_workers.gpu.kernels import LEAST_ROWS, SPLIT, attend_in_parts, join_parts, turn_and_keep
 from dsi_workers.gpu.product import MOST_ROWS, Product, chains, rows_for
 from dsi_workers.kv_cache import SlotCache, SlotLayer
 from dsi_workers.packed import Packed
@@ -43,6 +43,7 @@ class GpuDecoder:
         self._products = [_LayerProducts(layer) for layer in decoder.layers]
         self._head = Product(decoder.head)
         self._recordings: dict[int, _Recording] = {}
+        self._memory: _Memory | None = None
         self._pool = torch.cuda.graph_pool_handle() if decoder.device.type == "cuda" else None
         self.dtype = decoder.dtype
 
@@ -61,11 +62,23 @@ class GpuDecoder:
         rows = rows_for(groups * GROUP)
         recording = self._recordings.get(rows)
         if recording is None or recording.cache is not cache:
-            recording = _Recording(self._decoder, self._products, self._head, cache, rows)
+            if self._memory is None or self._memory.cache is not cache:
+                self._memory = _Memory(self._decoder, self._products[0], self._head, cache)
+            recording = _Recording(self._decoder, self._products, self._head, self._memory, rows)
             recording.record(self._capture)
             self._recordings[rows] = recording
         recording.fill_in(packed)
         return recording.compute(between_layers, packed)
+
+    @torch.inference_mode()
+    def try_out(self) -> None:
+        """Compile and run every kernel once. Raises whatever keeps one from it: there may be no compiler, or too little memory
+        in this GPU's processors."""
+        cache = SlotCache(len(self._products), slots=1, capacity=SPLIT.value)
+        memory = _Memory(self._decoder, self._products[0], self._head, cache)
+        _Recording(self._decoder, self._products, self._head, memory, LEAST_ROWS).record(lambda part: part)
+        if self._decoder.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def _capture(self, part: Part) -> Part:
         """The part as a graph, on a GPU; else as it is."""
@@ -84,15 +97,33 @@ class _LayerProducts:
         self.gate_up, self.down = Product(layer.gate_up, gated=True), Product(layer.down)
 
 
+class _Memory:
+    """What forwards compute in, one at a time: of MOST_ROWS rows, of which a recording uses the first."""
+
+    def __init__(self, decoder: Decoder, first: _LayerProducts, head: Product, cache: SlotCache) -> None:
+        self.cache = cache
+        heads, dim, device = decoder.heads, decoder.dim, decoder.device
+
+        def rows_of(width: int) -> torch.Tensor:
+            return torch.zeros(MOST_ROWS, width, dtype=decoder.dtype, device=device)
+
+        self.x, self.qkv = rows_of(first.qkv.in_features), rows_of(first.qkv.out_features)
+        self.attended, self.gated = rows_of(heads * dim), rows_of(first.down.in_features)
+        self.logits = rows_of(head.out_features)
+        self.splits = triton.cdiv(cache.capacity, SPLIT.value)
+        self.sums = torch.zeros(MOST_ROWS, heads, self.splits, dim, device=device)
+        self.peaks, self.totals = torch.zeros(2, MOST_ROWS, heads, self.splits, device=device)
+
+
 class _Recording:
-    """Forwards of so many rows: the memory that they compute in, and the parts that compute."""
+    """Forwards of so many rows: where they stand, and the parts that compute."""
 
     def __init__(
-        self, decoder: Decoder, products: list[_LayerProducts], head: Product, cache: SlotCache, rows: int
+        self, decoder: Decoder, products: list[_LayerProducts], head: Product, memory: _Memory, rows: int
     ) -> None:
-        self.cache = cache
+        self.cache = memory.cache
         self._decoder, self._products, self._head = decoder, products, head
-        groups, dim, heads, device = rows // GROUP, decoder.dim, decoder.heads, decoder.device
+        groups, device = rows // GROUP, decoder.device
         self._chained = chains(device)
         self._fixed = torch.zeros(2 * rows + groups, dtype=torch.int32, device=device)
         self._ids, self._positions, self._slots = self._fixed.split((rows, rows, groups))
@@ -100,17 +131,9 @@ class _Recording:
         #: Of the rows of the forward, one after another: where they are among ours.
         self._places: list[int] = []
 
-        def rows_of(width: int) -> torch.Tensor:
-            return torch.zeros(rows, width, dtype=decoder.dtype, device=device)
-
-        first = products[0]
-        self._x, self._qkv = rows_of(first.qkv.in_features), rows_of(first.qkv.out_features)
-        self._attended, self._gated = rows_of(heads * dim), rows_of(first.down.in_features)
-        self._logits = rows_of(head.out_features)
-        self._splits = triton.cdiv(cache.capacity, SPLIT.value)
-        self._sums = torch.zeros(rows, heads, self._splits, dim, device=device)
-        self._peaks, self._totals = torch.zeros(2, rows, heads, self._splits, device=device)
-        #: Of recorded parts, and of those that are not.
+        self._x, self._qkv, self._logits = memory.x[:rows], memory.qkv[:rows], memory.logits[:rows]
+        self._attended, self._gated = memory.attended[:rows], memory.gated[:rows]
+        self._sums, self._peaks, self._totals, self._splits = memory.sums, memory.peaks, memory.totals, memory.splits
         self._parts = [
             self._part(begin, min(begin + _LAYERS, len(products))) for begin in range(0, len(products), _LAYERS)
         ]

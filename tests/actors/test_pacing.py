@@ -1,0 +1,81 @@
+"""What a generation learns while it runs, of several drafters, beside the knowledge that all generations share."""
+
+from __future__ import annotations
+
+from dsi_actors.actors.pacing import Pacing
+from dsi_actors.actors.worker_handle import WorkerHandle
+from dsi_actors.planning.drafters import DrafterChoice, Drafters
+from dsi_actors.planning.pace import Pace
+from dsi_actors.planning.tuner import Estimates, Tuner
+from dsi_protocol import Hello, Ready
+
+KINDS = ["a", "b"]
+PLAIN_MS, SLOW_MS, FAST_MS = 10.0, 30.0, 4.0
+
+
+def drafter(kind: str, device: str = "cpu:0") -> WorkerHandle:
+    number = 1 + KINDS.index(kind)
+    made = WorkerHandle(
+        number, b"", Hello(1, number, "drafter", "auto", "", device, "host", 1), "drafter", lambda _: None, kind=kind
+    )
+    made.ready = Ready("", 100, 100, 1, 2000, 0, 1, 0, 1)
+    return made
+
+
+def pacing_of(drafters: Drafters, pace: Pace) -> Pacing:
+    known = Estimates(PLAIN_MS, PLAIN_MS, 8, drafter_ms=2.0, calibrated_ms=PLAIN_MS)
+    pacing = Pacing(Tuner("dsi", 1, None, known, pace), DrafterChoice(drafters, drafters.first(KINDS)))
+    pacing.tuner.choose()
+    return pacing
+
+
+def generate(pacing: Pacing, tokens: int, each_ms: dict[str, float], kinds: list[str]) -> int:
+    """Returns for how many tokens something was drafted."""
+    pacing.drafter_is(drafter(pacing.kind if pacing.kind in kinds else kinds[0]), [], 0)
+    drafted = 0
+    for position in range(1, tokens):
+        drafts = pacing.tuner.drafting
+        drafted += drafts
+        took_ms = each_ms[pacing.kind] if drafts else PLAIN_MS
+        kind = pacing.committed(1, took_ms, committed=position, drafts=True, kinds=kinds)
+        pacing.tuner.retune()
+        if kind is not None:
+            pacing.drafter_is(drafter(kind), [], position)
+    pacing.ended()
+    return drafted
+
+
+def test_a_drafter_that_comes_when_speculation_was_left_is_tried_all_the_same() -> None:
+    drafters, pace = Drafters(), Pace()
+    generate(pacing_of(drafters, pace), 300, {"a": SLOW_MS}, ["a"])
+    assert not pace.speculation_pays
+    each_ms = {"a": SLOW_MS, "b": FAST_MS}
+    drafted = sum(generate(pacing_of(drafters, pace), 1000, each_ms, KINDS) for _ in range(20))
+    assert drafted > 10_000
+    assert drafters.first(KINDS) == "b"
+
+
+def test_what_the_drafter_before_has_left_is_not_the_new_ones() -> None:
+    drafters = Drafters()
+    pacing = pacing_of(drafters, Pace())
+    pacing.drafter_is(drafter("a"), [], 0)
+    pacing.drafter_is(drafter("b"), [], 100)
+    for position in range(1, 100):
+        assert pacing.committed(1, SLOW_MS, committed=position, drafts=True, kinds=KINDS) is None
+    pacing.judged(0, 50, 100)
+    assert drafters.ratio("b") == 0
+    assert pacing.estimates.judged == Estimates().judged
+    pacing.judged(0, 50, 101)
+    assert pacing.estimates.acceptance < 0.3
+
+
+def test_it_plans_by_where_its_own_workers_compute() -> None:
+    hello = Hello(1, 9, "target", "auto", "", "cuda:0", "host", 1)
+    server = WorkerHandle(9, b"", hello, "target", lambda message: None)
+    pacing = pacing_of(Drafters(), Pace())
+    pacing.servers_are([server], None)
+    assert pacing.tuner.overlaps
+    pacing.drafter_is(drafter("a", "cuda:0"), [server], 0)
+    assert not pacing.tuner.overlaps
+    pacing.drafter_is(drafter("b", "cuda:1"), [server], 0)
+    assert pacing.tuner.overlaps
