@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from dsi_actors.actors.worker_handle import WorkerHandle
+from dsi_actors.config import NGRAM
 from dsi_actors.planning.drafters import DrafterChoice, guesser_of, unjudged
 from dsi_actors.planning.tuner import Estimates, Tuner
 
@@ -38,6 +39,7 @@ class Pacing:
             known = self._choice.drafters.guesser(worker.kind) or unjudged(latency_ms)
             self.tuner.drafter_is(known.drafter_ms, known.accepted, known.judged)
         self._choice.use(worker.kind)
+        self.tuner.drafter_computes = worker.kind != NGRAM
         self._own_from = position
         self.servers_are(servers, worker)
 

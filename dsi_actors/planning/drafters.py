@@ -14,8 +14,8 @@ from dsi_actors.planning.tuner import Estimates
 
 #: Tokens after a change that are not counted (the drafter reads the text), and those after which it is judged.
 WARM_UP, TRIAL = 8, 24
-#: Tokens by which a drafter is judged from then on; what earlier generations told counts as so many.
-_MEMORY, _CARRIED = 64.0, 64.0
+#: Tokens by which a drafter is judged from then on, in one generation and over all: texts differ.
+_MEMORY, _CARRIED = 64.0, 1024.0
 #: Another one must have taken so much less time: a change costs the reading of the text.
 _BETTER = 0.93
 #: A token took at most so many times what it takes in plain decoding: more has another reason, such as a worker that died.

@@ -35,7 +35,7 @@ _MOST_ROUNDS = 4
 #: block that comes in the very moment in which a verification ends.
 _LATE = 1e-4
 #: Blocks of drafts in the time of one target forward, if it has not more servers than half as many.
-_MOST_BLOCKS = 16
+_MOST_BLOCKS = 32
 _CANDIDATES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 
 
@@ -61,7 +61,7 @@ def expect(policy: Policy, cost_ms: CostMs, drafter_ms: float, acceptance: float
         return Expectation(cost_ms(1), 1.0, cost_ms(1), 0.0)
     if policy.span == 0:
         return Expectation(cost_ms(1), 1.0, cost_ms(1), cost_ms(1))
-    if policy.algorithm == "si":
+    if policy.algorithm == "si" or policy.first_wait == policy.max_ahead:  # nothing is drafted during a verification
         return _expect_si(cost_ms, drafter_ms, acceptance, policy.lookahead)
     return _expect_dsi(policy, cost_ms, drafter_ms, acceptance)
 
@@ -128,7 +128,8 @@ def best_dsi(
         if best == before:
             break
     plain = Policy.distributed(best.lookahead, sp, max_ahead=best.max_ahead, span=0)
-    return _best([best, plain], expected)
+    others = [plain] if queued is not None else [plain, best_in_turns(cost_ms, drafter_ms, acceptance, sp, most=most)]
+    return _best([best, *others], expected)
 
 
 def best_in_turns(

@@ -21,8 +21,6 @@ _FORGOTTEN = 0.01
 _LATENCY_WEIGHT = 0.1
 #: No forward is faster. A worker may say what it likes: estimates stay numbers that can be planned with.
 _LEAST_MS = 1e-3
-#: Of the target's latency. Prompt lookup takes less; and its drafts come in bursts, of which a trial sees too few.
-_NOTHING = 0.01
 #: While nothing is drafted, what was judged is forgotten in about so many tokens: it may be another text by then.
 _UNJUDGED = 1024
 #: Judged tokens between two looks at the policy, and how much must have changed for another one.
@@ -116,6 +114,8 @@ class Tuner:
         #: Servers that are there now, of the `sp` that may be used.
         self.servers = sp
         self._fixed = lookahead
+        #: Prompt lookup does not.
+        self.drafter_computes = True
         #: Whether the drafter can compute while targets do.
         self.overlaps = overlaps
         self._pace = Pace() if pace is None else pace
@@ -159,8 +159,8 @@ class Tuner:
         if self._policy is None or self._policy.algorithm != "dsi" or self._fixed is not None or took_ms <= 0:
             return
         known, speculating = self.estimates, self.drafting
-        if speculating and known.drafter_ms < _NOTHING * known.target_ms:
-            return  # it takes nothing from the target: what is slower has another reason
+        if speculating and not self.drafter_computes:
+            return  # it takes nothing from the target, and its drafts come in bursts, of which a trial sees too few
         if not speculating:
             self._since_look += tokens  # nothing is judged, but another way may pay again
             share = min(1.0, tokens / _UNJUDGED)

@@ -106,4 +106,4 @@ def test_where_drafter_and_target_take_turns_nothing_overlaps(
 @pytest.mark.parametrize("sp", [1, 2, 7, 50])
 def test_a_drafter_that_takes_no_time_does_not_send_a_message_for_each_token(sp: int) -> None:
     policy = best_dsi(flat(1.2), 0.003, 0.85, sp)
-    assert 1.2 / (0.003 * policy.lookahead) <= max(16, 2 * sp)
+    assert 1.2 / (0.003 * policy.lookahead) <= max(32, 2 * sp)
