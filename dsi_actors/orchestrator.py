@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,21 +12,19 @@ from types import TracebackType
 from typing import Literal
 
 from dsi_actors.actors.generation import Generation
+from dsi_actors.actors.local import start_local_workers
 from dsi_actors.actors.pacing import Pacing, can_overlap
 from dsi_actors.actors.root import Root
-from dsi_actors.actors.supervisor import WorkerSpec, WorkerSupervisor
 from dsi_actors.actors.worker_handle import WorkerHandle
-from dsi_actors.config import ALGORITHMS, NGRAM, Algorithm, Config, Sampling
+from dsi_actors.config import ALGORITHMS, Algorithm, Config, Sampling
 from dsi_actors.core import GenerationCore
 from dsi_actors.core.actions import Action
 from dsi_actors.core.events import Event
-from dsi_actors.devices import crowding, local_devices
 from dsi_actors.errors import (
     ConfigError,
     NoTargetError,
     OrchestratorClosed,
     TooManyGenerations,
-    WorkerStartError,
 )
 from dsi_actors.logs import get_logger
 from dsi_actors.planning.drafters import DrafterChoice, Drafters, guesser_of, unjudged
@@ -40,6 +37,8 @@ log = get_logger("orchestrator")
 
 #: How long workers have to read that they are dismissed.
 _FAREWELL_S = 0.05
+#: The generation by which a start measures how long a token takes, and its tokens; the first one's time is not taken.
+_CALIBRATION, _MEASURED_TOKENS = (1 << 63) - 1, 3
 
 
 class Orchestrator:
@@ -126,6 +125,19 @@ class Orchestrator:
         correlation = f"generation-{number}" if correlation is None else correlation
         if len(correlation.encode(errors="replace")) > MAX_TEXT_BYTES or not correlation.isprintable():
             raise ConfigError(f"correlation must be printable text of at most {MAX_TEXT_BYTES} bytes")
+        return self._stream(number, prompt_ids, sampling, algorithm, sp, lookahead, resumed, correlation)
+
+    def _stream(
+        self,
+        number: int,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        algorithm: Algorithm,
+        sp: int | None,
+        lookahead: int | Literal["auto"],
+        resumed: Sequence[int],
+        correlation: str,
+    ) -> GenerationStream:
         channel = Channel()
 
         async def start() -> Generation | None:
@@ -226,37 +238,21 @@ class Orchestrator:
         return f"ipc://{Path(self._socket_directory.name) / 'orchestrator.sock'}"
 
     async def _start_local_workers(self, root: Root) -> None:
-        config = self.config
-        # Prompt lookup needs no device: it comes last.
-        drafters = sorted(config.drafters, key=lambda drafter: drafter == NGRAM)
-        roles = [("target", "")] * config.local_servers + [("drafter", drafter) for drafter in drafters]
-        devices = local_devices(config.devices)
-        places = [devices[index % len(devices)] for index in range(len(roles))]
-        models = sum(drafter != NGRAM for drafter in drafters)
-        problem = crowding(places[: config.local_servers], places[config.local_servers :][:models], config.threads)
-        if config.engine != "timed" and problem is not None:
-            log.warning(problem)
-        root.supervisor = WorkerSupervisor(self.endpoint, config, root.on_exit)
-        root.start_permanent(root.supervisor)
-        await asyncio.sleep(0)
-        for place, (role, model) in zip(places, roles, strict=True):
-            root.supervisor.start_worker(WorkerSpec(place, role, model))
-        begun = time.monotonic()
-        all_ready = await root.wait_until(
-            lambda: len(root.ready_workers) == len(roles) or bool(root.exits) or root.ended, config.ready_timeout_s
-        )
-        if root.exits:
-            incarnation, spec, code = root.exits[0]
-            reason = root.workforce.failures.get(incarnation, f"it ended with exit code {code}")
-            raise WorkerStartError(f"the {spec.role} worker on {spec.device} did not start: {reason}")
-        if root.ended:
-            raise WorkerStartError("the orchestrator ended while its workers started")
-        if not all_ready:
-            raise WorkerStartError(
-                f"only {len(root.ready_workers)} of {len(roles)} workers were ready after {config.ready_timeout_s:g} s"
-            )
-        root.supervisor.restarts = True
-        log.info("local workers ready", number=len(roles), after_s=round(time.monotonic() - begun, 2))
+        await start_local_workers(root, self.config, self.endpoint)
+        on_processors = self.config.engine != "timed" and not any(worker.gpu for worker in self.workers)
+        if on_processors and self.estimates.calibrated_ms > 0:
+            await self._measure_alone()
+
+    async def _measure_alone(self) -> None:
+        """What a token takes in plain decoding: workers on shared processors measured themselves while others started."""
+        sampling = Sampling(max_tokens=_MEASURED_TOKENS)
+        async with self._stream(_CALIBRATION, [0], sampling, "ar", 1, "auto", (), "calibration") as stream:
+            async for _ in stream:
+                pass
+            report = await stream.report()
+        known, took_ms = self.estimates, min(report.trace.target_ms[1:])
+        scale = took_ms / known.target_ms
+        self._learned = replace(known, target_ms=took_ms, calibrated_ms=took_ms, window_ms=known.window_ms * scale)
 
     async def _close(self, root: Root) -> None:
         """End generations, then workers, then our own actors. Safe to call whatever is running."""

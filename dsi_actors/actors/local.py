@@ -1,0 +1,49 @@
+"""The workers that an orchestrator starts itself: what they are, where they run, and that all of them came."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from dsi_actors.actors.root import Root
+from dsi_actors.actors.supervisor import WorkerSpec, WorkerSupervisor
+from dsi_actors.config import NGRAM, Config
+from dsi_actors.devices import crowding, local_devices
+from dsi_actors.errors import WorkerStartError
+from dsi_actors.logs import get_logger
+
+log = get_logger("local")
+
+
+async def start_local_workers(root: Root, config: Config, endpoint: str) -> None:
+    """Returns when all are ready. Raises ConfigError and WorkerStartError."""
+    # Prompt lookup needs no device: it comes last.
+    drafters = sorted(config.drafters, key=lambda drafter: drafter == NGRAM)
+    roles = [("target", "")] * config.local_servers + [("drafter", drafter) for drafter in drafters]
+    devices = local_devices(config.devices)
+    places = [devices[index % len(devices)] for index in range(len(roles))]
+    models = sum(drafter != NGRAM for drafter in drafters)
+    problem = crowding(places[: config.local_servers], places[config.local_servers :][:models], config.threads)
+    if config.engine != "timed" and problem is not None:
+        log.warning(problem)
+    root.supervisor = WorkerSupervisor(endpoint, config, root.on_exit)
+    root.start_permanent(root.supervisor)
+    await asyncio.sleep(0)
+    for place, (role, model) in zip(places, roles, strict=True):
+        root.supervisor.start_worker(WorkerSpec(place, role, model))
+    begun = time.monotonic()
+    all_ready = await root.wait_until(
+        lambda: len(root.ready_workers) == len(roles) or bool(root.exits) or root.ended, config.ready_timeout_s
+    )
+    if root.exits:
+        incarnation, spec, code = root.exits[0]
+        reason = root.workforce.failures.get(incarnation, f"it ended with exit code {code}")
+        raise WorkerStartError(f"the {spec.role} worker on {spec.device} did not start: {reason}")
+    if root.ended:
+        raise WorkerStartError("the orchestrator ended while its workers started")
+    if not all_ready:
+        raise WorkerStartError(
+            f"only {len(root.ready_workers)} of {len(roles)} workers were ready after {config.ready_timeout_s:g} s"
+        )
+    root.supervisor.restarts = True
+    log.info("local workers ready", number=len(roles), after_s=round(time.monotonic() - begun, 2))
