@@ -7,7 +7,7 @@ PROMPT ?= Explain in two sentences why the sky is blue.
 .PHONY: run test check fuzz format clean
 
 run: $(VENV)/ready
-	$(BIN)/dsi-actors generate "$(PROMPT)" --sp 2 --max-tokens 48 --compare
+	$(BIN)/dsi-actors generate "$(PROMPT)" --max-tokens 48 --compare
 
 test: check
 	PYTHONASYNCIODEBUG=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
