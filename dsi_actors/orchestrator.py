@@ -6,14 +6,13 @@ import asyncio
 import itertools
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
 from dsi_actors.actors.generation import Generation
+from dsi_actors.actors.knowledge import Knowledge
 from dsi_actors.actors.local import start_local_workers
-from dsi_actors.actors.pacing import Pacing, can_overlap
 from dsi_actors.actors.root import Root
 from dsi_actors.actors.worker_handle import WorkerHandle
 from dsi_actors.config import ALGORITHMS, Algorithm, Config, Sampling
@@ -27,11 +26,9 @@ from dsi_actors.errors import (
     TooManyGenerations,
 )
 from dsi_actors.logs import get_logger
-from dsi_actors.planning.drafters import DrafterChoice, Drafters, guesser_of, unjudged
-from dsi_actors.planning.pace import Pace
-from dsi_actors.planning.tuner import Estimates, Tuner
+from dsi_actors.planning.tuner import Estimates
 from dsi_actors.stream import Channel, GenerationStream
-from dsi_protocol import MAX_TEXT_BYTES, MAX_TOKENS_PER_MESSAGE, Ready
+from dsi_protocol import MAX_TEXT_BYTES, MAX_TOKENS_PER_MESSAGE
 
 log = get_logger("orchestrator")
 
@@ -55,10 +52,7 @@ class Orchestrator:
         self._task: asyncio.Task[None] | None = None
         self._socket_directory: tempfile.TemporaryDirectory[str] | None = None
         self._numbers = itertools.count(1)
-        #: What the last generation with a drafter taught about latencies and acceptance.
-        self._learned: Estimates | None = None
-        self._pace = Pace(lambda: self.running)
-        self._drafters = Drafters()
+        self._knowledge = Knowledge(self.config, lambda: self.running)
         self._observer: Callable[[int, Event | Action], None] | None = None
 
     async def __aenter__(self) -> Orchestrator:
@@ -149,11 +143,10 @@ class Orchestrator:
                 raise TooManyGenerations(
                     f"{self.config.max_generations} generations wait or run already: try again later"
                 )
-            servers = sp or self.config.sp or len(root.of_role("target"))
-            tuner = self._tuner(root, algorithm, servers, lookahead)
+            pacing = self._knowledge.pacing(root, algorithm, sp, None if lookahead == "auto" else lookahead)
             core = GenerationCore(
                 prompt_ids,
-                policy=tuner.choose(),
+                policy=pacing.tuner.choose(),
                 max_tokens=sampling.max_tokens,
                 stop_tokens=sampling.stop_token_ids,
                 resumed=resumed,
@@ -165,7 +158,7 @@ class Orchestrator:
                 number,
                 core,
                 root.scheduler,
-                Pacing(tuner, DrafterChoice(self._drafters, self._first_drafter(root))),
+                pacing,
                 vocabulary_size=target.ready.vocabulary_size,
                 sampling=sampling,
                 correlation=correlation,
@@ -173,7 +166,7 @@ class Orchestrator:
                 target_wait_s=self.config.target_wait_s,
                 on_tokens=channel.put,
                 on_end=channel.end,
-                on_learned=self._learn,
+                on_learned=self._knowledge.learn,
                 observe=self._observer,
             )
             root.start_generation(generation, channel)
@@ -241,18 +234,16 @@ class Orchestrator:
         await start_local_workers(root, self.config, self.endpoint)
         on_processors = self.config.engine != "timed" and not any(worker.gpu for worker in self.workers)
         if on_processors and self.estimates.calibrated_ms > 0:
-            await self._measure_alone()
+            await self._measure_alone(root)
 
-    async def _measure_alone(self) -> None:
+    async def _measure_alone(self, root: Root) -> None:
         """What a token takes in plain decoding: workers on shared processors measured themselves while others started."""
         sampling = Sampling(max_tokens=_MEASURED_TOKENS)
         async with self._stream(_CALIBRATION, [0], sampling, "ar", 1, "auto", (), "calibration") as stream:
             async for _ in stream:
                 pass
             report = await stream.report()
-        known, took_ms = self.estimates, min(report.trace.target_ms[1:])
-        scale = took_ms / known.target_ms
-        self._learned = replace(known, target_ms=took_ms, calibrated_ms=took_ms, window_ms=known.window_ms * scale)
+        self._knowledge.measured_alone(root, min(report.trace.target_ms[1:]))
 
     async def _close(self, root: Root) -> None:
         """End generations, then workers, then our own actors. Safe to call whatever is running."""
@@ -316,57 +307,10 @@ class Orchestrator:
             if not 0 <= token < target.ready.vocabulary_size:
                 raise ConfigError(f"token {token} is outside the target's vocabulary of {target.ready.vocabulary_size}")
 
-    def _tuner(self, root: Root, algorithm: Algorithm, sp: int, lookahead: int | Literal["auto"]) -> Tuner:
-        self._pace.generation_begins()
-        kind = self._first_drafter(root)
-        overlaps = can_overlap(
-            root.of_role("target"), [worker for worker in root.of_role("drafter") if worker.kind == kind]
-        )
-        fixed = None if lookahead == "auto" else lookahead
-        tuner = Tuner(algorithm, sp, fixed, self.estimates, self._pace, overlaps=overlaps)
-        targets = max(1, len(root.of_role("target")))
-        tuner.servers = min(sp, targets)
-        tuner.estimates.sharers = -(-(len(root.generations) + 1) // targets)
-        return tuner
-
     @property
     def estimates(self) -> Estimates:
         """What the next generation begins with: what earlier ones taught, else what the workers measured at their start."""
-        root = self._running()
-        targets = [worker.ready for worker in root.of_role("target") if worker.ready is not None]
-        estimates = self._learned
-        if estimates is None:
-            target_ms = max((ready.latency_us for ready in targets), default=0) / 1e3
-            estimates = Estimates(
-                target_ms=target_ms,
-                calibrated_ms=target_ms,
-                window_ms=max((ready.window_latency_us for ready in targets), default=0) / 1e3,
-                window=max(1, min((ready.window for ready in targets), default=1)),
-                position_ms=max((_position_us(ready) for ready in targets), default=0.0) / 1e3,
-            )
-        kind = self._first_drafter(root)
-        latencies_us = [each.ready.latency_us for each in root.of_role("drafter") if each.ready and each.kind == kind]
-        if not latencies_us:
-            return estimates
-        guesser = self._drafters.guesser(kind) or unjudged(latencies_us[0] / 1e3)
-        return replace(estimates, drafter_ms=guesser.drafter_ms, accepted=guesser.accepted, judged=guesser.judged)
-
-    def _first_drafter(self, root: Root) -> str:
-        """The kind that the next generation begins with."""
-        kinds = {worker.kind for worker in root.of_role("drafter")}
-        named = [kind for kind in self.config.drafters if kind in kinds]
-        return self._drafters.first([*named, *sorted(kinds.difference(named))])
-
-    def _learn(self, estimates: Estimates, drafter: str) -> None:
-        self._learned = estimates
-        if drafter:
-            self._drafters.learn(drafter, guesser_of(estimates))
-
-
-def _position_us(ready: Ready) -> float:
-    """What each further position adds to a forward for several generations."""
-    positions = ready.slots * ready.window - 1
-    return max(0.0, (ready.batch_latency_us - ready.latency_us) / positions) if positions > 0 else 0.0
+        return self._knowledge.estimates(self._running())
 
 
 def _check_resumed(resumed: Sequence[int], sampling: Sampling) -> None:

@@ -15,7 +15,9 @@ from typing import TypeAlias
 from dsi_actors.actors.account import Account
 from dsi_actors.actors.actor import Actor
 from dsi_actors.actors.answers import Answered, Answers, Meaning, Misbehaved, Withdrawn
+from dsi_actors.actors.late_drafts import DraftPatience
 from dsi_actors.actors.pacing import Pacing
+from dsi_actors.actors.prefix_checksums import PrefixChecksums
 from dsi_actors.actors.scheduler import Exchanged, GivenBack, Released, Requested, Scheduler
 from dsi_actors.actors.worker_handle import WorkerHandle
 from dsi_actors.config import Sampling
@@ -37,14 +39,10 @@ from dsi_actors.errors import NoTargetError
 from dsi_actors.logs import get_logger
 from dsi_actors.planning.tuner import Estimates
 from dsi_actors.results import CommittedTokens, GenerationReport
-from dsi_protocol import Draft, Drafted, Reply, Verify, prefix_checksum
+from dsi_protocol import Draft, Drafted, Reply, Verify
 
 log = get_logger("generation")
 
-#: Drafts are late after so many times the time that they should take, and not before so many seconds.
-_LATE_FACTOR, _LATE_S = 10.0, 0.05
-#: The same where it is not known how long they should take.
-_LATE_UNKNOWN_S = 0.5
 #: How long the end of a generation waits for the replies that workers still owe, for an exact account.
 _SETTLE_S = 1.0
 
@@ -116,8 +114,7 @@ class Generation(Actor[GenerationMessage]):
         self._last_draft = 0
         self._workers_used: dict[int, WorkerHandle] = {}
         self._sent_away: set[int] = set()
-        #: _checksums[n] is the checksum of the first n tokens, for committed ones.
-        self._checksums = [0]
+        self._checksums = PrefixChecksums(core)
         self._error: Exception | None = None
         self._last_failure = ""
         self._drafts_cancelled_to = 0
@@ -128,7 +125,7 @@ class Generation(Actor[GenerationMessage]):
             self._account, pacing.tuner, vocabulary_size=vocabulary_size, logprobs=sampling.logprobs
         )
         self._settling = False
-        self._patience: asyncio.TimerHandle | None = None
+        self._patience = DraftPatience(self._on_late_drafts)
         self._target_wait_s = target_wait_s
         self._first_target_wait_s = first_target_wait_s
         self._waits = 0
@@ -205,33 +202,25 @@ class Generation(Actor[GenerationMessage]):
         if not self._core.finished and (policy := self._pacing.tuner.retune()) is not None:
             self._log.info("policy", wait=policy.first_wait, lookahead=policy.lookahead)
             self._feed(PolicyChanged(policy))
-        self._mind_late_drafts(event)
-
-    def _mind_late_drafts(self, event: Event) -> None:
-        """While the core waits for drafts a clock runs, from the last that came."""
-        waits = self._core.waits_for_drafts
-        if self._patience is not None and (not waits or isinstance(event, DraftsArrived)):
-            self._patience.cancel()
-            self._patience = None
-        if waits and self._patience is None:
-            expected_ms = self._pacing.estimates.drafter_ms * max(1, self._core.policy.first_wait)
-            patience_s = max(_LATE_S, _LATE_FACTOR * expected_ms / 1e3) if expected_ms else _LATE_UNKNOWN_S
-            self._patience = asyncio.get_running_loop().call_later(patience_s, self._on_late_drafts)
+        self._patience.mind(
+            waits=self._core.waits_for_drafts,
+            arrived=isinstance(event, DraftsArrived),
+            expected_ms=self._pacing.estimates.drafter_ms * max(1, self._core.policy.first_wait),
+        )
 
     def _on_late_drafts(self) -> None:
-        self._patience = None
         self._log.info("drafts are late: going on without")
         self.deliver(DraftsLate())
 
     def _do(self, action: Action) -> None:
         match action:
             case StartVerify(attempt, server, base, tokens, start):
-                verify = Verify(self.number, attempt, base, self._checksum(base), tokens, start)
+                verify = Verify(self.number, attempt, base, self._checksums.of_first(base), tokens, start)
                 self._verify(verify, self._servers[server])
             case StartDraft(attempt, base, tokens, start, count, block):
                 assert self._drafter is not None
                 self._last_draft = attempt
-                draft = Draft(self.number, attempt, base, self._checksum(base), tokens, start, count, block)
+                draft = Draft(self.number, attempt, base, self._checksums.of_first(base), tokens, start, count, block)
                 self._draft(draft, self._drafter)
             case CancelVerify(attempt, server):
                 self._servers[server].cancel(self.number, attempt)
@@ -355,16 +344,6 @@ class Generation(Actor[GenerationMessage]):
         self._pending += 1
         worker.draft(request, on_reply, on_drafted)
 
-    def _checksum(self, base: int) -> int:
-        """The checksum of the first `base` tokens: from a table where they are committed, computed beyond."""
-        core = self._core
-        while len(self._checksums) <= core.committed:
-            known = len(self._checksums) - 1
-            self._checksums.append(prefix_checksum((core.tokens[known],), self._checksums[known]))
-        if base <= core.committed:
-            return self._checksums[base]
-        return prefix_checksum(core.tokens[core.committed : base], self._checksums[core.committed])
-
     # The end
 
     def _end_stream(self) -> None:
@@ -381,8 +360,7 @@ class Generation(Actor[GenerationMessage]):
             self.stop()
 
     def on_stop(self) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
+        self._patience.end()
         for worker in self._workers_used.values():
             worker.close(self.number)
         self._scheduler.tell(Released(self))

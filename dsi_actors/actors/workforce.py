@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -13,6 +12,7 @@ from dsi_actors.actors.actor import Actor
 from dsi_actors.actors.assignment import assign
 from dsi_actors.actors.doorkeeper import Doorkeeper
 from dsi_actors.actors.gateway import Gateway, PeerGone
+from dsi_actors.actors.members import Member, Members
 from dsi_actors.actors.worker_handle import WorkerHandle
 from dsi_actors.config import Config
 from dsi_actors.keys import Keyring
@@ -38,12 +38,6 @@ log = get_logger("workforce")
 MAX_WORKERS = 256
 #: Workers that are not ready yet. More would keep real ones out for as long as strangers say Hello.
 MAX_LOADING = 64
-#: Incarnations that were dropped and may not come back.
-_MAX_REMEMBERED_DISMISSALS = 1024
-_MAX_REMEMBERED_FAILURES = 256
-_LOADING_PATIENCE_S = 30.0
-#: A broken connection may come back for so long. What was lost with it is sent again.
-_RECONNECT_S = 0.5
 #: A worker that thinks us dead too early has to load its model again: it waits for so many times our own patience.
 _WORKERS_PATIENCE = 5
 _MAX_REASON_CHARS = 500
@@ -70,20 +64,6 @@ class FoundUseless:
     reason: str
 
 
-@dataclass(slots=True)
-class _Member:
-    """What is known of a worker beside its handle."""
-
-    worker: WorkerHandle
-    welcome: Welcome
-    heard_s: float
-    since_s: float
-    #: A Welcome that has had no Ready for so long is sent again: either may be lost.
-    greet_again_s: float
-    #: Since when it cannot be reached: its connection is broken, and may come back.
-    unreachable_s: float | None = None
-
-
 WorkforceMessage: TypeAlias = FrameArrived | LookForSilence | FoundUseless
 
 
@@ -102,21 +82,22 @@ class Workforce(Actor[WorkforceMessage]):
         self._on_lost = on_lost
         self._gateway: Gateway | None = None
         self._keyring = Keyring(config.keys) if config.keys is not None else None
-        self._by_identity: dict[bytes, _Member] = {}
-        self._by_incarnation: dict[int, _Member] = {}
+        self._members = Members()
         self._doorkeeper = Doorkeeper(time.monotonic, self._on_flood)
-        self._dismissed: OrderedDict[int, str] = OrderedDict()
         self._next_number = 1
         self._goodbye_said = False
         #: vocabulary of the target, known from the first target server on.
         self.vocabulary: Ready | None = None
         self.refused = 0
-        #: Why this incarnation could not serve, in its own words.
-        self.failures: dict[int, str] = {}
 
     @property
     def workers(self) -> list[WorkerHandle]:
-        return [member.worker for member in self._by_identity.values()]
+        return [member.worker for member in self._members]
+
+    @property
+    def failures(self) -> Mapping[int, str]:
+        """Why this incarnation could not serve, in its own words."""
+        return self._members.failures
 
     def listen(self, endpoint: str) -> str:
         """Open the socket; returns the endpoint with its port. Raises ConfigError."""
@@ -134,12 +115,12 @@ class Workforce(Actor[WorkforceMessage]):
         self.spawn(self._tick())
 
     def _on_flood(self, identity: bytes) -> None:
-        member = self._by_identity.get(identity)
+        member = self._members.at(identity)
         if member is not None:
             self.tell(FoundUseless(member.worker, "it floods us"), control=True)
 
     def _on_malformed(self, identity: bytes, reason: str) -> None:
-        member = self._by_identity.get(identity)
+        member = self._members.at(identity)
         if member is not None:
             member.worker.fault(f"malformed frame: {reason}")
 
@@ -191,14 +172,14 @@ class Workforce(Actor[WorkforceMessage]):
         if isinstance(message, Hello):
             self._on_hello(identity, message)
             return
-        member = self._by_identity.get(identity)
+        member = self._members.at(identity)
         if member is None:
             return  # it was dropped, or never said Hello
         worker = member.worker
         match message:
             case Failed(0, _, _, reason):
                 reason = reason[:_MAX_REASON_CHARS]
-                self._remember_failure(worker.hello, reason)
+                self._members.failed(worker.hello, reason)
                 log.error("a worker cannot serve", worker=str(worker), reason=reason)
                 self._drop(worker, farewell=None)
             case Failed(_, _, "draining", _) | Goodbye():
@@ -213,27 +194,27 @@ class Workforce(Actor[WorkforceMessage]):
                 worker.fault(f"{type(message).__name__} is not for an orchestrator")
 
     def _on_heartbeat(self, identity: bytes, beat: Heartbeat) -> None:
-        known = self._by_incarnation.get(beat.incarnation)
+        known = self._members.of(beat.incarnation)
         if known is not None:
             known.heard_s = time.monotonic()
             self._send(identity, beat)
         else:
-            self._send(identity, Goodbye(self._dismissed.get(beat.incarnation, "it is not known here")))
+            self._send(identity, Goodbye(self._members.why_dismissed(beat.incarnation) or "it is not known here"))
 
     def _on_hello(self, identity: bytes, hello: Hello) -> None:
-        known = self._by_identity.get(identity) or self._by_incarnation.get(hello.incarnation)
+        known = self._members.at(identity) or self._members.of(hello.incarnation)
         if known is not None:
             same = known.worker.identity == identity and known.worker.hello.incarnation == hello.incarnation
             if same and known.worker.ready is None:
                 known.heard_s = time.monotonic()
                 self._greet(known)  # our first answer may have been lost with its connection
             return
-        if hello.incarnation in self._dismissed:
-            self._send(identity, Goodbye(self._dismissed[hello.incarnation]))
+        if (reason := self._members.why_dismissed(hello.incarnation)) is not None:
+            self._send(identity, Goodbye(reason))
             return
-        if sum(member.worker.ready is None for member in self._by_identity.values()) >= MAX_LOADING:
+        if self._members.loading >= MAX_LOADING:
             return  # it says Hello again
-        if len(self._by_identity) >= MAX_WORKERS:
+        if len(self._members) >= MAX_WORKERS:
             self._refuse(identity, hello, f"there are {MAX_WORKERS} workers already")
             return
         workers = self.workers
@@ -257,13 +238,13 @@ class Workforce(Actor[WorkforceMessage]):
             config.silence_ms * _WORKERS_PATIENCE,
         )  # fmt: skip
         now_s = time.monotonic()
-        member = _Member(worker, welcome, now_s, now_s, now_s)
+        member = Member(worker, welcome, now_s, now_s, now_s)
         self._next_number += 1
-        self._by_identity[identity] = self._by_incarnation[hello.incarnation] = member
+        self._members.add(member)
         log.info("worker arrives", worker=str(worker), engine=assignment.engine, model=assignment.model)
         self._greet(member)
 
-    def _greet(self, member: _Member) -> None:
+    def _greet(self, member: Member) -> None:
         now_s = time.monotonic()
         member.greet_again_s = now_s + max(self._config.silence_ms / 1e3, now_s - member.since_s)
         self._send_to(member, member.welcome)
@@ -273,7 +254,7 @@ class Workforce(Actor[WorkforceMessage]):
         self.refused += 1
         if self.refused & (self.refused - 1) == 0:  # the 1st, 2nd, 4th, 8th: a flood stays readable
             log.warning("worker refused", device=hello.device, pid=hello.process, reason=reason, so_far=self.refused)
-        self._remember_failure(hello, reason)
+        self._members.failed(hello, reason)
         self._send(identity, Goodbye(reason))
 
     def _on_ready_message(self, worker: WorkerHandle, ready: Ready) -> None:
@@ -302,66 +283,44 @@ class Workforce(Actor[WorkforceMessage]):
             f"({self.vocabulary.vocabulary_size} tokens): choose a model of the same family, or let a drafter's worker read the "
             "target's tokenizer"
         )
-        self._remember_failure(worker.hello, reason)
+        self._members.failed(worker.hello, reason)
         log.error("worker refused", worker=str(worker), reason=reason)
         self._drop(worker, farewell=reason)
-
-    def _remember_failure(self, hello: Hello, reason: str) -> None:
-        self.failures[hello.incarnation] = reason
-        if len(self.failures) > _MAX_REMEMBERED_FAILURES:
-            del self.failures[next(iter(self.failures))]
 
     # Comings and goings
 
     def _look_after_workers(self, now_s: float) -> None:
-        config = self._config
-        for member in list(self._by_identity.values()):
+        for member in self._members:
             worker = member.worker
-            patience_s = config.silence_ms / 1e3
-            if worker.ready is None:  # a library that loads can keep every thread of its process waiting
-                patience_s = max(patience_s, _LOADING_PATIENCE_S)
             # A heart may beat where messages were lost, or where the loop hangs. A request that takes too long is
             # cancelled, and a worker that does not even answer that is taken for dead.
             if member.unreachable_s is not None:  # an idle one is told nothing by which we would learn that it is back
                 self._send_to(member, Heartbeat(worker.hello.incarnation, 0))
-            worker.cancel_overdue(now_s - config.request_timeout_s)
+            worker.cancel_overdue(now_s - self._config.request_timeout_s)
             worker.ask_again(now_s)
-            if now_s - member.heard_s > patience_s:
-                self._give_up(worker, f"it was silent for {now_s - member.heard_s:.1f} s")
-            elif member.unreachable_s is not None and now_s - member.unreachable_s > _RECONNECT_S:
-                self._give_up(worker, "its connection is gone")
-            elif worker.owes_since(now_s - config.silence_ms / 1e3):
-                self._give_up(worker, "it did not answer")
-            elif worker.ready is None and now_s - member.since_s > config.ready_timeout_s:
-                self._give_up(worker, f"it was not ready after {config.ready_timeout_s:g} s")
+            if (reason := member.why_dead(now_s, self._config)) is not None:
+                log.warning("worker taken for dead", worker=str(worker), reason=reason)
+                self._drop(worker, farewell=reason)
             elif worker.ready is None and now_s > member.greet_again_s:
                 self._greet(member)
 
-    def _give_up(self, worker: WorkerHandle, reason: str) -> None:
-        log.warning("worker taken for dead", worker=str(worker), reason=reason)
-        self._drop(worker, farewell=reason)
-
     def _forgive(self, late_s: float, now_s: float) -> None:
         log.warning("this process stood still", late_ms=round(late_s * 1e3))
-        for member in self._by_identity.values():
+        for member in self._members:
             member.heard_s = min(now_s, member.heard_s + late_s)
             member.worker.forgive(late_s, now_s)
 
     def drop_incarnation(self, incarnation: int) -> None:
         """The local process of this incarnation has ended."""
-        member = self._by_incarnation.get(incarnation)
+        member = self._members.of(incarnation)
         if member is not None:
             self._drop(member.worker, farewell=None)
 
     def _drop(self, worker: WorkerHandle, farewell: str | None) -> None:
         if worker.lost:
             return
-        self._by_identity.pop(worker.identity, None)
-        self._by_incarnation.pop(worker.hello.incarnation, None)
+        self._members.dismiss(worker, farewell or "it left")
         self._doorkeeper.forget(worker.identity)
-        self._dismissed[worker.hello.incarnation] = farewell or "it left"
-        if len(self._dismissed) > _MAX_REMEMBERED_DISMISSALS:
-            self._dismissed.popitem(last=False)
         self._on_lost(worker)  # and so fenced, before it hears of it
         if farewell is not None:
             self._send(worker.identity, Goodbye(farewell))
@@ -375,7 +334,7 @@ class Workforce(Actor[WorkforceMessage]):
             return False
         return True
 
-    def _send_to(self, member: _Member, message: FromOrchestrator) -> None:
+    def _send_to(self, member: Member, message: FromOrchestrator) -> None:
         """What cannot be sent is lost, as messages may be: the worker is asked again if its connection comes back."""
         if self._send(member.worker.identity, message):
             member.unreachable_s = None

@@ -190,7 +190,7 @@ async def test_a_connection_that_breaks_costs_a_moment_and_no_worker() -> None:
                 for writer in writers:
                     writer.transport.abort()
                 assert orchestrator._root is not None
-                [member] = orchestrator._root.workforce._by_identity.values()
+                [member] = orchestrator._root.workforce._members
                 while member.unreachable_s is None:  # the last word for a while, and it is lost
                     before.close(1)
                     await asyncio.sleep(0.001)
