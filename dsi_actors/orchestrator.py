@@ -24,6 +24,7 @@ from dsi_actors.errors import (
     NoTargetError,
     OrchestratorClosed,
     TooManyGenerations,
+    WorkerStartError,
 )
 from dsi_actors.logs import get_logger
 from dsi_actors.planning.tuner import Estimates
@@ -239,10 +240,13 @@ class Orchestrator:
     async def _measure_alone(self, root: Root) -> None:
         """What a token takes in plain decoding: workers on shared processors measured themselves while others started."""
         sampling = Sampling(max_tokens=_MEASURED_TOKENS)
-        async with self._stream(_CALIBRATION, [0], sampling, "ar", 1, "auto", (), "calibration") as stream:
-            async for _ in stream:
-                pass
-            report = await stream.report()
+        try:
+            async with self._stream(_CALIBRATION, [0], sampling, "ar", 1, "auto", (), "calibration") as stream:
+                async for _ in stream:
+                    pass
+                report = await stream.report()
+        except NoTargetError as error:
+            raise WorkerStartError(f"the target server could not be measured: {error}") from error
         self._knowledge.measured_alone(root, min(report.trace.target_ms[1:]))
 
     async def _close(self, root: Root) -> None:

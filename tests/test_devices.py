@@ -96,7 +96,7 @@ def test_processes_on_one_gpu_take_turns(targets: list[str], drafters: list[str]
     def worker(place: str, role: str) -> WorkerHandle:
         host, device = place.split()
         hello, computes = Hello(1, 1, role, "auto", "", device.strip("*"), host, 1), "*" not in device
-        return WorkerHandle(1, b"", hello, role, lambda message: None, computes=computes)
+        return WorkerHandle(1, b"", hello, role, lambda message: None, occupies_device=computes)
 
     assert (
         can_overlap([worker(each, "target") for each in targets], [worker(each, "drafter") for each in drafters])

@@ -21,7 +21,7 @@ class Assignment:
     kind: str = ""
 
     @property
-    def computes(self) -> bool:
+    def occupies_device(self) -> bool:
         """Whether it keeps a device busy."""
         return self.engine not in (NGRAM, "timed")
 
@@ -46,9 +46,11 @@ def assign(config: Config, hello: Hello, *, targets: int, kinds: Sequence[str]) 
 
 def _drafts(config: Config, hello: Hello, targets: int, kinds: Sequence[str]) -> bool:
     """Whether a worker that leaves its role to us shall draft: if it can do nothing else, or drafters are missing."""
-    if hello.engine == NGRAM or hello.model in config.drafters:
+    if hello.engine == NGRAM:
         return True
-    return hello.model != config.target and targets > 0 and len(kinds) < len(config.drafters)
+    if hello.model == config.target:  # which may draft for itself, in int8
+        return hello.model in config.drafters and hello.model not in kinds and targets > 0
+    return hello.model in config.drafters or (targets > 0 and len(kinds) < len(config.drafters))
 
 
 def _assign_drafter(config: Config, hello: Hello, kinds: Sequence[str]) -> Assignment | str:

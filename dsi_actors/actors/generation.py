@@ -168,7 +168,6 @@ class Generation(Actor[GenerationMessage]):
                 worker.close(self.number)
                 self._let_go(worker)
                 if worker is self._drafter:
-                    self._pacing.drafter_left()
                     self._drop_drafter()
             case Misbehaved(worker, reason, fault):
                 self._send_away(worker, reason, fault=fault)
@@ -266,6 +265,7 @@ class Generation(Actor[GenerationMessage]):
 
     def _drop_drafter(self) -> None:
         """What it still does for us is cancelled: it was closed, or is gone."""
+        self._pacing.drafter_left()
         self._drafts_cancelled_to = self._last_draft
         self._drafter = None
         self._feed(DrafterLost())

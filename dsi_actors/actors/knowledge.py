@@ -56,10 +56,17 @@ class Knowledge:
             self._drafters.learn(drafter, guesser_of(estimates))
 
     def measured_alone(self, root: Root, target_ms: float) -> None:
-        """A verification of one position takes so long while nothing else computes."""
+        """A verification of one position takes so long while nothing else computes. Wider ones were
+        measured among as many others at the start."""
         known = self.estimates(root)
         scale = target_ms / known.target_ms
-        self._learned = replace(known, target_ms=target_ms, calibrated_ms=target_ms, window_ms=known.window_ms * scale)
+        self._learned = replace(
+            known,
+            target_ms=target_ms,
+            calibrated_ms=target_ms,
+            window_ms=known.window_ms * scale,
+            position_ms=known.position_ms * scale,
+        )
 
     def _first_drafter(self, root: Root) -> str:
         """The kind that the next generation begins with."""

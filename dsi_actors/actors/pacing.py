@@ -37,26 +37,30 @@ class Pacing:
         if worker.kind != self._choice.kind:
             latency_ms = worker.ready.latency_us / 1e3 if worker.ready is not None else 0.0
             known = self._choice.drafters.guesser(worker.kind) or unjudged(latency_ms)
-            self.tuner.drafter_is(known.drafter_ms, known.accepted, known.judged)
+            self.tuner.another_drafter(known.drafter_ms, known.accepted, known.judged)
         self._choice.use(worker.kind)
-        self.tuner.drafter_computes = worker.kind != NGRAM
+        self.tuner.drafter_is(worker.kind, computes=worker.kind != NGRAM)
         self._own_from = position
         self.servers_are(servers, worker)
 
     def drafter_left(self) -> None:
-        """For another one: it may come back."""
+        """It may come back."""
         self._choice.drafters.learn(self._choice.kind, guesser_of(self.tuner.carry_over()))
 
     def judged(self, accepted: int, judged: int, committed: int) -> None:
         """So many further drafts were compared with the target's own, which is known up to `committed`."""
         if committed > self._own_from:
             self.tuner.judged(accepted, judged)
+        if accepted < judged:  # what had been drafted beyond is dropped, whoever drafted it
+            self._own_from = min(self._own_from, committed)
 
     def committed(
         self, tokens: int, took_ms: float, *, committed: int, drafts: bool, kinds: Sequence[str]
     ) -> str | None:
         """So many tokens, so long after the ones before (0 where that says nothing), up to the position `committed`. `kinds`:
         of drafters that are there. Returns another one to ask for."""
+        if self.tuner.drafting and not drafts:
+            return None  # nobody drafts: that is neither way
         choice, change = self._choice, None
         if len(kinds) > 1 and drafts and took_ms > 0:
             if self.tuner.drafting and committed > self._own_from:

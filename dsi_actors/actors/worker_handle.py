@@ -89,7 +89,7 @@ class WorkerHandle:
         patience_s: float = 1.0,
         on_useless: Callable[[str], None] = lambda reason: None,
         kind: str = "",
-        computes: bool = True,
+        occupies_device: bool = True,
     ) -> None:
         """`patience_s`: after so long without a reply a request is sent again. `on_useless` is told the reason when
         the worker has been faulty too often."""
@@ -99,8 +99,8 @@ class WorkerHandle:
         self.role = role
         #: Of a drafter: what the configuration calls it.
         self.kind = kind
-        #: The GPU that it computes on, of whichever host. Prompt lookup computes nothing.
-        self.gpu = f"{hello.host} {hello.device}" if computes and hello.device.startswith("cuda") else ""
+        #: The GPU that it computes on, of whichever host. Prompt lookup needs none.
+        self.gpu = f"{hello.host} {hello.device}" if occupies_device and hello.device.startswith("cuda") else ""
         self.ready: Ready | None = None
         self.lost = False
         #: It takes no more work and goes by itself.

@@ -230,7 +230,7 @@ class Workforce(Actor[WorkforceMessage]):
             patience_s=config.silence_ms / 2e3,
             on_useless=lambda reason: self.tell(FoundUseless(worker, reason), control=True),
             kind=assignment.kind,
-            computes=assignment.computes,
+            occupies_device=assignment.occupies_device,
         )  # fmt: skip
         welcome = Welcome(
             PROTOCOL_VERSION, assignment.role, assignment.engine, assignment.model,

@@ -20,8 +20,9 @@ _MEMORY, _CARRIED = 64.0, 1024.0
 _BETTER = 0.93
 #: A token took at most so many times what it takes in plain decoding: more has another reason, such as a worker that died.
 _MOST = 4.0
-#: Of what is known of a drafter that a generation did not use, the share that is forgotten: so that it is tried again some day.
-_FORGOTTEN = 0.02
+#: One that was not used is tried again after so many generations, and after twice as many whenever it was slower again. Of what
+#: was known of it, each of them leaves so much.
+_PATIENCE, _MOST_PATIENCE, _KEPT = 32, 1024, 0.98
 #: Tokens after which one that could not be had is asked for again.
 _ASK_AGAIN = 128
 
@@ -32,6 +33,9 @@ class _Way:
 
     tokens: float = 0.0
     ratio: float = 0.0
+    #: Generations since it was used, and until it is tried again.
+    unused: int = 0
+    patience: int = _PATIENCE
 
     def add(self, tokens: float, ratio: float, memory: float) -> None:
         self.tokens += tokens
@@ -63,9 +67,12 @@ class Drafters:
         self._ways: dict[str, _Way] = {}
         self._guessers: dict[str, Guesser] = {}
 
-    def first(self, kinds: Iterable[str]) -> str:
-        """To begin with: one that was never tried, in the order given, else the fastest. "": there is none."""
-        return min(kinds, key=self.ratio, default="")
+    def first(self, kinds: Sequence[str]) -> str:
+        """To begin with: one that was never tried, or not for long, in the order given, else the fastest. "": there is none."""
+        forgotten = (
+            kind for kind in kinds if kind in self._ways and self._ways[kind].unused >= self._ways[kind].patience
+        )
+        return next(forgotten, min(kinds, key=self.ratio, default=""))
 
     def ratio(self, kind: str) -> float:
         """0: it was never tried."""
@@ -79,8 +86,17 @@ class Drafters:
 
     def generation_ended(self, used: Iterable[str]) -> None:
         """It has drafted by these: the others may have become better."""
-        for kind in self._ways.keys() - set(used):
-            self._ways[kind].ratio *= 1 - _FORGOTTEN
+        used = set(used)
+        fastest = min(self._ways, key=self.ratio)
+        for kind, way in self._ways.items():
+            if kind not in used:
+                way.unused += 1
+                way.tokens *= _KEPT
+            else:
+                if way.unused >= way.patience:
+                    way.patience = min(2 * way.patience, _MOST_PATIENCE)
+                way.unused = 0
+        self._ways[fastest].patience = _PATIENCE
 
     def tried(self, kind: str, tokens: float, ratio: float) -> None:
         self._ways.setdefault(kind, _Way()).add(tokens, ratio, _CARRIED)

@@ -83,9 +83,9 @@ def best_dsi(
 ) -> Policy:
     """The wait after a rejection and the stagger between verifications that make DSI fastest on `sp` servers.
 
-    The family contains AR (span 0) and what is at least as fast as SI (one server, wait and span of k). Where servers are
-    shared, a verification waits for the forward of others to end, in which time `queued` tokens are drafted: so many are
-    waited for, since that costs nothing, and no more, since who is not in the next forward waits for the one after.
+    The family contains AR (span 0), SI itself (`best_in_turns`), and SI that drafts on while it verifies (wait and span of k).
+    Where servers are shared, a verification waits for the forward of others to end, in which time `queued` tokens are drafted:
+    so many are waited for, since that costs nothing, and no more, since who is not in the next forward waits for the one after.
     """
     target_ms = cost_ms(1)
     if (
@@ -101,7 +101,8 @@ def best_dsi(
         queued is not None
     ):  # four messages of drafts in each forward are enough: more would keep the orchestrator busy for nothing
         lookaheads = [max(k for k in lookaheads if k <= max(1, in_time // 4))]
-    # A block of drafts is a message, and a drafter that takes next to no time would send hundreds of them.
+    # A block of drafts is a message, and a drafter that takes next to no time would send hundreds of them: blocks as large as
+    # needed, or as large as there are.
     finest = target_ms / (max(_MOST_BLOCKS, 2 * sp) * max(drafter_ms, 1e-6))
     lookaheads = [k for k in lookaheads if k >= finest] or lookaheads[-1:]
     # Where a long verification takes no longer than a short one there is no reason to check less than there is.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 #: Tokens of each generation that runs: those at the beginning of a trial that are not counted (the drafter reads the text),
 #: those after which a way is judged, and those by which it is judged from then on.
@@ -23,10 +23,10 @@ _PATIENCE, _MOST_PATIENCE = 512, 16384
 
 @dataclass(slots=True)
 class _Way:
-    """How long a token took, as a multiple of what plain decoding should take."""
+    """How long a token took. Milliseconds, not multiples of a promise: promises change, and what was measured stays."""
 
     tokens: float = 0.0
-    ratio: float = 0.0
+    ms: float = 0.0
     untried: float = 0.0
     patience: float = _PATIENCE
 
@@ -34,28 +34,17 @@ class _Way:
     def known(self) -> bool:
         return self.tokens >= _WARM_UP + _TRIAL
 
-    def add(self, tokens: float, ratio: float) -> None:
+    def add(self, tokens: float, ms: float) -> None:
         self.untried = 0.0
         self.tokens += tokens
         if (counted := min(self.tokens - _WARM_UP, _MEMORY)) > 0:
-            self.ratio += (min(ratio, _MOST_LONGER) - self.ratio) * min(1.0, tokens / counted)
+            self.ms += (ms - self.ms) * min(1.0, tokens / counted)
 
     def not_tried(self, tokens: float) -> None:
         self.untried += tokens
         if self.known and self.untried > self.patience:
-            self.tokens, self.ratio = 0.0, 0.0
+            self.tokens, self.ms = 0.0, 0.0
             self.patience = min(2 * self.patience, _MOST_PATIENCE)
-
-
-@dataclass(slots=True)
-class _Ways:
-    speculating: _Way = field(default_factory=_Way)
-    plain: _Way = field(default_factory=_Way)
-
-    @property
-    def speculation_pays(self) -> bool:
-        plain = self.plain.ratio if self.plain.known else 1.0
-        return not self.speculating.known or self.speculating.ratio <= _PAYS * plain
 
 
 class Pace:
@@ -65,33 +54,44 @@ class Pace:
     def __init__(self, running: Callable[[], int] = lambda: 1) -> None:
         self._running = running
         self._load = 1.0
-        self._at_load: defaultdict[int, _Ways] = defaultdict(_Ways)
+        #: Ways by the drafter; None: plain decoding.
+        self._at_load: defaultdict[int, defaultdict[str | None, _Way]] = defaultdict(lambda: defaultdict(_Way))
 
     def generation_begins(self) -> None:
         if not self._running():  # what was before the lull says nothing
             self._load = 1.0
 
-    @property
-    def speculation_pays(self) -> bool:
-        """As things are. True until enough is known."""
-        return self._now().speculation_pays
+    def pays(self, drafter: str, promised_ms: float) -> bool:
+        """Whether to speculate with this one, as things are. True until enough is known. `promised_ms` is what a token should
+        take in plain decoding at this load; it counts for as long as plain decoding itself was not tried."""
+        ways = self._at_load[_band(self._load)]
+        return _pays(ways[drafter], ways[None], promised_ms)
 
-    def committed(self, tokens: int, took_ms: float, *, speculating: bool, promised_ms: float) -> None:
-        """So many tokens of one generation, so long after the ones before. `promised_ms` is what one should take in plain
-        decoding at this load, from what the workers measured at their start; 0 where they did not."""
+    def committed(self, tokens: int, took_ms: float, *, drafter: str | None, promised_ms: float) -> None:
+        """So many tokens of one generation, so long after the ones before, by this drafter; None: in plain decoding.
+        `promised_ms` 0: nothing was measured, and nothing is judged."""
         running = max(1, self._running())
         each = tokens / running
         self._load += (running - self._load) * min(1.0, each / _MEMORY)
-        if promised_ms > 0 and _band(running) == _band(self._load):  # else it changes just now
-            ways = self._now()
-            tried, other = (ways.speculating, ways.plain) if speculating else (ways.plain, ways.speculating)
-            tried.add(each, took_ms / tokens / promised_ms)
-            other.not_tried(each)
-            if ways.speculation_pays == speculating and tried.known:
-                tried.patience = _PATIENCE  # it is the better one
+        if promised_ms <= 0 or _band(running) != _band(self._load):  # the load changes just now
+            return
+        ways = self._at_load[_band(self._load)]
+        tried = ways[drafter]
+        tried.add(each, min(took_ms / tokens, _MOST_LONGER * promised_ms))
+        for name, way in ways.items():
+            if name != drafter:
+                way.not_tried(each)
+        plain = ways[None]
+        if drafter is not None:
+            better = _pays(tried, plain, promised_ms)
+        else:
+            better = not any(way.known and _pays(way, plain, promised_ms) for way in ways.values() if way is not plain)
+        if tried.known and better:
+            tried.patience = _PATIENCE
 
-    def _now(self) -> _Ways:
-        return self._at_load[_band(self._load)]
+
+def _pays(drafted: _Way, plain: _Way, promised_ms: float) -> bool:
+    return not drafted.known or drafted.ms <= _PAYS * (plain.ms if plain.known else promised_ms)
 
 
 def _band(load: float) -> int:

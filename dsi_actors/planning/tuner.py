@@ -19,6 +19,9 @@ _PRIOR_WEIGHT = 6.0
 #: Of what was judged, the share that is forgotten with each further token: what counts are the last hundred or so.
 _FORGOTTEN = 0.01
 _LATENCY_WEIGHT = 0.1
+#: A drafter's latency is a mean of so many tokens, the last ones; what it is thought to be at first counts for so many of them. A
+#: chain of two takes next to nothing for what it copies, and as long as its model for the next block.
+_DRAFTED, _DRAFTED_PRIOR = 64.0, 8.0
 #: No forward is faster. A worker may say what it likes: estimates stay numbers that can be planned with.
 _LEAST_MS = 1e-3
 #: While nothing is drafted, what was judged is forgotten in about so many tokens: it may be another text by then.
@@ -39,8 +42,7 @@ class Estimates:
     #: Positions of one verification forward.
     window: int = 1
     drafter_ms: float = 0.0
-    #: A verification of one position while nobody drafts: as the worker measured it at its start, when others may have started,
-    #: too, and as it has been since.
+    #: A verification of one position while nobody drafts: as it was measured at the start, then as it is in plain decoding.
     calibrated_ms: float = 0.0
     #: What each further position adds to a forward for several generations.
     position_ms: float = 0.0
@@ -65,8 +67,11 @@ class Estimates:
 
     @property
     def promised_ms(self) -> float:
-        """What a token should take in plain decoding, from what the workers measured at their start. 0: they did not."""
-        return self.calibrated_ms + self.position_ms * (self.sharers - 1) if self.calibrated_ms > 0 else 0.0
+        """What a token should take in plain decoding: as long as it was measured without a drafter beside it, or as it takes with
+        one, if that is less. 0: nothing was measured."""
+        if self.calibrated_ms <= 0:
+            return 0.0
+        return min(self.calibrated_ms, self.target_ms) + self.position_ms * (self.sharers - 1)
 
     @property
     def queued(self) -> int | None:
@@ -114,22 +119,32 @@ class Tuner:
         #: Servers that are there now, of the `sp` that may be used.
         self.servers = sp
         self._fixed = lookahead
-        #: Prompt lookup does not.
-        self.drafter_computes = True
+        #: What it is called, and whether it computes: prompt lookup does not.
+        self.drafter, self.drafter_computes = "drafter", True
+        self._drafted = _DRAFTED_PRIOR if known.drafter_ms > 0 else 0.0
         #: Whether the drafter can compute while targets do.
         self.overlaps = overlaps
         self._pace = Pace() if pace is None else pace
         self._since_look = 0
-        self._planned_for = (sp, replace(known), True, overlaps)
+        self._planned_for = (replace(known), self._circumstances)
         self._policy: Policy | None = None
 
     @property
     def drafting(self) -> bool:
         return self._policy is not None and self._policy.max_ahead > 0
 
+    @property
+    def _speculation_pays(self) -> bool:
+        """What takes nothing from the target is never left: its drafts come in bursts, of which a trial sees too few."""
+        return not self.drafter_computes or self._pace.pays(self.drafter, self.estimates.promised_ms)
+
+    @property
+    def _circumstances(self) -> tuple[int, bool, bool]:
+        return self.servers, self._speculation_pays, self.overlaps
+
     def choose(self) -> Policy:
         """The policy to begin with."""
-        self._planned_for = (self.servers, replace(self.estimates), self._pace.speculation_pays, self.overlaps)
+        self._planned_for = (replace(self.estimates), self._circumstances)
         self._policy = self._best()
         return self._policy
 
@@ -145,7 +160,7 @@ class Tuner:
             known.shared_ms += (one_ms - known.shared_ms) * (_LATENCY_WEIGHT if known.shared_ms > 0 else 1)
             return
         took_ms = max(_LEAST_MS, took_ms)
-        if positions == 1 and (took_ms < known.calibrated_ms or not (self.drafting and known.calibrated_ms)):
+        if positions == 1 and not (self.drafting and known.calibrated_ms):
             known.calibrated_ms += (took_ms - known.calibrated_ms) * (_LATENCY_WEIGHT if known.calibrated_ms > 0 else 1)
         if known.target_ms <= 0:
             known.target_ms, known.window_ms = took_ms, max(took_ms, known.window_ms)
@@ -158,26 +173,33 @@ class Tuner:
         """So many tokens were committed, so long after the ones before; 0 where that says nothing."""
         if self._policy is None or self._policy.algorithm != "dsi" or self._fixed is not None or took_ms <= 0:
             return
-        known, speculating = self.estimates, self.drafting
-        if speculating and not self.drafter_computes:
-            return  # it takes nothing from the target, and its drafts come in bursts, of which a trial sees too few
-        if not speculating:
+        known = self.estimates
+        if self.drafting and not self.drafter_computes:
+            return
+        if not self.drafting:
             self._since_look += tokens  # nothing is judged, but another way may pay again
             share = min(1.0, tokens / _UNJUDGED)
             known.accepted += (ASSUMED_ACCEPTANCE * _PRIOR_WEIGHT - known.accepted) * share
             known.judged += (_PRIOR_WEIGHT - known.judged) * share
-        self._pace.committed(tokens, took_ms, speculating=speculating, promised_ms=known.promised_ms)
+        self._pace.committed(
+            tokens, took_ms, drafter=self.drafter if self.drafting else None, promised_ms=known.promised_ms
+        )
 
     def drafted(self, tokens: int, took_ms: float) -> None:
         known, took_ms = self.estimates, max(_LEAST_MS * tokens, took_ms)
-        weight = min(1.0, _LATENCY_WEIGHT * tokens) if known.drafter_ms > 0 else 1.0
-        known.drafter_ms += weight * (took_ms / max(1, tokens) - known.drafter_ms)
+        self._drafted = min(self._drafted + tokens, max(_DRAFTED, tokens))
+        known.drafter_ms += (took_ms / max(1, tokens) - known.drafter_ms) * tokens / max(1.0, self._drafted)
 
-    def drafter_is(self, drafter_ms: float, accepted: float, judged: float) -> None:
-        """Another one from now on, of which this is known."""
+    def drafter_is(self, name: str, *, computes: bool) -> None:
+        """From now on."""
+        self.drafter, self.drafter_computes = name, computes
+        self._since_look = _LOOK_EVERY
+
+    def another_drafter(self, drafter_ms: float, accepted: float, judged: float) -> None:
+        """Of which this is known."""
         known = self.estimates
         known.drafter_ms, known.accepted, known.judged = drafter_ms, accepted, judged
-        self._since_look = _LOOK_EVERY
+        self._drafted = _DRAFTED_PRIOR
 
     def judged(self, accepted: int, judged: int) -> None:
         """So many further drafts were compared with the target's own, and so many of them were equal."""
@@ -192,9 +214,8 @@ class Tuner:
         if self._fixed is not None or self._algorithm == "ar" or self._since_look < _LOOK_EVERY:
             return None
         self._since_look = 0
-        servers, estimates, *others = self._planned_for
-        same = servers == self.servers and others == [self._pace.speculation_pays, self.overlaps]
-        if same and not _differ(self.estimates, estimates):
+        estimates, circumstances = self._planned_for
+        if circumstances == self._circumstances and not _differ(self.estimates, estimates):
             return None
         before = self._policy
         return policy if (policy := self.choose()) != before else None
@@ -211,7 +232,7 @@ class Tuner:
         target_ms, window_ms = known.latencies_ms
         if fixed is not None:
             return Policy.speculative(fixed) if self._algorithm == "si" else Policy.distributed(fixed, sp)
-        if self._algorithm == "dsi" and not self._pace.speculation_pays:
+        if self._algorithm == "dsi" and not self._speculation_pays:
             return Policy.undrafted(sp)
         if target_ms <= 0 or known.drafter_ms <= 0:  # not calibrated: begin as plain decoding does, and measure
             return Policy.speculative(1) if self._algorithm == "si" else Policy.distributed(1, sp)

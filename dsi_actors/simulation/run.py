@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 from dsi_actors.core import GenerationCore
+from dsi_actors.planning.pace import Pace
 from dsi_actors.planning.tuner import Estimates, Tuner
 from dsi_actors.results import Trace
 from dsi_actors.simulation.discrete_events import DiscreteEventDriver
@@ -31,7 +32,7 @@ class Scenario:
     def estimates(self) -> Estimates:
         """What workers would have measured when they started."""
         return Estimates(
-            self.target_ms, self.target_ms, window=1 << 20, drafter_ms=self.drafter_ms
+            self.target_ms, self.target_ms, window=1 << 20, drafter_ms=self.drafter_ms, calibrated_ms=self.target_ms
         )  # the timed engine and the paper: a verification takes t, however long it is
 
     def latencies(self, seed: int) -> tuple[LatencyMs, LatencyMs]:
@@ -76,7 +77,7 @@ def simulate_once(
         core,
         AcceptanceScript(scenario.accepted(seed if draws is None else draws, prompt_length)),
         target_ms=target_ms,
-        drafter_ms=drafter_ms if core.policy.max_ahead else None,
+        drafter_ms=drafter_ms if core.policy.algorithm != "ar" else None,
         servers=core.policy.sp,
         tuner=tuner,
         cancel_ms=scenario.cancel_ms,
@@ -109,8 +110,9 @@ def simulate(
     Seeds are seed, seed + 1, ...; `calibrated` False begins without any latency known."""
     estimates = scenario.estimates if calibrated else Estimates(window=1 << 20)
     runs: list[SimulatedRun] = []
+    pace = Pace()
     for repeat in range(repeats):
-        tuner = Tuner(algorithm, 1 if algorithm in ("ar", "si") else sp, lookahead, estimates)
+        tuner = Tuner(algorithm, 1 if algorithm in ("ar", "si") else sp, lookahead, estimates, pace)
         runs.append(simulate_once(scenario, tuner, tokens=tokens, seed=seed + repeat))
         estimates = tuner.carry_over()
     return runs

@@ -56,10 +56,18 @@ def test_who_has_a_model_becomes_what_it_is_for() -> None:
     assert refused == "it has the model 'small', but the target is 'T'"
 
 
+def test_a_target_may_draft_for_itself() -> None:
+    """In int8, say."""
+    config = Config(target="T", drafter="T")
+    assert told(config, hello("T"), targets=0) == "target"
+    assert told(config, hello("T"), targets=1) == "drafter T"
+    assert told(config, hello("T"), targets=1, kinds=["T"]) == "target"
+
+
 def test_only_what_computes_keeps_a_device_busy() -> None:
     for model, computes in (("self-int8", True), ("ngram", False), ("random", False), ("other", True)):
         assigned = assign(
             ONE, Hello(PROTOCOL_VERSION, 1, "drafter", "auto", model, "cuda:0", "h", 1), targets=1, kinds=()
         )
         assert isinstance(assigned, Assignment)
-        assert assigned.computes == computes
+        assert assigned.occupies_device == computes

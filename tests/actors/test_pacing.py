@@ -48,7 +48,7 @@ def generate(pacing: Pacing, tokens: int, each_ms: dict[str, float], kinds: list
 def test_a_drafter_that_comes_when_speculation_was_left_is_tried_all_the_same() -> None:
     drafters, pace = Drafters(), Pace()
     generate(pacing_of(drafters, pace), 300, {"a": SLOW_MS}, ["a"])
-    assert not pace.speculation_pays
+    assert not pace.pays("a", PLAIN_MS)
     each_ms = {"a": SLOW_MS, "b": FAST_MS}
     drafted = sum(generate(pacing_of(drafters, pace), 1000, each_ms, KINDS) for _ in range(20))
     assert drafted > 10_000
@@ -67,6 +67,27 @@ def test_what_the_drafter_before_has_left_is_not_the_new_ones() -> None:
     assert pacing.estimates.judged == Estimates().judged
     pacing.judged(0, 50, 101)
     assert pacing.estimates.acceptance < 0.3
+
+
+def test_after_a_rejection_all_drafts_are_the_new_ones() -> None:
+    """A drafter may have been far ahead when another one took its place."""
+    pacing = pacing_of(Drafters(), Pace())
+    pacing.drafter_is(drafter("a"), [], 0)
+    pacing.drafter_is(drafter("b"), [], 270)
+    pacing.judged(2, 3, 5)
+    assert pacing.estimates.judged == Estimates().judged, "they were the other one's"
+    pacing.judged(0, 50, 6)
+    assert pacing.estimates.acceptance < 0.3
+
+
+def test_while_nobody_drafts_nothing_is_held_against_speculation() -> None:
+    pace = Pace()
+    pacing = pacing_of(Drafters(), pace)
+    pacing.drafter_is(drafter("a"), [], 0)
+    for position in range(200):
+        pacing.committed(1, SLOW_MS, committed=position, drafts=False, kinds=["a"])
+    assert pace.pays("a", PLAIN_MS)
+    assert pacing.tuner.drafting
 
 
 def test_it_plans_by_where_its_own_workers_compute() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+
+import pytest
+
 from dsi_actors.planning.drafters import TRIAL, WARM_UP, DrafterChoice, Drafters
 
 KINDS = ["a", "b", "c"]
@@ -104,7 +108,19 @@ def test_what_was_not_used_for_long_is_tried_again() -> None:
         generations += 1
         assert generations < 50
     assert generations > 5
+    for _ in range(5):
+        generate(drafters, 100, {"a": 20.0, "b": 10.0})
     assert generate(drafters, 100, {"a": 20.0, "b": 10.0})[0] == "b"
+
+
+@pytest.mark.parametrize("slow_ms", [25.0, 30.0, 38.0])
+def test_what_stays_slower_is_tried_ever_more_seldom(slow_ms: float) -> None:
+    drafters, each_ms = Drafters(), {"a": 20.0, "b": slow_ms}
+    used = [generate(drafters, 64, each_ms) for _ in range(600)]
+    tried = [number for number, kinds in enumerate(used) if "b" in kinds]
+    assert 3 <= len(tried) <= 8
+    gaps = [after - before for before, after in itertools.pairwise(tried)]
+    assert gaps == sorted(gaps)
 
 
 def test_one_that_cannot_be_had_does_not_keep_the_others_from_being_judged() -> None:

@@ -7,18 +7,23 @@ import pytest
 from dsi_actors.planning.pace import Pace
 
 _LONG = 20_000
+DRAFTER = "d"
+
+
+def pays(pace: Pace, promised_ms: float = 50.0) -> bool:
+    return pace.pays(DRAFTER, promised_ms)
 
 
 def commit(pace: Pace, tokens: int, each_ms: float, *, speculating: bool) -> None:
     for _ in range(tokens):
-        pace.committed(1, each_ms, speculating=speculating, promised_ms=50.0)
+        pace.committed(1, each_ms, drafter=DRAFTER if speculating else None, promised_ms=50.0)
 
 
 def until_it_changes(pace: Pace, speculating_ms: float, plain_ms: float) -> tuple[bool, int]:
     """Whether it speculates now, and for how many tokens."""
-    speculates = pace.speculation_pays
+    speculates = pays(pace)
     for tokens in range(_LONG):
-        if pace.speculation_pays != speculates:
+        if pays(pace) != speculates:
             return speculates, tokens
         commit(pace, 1, speculating_ms if speculates else plain_ms, speculating=speculates)
     return speculates, _LONG
@@ -27,24 +32,24 @@ def until_it_changes(pace: Pace, speculating_ms: float, plain_ms: float) -> tupl
 def test_speculation_is_tried_before_it_is_judged() -> None:
     pace = Pace()
     commit(pace, 31, 500.0, speculating=True)
-    assert pace.speculation_pays
+    assert pays(pace)
     commit(pace, 1, 500.0, speculating=True)
-    assert not pace.speculation_pays
+    assert not pays(pace)
 
 
 def test_how_a_trial_begins_does_not_count() -> None:
     pace = Pace()
     commit(pace, 8, 5000.0, speculating=True)
     commit(pace, 100, 45.0, speculating=True)
-    assert pace.speculation_pays
+    assert pays(pace)
 
 
 def test_plain_decoding_is_held_to_what_it_was_measured_at() -> None:
     pace = Pace()
     commit(pace, 100, 60.0, speculating=True)
-    assert not pace.speculation_pays, "the workers promised 50"
+    assert not pays(pace), "the workers promised 50"
     commit(pace, 100, 70.0, speculating=False)
-    assert pace.speculation_pays
+    assert pays(pace)
 
 
 def test_each_load_is_judged_by_itself() -> None:
@@ -54,7 +59,7 @@ def test_each_load_is_judged_by_itself() -> None:
     paid = {}
     for running in (3, 4, 5, 1, 2, 8):
         commit(pace, 160 * running, 50.0, speculating=False)
-        paid[running] = pace.speculation_pays
+        paid[running] = pays(pace)
     assert paid == {3: False, 4: False, 5: False, 1: True, 2: True, 8: True}
 
 
@@ -65,10 +70,10 @@ def test_a_load_that_is_another_for_a_moment_is_still_the_same() -> None:
     for _ in range(20):
         running = 2
         commit(pace, 4, 50.0, speculating=False)
-        assert not pace.speculation_pays
+        assert not pays(pace)
         running = 4
         commit(pace, 20, 50.0, speculating=False)
-        assert not pace.speculation_pays
+        assert not pays(pace)
 
 
 def test_what_a_rush_does_is_not_held_against_being_alone() -> None:
@@ -77,10 +82,10 @@ def test_what_a_rush_does_is_not_held_against_being_alone() -> None:
     commit(pace, 100, 45.0, speculating=True)
     running = 4
     commit(pace, 1000, 500.0, speculating=True)
-    assert not pace.speculation_pays
+    assert not pays(pace)
     running = 0
     pace.generation_begins()
-    assert pace.speculation_pays
+    assert pays(pace)
 
 
 def test_after_a_lull_who_comes_first_is_alone() -> None:
@@ -88,10 +93,10 @@ def test_after_a_lull_who_comes_first_is_alone() -> None:
     pace = Pace(lambda: running)
     commit(pace, 1000, 500.0, speculating=True)
     pace.generation_begins()
-    assert not pace.speculation_pays
+    assert not pays(pace)
     running = 0
     pace.generation_begins()
-    assert pace.speculation_pays
+    assert pays(pace)
 
 
 def test_what_is_slower_is_tried_again_and_ever_more_seldom() -> None:
@@ -109,7 +114,7 @@ def test_what_has_become_faster_is_found_out() -> None:
     pace = Pace()
     for _ in range(7):
         until_it_changes(pace, speculating_ms=100.0, plain_ms=50.0)
-    assert not pace.speculation_pays
+    assert not pays(pace)
     until_it_changes(pace, speculating_ms=25.0, plain_ms=50.0)
     assert until_it_changes(pace, speculating_ms=25.0, plain_ms=50.0) == (True, _LONG)
     until_it_changes(pace, speculating_ms=100.0, plain_ms=50.0)
@@ -127,15 +132,15 @@ def test_what_counts_is_time_over_tokens_of_the_last_ones() -> None:
     pace = Pace()
     commit(pace, 1000, 500.0, speculating=True)
     for _ in range(100):
-        pace.committed(4, 160.0, speculating=True, promised_ms=50.0)
-        pace.committed(1, 60.0, speculating=True, promised_ms=50.0)
-    assert pace.speculation_pays
+        pace.committed(4, 160.0, drafter=DRAFTER, promised_ms=50.0)
+        pace.committed(1, 60.0, drafter=DRAFTER, promised_ms=50.0)
+    assert pays(pace)
 
 
 @pytest.mark.parametrize("promised_ms", [0.0, 50.0])
 def test_no_wait_counts_without_end(promised_ms: float) -> None:
     pace = Pace()
     commit(pace, 64, 40.0, speculating=True)
-    pace.committed(1, 1e12, speculating=True, promised_ms=promised_ms)
+    pace.committed(1, 1e12, drafter=DRAFTER, promised_ms=promised_ms)
     commit(pace, 200, 40.0, speculating=True)
-    assert pace.speculation_pays
+    assert pays(pace)

@@ -119,6 +119,10 @@ def test_what_was_always_right_is_copied_until_the_model_is_too_far_behind() -> 
     assert lookup.copy(session_of([1, 2, 3] * 4, generation=2), 7) == [], "three are not worth it"
 
 
+def lookup_rate(lookup: Lookup) -> float:
+    return lookup._records[4].rate
+
+
 @pytest.mark.parametrize("right", [0, 3, 6])
 def test_a_copy_that_was_wrong_counts_as_a_guess_that_was_wrong(right: int) -> None:
     copying, checking = (surely(Lookup(FLAT, remember=False)) for _ in range(2))
@@ -135,22 +139,42 @@ def test_a_copy_that_was_wrong_counts_as_a_guess_that_was_wrong(right: int) -> N
     sessions[0].write(40 + right, [99])  # the target says something else, and what follows it is gone
     copying.copy(sessions[0], 7)
     found, expected = (lookup._records[4] for lookup in (copying, checking))
-    assert found.right == pytest.approx(expected.right, rel=0.02)
-    assert found.checked - found.right == pytest.approx(expected.checked - expected.right, rel=0.02)
+    assert found.rate == pytest.approx(expected.rate, abs=0.002)
+    assert found.rate < lookup_rate(surely(Lookup(FLAT, remember=False))) - 0.003
 
 
 def test_what_was_dropped_with_what_was_before_it_says_nothing() -> None:
     lookup = surely(Lookup(FLAT, remember=False))
     session = session_of(list(range(20)) * 2)
     session.computed = 40
-    before = lookup._records[4].right, lookup._records[4].checked
+    before = lookup_rate(lookup)
     session.write(40, lookup.copy(session, 7))
     session.truncate(30)
     session.write(30, [99])
     lookup.copy(session, 7)
-    record = lookup._records[4]
-    assert record.right == pytest.approx(before[0], rel=0.02)
-    assert record.checked == pytest.approx(before[1], rel=0.02)
+    assert lookup_rate(lookup) == pytest.approx(before, abs=0.001)
+
+
+def test_what_was_sure_for_long_is_not_so_for_long_after() -> None:
+    """Texts differ, and all generations of a worker share what it knows."""
+    lookup, line = surely(Lookup(FLAT, remember=False)), list(range(20))
+    for generation in range(300):
+        session = session_of(line * 2, generation=generation)
+        session.computed = 40
+        session.write(40, lookup.copy(session, 7))
+        lookup.forget(session)
+    copies = 0
+    for generation in range(1000, 1100):
+        session = session_of(line * 2, generation=generation)
+        session.computed = 40
+        if not (copied := lookup.copy(session, 7)):
+            break
+        copies += 1
+        session.write(40, copied)
+        session.truncate(40)
+        session.write(40, [99])
+        lookup.forget(session)  # the generation ends, and what it has found out counts
+    assert 3 < copies < 15
 
 
 def test_copying_takes_no_forwards(model: Path) -> None:

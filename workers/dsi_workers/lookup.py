@@ -23,6 +23,7 @@ _FEWEST, _MOST_BEHIND = 4, 48
 _OPEN = 16
 #: Before anything was checked, and after nothing was for long: this often right, as if so many had been.
 _PRIOR, _PRIOR_WEIGHT = 0.6, 4.0
+#: Of what is known, with each token that was checked, and each time that none was worth it: what counts are the last few hundred.
 _FORGOTTEN = 0.005
 
 
@@ -40,7 +41,8 @@ class _Record:
         self.right = max(0.0, self.right + right)
         self.checked = max(self.right, _PRIOR_WEIGHT / 2, self.checked + checked)
 
-    def forget(self, share: float) -> None:
+    def forget(self, tokens: int = 1) -> None:
+        share = 1 - (1 - _FORGOTTEN) ** tokens
         self.right += (_PRIOR * _PRIOR_WEIGHT - self.right) * share
         self.checked += (_PRIOR_WEIGHT - self.checked) * share
 
@@ -74,14 +76,15 @@ class Lookup:
             del found[self._worth(self._records[match]) :]
             self._matches[session.generation] = match
             if not found:
-                self._records[match].forget(_FORGOTTEN)
+                self._records[match].forget()
         return found
 
     def checked(self, session: Session, guess: Sequence[int], *, right: int) -> None:
         """The first `right` tokens of the guess were the model's own; at most one more was looked at."""
         record = self._records[self._matches[session.generation]]
-        record.forget(_FORGOTTEN)
-        record.count(right, min(right + 1, len(guess)))
+        looked_at = min(right + 1, len(guess))
+        record.forget(looked_at)
+        record.count(right, looked_at)
         self._right[session.generation] = session.computed, guess[:right]
 
     def copy(self, session: Session, most: int) -> list[int]:
@@ -96,7 +99,7 @@ class Lookup:
         record = self._records[match]
         if record.rate < self._sure:
             return []
-        record.forget(_FORGOTTEN)
+        record.forget(len(found))
         record.count(len(found), len(found))  # until something else stands there
         copies.append(_Copy(length, found, record))
         return found
@@ -126,10 +129,10 @@ class Lookup:
             session.computed += 1
 
     def forget(self, session: Session) -> None:
+        self._correct(session, self._copies.pop(session.generation, deque()))
         self._texts.forget(session)
         self._matches.pop(session.generation, None)
         self._right.pop(session.generation, None)
-        self._copies.pop(session.generation, None)
 
     def _worth(self, record: _Record) -> int:
         """The number of guesses that gives most tokens in a time."""

@@ -75,6 +75,8 @@ def on_a_gpu(decoder: Decoder) -> ComputesLogits:
 
         by_kernels = GpuDecoder(decoder)
         by_kernels.try_out()
+    except torch.OutOfMemoryError:
+        raise  # a server with other bits than the others is worse than none
     except Exception as error:  # of a compiler, a driver, a GPU: whatever it is, there is another way
         reason = f"{type(error).__name__}: {error}"[:300]
         log.warning("our kernels cannot be used here: forwards take nearly twice as long", reason=reason)
