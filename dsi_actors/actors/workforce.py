@@ -271,18 +271,13 @@ class Workforce(Actor[WorkforceMessage]):
             self._admit(worker)
 
     def _admit(self, worker: WorkerHandle) -> None:
-        """Use a ready worker, if it speaks in the target's tokens."""
+        """Use a ready worker, if it speaks in the target's tokens, and as a target server with its bits."""
         assert self.vocabulary is not None
         assert worker.ready is not None
-        if worker.ready.vocabulary in (self.vocabulary.vocabulary, ""):
+        if (reason := _misfit(worker.role, worker.ready, self.vocabulary)) is None:
             log.info("worker ready", worker=str(worker), load_ms=worker.ready.load_ms)
             self._on_ready(worker)
             return
-        reason = (
-            f"the {worker.role}'s vocabulary ({worker.ready.vocabulary_size} tokens) is not the target's "
-            f"({self.vocabulary.vocabulary_size} tokens): choose a model of the same family, or let a drafter's worker read the "
-            "target's tokenizer"
-        )
         self._members.failed(worker.hello, reason)
         log.error("worker refused", worker=str(worker), reason=reason)
         self._drop(worker, farewell=reason)
@@ -341,3 +336,19 @@ class Workforce(Actor[WorkforceMessage]):
         elif member.unreachable_s is None:
             member.unreachable_s = time.monotonic()
             log.info("worker unreachable", worker=str(member.worker))
+
+
+def _misfit(role: str, ready: Ready, first: Ready) -> str | None:
+    """Why a worker cannot serve beside the first target server. None: it can."""
+    if ready.vocabulary not in (first.vocabulary, ""):
+        return (
+            f"the {role}'s vocabulary ({ready.vocabulary_size} tokens) is not the target's "
+            f"({first.vocabulary_size} tokens): choose a model of the same family, or let a drafter's worker read the "
+            "target's tokenizer"
+        )
+    if role == "target" and ready.fingerprint and first.fingerprint and ready.fingerprint != first.fingerprint:
+        return (
+            "its logits have other bits than those of the first target server, so that a text would depend on who answers: "
+            "give all of them the same weights, dtype, threads, kind of device and version of torch"
+        )
+    return None

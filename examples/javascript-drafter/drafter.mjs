@@ -178,7 +178,7 @@ export async function serve(endpoint) {
       }
       say({
         type: "Ready", vocabulary: "", vocabulary_size: 0, max_length: MAX_LENGTH, window: 0, latency_us: 50,
-        window_latency_us: 0, slots: 16, batch_latency_us: 0, load_ms: 0,
+        window_latency_us: 0, slots: 16, batch_latency_us: 0, load_ms: 0, fingerprint: 0,
       });
     }
     for (const reply of drafter.react(message)) say(reply);

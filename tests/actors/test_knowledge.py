@@ -17,7 +17,7 @@ def join(root: Root, role: str, latency_ms: float, *, kind: str = "", batch_ms: 
     number = len(root.ready_workers) + 1
     hello = Hello(1, number, role, "auto", "", "cpu:0", "host", 1)
     worker = WorkerHandle(number, b"", hello, role, lambda _: None, kind=kind)
-    worker.ready = Ready("", 100, 100, 8, int(latency_ms * 1e3), int(latency_ms * 1.5e3), 4, int(batch_ms * 1e3), 1)
+    worker.ready = Ready("", 100, 100, 8, int(latency_ms * 1e3), int(latency_ms * 1.5e3), 4, int(batch_ms * 1e3), 1, 0)
     root.ready_workers.append(worker)
 
 

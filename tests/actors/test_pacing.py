@@ -18,7 +18,7 @@ def drafter(kind: str, device: str = "cpu:0") -> WorkerHandle:
     made = WorkerHandle(
         number, b"", Hello(1, number, "drafter", "auto", "", device, "host", 1), "drafter", lambda _: None, kind=kind
     )
-    made.ready = Ready("", 100, 100, 1, 2000, 0, 1, 0, 1)
+    made.ready = Ready("", 100, 100, 1, 2000, 0, 1, 0, 1, 0)
     return made
 
 

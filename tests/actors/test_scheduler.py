@@ -10,7 +10,7 @@ from dsi_protocol import Hello, Ready
 def worker(number: int, role: str, slots: int = 1, kind: str = "") -> WorkerHandle:
     hello = Hello(1, number, role, "timed", "", "cpu:0", "host", number)
     made = WorkerHandle(number, bytes([number]), hello, role, lambda message: None, kind=kind)
-    made.ready = Ready("", 1000, 1 << 16, 8, 1000, 1000, slots, 0, 1)
+    made.ready = Ready("", 1000, 1 << 16, 8, 1000, 1000, slots, 0, 1, 0)
     return made
 
 

@@ -146,6 +146,27 @@ async def test_a_faulty_target_server_alone_ends_the_generation_with_its_reason(
                 await text_of(orchestrator.generate(PROMPT))
 
 
+async def test_target_servers_that_compute_other_bits_are_not_mixed(tmp_path: Path) -> None:
+    """A text would depend on who answers."""
+
+    def lies(request: Draft | Verify) -> Iterable[FromWorker]:
+        yield Verified(request.generation, request.attempt, request.start, (7,), (), 1, 1)
+
+    config = timed_config(listen=f"ipc://{tmp_path}/dsi.sock", silence_ms=400, heartbeat_ms=50, sp=3)
+    first, same, unsaid, other = (FakeWorker("target", lies, fingerprint=number) for number in (5, 5, 0, 6))
+    async with dsi_actors.Orchestrator(config) as orchestrator, running(orchestrator.endpoint, first):
+        assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=5)
+        async with running(orchestrator.endpoint, same), running(orchestrator.endpoint, unsaid):
+            assert await orchestrator.wait_for_workers(targets=3, drafters=0, timeout_s=5)
+            async with running(orchestrator.endpoint, other), asyncio.timeout(5):
+                reason = ""
+                while not reason:
+                    await asyncio.sleep(0.01)
+                    reason = next((said.reason for said in other.heard if isinstance(said, Goodbye)), "")
+                assert "other bits" in reason
+                assert len(orchestrator.workers) == 3
+
+
 async def test_a_lost_reply_is_asked_for_again(tmp_path: Path) -> None:
     """The heart beats, one answer never came. The worker answers the cancel, and then the next request."""
     answers = 0

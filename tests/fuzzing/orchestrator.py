@@ -56,7 +56,7 @@ class Worker:
         self.alive = True
         self.socket = ScriptedSocket()
         self.engine = CountingEngine()
-        self.ready = Ready("count", VOCABULARY, 64, 8, 1, 1, 4, 1, 1)
+        self.ready = Ready("count", VOCABULARY, 64, 8, 1, 1, 4, 1, 1, 0)
         self.loop = WorkerLoop(cast(WorkSocket, self.socket), self.engine, lambda: True, self.ready)
 
     def hello(self) -> Hello:

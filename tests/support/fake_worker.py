@@ -37,10 +37,11 @@ def silent(request: Draft | Verify) -> Iterable[FromWorker]:
 
 
 class FakeWorker:
-    def __init__(self, role: str, answer: Answer, *, vocabulary: str = VOCABULARY) -> None:
+    def __init__(self, role: str, answer: Answer, *, vocabulary: str = VOCABULARY, fingerprint: int = 0) -> None:
         self.role = role
         self.answer = answer
         self.vocabulary = vocabulary
+        self.fingerprint = fingerprint
         self.heard: list[Message] = []
         self.obeys_cancel = True
         self._open: dict[tuple[int, int], None] = {}
@@ -69,7 +70,8 @@ class FakeWorker:
     def _react(self, message: Message) -> Iterable[FromWorker]:
         match message:
             case Welcome():
-                return (Ready(self.vocabulary, 1000 if self.vocabulary else 0, 1 << 16, 8, 1000, 1000, 4, 0, 1),)
+                size = 1000 if self.vocabulary else 0
+                return (Ready(self.vocabulary, size, 1 << 16, 8, 1000, 1000, 4, 0, 1, self.fingerprint),)
             case Draft() | Verify():
                 replies = tuple(self.answer(message))
                 if not replies:

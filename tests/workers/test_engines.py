@@ -150,6 +150,17 @@ def test_the_bits_do_not_depend_on_how_tokens_are_grouped(tiny_model: Path, dtyp
         engine.forget(session)
 
 
+def test_servers_with_other_bits_say_another_fingerprint(tiny_model: Path, sliding_model: Path) -> None:
+    def said(model: Path, *, drafter: bool = False, **options: str | int) -> int:
+        return TransformersEngine(str(model), device="cpu", drafter=drafter, options=options).info.fingerprint
+
+    once = said(tiny_model)
+    assert once > 0
+    assert said(tiny_model, slots=2) == once
+    assert len({once, said(tiny_model, dtype="bfloat16"), said(sliding_model)}) == 3
+    assert said(tiny_model, drafter=True) == 0
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_bits_do_not_depend_on_how_much_of_the_cache_is_read(tmp_path: Path, dtype: str) -> None:
     """Around position 512 one grouping reads 512 positions of the cache for a token, another reads 1024."""

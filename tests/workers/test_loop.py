@@ -151,7 +151,7 @@ def test_a_request_that_comes_again_after_its_reply_gets_that_again() -> None:
 
 def test_a_worker_that_is_greeted_again_says_again_that_it_is_ready() -> None:
     socket = ScriptedSocket()
-    ready = Ready("count", 1000, 64, 8, 1, 1, 8, 1, 5)
+    ready = Ready("count", 1000, 64, 8, 1, 1, 8, 1, 5, 0)
     socket.inbox.extend([Welcome(1, "target", "timed", "", {}, 500, 2000)])
     WorkerLoop(cast(WorkSocket, socket), CountingEngine(), lambda: True, ready).run()
     assert socket.sent == [ready]

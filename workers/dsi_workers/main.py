@@ -144,7 +144,7 @@ def _serve(
     load_ms = round((time.monotonic() - begun) * 1e3)
     ready = Ready(
         info.vocabulary, info.vocabulary_size, info.max_length, info.window, info.latency_us, info.window_latency_us,
-        info.slots, info.batch_latency_us, load_ms,
+        info.slots, info.batch_latency_us, load_ms, info.fingerprint,
     )  # fmt: skip
     loop = WorkerLoop(socket, engine, lambda: still_needed() and not heart.gone, ready)
     signal.signal(signal.SIGTERM, lambda *_: loop.drain())

@@ -44,6 +44,7 @@ class EngineInfo:
     window_latency_us: int = 0  # a verification of a full window
     slots: int = 1  # generations that are served side by side
     batch_latency_us: int = 0  # a forward for all slots, a full window each (a drafter: one token each)
+    fingerprint: int = 0  # of a target: of the bits of its logits
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ generations that share the forward (docs/exactness.md). A drafter only guesses: 
 from __future__ import annotations
 
 import statistics
+import zlib
 from collections.abc import Mapping, Sequence
 
 import structlog
@@ -86,6 +87,7 @@ class TransformersEngine(Engine):
             window_latency_us=window_latency_us,
             slots=slots,
             batch_latency_us=batch_latency_us,
+            fingerprint=self._fingerprint() if self._exact else 0,
         )
 
     def _quantization(self, options: Mapping[str, OptionValue]) -> str:
@@ -260,6 +262,20 @@ class TransformersEngine(Engine):
         self._forward.cache.release(0)
         self.forwards = 0
         return latencies
+
+    def _fingerprint(self) -> int:
+        """Of the logits that a fixed text gets: its last prompt position, and a window after it. Never 0."""
+        words = min(97, int(self._config.vocab_size))
+        text = [position * 31 % words for position in range(PROMPT_CHUNK + self._window)]
+        prompt = Run(0, text[:PROMPT_CHUNK], 0, PROMPT_CHUNK, PROMPT_CHUNK - 1)
+        window = Run(0, text[PROMPT_CHUNK:], PROMPT_CHUNK, self._window, PROMPT_CHUNK)
+        checksum = 0
+        for run, logit_rows in ((prompt, 1), (window, self._window)):
+            for logits in self._forward([run], rows=run.width, logit_rows=logit_rows):
+                checksum = zlib.crc32(logits.float().cpu().numpy().tobytes(), checksum)
+        self._forward.cache.release(0)
+        self.forwards = 0
+        return checksum or 1
 
     def _median_us(self, runs: Sequence[Run], rows: int, logit_rows: int) -> int:
         """Of three, or of fewer that took long together: what disturbs a long forward is a small part of it."""
