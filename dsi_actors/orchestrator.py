@@ -144,7 +144,13 @@ class Orchestrator:
                 raise TooManyGenerations(
                     f"{self.config.max_generations} generations wait or run already: try again later"
                 )
-            pacing = self._knowledge.pacing(root, algorithm, sp, None if lookahead == "auto" else lookahead)
+            pacing = self._knowledge.pacing(
+                root,
+                algorithm,
+                sp,
+                None if lookahead == "auto" else lookahead,
+                position=len(prompt_ids) + len(resumed),
+            )
             core = GenerationCore(
                 prompt_ids,
                 policy=pacing.tuner.choose(),

@@ -9,7 +9,7 @@ from dataclasses import replace
 from dsi_actors.actors.pacing import Pacing, can_overlap
 from dsi_actors.actors.root import Root
 from dsi_actors.actors.worker_handle import WorkerHandle
-from dsi_actors.config import Algorithm, Config
+from dsi_actors.config import NGRAM, Algorithm, Config
 from dsi_actors.planning.drafters import DrafterChoice, Drafters, guesser_of, unjudged
 from dsi_actors.planning.pace import Pace
 from dsi_actors.planning.tuner import Estimates, Tuner
@@ -38,13 +38,18 @@ class Knowledge:
         guesser = self._drafters.guesser(kind) or unjudged(latencies_us[0] / 1e3)
         return replace(estimates, drafter_ms=guesser.drafter_ms, accepted=guesser.accepted, judged=guesser.judged)
 
-    def pacing(self, root: Root, algorithm: Algorithm, sp: int | None, lookahead: int | None) -> Pacing:
-        """Of a generation that begins now; `lookahead` None lets it be chosen. Its tuner is to choose a policy next."""
+    def pacing(
+        self, root: Root, algorithm: Algorithm, sp: int | None, lookahead: int | None, *, position: int
+    ) -> Pacing:
+        """Of a generation that begins now, at the end of its prompt; `lookahead` None lets it be chosen. Its tuner is to
+        choose a policy next."""
         self._pace.generation_begins()
         targets, kind = root.of_role("target"), self._first_drafter(root)
         sp = sp or self._config.sp or len(targets)
         overlaps = can_overlap(targets, _drafters_of(root, kind))
         tuner = Tuner(algorithm, sp, lookahead, self.estimates(root), self._pace, overlaps=overlaps)
+        tuner.drafter_is(kind, computes=kind != NGRAM)
+        tuner.position = position
         tuner.servers = min(sp, max(1, len(targets)))
         tuner.estimates.sharers = -(-(len(root.generations) + 1) // max(1, len(targets)))
         return Pacing(tuner, DrafterChoice(self._drafters, kind))

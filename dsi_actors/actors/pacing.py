@@ -59,6 +59,7 @@ class Pacing:
     ) -> str | None:
         """So many tokens, so long after the ones before (0 where that says nothing), up to the position `committed`. `kinds`:
         of drafters that are there. Returns another one to ask for."""
+        self.tuner.position = committed
         if self.tuner.drafting and not drafts:
             return None  # nobody drafts: that is neither way
         choice, change = self._choice, None
@@ -66,6 +67,8 @@ class Pacing:
             if self.tuner.drafting and committed > self._own_from:
                 choice.committed(tokens, took_ms, self.tuner.estimates.promised_ms)
             change = choice.change(kinds)
+            if change is None and not self.tuner.speculation_pays:  # by this one: by another it may
+                change = choice.instead([kind for kind in kinds if self.tuner.would_pay(kind)])
             if self.tuner.drafting and not choice.settled(kinds):
                 return change  # that it is slow says nothing of speculation
         self.tuner.paced(tokens, took_ms)

@@ -12,6 +12,7 @@ from dsi_actors.actors.actor import Actor
 from dsi_actors.actors.assignment import assign
 from dsi_actors.actors.doorkeeper import Doorkeeper
 from dsi_actors.actors.gateway import Gateway, PeerGone
+from dsi_actors.actors.likeness import Likeness
 from dsi_actors.actors.members import Member, Members
 from dsi_actors.actors.worker_handle import WorkerHandle
 from dsi_actors.config import Config
@@ -86,8 +87,7 @@ class Workforce(Actor[WorkforceMessage]):
         self._doorkeeper = Doorkeeper(time.monotonic, self._on_flood)
         self._next_number = 1
         self._goodbye_said = False
-        #: vocabulary of the target, known from the first target server on.
-        self.vocabulary: Ready | None = None
+        self._likeness = Likeness(memory_s=max(config.target_wait_s, config.ready_timeout_s))
         self.refused = 0
 
     @property
@@ -262,20 +262,18 @@ class Workforce(Actor[WorkforceMessage]):
             return
         worker.ready = ready
         self._doorkeeper.trust(worker.identity)
-        if worker.role == "target" and self.vocabulary is None:
-            self.vocabulary = ready
+        if worker.role == "target" and not self._likeness.known:
+            self._likeness.target_is(ready)
             for other in self.workers:
                 if other.ready is not None:
-                    self._admit(other)
-        elif self.vocabulary is not None:
-            self._admit(worker)
+                    self._admit(other, other.ready)
+        elif self._likeness.known:
+            self._admit(worker, ready)
 
-    def _admit(self, worker: WorkerHandle) -> None:
-        """Use a ready worker, if it speaks in the target's tokens, and as a target server with its bits."""
-        assert self.vocabulary is not None
-        assert worker.ready is not None
-        if (reason := _misfit(worker.role, worker.ready, self.vocabulary)) is None:
-            log.info("worker ready", worker=str(worker), load_ms=worker.ready.load_ms)
+    def _admit(self, worker: WorkerHandle, ready: Ready) -> None:
+        """Use a ready worker, if it is like those that are used."""
+        if (reason := self._likeness.why_not(worker, ready, time.monotonic())) is None:
+            log.info("worker ready", worker=str(worker), load_ms=ready.load_ms)
             self._on_ready(worker)
             return
         self._members.failed(worker.hello, reason)
@@ -315,6 +313,7 @@ class Workforce(Actor[WorkforceMessage]):
         if worker.lost:
             return
         self._members.dismiss(worker, farewell or "it left")
+        self._likeness.left(worker, time.monotonic())
         self._doorkeeper.forget(worker.identity)
         self._on_lost(worker)  # and so fenced, before it hears of it
         if farewell is not None:
@@ -336,19 +335,3 @@ class Workforce(Actor[WorkforceMessage]):
         elif member.unreachable_s is None:
             member.unreachable_s = time.monotonic()
             log.info("worker unreachable", worker=str(member.worker))
-
-
-def _misfit(role: str, ready: Ready, first: Ready) -> str | None:
-    """Why a worker cannot serve beside the first target server. None: it can."""
-    if ready.vocabulary not in (first.vocabulary, ""):
-        return (
-            f"the {role}'s vocabulary ({ready.vocabulary_size} tokens) is not the target's "
-            f"({first.vocabulary_size} tokens): choose a model of the same family, or let a drafter's worker read the "
-            "target's tokenizer"
-        )
-    if role == "target" and ready.fingerprint and first.fingerprint and ready.fingerprint != first.fingerprint:
-        return (
-            "its logits have other bits than those of the first target server, so that a text would depend on who answers: "
-            "give all of them the same weights, dtype, threads, kind of device and version of torch"
-        )
-    return None

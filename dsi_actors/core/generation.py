@@ -212,6 +212,8 @@ class GenerationCore:
             case PolicyChanged(policy):
                 assert policy.sp >= self.policy.sp, "what runs must stay allowed"
                 self.policy = policy
+                if not policy.max_ahead:
+                    self._cancel_drafts()  # nobody waits for them any more
             case CancelRequested():
                 if not self.finished:
                     self._finish("cancelled")

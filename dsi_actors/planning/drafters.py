@@ -20,9 +20,8 @@ _MEMORY, _CARRIED = 64.0, 1024.0
 _BETTER = 0.93
 #: A token took at most so many times what it takes in plain decoding: more has another reason, such as a worker that died.
 _MOST = 4.0
-#: One that was not used is tried again after so many generations, and after twice as many whenever it was slower again. Of what
-#: was known of it, each of them leaves so much.
-_PATIENCE, _MOST_PATIENCE, _KEPT = 32, 1024, 0.98
+#: One that was not used is tried again after so many generations, and after twice as many whenever it was slower again.
+_PATIENCE, _MOST_PATIENCE = 32, 1024
 #: Tokens after which one that could not be had is asked for again.
 _ASK_AGAIN = 128
 
@@ -38,8 +37,8 @@ class _Way:
     patience: int = _PATIENCE
 
     def add(self, tokens: float, ratio: float, memory: float) -> None:
-        self.tokens += tokens
-        self.ratio += (ratio - self.ratio) * min(1.0, tokens / min(self.tokens, memory))
+        self.tokens = min(self.tokens + tokens, max(memory, tokens))
+        self.ratio += (ratio - self.ratio) * tokens / self.tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +86,17 @@ class Drafters:
     def generation_ended(self, used: Iterable[str]) -> None:
         """It has drafted by these: the others may have become better."""
         used = set(used)
-        fastest = min(self._ways, key=self.ratio)
         for kind, way in self._ways.items():
             if kind not in used:
                 way.unused += 1
-                way.tokens *= _KEPT
-            else:
-                if way.unused >= way.patience:
-                    way.patience = min(2 * way.patience, _MOST_PATIENCE)
-                way.unused = 0
-        self._ways[fastest].patience = _PATIENCE
+                if way.unused == way.patience:  # what was known of it is old
+                    way.tokens = min(way.tokens, _MEMORY)
+                continue
+            if way.unused >= way.patience:
+                way.patience = min(2 * way.patience, _MOST_PATIENCE)
+            if way.ratio == min(other.ratio for other in self._ways.values()):
+                way.patience = _PATIENCE
+            way.unused = 0
 
     def tried(self, kind: str, tokens: float, ratio: float) -> None:
         self._ways.setdefault(kind, _Way()).add(tokens, ratio, _CARRIED)
@@ -110,6 +110,8 @@ class DrafterChoice:
     #: The kind in use.
     kind: str = ""
     _here: dict[str, _Way] = field(default_factory=dict)
+    #: What was in use, whether it drafted anything or not.
+    _used: set[str] = field(default_factory=set)
     #: Tokens since the last change; and when another one was asked for, that did not come yet.
     _since: float = 0.0
     _asked: float | None = None
@@ -117,6 +119,7 @@ class DrafterChoice:
     def use(self, kind: str) -> None:
         """From now on this one drafts."""
         self.kind, self._since, self._asked = kind, 0.0, None
+        self._used.add(kind)
 
     def committed(self, tokens: int, took_ms: float, promised_ms: float) -> None:
         """So many tokens while the drafter was in use; `promised_ms` is what one should take in plain decoding."""
@@ -139,14 +142,22 @@ class DrafterChoice:
         if self._asked is not None and self._since < self._asked + _ASK_AGAIN:
             return None
         best = min(kinds, key=self._ratio, default=self.kind)
-        if best == self.kind or self._ratio(best) >= _BETTER * here.ratio:
+        return self._ask(best) if best != self.kind and self._ratio(best) < _BETTER * here.ratio else None
+
+    def instead(self, kinds: Sequence[str]) -> str | None:
+        """Of these, the one to ask for where the present one is not worth its drafts; None if one was asked for already."""
+        if self._asked is not None:
             return None
+        best = min((kind for kind in kinds if kind != self.kind), key=self._ratio, default=None)
+        return None if best is None else self._ask(best)
+
+    def _ask(self, kind: str) -> str:
         self._asked = self._since
-        return best
+        return kind
 
     def ended(self) -> None:
-        if self._here:
-            self.drafters.generation_ended(self._here)
+        if self._used:
+            self.drafters.generation_ended(self._used)
 
     def _ratio(self, kind: str) -> float:
         here = self._here.get(kind)

@@ -1,8 +1,8 @@
 """Whether speculation pays: measured, since no model of costs knows what drafting takes from the target servers that it
 gives to, be it processors, memory or turns. Pure.
 
-All generations that run beside one another share this knowledge and go one way together: one that speculates among plain
-ones may be fast at the others' cost.
+Generations that run beside one another share this knowledge. Those with texts about as long and with the same drafter go one way
+together: one that speculates among plain ones may be fast at the others' cost.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 #: Tokens of each generation that runs: those at the beginning of a trial that are not counted (the drafter reads the text),
 #: those after which a way is judged, and those by which it is judged from then on.
@@ -19,6 +19,8 @@ _WARM_UP, _TRIAL, _MEMORY = 8, 24, 64
 _PAYS, _MOST_LONGER = 1.05, 10.0
 #: The slower way is tried again after so many tokens, and after twice as many whenever it was slower again.
 _PATIENCE, _MOST_PATIENCE = 512, 16384
+#: Texts of fewer tokens than this are alike.
+_SHORT = 256
 
 
 @dataclass(slots=True)
@@ -47,52 +49,65 @@ class _Way:
             self.patience = min(2 * self.patience, _MOST_PATIENCE)
 
 
+@dataclass(slots=True)
+class _Ways:
+    """Under like circumstances. By the drafter; None is plain decoding."""
+
+    by_drafter: defaultdict[str | None, _Way] = field(default_factory=lambda: defaultdict(_Way))
+    #: What a token of plain decoding should take: counts until that was tried.
+    promised_ms: float = 0.0
+
+    def pays(self, drafter: str) -> bool:
+        drafted, plain = self.by_drafter[drafter], self.by_drafter[None]
+        return not drafted.known or drafted.ms <= _PAYS * (plain.ms if plain.known else self.promised_ms)
+
+    def is_best(self, drafter: str | None) -> bool:
+        if drafter is not None:
+            return self.pays(drafter)
+        drafters = [name for name in self.by_drafter if name is not None]
+        return not any(self.by_drafter[name].known and self.pays(name) for name in drafters)
+
+
 class Pace:
     """Of all generations of one orchestrator. `running` tells how many there are. Loads are alike that round to the same
-    power of two, on the average of the last tokens: with four clients there are three for a moment, again and again."""
+    power of two, on the average of the last tokens: with four clients there are three for a moment, again and again. So are
+    texts, by their length: a longer one takes longer, in every way."""
 
     def __init__(self, running: Callable[[], int] = lambda: 1) -> None:
         self._running = running
         self._load = 1.0
-        #: Ways by the drafter; None: plain decoding.
-        self._at_load: defaultdict[int, defaultdict[str | None, _Way]] = defaultdict(lambda: defaultdict(_Way))
+        self._ways: defaultdict[tuple[int, int], _Ways] = defaultdict(_Ways)
 
     def generation_begins(self) -> None:
         if not self._running():  # what was before the lull says nothing
             self._load = 1.0
 
-    def pays(self, drafter: str, promised_ms: float) -> bool:
-        """Whether to speculate with this one, as things are. True until enough is known. `promised_ms` is what a token should
-        take in plain decoding at this load; it counts for as long as plain decoding itself was not tried."""
-        ways = self._at_load[_band(self._load)]
-        return _pays(ways[drafter], ways[None], promised_ms)
+    def pays(self, drafter: str, position: int) -> bool:
+        """Whether to speculate with this one, in a text that is so long, as things are. True until enough is known."""
+        return self._alike(position).pays(drafter)
 
-    def committed(self, tokens: int, took_ms: float, *, drafter: str | None, promised_ms: float) -> None:
-        """So many tokens of one generation, so long after the ones before, by this drafter; None: in plain decoding.
-        `promised_ms` 0: nothing was measured, and nothing is judged."""
+    def committed(self, tokens: int, took_ms: float, *, drafter: str | None, promised_ms: float, position: int) -> None:
+        """So many tokens of one generation up to `position`, so long after the ones before, by this drafter; None: in plain
+        decoding. `promised_ms` is what one should take in plain decoding at this load; 0: nothing was measured, and nothing is
+        judged."""
         running = max(1, self._running())
         each = tokens / running
         self._load += (running - self._load) * min(1.0, each / _MEMORY)
         if promised_ms <= 0 or _band(running) != _band(self._load):  # the load changes just now
             return
-        ways = self._at_load[_band(self._load)]
-        tried = ways[drafter]
+        ways = self._alike(position)
+        ways.promised_ms = promised_ms
+        tried = ways.by_drafter[drafter]
         tried.add(each, min(took_ms / tokens, _MOST_LONGER * promised_ms))
-        for name, way in ways.items():
+        for name, way in ways.by_drafter.items():
             if name != drafter:
                 way.not_tried(each)
-        plain = ways[None]
-        if drafter is not None:
-            better = _pays(tried, plain, promised_ms)
-        else:
-            better = not any(way.known and _pays(way, plain, promised_ms) for way in ways.values() if way is not plain)
-        if tried.known and better:
+        if tried.known and ways.is_best(drafter):
             tried.patience = _PATIENCE
 
+    def _alike(self, position: int) -> _Ways:
+        return self._ways[_band(self._load), _band(max(position, _SHORT) / _SHORT)]
 
-def _pays(drafted: _Way, plain: _Way, promised_ms: float) -> bool:
-    return not drafted.known or drafted.ms <= _PAYS * (plain.ms if plain.known else promised_ms)
 
-
-def _band(load: float) -> int:
-    return round(math.log2(load))
+def _band(number: float) -> int:
+    return round(math.log2(number))

@@ -122,6 +122,8 @@ class Tuner:
         #: What it is called, and whether it computes: prompt lookup does not.
         self.drafter, self.drafter_computes = "drafter", True
         self._drafted = _DRAFTED_PRIOR if known.drafter_ms > 0 else 0.0
+        #: How long the text is.
+        self.position = 0
         #: Whether the drafter can compute while targets do.
         self.overlaps = overlaps
         self._pace = Pace() if pace is None else pace
@@ -134,13 +136,17 @@ class Tuner:
         return self._policy is not None and self._policy.max_ahead > 0
 
     @property
-    def _speculation_pays(self) -> bool:
+    def speculation_pays(self) -> bool:
         """What takes nothing from the target is never left: its drafts come in bursts, of which a trial sees too few."""
-        return not self.drafter_computes or self._pace.pays(self.drafter, self.estimates.promised_ms)
+        return not self.drafter_computes or self.would_pay(self.drafter)
+
+    def would_pay(self, drafter: str) -> bool:
+        """Whether this drafter was found to, or may, as things are."""
+        return self._pace.pays(drafter, self.position)
 
     @property
     def _circumstances(self) -> tuple[int, bool, bool]:
-        return self.servers, self._speculation_pays, self.overlaps
+        return self.servers, self.speculation_pays, self.overlaps
 
     def choose(self) -> Policy:
         """The policy to begin with."""
@@ -182,7 +188,11 @@ class Tuner:
             known.accepted += (ASSUMED_ACCEPTANCE * _PRIOR_WEIGHT - known.accepted) * share
             known.judged += (_PRIOR_WEIGHT - known.judged) * share
         self._pace.committed(
-            tokens, took_ms, drafter=self.drafter if self.drafting else None, promised_ms=known.promised_ms
+            tokens,
+            took_ms,
+            drafter=self.drafter if self.drafting else None,
+            promised_ms=known.promised_ms,
+            position=self.position,
         )
 
     def drafted(self, tokens: int, took_ms: float) -> None:
@@ -199,7 +209,7 @@ class Tuner:
         """Of which this is known."""
         known = self.estimates
         known.drafter_ms, known.accepted, known.judged = drafter_ms, accepted, judged
-        self._drafted = _DRAFTED_PRIOR
+        self._drafted = _DRAFTED_PRIOR if drafter_ms > 0 else 0.0
 
     def judged(self, accepted: int, judged: int) -> None:
         """So many further drafts were compared with the target's own, and so many of them were equal."""
@@ -232,7 +242,7 @@ class Tuner:
         target_ms, window_ms = known.latencies_ms
         if fixed is not None:
             return Policy.speculative(fixed) if self._algorithm == "si" else Policy.distributed(fixed, sp)
-        if self._algorithm == "dsi" and not self._speculation_pays:
+        if self._algorithm == "dsi" and not self.speculation_pays:
             return Policy.undrafted(sp)
         if target_ms <= 0 or known.drafter_ms <= 0:  # not calibrated: begin as plain decoding does, and measure
             return Policy.speculative(1) if self._algorithm == "si" else Policy.distributed(1, sp)

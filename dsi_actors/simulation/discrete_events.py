@@ -142,6 +142,7 @@ class DiscreteEventDriver:
                         self._begin_draft()
             case EmitTokens(start, tokens, _):
                 if self._tuner is not None and self.commits:
+                    self._tuner.position = self.core.committed
                     self._tuner.paced(len(tokens), self.now_ms - self.commits[-1][0])
                 self.commits.append((self.now_ms, start + len(tokens)))
             case Finish():

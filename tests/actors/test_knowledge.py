@@ -51,7 +51,7 @@ def test_each_drafter_begins_with_what_was_learnt_of_it() -> None:
     knowledge, root = begun()
     join(root, "drafter", 20.0, kind="b")
     join(root, "drafter", 30.0, kind="a")
-    pacing = knowledge.pacing(root, "dsi", None, None)
+    pacing = knowledge.pacing(root, "dsi", None, None, position=10)
     assert pacing.kind == "a", "in the order of the configuration"
     assert pacing.tuner.servers == 2
     tuner = pacing.tuner
@@ -64,8 +64,21 @@ def test_each_drafter_begins_with_what_was_learnt_of_it() -> None:
     assert after.acceptance < 0.7
 
 
+def test_what_was_found_not_to_pay_is_not_begun_with() -> None:
+    knowledge, root = begun()
+    join(root, "drafter", 20.0, kind="b")
+    tuner = knowledge.pacing(root, "dsi", 1, None, position=300).tuner
+    assert tuner.choose().max_ahead > 0
+    for _ in range(40):
+        tuner.paced(1, 500.0)
+    assert knowledge.pacing(root, "dsi", 1, None, position=300).tuner.choose().max_ahead == 0
+    assert knowledge.pacing(root, "dsi", 1, None, position=3000).tuner.choose().max_ahead > 0
+    join(root, "drafter", 30.0, kind="a")
+    assert knowledge.pacing(root, "dsi", 1, None, position=300).tuner.choose().max_ahead > 0, "a was not tried"
+
+
 def test_who_comes_when_others_run_shares() -> None:
     knowledge, root = begun()
-    assert knowledge.pacing(root, "dsi", 1, None).estimates.sharers == 1
+    assert knowledge.pacing(root, "dsi", 1, None, position=10).estimates.sharers == 1
     root.generations = dict.fromkeys(range(4))  # type: ignore[assignment]
-    assert knowledge.pacing(root, "dsi", 1, None).estimates.sharers == 3
+    assert knowledge.pacing(root, "dsi", 1, None, position=10).estimates.sharers == 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from dsi_actors.actors.pacing import Pacing
 from dsi_actors.actors.worker_handle import WorkerHandle
 from dsi_actors.planning.drafters import DrafterChoice, Drafters
@@ -25,6 +27,7 @@ def drafter(kind: str, device: str = "cpu:0") -> WorkerHandle:
 def pacing_of(drafters: Drafters, pace: Pace) -> Pacing:
     known = Estimates(PLAIN_MS, PLAIN_MS, 8, drafter_ms=2.0, calibrated_ms=PLAIN_MS)
     pacing = Pacing(Tuner("dsi", 1, None, known, pace), DrafterChoice(drafters, drafters.first(KINDS)))
+    pacing.tuner.drafter_is(pacing.kind, computes=True)
     pacing.tuner.choose()
     return pacing
 
@@ -38,6 +41,8 @@ def generate(pacing: Pacing, tokens: int, each_ms: dict[str, float], kinds: list
         drafted += drafts
         took_ms = each_ms[pacing.kind] if drafts else PLAIN_MS
         kind = pacing.committed(1, took_ms, committed=position, drafts=True, kinds=kinds)
+        if drafts:
+            pacing.judged(1, 1, position)
         pacing.tuner.retune()
         if kind is not None:
             pacing.drafter_is(drafter(kind), [], position)
@@ -48,7 +53,7 @@ def generate(pacing: Pacing, tokens: int, each_ms: dict[str, float], kinds: list
 def test_a_drafter_that_comes_when_speculation_was_left_is_tried_all_the_same() -> None:
     drafters, pace = Drafters(), Pace()
     generate(pacing_of(drafters, pace), 300, {"a": SLOW_MS}, ["a"])
-    assert not pace.pays("a", PLAIN_MS)
+    assert not pace.pays("a", 0)
     each_ms = {"a": SLOW_MS, "b": FAST_MS}
     drafted = sum(generate(pacing_of(drafters, pace), 1000, each_ms, KINDS) for _ in range(20))
     assert drafted > 10_000
@@ -86,8 +91,19 @@ def test_while_nobody_drafts_nothing_is_held_against_speculation() -> None:
     pacing.drafter_is(drafter("a"), [], 0)
     for position in range(200):
         pacing.committed(1, SLOW_MS, committed=position, drafts=False, kinds=["a"])
-    assert pace.pays("a", PLAIN_MS)
+    assert pace.pays("a", 0)
     assert pacing.tuner.drafting
+
+
+@pytest.mark.parametrize("tokens", [20, 34, 40, 100])
+def test_a_drafter_whose_turn_it_is_again_does_not_hold_generations_in_plain_decoding(tokens: int) -> None:
+    """It was found not to pay, and is found so again."""
+    drafters, pace = Drafters(), Pace()
+    each_ms = {"a": FAST_MS, "b": SLOW_MS}
+    for _ in range(40):
+        generate(pacing_of(drafters, pace), 20, each_ms, KINDS)
+    plain = sum(generate(pacing_of(drafters, pace), tokens, each_ms, KINDS) < tokens / 2 for _ in range(400))
+    assert plain <= 2
 
 
 def test_it_plans_by_where_its_own_workers_compute() -> None:

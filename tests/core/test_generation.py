@@ -383,6 +383,19 @@ def test_a_policy_may_change_while_work_runs() -> None:
     assert isinstance(verify, StartVerify)
 
 
+def test_drafts_that_nobody_will_verify_are_cancelled() -> None:
+    core = joined(Policy.distributed(1, sp=1), 1)
+    core.handle(DraftsArrived(1, 1, (5,)))
+    [cancel] = core.handle(PolicyChanged(Policy.undrafted(1)))
+    assert cancel == CancelDrafts(1)
+    actions = core.handle(VerificationFinished(2, 0, 1, (5,)))
+    assert {type(action) for action in actions} == {EmitTokens, StartVerify}
+    [draft] = core.handle(PolicyChanged(Policy.distributed(1, sp=1)))
+    assert isinstance(draft, StartDraft)
+    assert draft.start == 2, "after what is committed"
+    core.check()
+
+
 def test_a_drafter_without_an_idea_is_asked_again_after_the_next_commit() -> None:
     core = joined(Policy.distributed(1, sp=1), 1)
     assert core.handle(DraftEnded(1, complete=False)) == []

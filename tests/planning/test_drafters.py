@@ -113,6 +113,19 @@ def test_what_was_not_used_for_long_is_tried_again() -> None:
     assert generate(drafters, 100, {"a": 20.0, "b": 10.0})[0] == "b"
 
 
+def test_one_with_a_long_past_may_become_the_fastest_again() -> None:
+    drafters = Drafters()
+    for each_ms in ({"a": 30.0, "b": 34.0}, {"a": 30.0, "b": 20.0}):
+        for _ in range(400):
+            generate(drafters, 128, each_ms)
+    generations = 0
+    while drafters.first(["a", "b"]) != "a" or drafters.ratio("a") > drafters.ratio("b"):
+        generate(drafters, 128, {"a": 10.0, "b": 20.0})
+        generations += 1
+        assert generations < 700
+    assert sum("a" in generate(drafters, 128, {"a": 10.0, "b": 20.0}) for _ in range(20)) == 20
+
+
 @pytest.mark.parametrize("slow_ms", [25.0, 30.0, 38.0])
 def test_what_stays_slower_is_tried_ever_more_seldom(slow_ms: float) -> None:
     drafters, each_ms = Drafters(), {"a": 20.0, "b": slow_ms}

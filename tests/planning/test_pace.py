@@ -10,13 +10,13 @@ _LONG = 20_000
 DRAFTER = "d"
 
 
-def pays(pace: Pace, promised_ms: float = 50.0) -> bool:
-    return pace.pays(DRAFTER, promised_ms)
+def pays(pace: Pace) -> bool:
+    return pace.pays(DRAFTER, 0)
 
 
 def commit(pace: Pace, tokens: int, each_ms: float, *, speculating: bool) -> None:
     for _ in range(tokens):
-        pace.committed(1, each_ms, drafter=DRAFTER if speculating else None, promised_ms=50.0)
+        pace.committed(1, each_ms, drafter=DRAFTER if speculating else None, promised_ms=50.0, position=0)
 
 
 def until_it_changes(pace: Pace, speculating_ms: float, plain_ms: float) -> tuple[bool, int]:
@@ -76,6 +76,28 @@ def test_a_load_that_is_another_for_a_moment_is_still_the_same() -> None:
         assert not pays(pace)
 
 
+def test_texts_of_different_lengths_are_judged_by_themselves() -> None:
+    """A long text takes longer in every way: the time of a token of one says nothing of the other."""
+    pace, total_ms, tokens = Pace(), 0.0, 0
+    for generation in range(200):
+        begin, plain_ms, drafted_ms = ((20, 20.0, 14.0), (3000, 60.0, 40.0))[generation % 2]
+        for position in range(begin, begin + 100):
+            speculates = pace.pays(DRAFTER, position)
+            took_ms = drafted_ms if speculates else plain_ms
+            pace.committed(1, took_ms, drafter=DRAFTER if speculates else None, promised_ms=20.0, position=position)
+            total_ms, tokens = total_ms + took_ms / drafted_ms, tokens + 1
+    assert total_ms / tokens < 1.02
+
+
+def test_all_that_are_alike_go_one_way() -> None:
+    pace = Pace()
+    for promised_ms in (26.0, 50.0):
+        commit(pace, 1, 40.0, speculating=True)
+        for _ in range(60):
+            pace.committed(1, 40.0, drafter=DRAFTER, promised_ms=promised_ms, position=10)
+        assert pace.pays(DRAFTER, 10) == pace.pays(DRAFTER, 200) == (promised_ms == 50.0)
+
+
 def test_what_a_rush_does_is_not_held_against_being_alone() -> None:
     running = 1
     pace = Pace(lambda: running)
@@ -132,8 +154,8 @@ def test_what_counts_is_time_over_tokens_of_the_last_ones() -> None:
     pace = Pace()
     commit(pace, 1000, 500.0, speculating=True)
     for _ in range(100):
-        pace.committed(4, 160.0, drafter=DRAFTER, promised_ms=50.0)
-        pace.committed(1, 60.0, drafter=DRAFTER, promised_ms=50.0)
+        pace.committed(4, 160.0, drafter=DRAFTER, promised_ms=50.0, position=0)
+        pace.committed(1, 60.0, drafter=DRAFTER, promised_ms=50.0, position=0)
     assert pays(pace)
 
 
@@ -141,6 +163,6 @@ def test_what_counts_is_time_over_tokens_of_the_last_ones() -> None:
 def test_no_wait_counts_without_end(promised_ms: float) -> None:
     pace = Pace()
     commit(pace, 64, 40.0, speculating=True)
-    pace.committed(1, 1e12, drafter=DRAFTER, promised_ms=promised_ms)
+    pace.committed(1, 1e12, drafter=DRAFTER, promised_ms=promised_ms, position=0)
     commit(pace, 200, 40.0, speculating=True)
     assert pays(pace)

@@ -166,7 +166,7 @@ def test_a_generation_that_went_plain_speculates_again_once_it_is_alone() -> Non
     pace = Pace(lambda: running)
     tuner = _crowded(pace)
     for _ in range(1000):
-        pace.committed(1, 200.0, drafter=tuner.drafter, promised_ms=50.0)
+        pace.committed(1, 200.0, drafter=tuner.drafter, promised_ms=50.0, position=0)
     assert tuner.choose() == Policy.undrafted(1)
     running = 1
     tuner.verified(1, 45.0)
@@ -281,6 +281,13 @@ def test_a_drafter_that_takes_nothing_is_used_where_another_one_did_not_pay() ->
     assert tuner.choose().max_ahead > 0, "it was not tried"
     tuner.drafter_is("drafter", computes=True)
     assert tuner.retune() == Policy.undrafted(1)
+
+
+def test_what_is_not_known_of_a_drafter_is_not_taken_for_nothing() -> None:
+    tuner = Tuner("dsi", 1, None, Estimates(26.0, 30.0, 8, 8.0))
+    tuner.another_drafter(0.0, 4.8, 6.0)
+    tuner.drafted(1, 20.0)
+    assert tuner.estimates.drafter_ms == 20.0
 
 
 def test_a_chain_takes_as_long_as_it_does_on_the_average() -> None:

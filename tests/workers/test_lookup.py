@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsi_workers.engines import Engine, Interrupted, Task, load_engine
+from dsi_workers.engines.forward import Forward, Run
 from dsi_workers.lookup import Lookup
 from dsi_workers.session import SamplingParameters, Session
 from dsi_workers.suffix_index import SuffixIndex, Text, Texts
@@ -195,6 +197,21 @@ def test_copying_takes_no_forwards(model: Path) -> None:
     assert [task.done for task in tasks] == [True, True]
     assert tasks[0].answer.tokens == line[:4]
     assert len(tasks[1].answer.tokens) == 1
+
+
+def test_a_machine_that_is_disturbed_for_a_moment_does_not_make_guesses_dear(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def timed_s(self: Forward, runs: Sequence[Run], *, rows: int, logit_rows: int) -> float:
+        nonlocal calls
+        calls += 1
+        return (0.010 + 0.0005 * rows) * (4.0 if 3 <= calls <= 10 else 1.0)
+
+    monkeypatch.setattr(Forward, "timed_s", timed_s)
+    lookup = cast("Any", drafter(model, lookup=True))._lookup
+    assert lookup._costs_us == pytest.approx({1: 10_500, 2: 11_000, 4: 12_000, 8: 14_000})
 
 
 def test_what_is_dear_is_not_done() -> None:

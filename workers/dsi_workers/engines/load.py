@@ -44,8 +44,10 @@ def load_model(
     rows: int,
     most_positions: int,
     graphs: bool = True,
+    exact: bool = True,
 ) -> Loaded:
-    """For products of about `rows` rows. On a GPU forwards are recorded as `graphs`. Raises EngineError."""
+    """For products of about `rows` rows; `exact`: its bits matter. On a GPU forwards are recorded as `graphs`.
+    Raises EngineError."""
     if quantization not in ("none", "int8"):
         raise EngineError(f"unknown quantization {quantization!r}: choose auto, none, int8")
     int8 = quantization == "int8"
@@ -64,20 +66,20 @@ def load_model(
             decoder.lay_out(lay_out)
         loaded = Loaded(decoder, checkpoint.config, positions)
     if graphs and device.type == "cuda" and isinstance(loaded.decoder, Decoder):
-        return replace(loaded, decoder=on_a_gpu(loaded.decoder))
+        return replace(loaded, decoder=on_a_gpu(loaded.decoder, exact=exact))
     return loaded
 
 
-def on_a_gpu(decoder: Decoder) -> ComputesLogits:
+def on_a_gpu(decoder: Decoder, *, exact: bool = True) -> ComputesLogits:
     """By kernels of our own, where they can be compiled and run: Triton comes with torch for CUDA, and wants a C compiler."""
     try:
         from dsi_workers.gpu.decoder import GpuDecoder
 
         by_kernels = GpuDecoder(decoder)
         by_kernels.try_out()
-    except torch.OutOfMemoryError:
-        raise  # a server with other bits than the others is worse than none
     except Exception as error:  # of a compiler, a driver, a GPU: whatever it is, there is another way
+        if exact and isinstance(error, torch.OutOfMemoryError):
+            raise  # by torch's operations it would have other bits than servers that had room
         reason = f"{type(error).__name__}: {error}"[:300]
         log.warning("our kernels cannot be used here: forwards take nearly twice as long", reason=reason)
         return decoder
