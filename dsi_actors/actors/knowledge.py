@@ -10,7 +10,7 @@ from dsi_actors.actors.pacing import Pacing, can_overlap
 from dsi_actors.actors.root import Root
 from dsi_actors.actors.worker_handle import WorkerHandle
 from dsi_actors.config import NGRAM, Algorithm, Config
-from dsi_actors.planning.drafters import DrafterChoice, Drafters, guesser_of, unjudged
+from dsi_actors.planning.drafters import DrafterChoice, Drafters, Pays, always, guesser_of, unjudged
 from dsi_actors.planning.pace import Pace
 from dsi_actors.planning.tuner import Estimates, Tuner
 from dsi_protocol import Ready
@@ -28,10 +28,12 @@ class Knowledge:
 
     def estimates(self, root: Root) -> Estimates:
         """What the next generation begins with."""
+        return self._of_drafter(root, self._first_drafter(root, always))
+
+    def _of_drafter(self, root: Root, kind: str) -> Estimates:
         estimates = self._learned
         if estimates is None:
             estimates = _as_measured([worker.ready for worker in root.of_role("target") if worker.ready is not None])
-        kind = self._first_drafter(root)
         latencies_us = [worker.ready.latency_us for worker in _drafters_of(root, kind) if worker.ready is not None]
         if not latencies_us:
             return estimates
@@ -44,10 +46,12 @@ class Knowledge:
         """Of a generation that begins now, at the end of its prompt; `lookahead` None lets it be chosen. Its tuner is to
         choose a policy next."""
         self._pace.generation_begins()
-        targets, kind = root.of_role("target"), self._first_drafter(root)
+        chooses = algorithm == "dsi" and lookahead is None
+        kind = self._first_drafter(root, (lambda kind: self._pace.pays(kind, position)) if chooses else always)
+        targets = root.of_role("target")
         sp = sp or self._config.sp or len(targets)
         overlaps = can_overlap(targets, _drafters_of(root, kind))
-        tuner = Tuner(algorithm, sp, lookahead, self.estimates(root), self._pace, overlaps=overlaps)
+        tuner = Tuner(algorithm, sp, lookahead, self._of_drafter(root, kind), self._pace, overlaps=overlaps)
         tuner.drafter_is(kind, computes=kind != NGRAM)
         tuner.position = position
         tuner.servers = min(sp, max(1, len(targets)))
@@ -73,11 +77,11 @@ class Knowledge:
             position_ms=known.position_ms * scale,
         )
 
-    def _first_drafter(self, root: Root) -> str:
+    def _first_drafter(self, root: Root, pays: Pays) -> str:
         """The kind that the next generation begins with."""
         kinds = {worker.kind for worker in root.of_role("drafter")}
         named = [kind for kind in self._config.drafters if kind in kinds]
-        return self._drafters.first([*named, *sorted(kinds.difference(named))])
+        return self._drafters.first([*named, *sorted(kinds.difference(named))], pays)
 
 
 def _drafters_of(root: Root, kind: str) -> list[WorkerHandle]:

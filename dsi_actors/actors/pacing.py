@@ -64,18 +64,19 @@ class Pacing:
             return None  # nobody drafts: that is neither way
         choice, change = self._choice, None
         if len(kinds) > 1 and drafts and took_ms > 0:
-            if self.tuner.drafting and committed > self._own_from:
+            if not self.tuner.drafting:
+                choice.passed(tokens)
+            elif committed > self._own_from:
                 choice.committed(tokens, took_ms, self.tuner.estimates.promised_ms)
-            change = choice.change(kinds)
-            if change is None and not self.tuner.speculation_pays:  # by this one: by another it may
-                change = choice.instead([kind for kind in kinds if self.tuner.would_pay(kind)])
-            if self.tuner.drafting and not choice.settled(kinds):
+            change = choice.change(kinds, self.tuner.would_pay)
+            if self.tuner.drafting and not choice.settled(kinds, self.tuner.would_pay):
                 return change  # that it is slow says nothing of speculation
         self.tuner.paced(tokens, took_ms)
         return change
 
     def ended(self) -> None:
         self._choice.ended()
+        self.tuner.ended()
 
 
 def can_overlap(targets: Collection[WorkerHandle], drafters: Collection[WorkerHandle]) -> bool:

@@ -90,6 +90,8 @@ class Root(Actor[_RootMessage]):
         self.changed()
 
     def _on_worker_lost(self, worker: WorkerHandle) -> None:
+        if self.supervisor is not None and worker.unlike:
+            self.supervisor.give_up(worker.hello.incarnation)
         if self.supervisor is not None and not worker.leaving:
             self.supervisor.fence(worker.hello.incarnation)
         if worker in self.ready_workers:

@@ -87,6 +87,7 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
         self._processes: dict[int, asyncio.subprocess.Process] = {}  # by incarnation
         self._launching: dict[int, float] = {}  # by incarnation: since when
         self._ready_s: dict[int, float] = {}  # by incarnation: since when
+        self._given_up: set[int] = set()
         #: How long the last workers took from their start to Ready.
         self.start_times_s: deque[float] = deque(maxlen=64)
         #: Whether workers that die are started again.
@@ -106,6 +107,11 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
         if since_s is not None:
             self._ready_s[incarnation] = time.monotonic()
             self.start_times_s.append(self._ready_s[incarnation] - since_s)
+
+    def give_up(self, incarnation: int) -> None:
+        """When this worker, if it is one of ours, has ended, it is not started again: it would be the same."""
+        if incarnation in self._processes:
+            self._given_up.add(incarnation)
 
     def fence(self, incarnation: int) -> None:
         """Make sure that this worker, if it is one of ours, does nothing any more. It may be stopped, not dead."""
@@ -164,7 +170,9 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
                 code = process.returncode
                 assert code is not None
                 self._on_exit(incarnation, slot.spec, code)
-                if self.restarts and code not in (0, -signal.SIGTERM):  # else somebody asked it to leave
+                if incarnation in self._given_up:
+                    self._given_up.remove(incarnation)
+                elif self.restarts and code not in (0, -signal.SIGTERM):  # else somebody asked it to leave
                     self._restart(slot, served_s)
 
     def _restart(self, slot: _Slot, served_s: float) -> None:

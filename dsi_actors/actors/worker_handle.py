@@ -105,6 +105,8 @@ class WorkerHandle:
         self.lost = False
         #: It takes no more work and goes by itself.
         self.leaving = False
+        #: It cannot serve beside the others, and another of its kind could not either.
+        self.unlike = False
         #: Replies to nothing that was asked, and replies that came again.
         self.unasked_replies = 0
         self.repeated_replies = 0

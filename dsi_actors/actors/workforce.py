@@ -276,6 +276,7 @@ class Workforce(Actor[WorkforceMessage]):
             log.info("worker ready", worker=str(worker), load_ms=ready.load_ms)
             self._on_ready(worker)
             return
+        worker.unlike = True
         self._members.failed(worker.hello, reason)
         log.error("worker refused", worker=str(worker), reason=reason)
         self._drop(worker, farewell=reason)

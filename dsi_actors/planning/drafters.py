@@ -7,8 +7,9 @@ been the fastest of late; after a trial it changes to another one, if that was f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from dsi_actors.planning.tuner import Estimates
 
@@ -22,8 +23,17 @@ _BETTER = 0.93
 _MOST = 4.0
 #: One that was not used is tried again after so many generations, and after twice as many whenever it was slower again.
 _PATIENCE, _MOST_PATIENCE = 32, 1024
+#: What does not pay is not used: tokens then take as long as in plain decoding.
+PLAIN = 1.0
 #: Tokens after which one that could not be had is asked for again.
 _ASK_AGAIN = 128
+
+#: Whether a drafter was found to be faster than plain decoding, or may be.
+Pays: TypeAlias = Callable[[str], bool]
+
+
+def always(kind: str) -> bool:
+    return True
 
 
 @dataclass(slots=True)
@@ -35,6 +45,10 @@ class _Way:
     #: Generations since it was used, and until it is tried again.
     unused: int = 0
     patience: int = _PATIENCE
+
+    @property
+    def is_forgotten(self) -> bool:
+        return self.unused >= self.patience
 
     def add(self, tokens: float, ratio: float, memory: float) -> None:
         self.tokens = min(self.tokens + tokens, max(memory, tokens))
@@ -66,12 +80,10 @@ class Drafters:
         self._ways: dict[str, _Way] = {}
         self._guessers: dict[str, Guesser] = {}
 
-    def first(self, kinds: Sequence[str]) -> str:
+    def first(self, kinds: Sequence[str], pays: Pays = always) -> str:
         """To begin with: one that was never tried, or not for long, in the order given, else the fastest. "": there is none."""
-        forgotten = (
-            kind for kind in kinds if kind in self._ways and self._ways[kind].unused >= self._ways[kind].patience
-        )
-        return next(forgotten, min(kinds, key=self.ratio, default=""))
+        forgotten = (kind for kind in kinds if pays(kind) and kind in self._ways and self._ways[kind].is_forgotten)
+        return next(forgotten, min(kinds, key=lambda kind: self.ratio(kind) if pays(kind) else PLAIN, default=""))
 
     def ratio(self, kind: str) -> float:
         """0: it was never tried."""
@@ -92,7 +104,7 @@ class Drafters:
                 if way.unused == way.patience:  # what was known of it is old
                     way.tokens = min(way.tokens, _MEMORY)
                 continue
-            if way.unused >= way.patience:
+            if way.is_forgotten:
                 way.patience = min(2 * way.patience, _MOST_PATIENCE)
             if way.ratio == min(other.ratio for other in self._ways.values()):
                 way.patience = _PATIENCE
@@ -130,30 +142,30 @@ class DrafterChoice:
             self._here.setdefault(self.kind, _Way()).add(counted, ratio, _MEMORY)
             self.drafters.tried(self.kind, counted, ratio)
 
-    def settled(self, kinds: Sequence[str]) -> bool:
-        """Whether each of them was tried, here or before, or could not be had: else what is slow now may be fast with another."""
-        return self._asked is not None or all(self._ratio(kind) > 0 for kind in kinds)
+    def passed(self, tokens: int) -> None:
+        """So many tokens in plain decoding."""
+        self._since += tokens
 
-    def change(self, kinds: Sequence[str]) -> str | None:
+    def settled(self, kinds: Sequence[str], pays: Pays = always) -> bool:
+        """Whether each of them was tried, here or before, or could not be had: else what is slow now may be fast with another."""
+        return self._asked is not None or all(self._ratio(kind) > 0 or not pays(kind) for kind in kinds)
+
+    def change(self, kinds: Sequence[str], pays: Pays = always) -> str | None:
         """Of those that there are, the one to change to; none while the present one is on trial, or the best."""
         here = self._here.get(self.kind)
-        if here is None or here.tokens < TRIAL or self._since < WARM_UP + TRIAL:
+        if not pays(self.kind):
+            present = PLAIN
+        elif here is None or here.tokens < TRIAL or self._since < WARM_UP + TRIAL:
             return None
+        else:
+            present = here.ratio
         if self._asked is not None and self._since < self._asked + _ASK_AGAIN:
             return None
-        best = min(kinds, key=self._ratio, default=self.kind)
-        return self._ask(best) if best != self.kind and self._ratio(best) < _BETTER * here.ratio else None
-
-    def instead(self, kinds: Sequence[str]) -> str | None:
-        """Of these, the one to ask for where the present one is not worth its drafts; None if one was asked for already."""
-        if self._asked is not None:
+        best = min(kinds, key=lambda kind: self._ratio(kind) if pays(kind) else PLAIN, default=self.kind)
+        if best == self.kind or not pays(best) or self._ratio(best) >= _BETTER * present:
             return None
-        best = min((kind for kind in kinds if kind != self.kind), key=self._ratio, default=None)
-        return None if best is None else self._ask(best)
-
-    def _ask(self, kind: str) -> str:
         self._asked = self._since
-        return kind
+        return best
 
     def ended(self) -> None:
         if self._used:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
-#: Tokens of each generation that runs: those at the beginning of a trial that are not counted (the drafter reads the text),
+#: Tokens of each generation that is alike: those at the beginning of a trial that are not counted (the drafter reads the text),
 #: those after which a way is judged, and those by which it is judged from then on.
 _WARM_UP, _TRIAL, _MEMORY = 8, 24, 64
 #: Speculation may be so much slower than plain decoding; one wait counts as at most so much longer than was promised.
@@ -77,6 +77,8 @@ class Pace:
         self._running = running
         self._load = 1.0
         self._ways: defaultdict[tuple[int, int], _Ways] = defaultdict(_Ways)
+        #: How long the text of each generation is that has committed something.
+        self._lengths: dict[Hashable, int] = {}
 
     def generation_begins(self) -> None:
         if not self._running():  # what was before the lull says nothing
@@ -86,15 +88,31 @@ class Pace:
         """Whether to speculate with this one, in a text that is so long, as things are. True until enough is known."""
         return self._alike(position).pays(drafter)
 
-    def committed(self, tokens: int, took_ms: float, *, drafter: str | None, promised_ms: float, position: int) -> None:
-        """So many tokens of one generation up to `position`, so long after the ones before, by this drafter; None: in plain
-        decoding. `promised_ms` is what one should take in plain decoding at this load; 0: nothing was measured, and nothing is
-        judged."""
+    def ended(self, who: Hashable) -> None:
+        """A generation is over."""
+        self._lengths.pop(who, None)
+
+    def committed(
+        self,
+        tokens: int,
+        took_ms: float,
+        *,
+        drafter: str | None,
+        promised_ms: float,
+        position: int,
+        who: Hashable = None,
+    ) -> None:
+        """So many tokens of one generation, `who`, up to `position`, so long after the ones before, by this drafter; None: in
+        plain decoding. `promised_ms` is what one should take in plain decoding at this load; 0: nothing was measured, and
+        nothing is judged."""
         running = max(1, self._running())
         each = tokens / running
+        self._lengths[who] = _length(position)
         self._load += (running - self._load) * min(1.0, each / _MEMORY)
         if promised_ms <= 0 or _band(running) != _band(self._load):  # the load changes just now
             return
+        lengths = list(self._lengths.values())
+        each /= lengths.count(_length(position)) / len(lengths)
         ways = self._alike(position)
         ways.promised_ms = promised_ms
         tried = ways.by_drafter[drafter]
@@ -106,7 +124,11 @@ class Pace:
             tried.patience = _PATIENCE
 
     def _alike(self, position: int) -> _Ways:
-        return self._ways[_band(self._load), _band(max(position, _SHORT) / _SHORT)]
+        return self._ways[_band(self._load), _length(position)]
+
+
+def _length(position: int) -> int:
+    return _band(max(position, _SHORT) / _SHORT)
 
 
 def _band(number: float) -> int:

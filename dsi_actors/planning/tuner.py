@@ -141,8 +141,9 @@ class Tuner:
         return not self.drafter_computes or self.would_pay(self.drafter)
 
     def would_pay(self, drafter: str) -> bool:
-        """Whether this drafter was found to, or may, as things are."""
-        return self._pace.pays(drafter, self.position)
+        """Whether this drafter was found to, or may, as things are. Where it was not asked, it does."""
+        chooses = self._algorithm == "dsi" and self._fixed is None
+        return not chooses or self._pace.pays(drafter, self.position)
 
     @property
     def _circumstances(self) -> tuple[int, bool, bool]:
@@ -193,6 +194,7 @@ class Tuner:
             drafter=self.drafter if self.drafting else None,
             promised_ms=known.promised_ms,
             position=self.position,
+            who=self,
         )
 
     def drafted(self, tokens: int, took_ms: float) -> None:
@@ -229,6 +231,9 @@ class Tuner:
             return None
         before = self._policy
         return policy if (policy := self.choose()) != before else None
+
+    def ended(self) -> None:
+        self._pace.ended(self)
 
     def carry_over(self) -> Estimates:
         """For the next generation: the latencies, and the acceptance rate as a guess of little weight."""

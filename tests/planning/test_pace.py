@@ -89,6 +89,22 @@ def test_texts_of_different_lengths_are_judged_by_themselves() -> None:
     assert total_ms / tokens < 1.02
 
 
+def test_a_text_that_is_longer_than_all_others_is_judged_as_soon() -> None:
+    pace, speculated = Pace(lambda: 8), 0
+    for step in range(4000):
+        for who in range(7):
+            pace.committed(1, 20.0, drafter=DRAFTER, promised_ms=20.0, position=100, who=who)
+        speculates = pace.pays(DRAFTER, 300 + step)
+        speculated += speculates
+        took_ms = 20.0 if speculates else 10.0
+        pace.committed(
+            1, took_ms, drafter=DRAFTER if speculates else None, promised_ms=10.0, position=300 + step, who="long"
+        )
+    assert speculated < 300
+    pace.ended("long")
+    assert len(pace._lengths) == 7
+
+
 def test_all_that_are_alike_go_one_way() -> None:
     pace = Pace()
     for promised_ms in (26.0, 50.0):
