@@ -12,7 +12,7 @@ from dsi_actors.actors.worker_handle import WorkerHandle
 from dsi_actors.config import NGRAM, Algorithm, Config
 from dsi_actors.planning.drafters import DrafterChoice, Drafters, Pays, always, guesser_of, unjudged
 from dsi_actors.planning.pace import Pace
-from dsi_actors.planning.tuner import Estimates, Tuner
+from dsi_actors.planning.tuner import Estimates, Tuner, chooses
 from dsi_protocol import Ready
 
 
@@ -46,8 +46,8 @@ class Knowledge:
         """Of a generation that begins now, at the end of its prompt; `lookahead` None lets it be chosen. Its tuner is to
         choose a policy next."""
         self._pace.generation_begins()
-        chooses = algorithm == "dsi" and lookahead is None
-        kind = self._first_drafter(root, (lambda kind: self._pace.pays(kind, position)) if chooses else always)
+        pays = (lambda kind: self._pace.pays(kind, position)) if chooses(algorithm, lookahead) else always
+        kind = self._first_drafter(root, pays)
         targets = root.of_role("target")
         sp = sp or self._config.sp or len(targets)
         overlaps = can_overlap(targets, _drafters_of(root, kind))

@@ -96,7 +96,7 @@ class Drafters:
         self._guessers[kind] = guesser
 
     def generation_ended(self, used: Iterable[str]) -> None:
-        """It has drafted by these: the others may have become better."""
+        """It had these in use: the others may have become better."""
         used = set(used)
         for kind, way in self._ways.items():
             if kind not in used:

@@ -98,6 +98,11 @@ def flat(target_ms: float) -> CostMs:
     return lambda positions: target_ms
 
 
+def chooses(algorithm: str, lookahead: int | None) -> bool:
+    """Whether it is left to us if and how to speculate."""
+    return algorithm == "dsi" and lookahead is None
+
+
 class Tuner:
     """Of one generation. `lookahead` fixes it; None lets it be chosen. `pace` is shared with the generations beside it.
     `overlaps`: the drafter can compute while targets do."""
@@ -137,13 +142,11 @@ class Tuner:
 
     @property
     def speculation_pays(self) -> bool:
-        """What takes nothing from the target is never left: its drafts come in bursts, of which a trial sees too few."""
-        return not self.drafter_computes or self.would_pay(self.drafter)
+        return self.would_pay(self.drafter)
 
     def would_pay(self, drafter: str) -> bool:
-        """Whether this drafter was found to, or may, as things are. Where it was not asked, it does."""
-        chooses = self._algorithm == "dsi" and self._fixed is None
-        return not chooses or self._pace.pays(drafter, self.position)
+        """Whether this drafter was found to, or may, as things are. Where it is not left to us, it does."""
+        return not chooses(self._algorithm, self._fixed) or self._pace.pays(drafter, self.position)
 
     @property
     def _circumstances(self) -> tuple[int, bool, bool]:
@@ -178,11 +181,11 @@ class Tuner:
 
     def paced(self, tokens: int, took_ms: float) -> None:
         """So many tokens were committed, so long after the ones before; 0 where that says nothing."""
-        if self._policy is None or self._policy.algorithm != "dsi" or self._fixed is not None or took_ms <= 0:
+        if self._policy is None or not chooses(self._algorithm, self._fixed) or took_ms <= 0:
             return
         known = self.estimates
         if self.drafting and not self.drafter_computes:
-            return
+            return  # it takes nothing from the target, and its drafts come in bursts, of which a trial sees too few
         if not self.drafting:
             self._since_look += tokens  # nothing is judged, but another way may pay again
             share = min(1.0, tokens / _UNJUDGED)

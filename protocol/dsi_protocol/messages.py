@@ -60,7 +60,7 @@ class Ready:
     slots: U32
     batch_latency_us: U32  # a forward for all slots, each with a full window (a drafter: one token); 0: not measured
     load_ms: U32
-    fingerprint: U32  # of a target server: another one if its logits may have other bits; 0: it does not say
+    fingerprint: U32  # of the bits of a target server's logits; 0: it does not say
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,6 +167,22 @@ async def test_target_servers_that_compute_other_bits_are_not_mixed(tmp_path: Pa
                 assert len(orchestrator.workers) == 3
 
 
+async def test_once_they_have_left_other_target_servers_may_come(tmp_path: Path) -> None:
+    config = timed_config(
+        listen=f"ipc://{tmp_path}/dsi.sock", silence_ms=400, heartbeat_ms=50, ready_timeout_s=0.5, target_wait_s=0.3
+    )
+    first, other = (FakeWorker("target", silent, fingerprint=number) for number in (5, 6))
+    async with dsi_actors.Orchestrator(config) as orchestrator:
+        async with running(orchestrator.endpoint, first):
+            assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=5)
+        async with asyncio.timeout(5):
+            while orchestrator.workers:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.6)
+        async with running(orchestrator.endpoint, other):
+            assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=5)
+
+
 async def test_a_lost_reply_is_asked_for_again(tmp_path: Path) -> None:
     """The heart beats, one answer never came. The worker answers the cancel, and then the next request."""
     answers = 0

@@ -129,11 +129,10 @@ async def test_a_worker_that_is_not_like_the_others_is_not_started_again() -> No
     """It would be the same, and its load would take from those that work."""
     async with dsi_actors.Orchestrator(timed_config()) as orchestrator:
         assert orchestrator._root is not None
-        assert orchestrator._root.supervisor is not None
         given_up, other = (worker for worker in orchestrator.workers if worker.role == "target")
-        orchestrator._root.supervisor.give_up(given_up.hello.incarnation)
-        for worker in (given_up, other):
-            os.kill(worker.hello.process, signal.SIGKILL)
+        given_up.unlike = True
+        orchestrator._root.workforce._drop(given_up, farewell="it is not like the others")
+        os.kill(other.hello.process, signal.SIGKILL)
         assert await orchestrator._root.wait_until(lambda: given_up.lost and other.lost, 5)
         assert await orchestrator.wait_for_workers(targets=1, drafters=1, timeout_s=10)
         assert not await orchestrator.wait_for_workers(targets=2, drafters=1, timeout_s=1.5)

@@ -113,6 +113,15 @@ def test_what_was_not_used_for_long_is_tried_again() -> None:
     assert generate(drafters, 100, {"a": 20.0, "b": 10.0})[0] == "b"
 
 
+def test_what_does_not_pay_here_does_not_hide_the_next_best() -> None:
+    drafters = Drafters()
+    for kind, each_ms in (("a", 8.0), ("b", 32.0), ("c", 20.0)):
+        generate(drafters, 200, {kind: each_ms})
+    choice = DrafterChoice(drafters, "b")
+    choice.committed(WARM_UP + TRIAL, 32.0 * (WARM_UP + TRIAL), PLAIN_MS)
+    assert choice.change(KINDS, lambda kind: kind != "a") == "c"
+
+
 def test_one_with_a_long_past_may_become_the_fastest_again() -> None:
     drafters = Drafters()
     for each_ms in ({"a": 30.0, "b": 34.0}, {"a": 30.0, "b": 20.0}):

@@ -203,9 +203,8 @@ class TransformersEngine(Engine):
 
     def _make_lookup(self, options: Mapping[str, OptionValue]) -> Lookup:
         costs_us = dict.fromkeys((1, 2, 4, 8), math.inf)
-        for _ in range(
-            _ROUNDS
-        ):  # in turn, the least of each: what disturbs the machine must not make one of them dear for ever
+        # In turn, the least of each: what disturbs the machine for a moment must not make one of them dear for ever.
+        for _ in range(_ROUNDS):
             for rows, known_us in costs_us.items():
                 run = Run(0, [0] * rows, PROMPT_CHUNK, rows, PROMPT_CHUNK)
                 costs_us[rows] = min(known_us, self._forward.timed_s([run], rows=rows, logit_rows=rows) * 1e6)
