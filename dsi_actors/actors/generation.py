@@ -131,10 +131,8 @@ class Generation(Actor[GenerationMessage]):
         self._waits = 0
         self._log = log.bind(correlation=correlation)
 
-    def begin(self) -> None:
-        """Ask for workers. Call once, when running."""
-        if self.ended:
-            return
+    def on_start(self) -> None:
+        """Ask for workers."""
         if self._core.finished:  # it was resumed at its end
             self._end_stream()
             self._conclude()

@@ -14,7 +14,7 @@ import pytest
 
 import dsi_actors
 from dsi_actors.actors.worker_handle import WorkerHandle
-from dsi_protocol import Draft, Verify
+from dsi_protocol import Draft, Goodbye, Verify
 from support.timed import PROMPT, all_gone, plain_decoding, start_worker, text_of, timed_config, workers
 
 TOKENS = 40
@@ -131,7 +131,7 @@ async def test_a_worker_that_is_not_like_the_others_is_not_started_again() -> No
         assert orchestrator._root is not None
         given_up, other = (worker for worker in orchestrator.workers if worker.role == "target")
         given_up.unlike = True
-        orchestrator._root.workforce._drop(given_up, farewell="it is not like the others")
+        orchestrator._root.workforce._drop(given_up, Goodbye("it is not like the others"))
         os.kill(other.hello.process, signal.SIGKILL)
         assert await orchestrator._root.wait_until(lambda: given_up.lost and other.lost, 5)
         assert await orchestrator.wait_for_workers(targets=1, drafters=1, timeout_s=10)
