@@ -54,7 +54,7 @@ class Orchestrator:
         self._task: asyncio.Task[None] | None = None
         self._socket_directory: tempfile.TemporaryDirectory[str] | None = None
         self._numbers = itertools.count(1)
-        self._knowledge = Knowledge(self.config, lambda: self.running)
+        self._knowledge = Knowledge(self.config, lambda role: self._running().of_role(role), lambda: self.running)
         self._observer: Callable[[int, Event | Action], None] | None = None
 
     async def __aenter__(self) -> Orchestrator:
@@ -145,8 +145,7 @@ class Orchestrator:
                 raise TooManyGenerations(
                     f"{self.config.max_generations} generations wait or run already: try again later"
                 )
-            pacing = self._knowledge.pacing(
-                root,
+            controller = self._knowledge.controller(
                 algorithm,
                 sp,
                 None if lookahead == "auto" else lookahead,
@@ -154,7 +153,7 @@ class Orchestrator:
             )
             core = GenerationCore(
                 prompt_ids,
-                policy=pacing.tuner.choose(),
+                policy=controller.begin(),
                 max_tokens=sampling.max_tokens,
                 stop_tokens=sampling.stop_token_ids,
                 resumed=resumed,
@@ -166,7 +165,8 @@ class Orchestrator:
                 number,
                 core,
                 root.scheduler,
-                pacing,
+                controller,
+                self._knowledge,
                 vocabulary_size=target.ready.vocabulary_size,
                 sampling=sampling,
                 correlation=correlation,
@@ -174,7 +174,6 @@ class Orchestrator:
                 target_wait_s=self.config.target_wait_s,
                 on_tokens=channel.put,
                 on_end=channel.end,
-                on_learned=self._knowledge.learn,
                 observe=self._observer,
             )
             root.start_generation(generation, channel)
@@ -254,7 +253,7 @@ class Orchestrator:
                 report = await stream.report()
         except NoTargetError as error:
             raise WorkerStartError(f"the target server could not be measured: {error}") from error
-        self._knowledge.measured_alone(root, min(report.trace.target_ms[1:]))
+        self._knowledge.measured_alone(min(report.trace.target_ms[1:]))
 
     async def _close(self, root: Root) -> None:
         """End generations, then workers, then our own actors. Safe to call whatever is running."""
@@ -320,7 +319,7 @@ class Orchestrator:
     @property
     def estimates(self) -> Estimates:
         """What the next generation begins with: what earlier ones taught, else what the workers measured at their start."""
-        return self._knowledge.estimates(self._running())
+        return self._knowledge.estimates()
 
 
 def _token_ids(name: str, given: Iterable[SupportsIndex]) -> list[int]:
