@@ -28,8 +28,8 @@ async def test_a_worker_that_failed_is_not_used_again_even_if_a_grant_was_on_its
     tuner = Tuner("dsi", 2, 1, Estimates())
     generation = Generation(
         1, GenerationCore((1, 2), policy=tuner.choose(), max_tokens=4), Scheduler(), Pacing(tuner, DrafterChoice(Drafters())),
-        vocabulary_size=1000, sampling=Sampling(max_tokens=4), correlation="g", first_target_wait_s=1.0,
-        target_wait_s=1.0, on_tokens=lambda tokens: None, on_end=lambda error: None, on_learned=lambda known, drafter: None,
+        vocabulary_size=1000, sampling=Sampling(max_tokens=4), correlation="g", first_target_wait_s=3600.0,
+        target_wait_s=3600.0, on_tokens=lambda tokens: None, on_end=lambda error: None, on_learned=lambda known, drafter: None,
     )  # fmt: skip
     running = asyncio.create_task(generation.run())
     await asyncio.sleep(0)
@@ -56,7 +56,7 @@ async def test_what_a_drafter_that_was_sent_away_still_owes_is_not_its_fault() -
         generation = Generation(
             number, GenerationCore((1, 2), policy=tuner.choose(), max_tokens=400), Scheduler(),
             Pacing(tuner, DrafterChoice(Drafters())), vocabulary_size=1000, sampling=Sampling(max_tokens=400),
-            correlation="g", first_target_wait_s=1.0, target_wait_s=1.0, on_tokens=lambda tokens: None,
+            correlation="g", first_target_wait_s=3600.0, target_wait_s=3600.0, on_tokens=lambda tokens: None,
             on_end=lambda error: None, on_learned=lambda known, drafter: None,
         )  # fmt: skip
         running = asyncio.create_task(generation.run())

@@ -23,7 +23,7 @@ _STEPS = 500_000
 #: A measurement holds for so long: the load changes while tests run.
 _FRESH_S = 15.0
 #: How often a condition is looked at.
-_LOOK_S = 0.01
+_LOOK_S = 0.005
 
 _measured_at_s = -math.inf
 _measured = 1.0
