@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import dsi_actors
+from support.patience import limit_s
 from support.timed import PROMPT, plain_decoding, text_of, timed_config
 
 TOKENS = 12
@@ -72,7 +73,7 @@ async def test_a_stream_that_is_collected_in_another_thread_ends_its_generation(
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: failures.append(context))
         thread = threading.Thread(target=streams.clear)
         thread.start()
-        assert await orchestrator._root.wait_until(lambda: orchestrator.running == 0, 60)
+        assert await orchestrator._root.wait_until(lambda: orchestrator.running == 0, limit_s())
         thread.join()
         assert failures == []
 

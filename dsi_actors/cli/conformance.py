@@ -15,11 +15,15 @@ from dsi_actors.cli.options import SubParsers, add_logging_option
 from dsi_actors.config import Config
 from dsi_actors.conformance.checks import COMMON, DRAFTER, JOINING, LEAVING, TARGET, Check, is_drafter
 from dsi_actors.conformance.peer import Nonconformance, Peer
+from dsi_actors.errors import ConfigError
 
 
 def add_parser(commands: SubParsers) -> None:
     parser = commands.add_parser("conformance", help="examine a worker", description=__doc__)
     parser.add_argument("endpoint", metavar="ENDPOINT", help="where to listen, such as tcp://127.0.0.1:5555")
+    parser.add_argument(
+        "--patience", type=float, default=1.0, metavar="F", help="multiplies every time limit (default %(default)s)"
+    )
     parser.add_argument("--json", action="store_true")
     add_logging_option(parser)
     parser.set_defaults(command=run, log_level="error")
@@ -27,8 +31,10 @@ def add_parser(commands: SubParsers) -> None:
 
 async def run(arguments: argparse.Namespace) -> int:
     Config(engine="timed", listen=arguments.endpoint)  # checks the endpoint
+    if not arguments.patience > 0:
+        raise ConfigError("--patience must be positive")
     out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
-    peer = Peer(arguments.endpoint)
+    peer = Peer(arguments.endpoint, arguments.patience)
     results: list[dict[str, object]] = []
 
     async def examine(*checks: Check) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -38,15 +38,18 @@ class Recording:
 
 
 class Recorder:
-    """An observer for `Orchestrator.observe` that writes to a file as it goes."""
+    """An observer for `Orchestrator.observe` that writes to a file as it goes. `clock` gives the time in seconds."""
 
-    def __init__(self, file: IO[str], workers: Mapping[int, str]) -> None:
+    def __init__(
+        self, file: IO[str], workers: Mapping[int, str], clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self._file = file
-        self._begun_s = time.perf_counter()
+        self._clock = clock
+        self._begun_s = clock()
         self._write({"recording": _VERSION, "workers": {str(number): name for number, name in workers.items()}})
 
     def __call__(self, generation: int, item: Event | Action) -> None:
-        at_ms = round((time.perf_counter() - self._begun_s) * 1e3, 3)
+        at_ms = round((self._clock() - self._begun_s) * 1e3, 3)
         self._write({"at_ms": at_ms, "generation": generation, type(item).__name__: asdict(item)})
 
     def end(self, texts: Iterable[str]) -> None:

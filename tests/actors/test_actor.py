@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from dsi_actors.actors.actor import Actor, MailboxFull
+from support.patience import patience
 
 
 class Recorder(Actor[object]):
@@ -33,7 +34,7 @@ class Recorder(Actor[object]):
 async def run(actor: Recorder, *messages: object) -> None:
     for message in messages:
         actor.tell(message)
-    async with asyncio.timeout(5):
+    async with patience():
         await actor.run()
 
 

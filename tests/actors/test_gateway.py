@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -12,6 +11,7 @@ import zmq
 from dsi_actors.actors.gateway import Gateway, PeerGone
 from dsi_actors.errors import ConfigError
 from dsi_protocol import MAX_REPLY_FRAME_BYTES, Cancel, Drain, Goodbye, Message, encode
+from support.patience import until
 
 
 @dataclass
@@ -38,12 +38,6 @@ async def setup() -> AsyncIterator[Setup]:
     yield made
     gateway.close()
     made.context.destroy(linger=0)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110  the condition is about another process's bytes
-            await asyncio.sleep(0.002)
 
 
 async def test_messages_come_and_go(setup: Setup) -> None:

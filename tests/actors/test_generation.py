@@ -19,6 +19,7 @@ from dsi_actors.planning.controller import Controller
 from dsi_actors.planning.tuner import Estimates
 from dsi_protocol import Cancelled, CloseGeneration, Draft, Failed, FromOrchestrator, Hello, OpenGeneration, Verify
 from support.fake_worker import FakeWorker, running, silent
+from support.patience import limit_s
 from support.timed import PROMPT, timed_config
 
 NOTHING_KNOWN = Knowledge(Config(), lambda role: [], lambda: 0)
@@ -36,8 +37,8 @@ async def test_a_worker_that_failed_is_not_used_again_even_if_a_grant_was_on_its
     controller = Controller.with_one_drafter("dsi", 2, 1, Estimates())
     generation = Generation(
         1, GenerationCore((1, 2), policy=controller.begin(), max_tokens=4), Scheduler(), controller, NOTHING_KNOWN,
-        vocabulary_size=1000, sampling=Sampling(max_tokens=4), correlation="g", first_target_wait_s=1.0,
-        target_wait_s=1.0, on_tokens=lambda tokens: None, on_end=lambda error: None,
+        vocabulary_size=1000, sampling=Sampling(max_tokens=4), correlation="g", first_target_wait_s=3600.0,
+        target_wait_s=3600.0, on_tokens=lambda tokens: None, on_end=lambda error: None,
     )  # fmt: skip
     task = asyncio.create_task(generation.run())
     await asyncio.sleep(0)
@@ -64,7 +65,7 @@ async def test_what_a_drafter_that_was_sent_away_still_owes_is_not_its_fault() -
         generation = Generation(
             number, GenerationCore((1, 2), policy=controller.begin(), max_tokens=400), Scheduler(),
             controller, NOTHING_KNOWN, vocabulary_size=1000, sampling=Sampling(max_tokens=400),
-            correlation="g", first_target_wait_s=1.0, target_wait_s=1.0, on_tokens=lambda tokens: None,
+            correlation="g", first_target_wait_s=3600.0, target_wait_s=3600.0, on_tokens=lambda tokens: None,
             on_end=lambda error: None,
         )  # fmt: skip
         task = asyncio.create_task(generation.run())
@@ -92,7 +93,7 @@ async def test_an_exception_at_the_start_ends_the_generation_with_that_error(mon
         dsi_actors.Orchestrator(config) as orchestrator,
         running(orchestrator.endpoint, FakeWorker("target", silent)),
     ):
-        assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=60)
+        assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=limit_s())
         monkeypatch.setattr(Account, "begin", fail)
         with pytest.raises(LookupError, match="there is no clock"):
             await anext(orchestrator.generate(PROMPT))

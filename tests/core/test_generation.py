@@ -236,7 +236,7 @@ class Adversary:
             self.feed(event)
 
 
-@settings(max_examples=2500, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=2500, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_any_interleaving_gives_the_targets_own_text(data: st.DataObject) -> None:
     """Late, lost, duplicate, reordered and forged replies, servers and drafters that come and go; resumed or from the
@@ -272,7 +272,7 @@ def test_any_interleaving_gives_the_targets_own_text(data: st.DataObject) -> Non
         core.check()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     policy=policies, seed=st.integers(0, 10**6), servers=st.integers(1, 4), target_ms=st.sampled_from([1.0, 4.3, 9.7])
 )

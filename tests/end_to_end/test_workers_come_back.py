@@ -15,6 +15,7 @@ import pytest
 import dsi_actors
 from dsi_actors.actors.workforce import FoundUseless
 from end_to_end.test_worker_processes import start_orchestrator
+from support.patience import limit_s, slowness
 from support.timed import PROMPT, plain_decoding, start_worker, text_of, timed_config
 
 TOKENS = 30
@@ -42,7 +43,7 @@ def process_ids(orchestrator: dsi_actors.Orchestrator) -> set[int]:
 
 
 async def everybody(orchestrator: dsi_actors.Orchestrator) -> bool:
-    return await orchestrator.wait_for_workers(targets=2, drafters=1, timeout_s=60)
+    return await orchestrator.wait_for_workers(targets=2, drafters=1, timeout_s=limit_s())
 
 
 async def text(orchestrator: dsi_actors.Orchestrator) -> list[int]:
@@ -96,12 +97,13 @@ async def test_they_load_what_the_next_one_wants(endpoint: str, workers: list[su
 
 
 async def test_one_that_was_taken_for_dead_joins_again(endpoint: str, workers: list[subprocess.Popen[str]]) -> None:
-    async with dsi_actors.Orchestrator(timed_config(listen=endpoint)) as orchestrator:
+    config = timed_config(listen=endpoint, silence_ms=round(1000 * slowness()))
+    async with dsi_actors.Orchestrator(config) as orchestrator:
         assert await everybody(orchestrator)
         before, numbers = process_ids(orchestrator), {worker.number for worker in orchestrator.workers}
         os.kill(workers[0].pid, signal.SIGSTOP)
         assert orchestrator._root is not None
-        assert await orchestrator._root.wait_until(lambda: len(orchestrator.workers) == 2, 60)
+        assert await orchestrator._root.wait_until(lambda: len(orchestrator.workers) == 2, limit_s())
         os.kill(workers[0].pid, signal.SIGCONT)
         assert await everybody(orchestrator)
         assert process_ids(orchestrator) == before
@@ -128,7 +130,7 @@ async def test_an_orchestrator_whose_loop_is_blocked_keeps_its_workers(endpoint:
     config = timed_config(listen=endpoint, heartbeat_ms=50, silence_ms=200, drafter=None, sp=1)
     worker = start_worker(endpoint, "--role", "target", once=once)
     async with dsi_actors.Orchestrator(config) as orchestrator:
-        assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=60)
+        assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=limit_s())
         [before] = orchestrator.workers
         time.sleep(2)  # noqa: ASYNC251  twice as long as a worker waits for an orchestrator that is gone
         assert await text(orchestrator) == plain_decoding(PROMPT, TOKENS)

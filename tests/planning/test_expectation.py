@@ -58,7 +58,7 @@ class Fixed(Controller):
         return self._only
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     share=st.floats(0.02, 1.5), acceptance=st.floats(0, 1), sp=st.integers(1, 8), window_cost=st.floats(1, 3),
 )  # fmt: skip
