@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from dsi_actors.actors.answers import Misbehaved
 from dsi_actors.actors.generation import Generation, Granted
 from dsi_actors.actors.pacing import Pacing
@@ -41,6 +43,31 @@ async def test_a_worker_that_failed_is_not_used_again_even_if_a_grant_was_on_its
     before = len(sent[1])
     generation.receive(Granted(first))
     assert sent[1][before:] == []
+    generation.stop()
+    await running
+
+
+async def test_an_observer_that_raises_hurts_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    sent: list[FromOrchestrator] = []
+    told: list[object] = []
+
+    def observe(generation: int, item: object) -> None:
+        told.append(item)
+        raise RuntimeError("the disk is full")
+
+    tuner = Tuner("ar", 1, None, Estimates())
+    generation = Generation(
+        1, GenerationCore((1, 2), policy=tuner.choose(), max_tokens=4), Scheduler(), Pacing(tuner, DrafterChoice(Drafters())),
+        vocabulary_size=1000, sampling=Sampling(max_tokens=4), correlation="g", first_target_wait_s=1.0,
+        target_wait_s=1.0, on_tokens=lambda tokens: None, on_end=lambda error: None, on_learned=lambda known, drafter: None,
+        observe=observe,
+    )  # fmt: skip
+    running = asyncio.create_task(generation.run())
+    await asyncio.sleep(0)
+    generation.receive(Granted(lent(1, sent)))
+    assert [type(message) for message in sent] == [OpenGeneration, Verify]
+    assert len(told) == 1, "it is asked no more"
+    assert "the disk is full" in caplog.text
     generation.stop()
     await running
 
