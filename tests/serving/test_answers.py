@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from tokenizers import Tokenizer as LibraryTokenizer
+from tokenizers.models import WordLevel
 
+from dsi_actors import Orchestrator, Sampling
+from dsi_actors.config import ALGORITHMS, Algorithm
+from dsi_actors.serving.completions import Choice, Completion, Job
+from dsi_actors.serving.metrics import Metrics
 from dsi_actors.tokenizer import Tokenizer
-from serving.test_openai import metric, served
+from serving.test_openai import served
 from support.engines import make_tiny_model
+from support.timed import PROMPT, timed_config
 from support.tokenizers import CONTROL, llama_2, save
 
 DECODINGS = ({"algorithm": "ar"}, {"algorithm": "si", "lookahead": 4}, {"algorithm": "dsi", "lookahead": 3})
@@ -67,27 +74,42 @@ def ask(client: openai.OpenAI, *, stream: bool = False, dsi: Any = None, **more:
     return {"text": text, "reason": reason, "tokens": tokens, "logprobs": logprobs}
 
 
-def test_what_is_counted_does_not_depend_on_how_it_is_decoded(client: openai.OpenAI, url: str) -> None:
+async def test_what_is_counted_does_not_depend_on_how_it_is_decoded(tmp_path: Path) -> None:
     """A block of committed tokens goes on behind a stop string: that is counted nowhere."""
-    for seed in range(2):
-        whole = ask(client, seed=seed)
-        tokens = whole["logprobs"]["tokens"]
-        places = whole["logprobs"]["text_offset"]
-        stop = next(token.strip() for token in tokens[12:] if token.strip() and not token.startswith("bytes:"))
-        completed_by = next(at for at in range(59) if stop in whole["text"][: places[at + 1]])
-        answers = []
-        for decoding in DECODINGS:
-            for stream in (False, True):
-                before = metric(url, "dsi_tokens_total")
-                answers.append(ask(client, seed=seed, stop=stop, dsi=decoding, stream=stream))
-                assert metric(url, "dsi_tokens_total") - before == answers[-1]["tokens"]
-        assert all(answer == answers[0] for answer in answers)
-        assert answers[0]["text"] == whole["text"][: whole["text"].find(stop)]
-        assert answers[0]["reason"] == "stop"
-        assert answers[0]["tokens"] == len(answers[0]["logprobs"]["tokens"]) == completed_by + 1
-        # Complete with the very last token that is allowed: it is a stop string all the same.
-        assert ask(client, seed=seed, stop=stop, max_tokens=completed_by + 1) == answers[0]
-        assert ask(client, seed=seed, stop=stop, max_tokens=completed_by)["reason"] == "length"
+    words = {f"w{number}": number for number in range(1000)}
+    tokenizer = Tokenizer(save(LibraryTokenizer(WordLevel(words, unk_token="w0")), tmp_path))
+    behind = 0
+    async with Orchestrator(timed_config(target_ms=8, acceptance=0.9)) as orchestrator:
+
+        async def answer(stops: Sequence[str], algorithm: Algorithm, tokens: int = 40) -> tuple[Choice, float]:
+            metrics = Metrics("timed", workers=lambda role: 1, waiting=lambda: 0)
+            job = Job(
+                PROMPT, Sampling(max_tokens=tokens), stops, 1, algorithm, None, "auto" if algorithm == "ar" else 4, "test",
+                continues=True,
+            )  # fmt: skip
+            completion = Completion(orchestrator, tokenizer, metrics, job)
+            async for _ in completion.updates():
+                pass
+            said = metrics.text().decode().splitlines()
+            return completion.choices[0], sum(
+                float(line.split()[-1]) for line in said if line.startswith("dsi_tokens_total")
+            )
+
+        whole = (await answer((), "ar"))[0].text
+        for place in (7, 17, 18, 19, 20, 29):
+            stop = f"{whole.split()[place]} "
+            assert whole.find(f" {stop}") == len(" ".join(["", *whole.split()[:place]])), "it was there before"
+            for algorithm in ALGORITHMS:
+                choice, counted = await answer([f" {stop}"], algorithm)
+                # The space behind the word comes with the next token.
+                assert choice.tokens == counted == sum(len(piece.tokens) for piece in choice.pieces) == place + 2
+                assert (choice.text, choice.finish_reason) == (whole[: whole.find(f" {stop}")], "stop")
+                assert choice.report is not None
+                behind += choice.report.tokens - choice.tokens
+            # Complete with the very last token that is allowed: it is a stop string all the same.
+            assert (await answer([f" {stop}"], "dsi", place + 2))[0].finish_reason == "stop"
+            assert (await answer([f" {stop}"], "dsi", place + 1))[0].finish_reason == "length"
+    assert behind > 0, "no block went on behind a stop string"
 
 
 def test_a_stop_string_may_be_a_special_token(client: openai.OpenAI) -> None:
