@@ -96,11 +96,13 @@ class _Bench:
     async def _ask_here(self, number: int, tokens: int) -> _Answer:
         begun_s, first_s, found = time.perf_counter(), 0.0, list[int]()
         sampling = Sampling(max_tokens=tokens, temperature=0.0, seed=number)
-        async for chunk in self._orchestrator.generate(_prompt(number), sampling):
+        prompt_ids = _prompt(number)
+        async for chunk in self._orchestrator.generate(prompt_ids, sampling):
             first_s = first_s or time.perf_counter()
             found += chunk
         ended_s = time.perf_counter()
-        return _Answer(self._tokenizer.decode(found), (first_s - begun_s) * 1e3, (ended_s - begun_s) * 1e3)
+        text = self._tokenizer.decode(found, after=prompt_ids)
+        return _Answer(text, (first_s - begun_s) * 1e3, (ended_s - begun_s) * 1e3)
 
     async def _ask_service(self, numbers: Sequence[int], tokens: int) -> list[_Answer]:
         bodies = [_body(number, tokens) for number in numbers]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.style import Style
 from rich.table import Table
 
 from dsi_actors.cli.options import (
@@ -28,10 +30,10 @@ from dsi_actors.models import resolve_model
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.planning.tuner import Estimates
 from dsi_actors.results import CommittedTokens, GenerationReport
-from dsi_actors.tokenizer import Tokenizer
+from dsi_actors.tokenizer import Tokenizer, TokenStream
 from dsi_actors.tracing.record import Recorder
 
-_ACCEPTED_STYLE = "green"
+_ACCEPTED_STYLE = Style(color="green")
 _LABELS: dict[str, str] = {"ar": "AR", "si": "SI", "dsi": "DSI"}
 
 
@@ -66,8 +68,10 @@ def add_parser(commands: SubParsers) -> None:
 class _Run:
     """One generation: its tokens, which of them had been drafted, and what it cost."""
 
+    #: The tokens whose text the answer continues, if it does not stand alone.
+    continues: list[int]
     #: What an earlier run had given.
-    resumed: list[int] = field(default_factory=list)
+    resumed: list[int]
     token_ids: list[int] = field(default_factory=list)
     accepted: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -85,7 +89,7 @@ class _Run:
 
     def so_far(self, tokenizer: Tokenizer) -> dict[str, Any]:
         token_ids = self.resumed + self.token_ids
-        return {"text": tokenizer.decode(token_ids), "token_ids": token_ids}
+        return {"text": tokenizer.decode(token_ids, after=self.continues), "token_ids": token_ids}
 
 
 async def run(arguments: argparse.Namespace) -> int:
@@ -96,6 +100,7 @@ async def run(arguments: argparse.Namespace) -> int:
     stop = () if arguments.ignore_eos else tokenizer.stop_token_ids
     sampling = sampling_from(arguments, stop_token_ids=stop, logprobs=arguments.logprobs)
     prompt_ids = _encode(arguments, tokenizer)
+    continues = prompt_ids if _is_raw(arguments, tokenizer) else []
     out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
     with _opened(arguments.record) as record, err.status(_greeting(config)) as status:
         async with Orchestrator(config) as orchestrator:
@@ -105,21 +110,19 @@ async def run(arguments: argparse.Namespace) -> int:
                 await _wait_for_workers(orchestrator, arguments, err)
             status.stop()
             err.print(_calibration(orchestrator.estimates))
-            session = _Session(orchestrator, prompt_ids, resumed, sampling, arguments)
+            session = _Session(orchestrator, prompt_ids, continues, resumed, sampling, arguments)
             recorder = None if record is None else Recorder(record, {w.number: str(w) for w in orchestrator.workers})
             orchestrator.observe(recorder)
             try:
-                first = await session.generate(
-                    arguments.algorithm, None if arguments.json else _Printer(out, tokenizer)
-                )
+                printer = None if arguments.json else _Printer(out, tokenizer.stream(after=continues + resumed))
+                first = await session.generate(arguments.algorithm, printer)
             except NoTargetError as error:
                 if arguments.json:  # so that --resume can go on from here
                     out.print_json(json.dumps({"error": str(error), **session.runs[-1].so_far(tokenizer)}))
                 raise
             orchestrator.observe(None)
             if recorder is not None:
-                text = tokenizer.stream()
-                recorder.end(text.add(token) for token in first.token_ids)
+                recorder.end(_texts(first.token_ids, tokenizer.stream(after=continues + resumed)))
             if arguments.compare:
                 return await _compare(session, first, arguments, tokenizer, out)
     if arguments.json:
@@ -134,13 +137,14 @@ async def run(arguments: argparse.Namespace) -> int:
 class _Session:
     orchestrator: Orchestrator
     prompt_ids: list[int]
+    continues: list[int]
     resumed: list[int]
     sampling: Sampling
     arguments: argparse.Namespace
     runs: list[_Run] = field(default_factory=list)
 
     async def generate(self, algorithm: Algorithm, printer: _Printer | None = None) -> _Run:
-        self.runs.append(result := _Run(resumed=self.resumed))
+        self.runs.append(result := _Run(self.continues, self.resumed))
         async with self.orchestrator.generate(
             self.prompt_ids,
             self.sampling,
@@ -161,18 +165,27 @@ class _Session:
 class _Printer:
     """Text as it is committed; what the drafter had guessed right is green."""
 
-    def __init__(self, console: Console, tokenizer: Tokenizer) -> None:
+    def __init__(self, console: Console, text: TokenStream) -> None:
         self._console = console
-        self._text = tokenizer.stream()
+        self._text = text
 
     def show(self, tokens: CommittedTokens) -> None:
         for token, accepted in zip(tokens, tokens.accepted, strict=True):
-            style = _ACCEPTED_STYLE if accepted else None
-            self._console.print(self._text.add(token), style=style, end="", markup=False)
+            self._write(self._text.add(token), _ACCEPTED_STYLE if accepted else None)
         self._console.file.flush()
 
     def end(self) -> None:
-        self._console.print("\n")
+        self._write(self._text.flush() + "\n\n")
+
+    def _write(self, text: str, style: Style | None = None) -> None:
+        """As it is: for a text, `print` would expand tabs, drop carriage returns and replace :smile:."""
+        self._console.print(Segments([Segment(text, style)]), end="")
+
+
+def _texts(token_ids: Sequence[int], stream: TokenStream) -> list[str]:
+    """The text of each token. The last one has what is left at the end, too."""
+    texts = [stream.add(token) for token in token_ids]
+    return [*texts[:-1], texts[-1] + stream.flush()] if texts else []
 
 
 def _prepare_drafter(config: Config) -> None:
@@ -212,9 +225,13 @@ def _encode(arguments: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
     text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     if not text.strip():
         raise ConfigError("the prompt is empty: give some text")
-    if arguments.raw or not tokenizer.has_chat_template:
+    if _is_raw(arguments, tokenizer):
         return tokenizer.encode(text)
     return tokenizer.encode_chat([{"role": "user", "content": text}])
+
+
+def _is_raw(arguments: argparse.Namespace, tokenizer: Tokenizer) -> bool:
+    return arguments.raw or not tokenizer.has_chat_template
 
 
 def _greeting(config: Config) -> str:

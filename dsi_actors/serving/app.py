@@ -102,6 +102,7 @@ class Service:
             options.sp,
             options.lookahead,
             correlation,
+            continues=not isinstance(request, ChatRequest),
         )
 
     def _prompt_of(self, request: ChatRequest | CompletionRequest) -> list[int]:

@@ -93,9 +93,9 @@ class Watch:
                 texts = [stream.add(token) for token in tokens]
                 return {"is": "commit", "start": start, "texts": texts, "accepted": accepted, "rejected": rejected}
             case Finish(reason):
-                self._texts.pop(generation, None)
+                ended = self._texts.pop(generation, None)
                 self._guessed.pop(generation, None)
-                return {"is": "end", "reason": reason}
+                return {"is": "end", "reason": reason, "text": "" if ended is None else ended.flush()}
         return None
 
 
