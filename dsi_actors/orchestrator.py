@@ -183,8 +183,8 @@ class Orchestrator:
 
     def observe(self, observer: Callable[[int, Event | Action], None] | None) -> None:
         """Tell `observer` of every event and every action of the cores of generations that start from now on, with the
-        generation's number. It must return at once. None: nobody."""
-        self._observer = observer
+        generation's number. It must return at once; when it raises, it is told no more. None: nobody."""
+        self._observer = None if observer is None else _harmless(observer)
 
     @property
     def workers(self) -> list[WorkerHandle]:
@@ -297,7 +297,6 @@ class Orchestrator:
     @staticmethod
     def _check_prompt(target: WorkerHandle, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         assert target.ready is not None
-        Orchestrator._check_tokens(target, prompt_ids)
         length = len(prompt_ids) + sampling.max_tokens
         if length > target.ready.max_length:
             raise ConfigError(
@@ -309,11 +308,14 @@ class Orchestrator:
                 f"the prompt has {len(prompt_ids)} tokens and max_tokens is {sampling.max_tokens}: together {length} are "
                 f"over the {MAX_TOKENS_PER_MESSAGE} that fit one message"
             )
+        Orchestrator._check_tokens(target, prompt_ids)
 
     @staticmethod
     def _check_tokens(target: WorkerHandle, token_ids: Sequence[int]) -> None:
         assert target.ready is not None
-        for token in token_ids:
+        if not token_ids:
+            return
+        for token in (min(token_ids), max(token_ids)):  # a loop over a long prompt would hold up all other generations
             if not 0 <= token < target.ready.vocabulary_size:
                 raise ConfigError(f"token {token} is outside the target's vocabulary of {target.ready.vocabulary_size}")
 
@@ -321,6 +323,22 @@ class Orchestrator:
     def estimates(self) -> Estimates:
         """What the next generation begins with: what earlier ones taught, else what the workers measured at their start."""
         return self._knowledge.estimates(self._running())
+
+
+def _harmless(observer: Callable[[int, Event | Action], None]) -> Callable[[int, Event | Action], None]:
+    """An observer that fails harms no generation: its first error is logged and ends it."""
+    failed = False
+
+    def observe(generation: int, item: Event | Action) -> None:
+        nonlocal failed
+        if not failed:
+            try:
+                observer(generation, item)
+            except Exception:
+                failed = True
+                log.exception("an observer failed and is told no more")
+
+    return observe
 
 
 def _check_resumed(resumed: Sequence[int], sampling: Sampling) -> None:
