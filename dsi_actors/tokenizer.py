@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,19 @@ class Tokenizer:
     def vocabulary_hash(self) -> str:
         return vocabulary_hash(self._tokenizer.get_vocab(with_added_tokens=True))
 
+    @cached_property
+    def max_token_bytes(self) -> int:
+        """No token stands for more bytes of text than this."""
+        return max(len(token.encode("utf-8", "replace")) for token in self._tokenizer.get_vocab(with_added_tokens=True))
+
     def encode(self, text: str) -> list[int]:
         """The tokens of plain text, with the special tokens that the model puts around it."""
-        return list(self._tokenizer.encode(text).ids)
+        return self._encode(text, add_special_tokens=True)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        # For a batch the library lets go of the interpreter's lock; for one text it holds up all other threads.
+        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(encoding.ids)
 
     @property
     def has_chat_template(self) -> bool:
@@ -58,7 +69,7 @@ class Tokenizer:
             text = _template_environment().from_string(self._template).render(**given, **special)
         except (jinja2.TemplateError, TypeError) as error:
             raise ConfigError(f"the model's chat template failed ({error}): give it plain text") from None
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
