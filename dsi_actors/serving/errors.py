@@ -57,8 +57,7 @@ def from_ours(error: DsiError) -> ApiError:
             headers = {"Retry-After": str(_RETRY_AFTER_S)}
             return ApiError(429, str(error), kind="rate_limit_error", code="queue_full", headers=headers)
         case ConfigError():
-            code = "context_length_exceeded" if "limit" in str(error) else None
-            return ApiError(400, str(error), code=code)
+            return ApiError(400, str(error))
         case NoTargetError() | OrchestratorClosed():
             return unavailable(str(error))
     return ApiError(500, str(error), kind="server_error")

@@ -92,10 +92,11 @@ class Service:
         self.ending = False
         self._tokenizer = tokenizer
         self._keys = [hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest() for key in config.api_keys]
-        self._places = Places(orchestrator.config.max_generations)
-        self._memory = BodyMemory(config.max_bodies_bytes)
+        self.places = Places(orchestrator.config.max_generations)
+        self.memory = BodyMemory(config.max_bodies_bytes)
         self._threads = FairThreads()
-        self._exchanges: set[Exchange] = set()
+        #: Those without their whole answer.
+        self.requests: set[Exchange] = set()
         self._one_is_over = asyncio.Event()
         self._patience: asyncio.Timeout | None = None
 
@@ -133,11 +134,11 @@ class Service:
 
     async def answer(self, exchange: Exchange, kind: type[AnyRequest]) -> None:
         """From the first look at the request's head to the last byte of the answer, or to the client's leaving."""
-        self._exchanges.add(exchange)
+        self.requests.add(exchange)
         try:
             await exchange.run(self._serve(exchange, kind))
         finally:
-            self._exchanges.discard(exchange)
+            self.requests.discard(exchange)
             self._one_is_over.set()
             self.metrics.request(exchange.outcome)
             exchange.log_end()
@@ -149,7 +150,7 @@ class Service:
             raise self._no_more()
         client = request.headers.get("authorization") if self._keys else request.client and request.client.host
         with ExitStack() as places:
-            with self._memory.hold() as held:
+            with self.memory.hold() as held:
                 most_bytes, why = self._most_bytes()
                 body = await exchange.read_body(
                     most_bytes=most_bytes, too_long=why, within_s=self.config.client_timeout_s, held=held
@@ -161,7 +162,7 @@ class Service:
                         404, f"there is no model {asked.model!r} here: it is {self.config.model!r}", param="model",
                         code="model_not_found",
                     )  # fmt: skip
-                places.enter_context(self._places.take(asked.n))
+                places.enter_context(self.places.take(asked.n))
                 exchange.accepted = True
                 job = await self._prepare(asked, client, len(body), exchange.id)
             await self._generate(exchange, asked, job)
@@ -192,8 +193,16 @@ class Service:
                 raise NoTargetError(f"no target server came within {patience_s:g} s")
         max_length = self._max_length
         prompt_ids = await self._threads.run(client, size_bytes, partial(self._encode, asked, max_length))
+        room = max(1, max_length - len(prompt_ids))
+        max_tokens = asked.most_tokens or min(self.config.default_max_tokens, room)
+        if len(prompt_ids) + max_tokens > max_length:
+            raise ApiError(
+                400, f"the prompt has {len(prompt_ids)} tokens and max_tokens is {max_tokens}: together "
+                f"{len(prompt_ids) + max_tokens} are over the target's limit of {max_length}",
+                code="context_length_exceeded",
+            )  # fmt: skip
         sampling = Sampling(
-            max_tokens=asked.most_tokens or min(self.config.default_max_tokens, max(1, max_length - len(prompt_ids))),
+            max_tokens=max_tokens,
             temperature=asked.temperature, top_p=asked.top_p, top_k=asked.top_k, min_p=asked.min_p,
             repetition_penalty=asked.repetition_penalty, seed=seed_or_any(asked.seed),
             stop_token_ids=() if asked.ignore_eos else self._tokenizer.stop_token_ids, logprobs=asked.wants_logprobs,
@@ -250,11 +259,11 @@ class Service:
         A stream that is cut off ends with an error event; other requests get 503."""
         self.ending = True
         self.watch.end()
-        for exchange in list(self._exchanges):
+        for exchange in list(self.requests):
             if not exchange.accepted:
                 exchange.stop(self._no_more())
         await self._all_over(within_s)
-        cut = list(self._exchanges)
+        cut = list(self.requests)
         for exchange in cut:
             exchange.stop(unavailable("the service ended before the answer was complete", close=True))
         await self._all_over(_FAREWELL_S)
@@ -269,7 +278,7 @@ class Service:
     async def _all_over(self, within_s: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s) as self._patience:
-                while self._exchanges:
+                while self.requests:
                     self._one_is_over.clear()
                     await self._one_is_over.wait()
         self._patience = None
