@@ -183,8 +183,8 @@ class Orchestrator:
 
     def observe(self, observer: Callable[[int, Event | Action], None] | None) -> None:
         """Tell `observer` of every event and every action of the cores of generations that start from now on, with the
-        generation's number. It must return at once. None: nobody."""
-        self._observer = observer
+        generation's number. It must return at once; when it raises, it is told no more. None: nobody."""
+        self._observer = None if observer is None else _harmless(observer)
 
     @property
     def workers(self) -> list[WorkerHandle]:
@@ -297,7 +297,6 @@ class Orchestrator:
     @staticmethod
     def _check_prompt(target: WorkerHandle, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         assert target.ready is not None
-        Orchestrator._check_tokens(target, prompt_ids)
         length = len(prompt_ids) + sampling.max_tokens
         if length > target.ready.max_length:
             raise ConfigError(
@@ -309,6 +308,7 @@ class Orchestrator:
                 f"the prompt has {len(prompt_ids)} tokens and max_tokens is {sampling.max_tokens}: together {length} are "
                 f"over the {MAX_TOKENS_PER_MESSAGE} that fit one message"
             )
+        Orchestrator._check_tokens(target, prompt_ids)
 
     @staticmethod
     def _check_tokens(target: WorkerHandle, token_ids: Sequence[int]) -> None:
@@ -334,6 +334,22 @@ def _token_ids(name: str, given: Iterable[SupportsIndex]) -> list[int]:
         wrong = min(ids) if min(ids) < 0 else max(ids)
         raise ConfigError(f"{name} must be token ids, from 0 to 2**32 - 1: {wrong} is none")
     return ids
+
+
+def _harmless(observer: Callable[[int, Event | Action], None]) -> Callable[[int, Event | Action], None]:
+    """An observer that fails harms no generation: its first error is logged and ends it."""
+    failed = False
+
+    def observe(generation: int, item: Event | Action) -> None:
+        nonlocal failed
+        if not failed:
+            try:
+                observer(generation, item)
+            except Exception:
+                failed = True
+                log.exception("an observer failed and is told no more")
+
+    return observe
 
 
 def _check_resumed(resumed: Sequence[int], sampling: Sampling) -> None:

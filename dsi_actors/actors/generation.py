@@ -183,11 +183,13 @@ class Generation(Actor[GenerationMessage]):
             self._conclude()
 
     def _feed(self, event: Event) -> None:
-        self._tell_observer(event)
+        if self._observe is not None:
+            self._observe(self.number, event)
         counters = self._core.counters
         useful, accepted, judged = counters.useful_verifications, counters.accepted, counters.judged
         for action in self._core.handle(event):
-            self._tell_observer(action)
+            if self._observe is not None:
+                self._observe(self.number, action)
             self._do(action)
         if isinstance(event, VerificationFinished):
             self._account.settle(event.attempt, useful=counters.useful_verifications > useful)
@@ -202,16 +204,6 @@ class Generation(Actor[GenerationMessage]):
             arrived=isinstance(event, DraftsArrived),
             expected_ms=self._controller.estimates.drafter_ms * max(1, self._core.policy.first_wait),
         )
-
-    def _tell_observer(self, item: Event | Action) -> None:
-        """An observer that raises is not told of anything more: the generation goes on as if nobody looked."""
-        if self._observe is None:
-            return
-        try:
-            self._observe(self.number, item)
-        except Exception:
-            self._observe = None
-            self._log.exception("the observer failed: it is not told of the rest of this generation")
 
     def _on_late_drafts(self) -> None:
         self._log.info("drafts are late: going on without")

@@ -148,8 +148,9 @@ def _ask(url: str, body: bytes) -> _Answer:
 @contextlib.asynccontextmanager
 async def _served(orchestrator: Orchestrator, tokenizer: Tokenizer, log_level: str) -> AsyncIterator[str]:
     """The URL for completions."""
-    from dsi_actors.serving.app import ServiceConfig, create_app
+    from dsi_actors.serving.app import create_app
     from dsi_actors.serving.server import make_server
+    from dsi_actors.serving.service import ServiceConfig
 
     app = create_app(orchestrator, tokenizer, ServiceConfig(model=_MODEL))
     server = make_server(app, host="127.0.0.1", port=0, log_level=log_level, drain_s=1.0)

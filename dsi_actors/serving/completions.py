@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -69,7 +69,7 @@ class Completion:
         self.begun_s = time.perf_counter()
         self.choices = [Choice(index, (job.sampling.seed + index) % (1 << 64)) for index in range(job.choices)]
 
-    async def updates(self) -> AsyncIterator[Update]:
+    async def updates(self) -> AsyncGenerator[Update, None]:
         """Raises what the orchestrator raises."""
         queue: asyncio.Queue[Update | BaseException] = asyncio.Queue(_PIECES_AHEAD)
         tasks = [asyncio.create_task(self._run(choice, queue)) for choice in self.choices]

@@ -54,30 +54,6 @@ async def test_a_worker_that_failed_is_not_used_again_even_if_a_grant_was_on_its
     await task
 
 
-async def test_an_observer_that_raises_hurts_nobody(caplog: pytest.LogCaptureFixture) -> None:
-    sent: list[FromOrchestrator] = []
-    told: list[object] = []
-
-    def observe(generation: int, item: object) -> None:
-        told.append(item)
-        raise RuntimeError("the disk is full")
-
-    controller = Controller.with_one_drafter("ar", 1, None, Estimates())
-    generation = Generation(
-        1, GenerationCore((1, 2), policy=controller.begin(), max_tokens=4), Scheduler(), controller, NOTHING_KNOWN,
-        vocabulary_size=1000, sampling=Sampling(max_tokens=4), correlation="g", first_target_wait_s=3600.0,
-        target_wait_s=3600.0, on_tokens=lambda tokens: None, on_end=lambda error: None, observe=observe,
-    )  # fmt: skip
-    task = asyncio.create_task(generation.run())
-    await asyncio.sleep(0)
-    generation.receive(Granted(lent(1, sent)))
-    assert [type(message) for message in sent] == [OpenGeneration, Verify]
-    assert len(told) == 1, "it is asked no more"
-    assert "the disk is full" in caplog.text
-    generation.stop()
-    await task
-
-
 async def test_what_a_drafter_that_was_sent_away_still_owes_is_not_its_fault() -> None:
     """A text was too long for it: what else it was asked is cancelled by us, and it says so."""
     sent: list[FromOrchestrator] = []
