@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from dsi_actors.devices import device_name, servers_beside_drafters
 from dsi_actors.errors import ConfigError
-from dsi_protocol import OptionValue, ProtocolError, Welcome, encode
+from dsi_protocol import Endpoint, EndpointError, OptionValue, ProtocolError, Welcome, encode
 
 Algorithm = Literal["dsi", "si", "ar"]
 ALGORITHMS: tuple[Algorithm, ...] = ("dsi", "si", "ar")
@@ -22,9 +21,6 @@ NGRAM = "ngram"
 NGRAM_FOR = "ngram+"
 #: A drafter that says random tokens: almost never right, whatever the target. For tests of exactness.
 RANDOM = "random"
-
-_LOOPBACK = re.compile(r"tcp://(127\.\d+\.\d+\.\d+|localhost|\[::1\]):(\d+|\*)$|ipc://.+$")
-_TCP = re.compile(r"tcp://[^:/\s]+:(\d+|\*)$|tcp://\[[0-9a-fA-F:]+\]:(\d+|\*)$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,13 +98,13 @@ class Config:
                 raise ConfigError(f"a setting cannot be told to a worker: {error}") from None
         for device in self.devices:
             device_name(device)
-        if self.listen is not None and not _LOOPBACK.match(self.listen):
+        if self.listen is not None:
+            try:
+                endpoint = Endpoint.parse(self.listen)
+            except EndpointError as error:
+                raise ConfigError(f"listen {error}") from None
             _require(
-                _TCP.match(self.listen) is not None,
-                f"listen {self.listen!r} is no endpoint: write it as tcp://127.0.0.1:5555 or ipc:///path",
-            )
-            _require(
-                self.insecure or self.keys is not None,
+                endpoint.local or self.insecure or self.keys is not None,
                 f"listen {self.listen} can be reached by other machines, and anyone there could take part: give workers "
                 "keys (dsi-actors keys new, then --keys), use 127.0.0.1, or allow it with --insecure",
             )

@@ -15,6 +15,7 @@ from dsi_actors.actors.knowledge import Knowledge
 from dsi_actors.actors.local import start_local_workers
 from dsi_actors.actors.root import Root
 from dsi_actors.actors.worker_handle import WorkerHandle
+from dsi_actors.advice import worker_command
 from dsi_actors.config import ALGORITHMS, Algorithm, Config, Sampling
 from dsi_actors.core import GenerationCore
 from dsi_actors.core.actions import Action
@@ -290,7 +291,7 @@ class Orchestrator:
         if not found:
             raise NoTargetError(
                 f"no target server came within {timeout_s:g} s: start one with "
-                f"python -m dsi_actors.worker --gpu N --connect {self.endpoint}"
+                f"{worker_command(self.endpoint, keys=self.config.keys)}"
             )
         return root.of_role("target")[0]
 

@@ -14,6 +14,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.table import Table
 
+from dsi_actors.advice import worker_command
 from dsi_actors.cli.options import (
     SubParsers,
     add_algorithm_options,
@@ -237,7 +238,7 @@ async def _wait_for_workers(orchestrator: Orchestrator, arguments: argparse.Name
     config = orchestrator.config
     drafters = 0 if not config.drafters or arguments.algorithm == "ar" else 1
     wanted = "a target server" + (" and a drafter" if drafters else "")
-    err.print(f"waiting for {wanted}: python -m dsi_actors.worker --gpu N --connect {orchestrator.endpoint}")
+    err.print(f"waiting for {wanted}: {worker_command(orchestrator.endpoint, keys=config.keys)}", soft_wrap=True)
     if not await orchestrator.wait_for_workers(targets=1, drafters=drafters, timeout_s=arguments.wait):
         if not await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=0.001):
             raise ConfigError(f"no target server connected to {orchestrator.endpoint} within {arguments.wait:g} s")

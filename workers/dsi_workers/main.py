@@ -10,11 +10,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 import zmq
 
-from dsi_protocol import PROTOCOL_VERSION, Failed, Goodbye, Hello, Ready, Welcome
+from dsi_protocol import PROTOCOL_VERSION, Endpoint, EndpointError, Failed, Goodbye, Hello, Ready, Welcome
 from dsi_workers.connection import Address, CurveKeys, Heart, Unreachable, WorkSocket, host_name, watch_parent
 from dsi_workers.engines import EngineError, load_engine
 from dsi_workers.loop import WorkerLoop
@@ -53,6 +54,7 @@ def run_worker(config: WorkerConfig) -> None:
     def still_needed() -> bool:
         return parent_gone is None or not parent_gone.is_set()
 
+    _wait_for_address(config.endpoint, still_needed)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     incarnation = secrets.randbits(64) if config.incarnation is None else config.incarnation
     address = Address(config.endpoint, config.keys)
@@ -79,6 +81,29 @@ def run_worker(config: WorkerConfig) -> None:
     finally:
         socket.close()
         context.term()  # ends the heart, waits until the last message has left or lingered enough
+
+
+def _wait_for_address(text: str, still_needed: Callable[[], bool]) -> None:
+    """Wait until the orchestrator's host has an address, or its socket a directory. Raises WorkerError if neither can ever be."""
+    try:
+        endpoint = Endpoint.parse(text)
+    except EndpointError as error:
+        raise WorkerError(f"cannot connect to {error}") from None
+    if not endpoint.path and (endpoint.port == 0 or endpoint.host == "*"):
+        raise WorkerError(f"cannot connect to {text}: name the host and the port where the orchestrator listens")
+    complain_at = time.monotonic()
+    while still_needed() and (problem := _not_there(endpoint)):
+        if time.monotonic() >= complain_at:
+            complain_at = time.monotonic() + _PATIENCE_S
+            log.warning("no orchestrator yet, still trying", endpoint=text, reason=problem)
+        time.sleep(_HELLO_INTERVAL_S)
+
+
+def _not_there(endpoint: Endpoint) -> str:
+    if endpoint.path:
+        directory = Path(endpoint.path).parent
+        return "" if endpoint.path.startswith("@") or directory.is_dir() else f"there is no directory {directory}"
+    return "" if endpoint.ip_version() else f"no address is known for the name {endpoint.host}"
 
 
 def _introduce(
