@@ -75,6 +75,11 @@ class Config:
         _require(
             all(isinstance(kind, str) for kind in self.drafters), "a drafter is named by a text: give a model reference"
         )
+        for reference in (self.target, *self.drafters):
+            _require(
+                _is_text(reference),
+                f"the model reference {reference!r} is no UTF-8, and cannot be told to a worker: rename the model, or link to it",
+            )
         for kind in self.drafters:
             drafter = kind.removeprefix(NGRAM_FOR)
             _require(drafter != "", "drafter is empty: give a model reference, self-int8, ngram or None")
@@ -173,6 +178,15 @@ class Sampling:
         )
         _require(0 <= self.seed < 1 << 64, f"seed must lie in [0, 2**64), not {self.seed}")
         _require(all(0 <= token < 1 << 32 for token in self.stop_token_ids), "stop_token_ids must be token ids")
+
+
+def _is_text(words: str) -> bool:
+    """False with bytes in it that Python kept from the name of a file."""
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _require(condition: bool, problem: str) -> None:

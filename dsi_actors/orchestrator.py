@@ -30,10 +30,12 @@ from dsi_actors.errors import (
 from dsi_actors.logs import get_logger
 from dsi_actors.planning.tuner import Estimates
 from dsi_actors.stream import Channel, GenerationStream
+from dsi_actors.temporary import socket_directory
 from dsi_protocol import MAX_TEXT_BYTES, MAX_TOKENS_PER_MESSAGE
 
 log = get_logger("orchestrator")
 
+_SOCKET = "orchestrator.sock"
 #: How long workers have to read that they are dismissed.
 _FAREWELL_S = 0.05
 #: The generation by which a start measures how long a token takes, and its tokens; the first one's time is not taken.
@@ -235,8 +237,8 @@ class Orchestrator:
 
     def _private_endpoint(self) -> str:
         """A socket that only this user can reach."""
-        self._socket_directory = tempfile.TemporaryDirectory(prefix="dsi-")
-        return f"ipc://{Path(self._socket_directory.name) / 'orchestrator.sock'}"
+        self._socket_directory = socket_directory(_SOCKET)
+        return f"ipc://{Path(self._socket_directory.name) / _SOCKET}"
 
     async def _start_local_workers(self, root: Root) -> None:
         await start_local_workers(root, self.config, self.endpoint)

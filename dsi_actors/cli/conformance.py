@@ -9,10 +9,9 @@ import argparse
 import json
 import sys
 
-from rich.console import Console
-
 from dsi_actors.advice import worker_command
 from dsi_actors.cli.options import SubParsers, add_logging_option
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.conformance.checks import COMMON, DRAFTER, JOINING, LEAVING, TARGET, Check, is_drafter
 from dsi_actors.conformance.peer import Nonconformance, Peer
 
@@ -26,7 +25,7 @@ def add_parser(commands: SubParsers) -> None:
 
 
 async def run(arguments: argparse.Namespace) -> int:
-    out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
+    out, err = terminal(soft_wrap=True), terminal(stderr=True)
     peer = Peer(arguments.endpoint)
     results: list[dict[str, object]] = []
 

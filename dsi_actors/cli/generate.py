@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,9 @@ from dsi_actors.cli.options import (
     add_worker_options,
     config_from,
     sampling_from,
+    utf8,
 )
+from dsi_actors.cli.terminal import can_show, terminal
 from dsi_actors.config import ALGORITHMS, NGRAM, NGRAM_FOR, RANDOM, SELF_INT8, Algorithm, Config, Sampling
 from dsi_actors.errors import ConfigError, NoTargetError
 from dsi_actors.models import resolve_model
@@ -38,7 +41,7 @@ _LABELS: dict[str, str] = {"ar": "AR", "si": "SI", "dsi": "DSI"}
 
 def add_parser(commands: SubParsers) -> None:
     parser = commands.add_parser("generate", help="answer one prompt", description=__doc__)
-    parser.add_argument("prompt", metavar="PROMPT", help="the prompt, or - to read it from standard input")
+    parser.add_argument("prompt", type=utf8, metavar="PROMPT", help="the prompt, or - to read it from standard input")
     add_worker_options(parser)
     add_algorithm_options(parser)
     add_sampling_options(parser)
@@ -97,7 +100,7 @@ async def run(arguments: argparse.Namespace) -> int:
     stop = () if arguments.ignore_eos else tokenizer.stop_token_ids
     sampling = sampling_from(arguments, stop_token_ids=stop, logprobs=arguments.logprobs)
     prompt_ids = _encode(arguments, tokenizer)
-    out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
+    out, err = terminal(soft_wrap=True), terminal(stderr=True)
     with _opened(arguments.record) as record, err.status(_greeting(config)) as status:
         async with Orchestrator(config) as orchestrator:
             if config.insecure:
@@ -115,7 +118,7 @@ async def run(arguments: argparse.Namespace) -> int:
                 )
             except NoTargetError as error:
                 if arguments.json:  # so that --resume can go on from here
-                    out.print_json(json.dumps({"error": str(error), **session.runs[-1].so_far(tokenizer)}))
+                    out.print_json(data={"error": str(error), **session.runs[-1].so_far(tokenizer)}, ensure_ascii=True)
                 raise
             orchestrator.observe(None)
             if recorder is not None:
@@ -125,7 +128,7 @@ async def run(arguments: argparse.Namespace) -> int:
                 return await _compare(session, first, arguments, tokenizer, out)
     if arguments.json:
         assert first.report is not None
-        out.print_json(json.dumps(first.as_dict(tokenizer) | {"trace": asdict(first.report.trace)}))
+        out.print_json(data=first.as_dict(tokenizer) | {"trace": asdict(first.report.trace)}, ensure_ascii=True)
     else:
         _print_summary(out, first)
     return 0
@@ -210,12 +213,21 @@ def _read_tokens(path: str) -> list[int]:
 
 
 def _encode(arguments: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
-    text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    text = _read_prompt() if arguments.prompt == "-" else arguments.prompt
     if not text.strip():
         raise ConfigError("the prompt is empty: give some text")
     if arguments.raw or not tokenizer.has_chat_template:
         return tokenizer.encode(text)
     return tokenizer.encode_chat([{"role": "user", "content": text}])
+
+
+def _read_prompt() -> str:
+    if isinstance(sys.stdin, io.TextIOWrapper):  # whatever the locale
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise ConfigError("the prompt on standard input is no UTF-8") from None
 
 
 def _greeting(config: Config) -> str:
@@ -251,7 +263,7 @@ async def _wait_for_workers(orchestrator: Orchestrator, arguments: argparse.Name
 def _print_summary(out: Console, run: _Run) -> None:
     report = run.report
     assert report is not None
-    out.print(_marks(run), markup=True)
+    out.print(_marks(run, out), markup=True)
     out.print(
         f"{report.tokens} tokens by {_LABELS[report.algorithm]} on {report.sp} target server(s): "
         f"{report.ms_per_token:.1f} ms per token, first after {report.first_token_ms:.0f} ms; "
@@ -260,10 +272,11 @@ def _print_summary(out: Console, run: _Run) -> None:
     )
 
 
-def _marks(run: _Run) -> str:
+def _marks(run: _Run, out: Console) -> str:
     """One mark per token, for terminals without colour too."""
-    marks = "".join("●" if accepted else "○" for accepted in run.accepted)
-    return f"{marks}\n● drafted and accepted: {sum(run.accepted)}   ○ the target's own: {run.accepted.count(False)}"
+    drafted, own = "●○" if can_show("●○", out) else "#."
+    marks = "".join(drafted if accepted else own for accepted in run.accepted)
+    return f"{marks}\n{drafted} drafted and accepted: {sum(run.accepted)}   {own} the target's own: {run.accepted.count(False)}"
 
 
 async def _compare(
@@ -276,9 +289,9 @@ async def _compare(
     identical = all(run.token_ids == first.token_ids for run in runs.values())
     if arguments.json:
         rows = [runs[algorithm].as_dict(tokenizer) for algorithm in ("ar", "si", "dsi")]
-        out.print_json(json.dumps({"identical": identical, "results": rows}))
+        out.print_json(data={"identical": identical, "results": rows}, ensure_ascii=True)
         return 0 if identical else 1
-    out.print(_marks(first))
+    out.print(_marks(first, out))
     out.print(_table(runs))
     if identical:
         out.print("The three outputs are the same, token for token.")

@@ -6,9 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
-from rich.console import Console
-
-from dsi_actors.cli.options import SubParsers, add_worker_options, config_from
+from dsi_actors.cli.options import SubParsers, add_worker_options, config_from, utf8
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.errors import ConfigError
 from dsi_actors.models import resolve_model
 from dsi_actors.orchestrator import Orchestrator
@@ -22,7 +21,9 @@ def add_parser(commands: SubParsers) -> None:
     add_worker_options(parser)
     parser.add_argument("--host", default="127.0.0.1", help="where HTTP listens (default %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="default %(default)s; 0 takes a free one")
-    parser.add_argument("--model-name", metavar="NAME", help="what clients call the model (default: its reference)")
+    parser.add_argument(
+        "--model-name", type=utf8, metavar="NAME", help="what clients call the model (default: its reference)"
+    )
     parser.add_argument(
         "--api-keys", metavar="FILE", help=f"one key in each line (or separated by commas in ${_KEYS_VARIABLE})"
     )
@@ -51,7 +52,7 @@ async def run(arguments: argparse.Namespace) -> int:
         model=arguments.model_name or config.target, api_keys=_api_keys(arguments.api_keys),
         default_max_tokens=arguments.default_max_tokens,
     )  # fmt: skip
-    err = Console(stderr=True, highlight=False)
+    err = terminal(stderr=True)
     tokenizer = Tokenizer(resolve_model(config.target))
     async with Orchestrator(config) as orchestrator:
         app = create_app(orchestrator, tokenizer, service_config)
@@ -74,7 +75,11 @@ def _api_keys(path: str | None) -> tuple[str, ...]:
             words = Path(path).read_text(encoding="utf-8").splitlines()
         except OSError as error:
             raise ConfigError(f"cannot read --api-keys {path}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"--api-keys {path} is no text: write one key in each line") from None
     keys = tuple(word.strip() for word in words if word.strip())
+    if not all(key.isascii() and key.isprintable() for key in keys):
+        raise ConfigError("an API key has characters that no HTTP header carries: use ASCII ones")
     if path is not None and not keys:
         raise ConfigError(f"--api-keys {path} holds no key: write one in each line")
     return keys

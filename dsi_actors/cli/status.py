@@ -13,11 +13,12 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
 from dsi_actors.cli.options import SubParsers, add_logging_option
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.errors import ConfigError
 
 _TIMEOUT_S = 10.0
@@ -34,7 +35,7 @@ def add_parser(commands: SubParsers) -> None:
     parser.set_defaults(command=run)
 
 
-async def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     seen = Seen()
     events = follow(arguments.url, arguments.key)
     if arguments.once or arguments.json:
@@ -45,9 +46,9 @@ async def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             sys.stdout.write(json.dumps(seen.summary()) + "\n")
         else:
-            Console().print(_picture(seen))
+            terminal().print(_picture(seen))
         return 0
-    with Live(console=Console(), auto_refresh=False) as live:
+    with Live(console=terminal(), auto_refresh=False) as live:
         for state in events:
             seen.take(state)
             live.update(_picture(seen), refresh=True)
@@ -58,6 +59,8 @@ async def run(arguments: argparse.Namespace) -> int:
 def follow(url: str, key: str | None) -> Iterator[dict[str, Any]]:
     """What the dashboard is told, until the service ends. Raises ConfigError."""
     _check_url(url)
+    if key and not (key.isascii() and key.isprintable()):
+        raise ConfigError("--key has characters that no HTTP header carries: an API key is ASCII")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     request = urllib.request.Request(f"{url.rstrip('/')}/dashboard/events", headers=headers)
     try:

@@ -25,7 +25,7 @@ def add_parser(commands: SubParsers) -> None:
     parser.set_defaults(command=run)
 
 
-async def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     recording = read_recording(arguments.file)
     known = sorted({moment.generation for moment in recording.moments})
     if arguments.generation not in (None, *known):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import secrets
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO, cast
 
 import structlog
 import zmq
@@ -182,6 +184,18 @@ def _serve(
     log.info("done")
 
 
+class _StandardError:
+    """Lines that nobody can read any more are left out: a worker serves on when the reader of its log has ended."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+
 def configure_logging(level: str, form: str = "text") -> None:
     """Logs go to standard error, one line each: text for people, or a JSON object."""
     ending: list[structlog.typing.Processor]
@@ -199,6 +213,6 @@ def configure_logging(level: str, form: str = "text") -> None:
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         # A line in one piece: several processes write to the same standard error.
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, _StandardError())),
         cache_logger_on_first_use=True,
     )
