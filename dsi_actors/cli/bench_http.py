@@ -146,20 +146,22 @@ def _ask(url: str, body: bytes) -> _Answer:
 @contextlib.asynccontextmanager
 async def _served(orchestrator: Orchestrator, tokenizer: Tokenizer, log_level: str) -> AsyncIterator[str]:
     """The URL for completions."""
+    from dsi_actors.serving.address import HttpAddress
     from dsi_actors.serving.app import ServiceConfig, create_app
     from dsi_actors.serving.server import make_server
 
     app = create_app(orchestrator, tokenizer, ServiceConfig(model=_MODEL))
-    server = make_server(app, host="127.0.0.1", port=0, log_level=log_level, drain_s=1.0)
-    serving = asyncio.create_task(server.serve())
+    address = HttpAddress("127.0.0.1", 0)
+    address.listen()
+    server = make_server(app, log_level=log_level, drain_s=1.0)
+    serving = asyncio.create_task(server.serve(address.sockets))
     try:
         while not server.started:
             if serving.done():
                 await serving
                 raise ConfigError("the service did not start")
             await asyncio.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}/v1/completions"
+        yield f"{address.url}/v1/completions"
     finally:
         server.should_exit = True
         await serving

@@ -40,9 +40,10 @@ async def run(arguments: argparse.Namespace) -> int:
                 problem = str(found)
             results.append({"check": name, "passed": not problem, "problem": problem})
             if not arguments.json:
-                out.print(f"[green]pass[/green]  {name}" if not problem else f"[red]FAIL[/red]  {name}")
+                out.print("FAIL" if problem else "pass", style="red" if problem else "green", end="  ")
+                out.print(name)
                 if problem:
-                    out.print(f"      {problem}", markup=False)
+                    out.print(f"      {problem}")
 
     try:
         err.print(f"waiting for a worker: {worker_command(peer.endpoint, keys=None)}", soft_wrap=True)

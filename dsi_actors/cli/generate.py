@@ -172,7 +172,7 @@ class _Printer:
     def show(self, tokens: CommittedTokens) -> None:
         for token, accepted in zip(tokens, tokens.accepted, strict=True):
             style = _ACCEPTED_STYLE if accepted else None
-            self._console.print(self._text.add(token), style=style, end="", markup=False)
+            self._console.print(self._text.add(token), style=style, end="")
         self._console.file.flush()
 
     def end(self) -> None:
@@ -263,7 +263,7 @@ async def _wait_for_workers(orchestrator: Orchestrator, arguments: argparse.Name
 def _print_summary(out: Console, run: _Run) -> None:
     report = run.report
     assert report is not None
-    out.print(_marks(run, out), markup=True)
+    out.print(_marks(run, out))
     out.print(
         f"{report.tokens} tokens by {_LABELS[report.algorithm]} on {report.sp} target server(s): "
         f"{report.ms_per_token:.1f} ms per token, first after {report.first_token_ms:.0f} ms; "

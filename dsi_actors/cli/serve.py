@@ -38,6 +38,7 @@ def add_parser(commands: SubParsers) -> None:
 
 async def run(arguments: argparse.Namespace) -> int:
     try:
+        from dsi_actors.serving.address import HttpAddress
         from dsi_actors.serving.app import ServiceConfig, create_app
         from dsi_actors.serving.server import make_server
     except ImportError as error:
@@ -53,17 +54,17 @@ async def run(arguments: argparse.Namespace) -> int:
         default_max_tokens=arguments.default_max_tokens,
     )  # fmt: skip
     err = terminal(stderr=True)
+    address = HttpAddress(arguments.host, arguments.port)  # what is wrong with it shows before anything is loaded
     tokenizer = Tokenizer(resolve_model(config.target))
     async with Orchestrator(config) as orchestrator:
         app = create_app(orchestrator, tokenizer, service_config)
-        server = make_server(
-            app, host=arguments.host, port=arguments.port, log_level=arguments.log_level, drain_s=arguments.drain_s
-        )
+        server = make_server(app, log_level=arguments.log_level, drain_s=arguments.drain_s)
+        address.listen()
         err.print(
             f"workers connect to {orchestrator.endpoint}" if config.listen else "workers are ready", soft_wrap=True
         )
-        err.print(f"serving {service_config.model} at http://{arguments.host}:{arguments.port}/v1", soft_wrap=True)
-        await server.serve()
+        err.print(f"serving {service_config.model} at {address.url}/v1", soft_wrap=True)
+        await server.serve(address.sockets)
     return 0 if server.started else 1
 
 

@@ -14,7 +14,8 @@ class _Console(Console):
 
 
 def terminal(*, stderr: bool = False, **settings: Any) -> Console:
-    return _Console(stderr=stderr, highlight=False, **settings)
+    """Brackets are brackets: they stand in IPv6 addresses and in names of models."""
+    return _Console(stderr=stderr, highlight=False, markup=False, **settings)
 
 
 def can_show(text: str, on: Console) -> bool:

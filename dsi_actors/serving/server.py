@@ -1,4 +1,4 @@
-"""The application of app.py on a socket."""
+"""The application of app.py on its sockets (address.py)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import uvicorn
 from fastapi import FastAPI
 
 
-def make_server(app: FastAPI, *, host: str, port: int, log_level: str, drain_s: float) -> uvicorn.Server:
-    """Await its `serve()`. A signal, or `should_exit`, ends it; requests that run have `drain_s` then."""
+def make_server(app: FastAPI, *, log_level: str, drain_s: float) -> uvicorn.Server:
+    """Await its `serve(sockets)`. A signal, or `should_exit`, ends it; requests that run have `drain_s` then."""
     server = uvicorn.Server(
         uvicorn.Config(
-            app, host=host, port=port, log_level=log_level, access_log=False, log_config=None, lifespan="off",
+            app, log_level=log_level, access_log=False, log_config=None, lifespan="off",
             timeout_graceful_shutdown=round(drain_s),
         )
     )  # fmt: skip

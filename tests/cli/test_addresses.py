@@ -12,16 +12,8 @@ import pytest
 import dsi_actors
 from dsi_actors.advice import worker_command
 from support.command import dsi_actors_command, words
+from support.ipv6 import has_ipv6
 from support.timed import PROMPT, plain_decoding, start_worker, text_of, timed_config, workers
-
-
-def has_ipv6() -> bool:
-    try:
-        with socket.socket(socket.AF_INET6) as probe:
-            probe.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")
