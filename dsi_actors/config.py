@@ -111,7 +111,7 @@ class Config:
             _require(
                 endpoint.local or self.insecure or self.keys is not None,
                 f"listen {self.listen} can be reached by other machines, and anyone there could take part: give workers "
-                "keys (dsi-actors keys new, then --keys), use 127.0.0.1, or allow it with --insecure",
+                "keys (dsi-actors keys new DIRECTORY NAME, then --keys DIRECTORY), use 127.0.0.1, or allow it with --insecure",
             )
         _require(self.keys is None or self.listen is not None, "keys are for workers that connect: give listen, too")
 

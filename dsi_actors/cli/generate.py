@@ -6,8 +6,7 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -33,7 +32,7 @@ from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.planning.tuner import Estimates
 from dsi_actors.results import CommittedTokens, GenerationReport
 from dsi_actors.tokenizer import Tokenizer
-from dsi_actors.tracing.record import Recorder
+from dsi_actors.tracing.record import Recorder, open_recording
 
 _ACCEPTED_STYLE = "green"
 _LABELS: dict[str, str] = {"ar": "AR", "si": "SI", "dsi": "DSI"}
@@ -187,17 +186,8 @@ def _prepare_drafter(config: Config) -> None:
             resolve_model(reference)
 
 
-@contextmanager
-def _opened(path: str | None) -> Iterator[IO[str] | None]:
-    if path is None:
-        yield None
-        return
-    try:
-        file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115  closed below
-    except OSError as error:
-        raise ConfigError(f"cannot write --record {path}: {error.strerror}") from None
-    with file:
-        yield file
+def _opened(path: str | None) -> AbstractContextManager[IO[str] | None]:
+    return nullcontext() if path is None else open_recording(path)
 
 
 def _read_tokens(path: str) -> list[int]:
