@@ -16,6 +16,7 @@ from dsi_actors.actors.knowledge import Knowledge
 from dsi_actors.actors.local import start_local_workers
 from dsi_actors.actors.root import Root
 from dsi_actors.actors.worker_handle import WorkerHandle
+from dsi_actors.advice import worker_command
 from dsi_actors.config import ALGORITHMS, Algorithm, Config, Sampling
 from dsi_actors.core import GenerationCore
 from dsi_actors.core.actions import Action
@@ -30,10 +31,12 @@ from dsi_actors.errors import (
 from dsi_actors.logs import get_logger
 from dsi_actors.planning.tuner import Estimates
 from dsi_actors.stream import Channel, GenerationStream
+from dsi_actors.temporary import socket_directory
 from dsi_protocol import MAX_TEXT_BYTES, MAX_TOKENS_PER_MESSAGE
 
 log = get_logger("orchestrator")
 
+_SOCKET = "orchestrator.sock"
 #: How long workers have to read that they are dismissed.
 _FAREWELL_S = 0.05
 #: The generation by which a start measures how long a token takes, and its tokens; the first one's time is not taken.
@@ -234,8 +237,8 @@ class Orchestrator:
 
     def _private_endpoint(self) -> str:
         """A socket that only this user can reach."""
-        self._socket_directory = tempfile.TemporaryDirectory(prefix="dsi-")
-        return f"ipc://{Path(self._socket_directory.name) / 'orchestrator.sock'}"
+        self._socket_directory = socket_directory(_SOCKET)
+        return f"ipc://{Path(self._socket_directory.name) / _SOCKET}"
 
     async def _start_local_workers(self, root: Root) -> None:
         await start_local_workers(root, self.config, self.endpoint)
@@ -290,7 +293,7 @@ class Orchestrator:
         if not found:
             raise NoTargetError(
                 f"no target server came within {timeout_s:g} s: start one with "
-                f"python -m dsi_actors.worker --gpu N --connect {self.endpoint}"
+                f"{worker_command(self.endpoint, keys=self.config.keys)}"
             )
         return root.of_role("target")[0]
 

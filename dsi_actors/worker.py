@@ -9,12 +9,14 @@ import sys
 from dsi_actors.devices import device_name
 from dsi_actors.errors import ConfigError
 from dsi_actors.keys import load_worker_key
+from dsi_actors.streams import complain, prepare_streams
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
 _DESCRIPTION = "One worker process: a drafter or a target server on one device."
 
 
 def main() -> int:
+    prepare_streams()
     parser = argparse.ArgumentParser(prog="python -m dsi_actors.worker", description=_DESCRIPTION)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--gpu", type=_device, metavar="N", help="CUDA device number, or cpu, cpu:0, cpu:1, ...")
@@ -45,7 +47,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     try:
         directory = resolve_model(arguments.prepare, tokenizer_only=arguments.tokenizer_only)
     except ModelError as error:
-        sys.stderr.write(f"{error}\n")
+        complain(f"{error}")
         return 1
     sys.stdout.write(f"{directory}\n")
     return 0
@@ -60,7 +62,7 @@ def _work(arguments: argparse.Namespace) -> int:
     try:
         key = None if arguments.key is None else load_worker_key(arguments.key)
     except ConfigError as error:
-        sys.stderr.write(f"worker: {error}\n")
+        complain(f"worker: {error}")
         return 1
     config = WorkerConfig(
         endpoint=arguments.connect,
@@ -76,7 +78,7 @@ def _work(arguments: argparse.Namespace) -> int:
     try:
         run_worker(config)
     except WorkerError as error:
-        sys.stderr.write(f"worker: {error}\n")
+        complain(f"worker: {error}")
         return 1
     except OtherEngineWanted:
         sys.stderr.flush()

@@ -18,13 +18,13 @@ import statistics
 import sys
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from dsi_actors.cli.machine import describe_machine
 from dsi_actors.cli.options import SubParsers, add_logging_option, default_of
 from dsi_actors.cli.prompts import Prompt, add_prompt_options, read_prompts
 from dsi_actors.cli.reference import ReferenceProcess
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.config import NGRAM, RANDOM, Config, Sampling
 from dsi_actors.errors import ConfigError
 from dsi_actors.models import resolve_model
@@ -65,7 +65,7 @@ async def run(arguments: argparse.Namespace) -> int:
     for row in rows:
         figures = [f"{row[name]:.3f}" for name in ("lower", "acceptance_rate", "upper", "standard_error")]
         table.add_row(f"{row['temperature']:g}", *figures, str(row["drafts_compared"]))
-    Console(highlight=False).print(table)
+    terminal().print(table)
     return 0
 
 

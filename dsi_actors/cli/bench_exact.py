@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 
 from dsi_actors.cli.machine import describe_machine
 from dsi_actors.cli.options import SubParsers, add_logging_option, default_of
 from dsi_actors.cli.prompts import add_prompt_options, read_prompts
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.config import NGRAM, RANDOM, SELF_INT8, Algorithm, Config, Sampling
 from dsi_actors.models import resolve_model
 from dsi_actors.orchestrator import Orchestrator
@@ -99,7 +99,7 @@ async def run(arguments: argparse.Namespace) -> int:
         "sampled": Sampling(max_tokens=arguments.max_tokens, seed=2024, **SAMPLED),
     }
     findings = Findings()
-    err = Console(stderr=True, highlight=False)
+    err = terminal(stderr=True)
     for dtype in arguments.dtypes.split(","):
         for drafter in arguments.drafters.split(","):
             config = Config(
@@ -132,6 +132,6 @@ def _report(findings: Findings, *, as_json: bool) -> int:
         table = Table("dtype", "drafter", "algorithm", "SP", "compared", "differing", "tokens")
         for row in findings.rows():
             table.add_row(*(str(value) for value in row.values()))
-        Console(highlight=False).print(table)
+        terminal().print(table)
         sys.stdout.write(f"{compared} outputs compared, {differing} different\n")
     return 1 if differing else 0

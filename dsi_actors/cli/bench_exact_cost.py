@@ -13,13 +13,13 @@ import sys
 import time
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from dsi_actors.cli.machine import describe_machine, memory_of
 from dsi_actors.cli.options import SubParsers, add_logging_option, default_of
 from dsi_actors.cli.prompts import Prompt, add_prompt_options, read_prompts
 from dsi_actors.cli.reference import ReferenceProcess
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.config import Config, Sampling
 from dsi_actors.errors import ConfigError
 from dsi_actors.models import resolve_model
@@ -54,7 +54,7 @@ async def run(arguments: argparse.Namespace) -> int:
         memory = [f"{row[name] / 1e6:.0f}" if name in row else "-" for name in ("resident_bytes", "private_bytes")]
         times = [f"{row['ms_per_token']:.1f}", f"{row['first_token_ms']:.0f}"]
         table.add_row(row["dtype"], row["path"], *times, *memory)
-    console = Console(highlight=False)
+    console = terminal()
     console.print(table)
     for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
         ratio, first = (ours[name] / theirs[name] for name in ("ms_per_token", "first_token_ms"))

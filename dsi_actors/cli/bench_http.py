@@ -10,10 +10,8 @@ import argparse
 import asyncio
 import contextlib
 import json
-import multiprocessing
 import statistics
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Sequence
@@ -22,17 +20,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers.models import WordLevel
 
 from dsi_actors.cli.machine import describe_machine
 from dsi_actors.cli.options import SubParsers, add_logging_option
+from dsi_actors.cli.pool import process_pool
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.config import SELF_INT8, Config, Sampling
 from dsi_actors.errors import ConfigError
 from dsi_actors.models import resolve_model
 from dsi_actors.orchestrator import Orchestrator
+from dsi_actors.temporary import temporary_directory
 from dsi_actors.tokenizer import Tokenizer
 
 _MODEL = "bench"
@@ -148,21 +148,23 @@ def _ask(url: str, body: bytes) -> _Answer:
 @contextlib.asynccontextmanager
 async def _served(orchestrator: Orchestrator, tokenizer: Tokenizer, log_level: str) -> AsyncIterator[str]:
     """The URL for completions."""
+    from dsi_actors.serving.address import HttpAddress
     from dsi_actors.serving.app import create_app
     from dsi_actors.serving.server import make_server
     from dsi_actors.serving.service import ServiceConfig
 
     app = create_app(orchestrator, tokenizer, ServiceConfig(model=_MODEL))
-    server = make_server(app, host="127.0.0.1", port=0, log_level=log_level, drain_s=1.0)
-    serving = asyncio.create_task(server.serve())
+    address = HttpAddress("127.0.0.1", 0)
+    address.listen()
+    server = make_server(app, log_level=log_level, drain_s=1.0)
+    serving = asyncio.create_task(server.serve(address.sockets))
     try:
         while not server.started:
             if serving.done():
                 await serving
                 raise ConfigError("the service did not start")
             await asyncio.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}/v1/completions"
+        yield f"{address.url}/v1/completions"
     finally:
         server.should_exit = True
         await serving
@@ -180,8 +182,7 @@ async def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--clients {arguments.clients} is no list of numbers: write it as 1,16") from None
     if min(numbers) < 1 or arguments.repeats < 1 or arguments.tokens < 2:
         raise ConfigError("--clients and --repeats must be at least 1, --tokens at least 2")
-    spawn = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as directory, ProcessPoolExecutor(1, mp_context=spawn) as clients:
+    with temporary_directory() as directory, process_pool(1, start="spawn") as clients:
         tokenizer = Tokenizer(resolve_model(arguments.target) if arguments.target else _words(Path(directory)))
         async with (
             Orchestrator(_config(arguments)) as orchestrator,
@@ -192,7 +193,7 @@ async def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         sys.stdout.write(json.dumps({"machine": describe_machine(), "results": results}) + "\n")
     else:
-        Console().print(_table(results))
+        terminal().print(_table(results))
     return 1 if any(row["differing"] for row in results) else 0
 
 

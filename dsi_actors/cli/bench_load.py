@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 
 from dsi_actors.cli.machine import describe_machine
 from dsi_actors.cli.options import SubParsers, add_logging_option
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.config import SELF_INT8, Algorithm, Config, Sampling
 from dsi_actors.errors import ConfigError
 from dsi_actors.orchestrator import Orchestrator
@@ -162,7 +162,7 @@ async def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         sys.stdout.write(json.dumps({"machine": describe_machine(), "results": results}) + "\n")
     else:
-        Console().print(_table(results))
+        terminal().print(_table(results))
     return 1 if any(row["differing"] for row in results) else 0
 
 

@@ -18,13 +18,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from dsi_actors.cli.machine import describe_machine, processor_s_of
 from dsi_actors.cli.options import SubParsers, add_logging_option, default_of
 from dsi_actors.cli.prompts import Prompt, add_prompt_options, read_prompts
 from dsi_actors.cli.reference import ReferenceProcess
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.config import NGRAM, NGRAM_FOR, SELF_INT8, Algorithm, Config, Sampling
 from dsi_actors.devices import device_name, local_devices
 from dsi_actors.errors import ConfigError
@@ -154,7 +154,7 @@ async def run(arguments: argparse.Namespace) -> int:
             chooses = await stack.enter_async_context(Orchestrator(_config(arguments, tuple(drafters))))
             ask = _ours(chooses, "dsi", stop, arguments.sp)
             ways.append(_Way(f"ours: DSI {' or '.join(drafters)}", "ours: AR", ask))
-        err = Console(stderr=True, highlight=False)
+        err = terminal(stderr=True)
         for way in ways:
             await way.ask(prompts[0], _WARM_UP_TOKENS)
         for turn in range(len(prompts)):
@@ -166,7 +166,7 @@ async def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         sys.stdout.write(json.dumps({"machine": describe_machine(), "results": rows}) + "\n")
     else:
-        Console().print(_table(rows))
+        terminal().print(_table(rows))
     return 1 if any(row["differing"] for row in rows if row["way"].startswith("ours")) else 0
 
 

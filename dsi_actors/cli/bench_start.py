@@ -15,11 +15,11 @@ import time
 from datetime import datetime
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from dsi_actors.cli.machine import describe_machine
 from dsi_actors.cli.options import SubParsers, add_logging_option, default_of
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.config import Config
 from dsi_actors.errors import ConfigError, DsiError
 from dsi_actors.models import resolve_model
@@ -68,7 +68,7 @@ async def run(arguments: argparse.Namespace) -> int:
         table.add_column(title, justify="right" if title else "left")
     for name, step in steps.items():
         table.add_row(name, f"{step['ms']:.0f}", f"{step['worst_ms']:.0f}")
-    Console(highlight=False).print(table)
+    terminal().print(table)
     return 0
 
 
@@ -80,7 +80,12 @@ async def _start(words: list[str]) -> dict[str, float]:
         "--log-level", "info", "--log-format", "json",
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    _, errors = await process.communicate()
+    try:
+        _, errors = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            await process.wait()
     if process.returncode != 0:
         raise DsiError(f"generate failed: {errors.decode(errors='replace').strip()[-500:]}")
     happened: dict[str, float] = {}

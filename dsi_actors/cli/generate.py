@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +17,7 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.table import Table
 
+from dsi_actors.advice import worker_command
 from dsi_actors.cli.options import (
     SubParsers,
     add_algorithm_options,
@@ -23,7 +25,9 @@ from dsi_actors.cli.options import (
     add_worker_options,
     config_from,
     sampling_from,
+    utf8,
 )
+from dsi_actors.cli.terminal import can_show, terminal
 from dsi_actors.config import ALGORITHMS, NGRAM, NGRAM_FOR, RANDOM, SELF_INT8, Algorithm, Config, Sampling
 from dsi_actors.errors import ConfigError, NoTargetError
 from dsi_actors.models import resolve_model
@@ -31,7 +35,7 @@ from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.planning.tuner import Estimates
 from dsi_actors.results import CommittedTokens, GenerationReport
 from dsi_actors.tokenizer import Tokenizer, TokenStream
-from dsi_actors.tracing.record import Recorder
+from dsi_actors.tracing.record import Recorder, open_recording
 
 _ACCEPTED_STYLE = Style(color="green")
 _LABELS: dict[str, str] = {"ar": "AR", "si": "SI", "dsi": "DSI"}
@@ -39,7 +43,7 @@ _LABELS: dict[str, str] = {"ar": "AR", "si": "SI", "dsi": "DSI"}
 
 def add_parser(commands: SubParsers) -> None:
     parser = commands.add_parser("generate", help="answer one prompt", description=__doc__)
-    parser.add_argument("prompt", metavar="PROMPT", help="the prompt, or - to read it from standard input")
+    parser.add_argument("prompt", type=utf8, metavar="PROMPT", help="the prompt, or - to read it from standard input")
     add_worker_options(parser)
     add_algorithm_options(parser)
     add_sampling_options(parser)
@@ -101,7 +105,7 @@ async def run(arguments: argparse.Namespace) -> int:
     sampling = sampling_from(arguments, stop_token_ids=stop, logprobs=arguments.logprobs)
     prompt_ids = _encode(arguments, tokenizer)
     continues = prompt_ids if _is_raw(arguments, tokenizer) else []
-    out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
+    out, err = terminal(soft_wrap=True), terminal(stderr=True)
     with _opened(arguments.record) as record, err.status(_greeting(config)) as status:
         async with Orchestrator(config) as orchestrator:
             if config.insecure:
@@ -118,7 +122,7 @@ async def run(arguments: argparse.Namespace) -> int:
                 first = await session.generate(arguments.algorithm, printer)
             except NoTargetError as error:
                 if arguments.json:  # so that --resume can go on from here
-                    out.print_json(json.dumps({"error": str(error), **session.runs[-1].so_far(tokenizer)}))
+                    out.print_json(data={"error": str(error), **session.runs[-1].so_far(tokenizer)}, ensure_ascii=True)
                 raise
             orchestrator.observe(None)
             if recorder is not None:
@@ -127,7 +131,7 @@ async def run(arguments: argparse.Namespace) -> int:
                 return await _compare(session, first, arguments, tokenizer, out)
     if arguments.json:
         assert first.report is not None
-        out.print_json(json.dumps(first.as_dict(tokenizer) | {"trace": asdict(first.report.trace)}))
+        out.print_json(data=first.as_dict(tokenizer) | {"trace": asdict(first.report.trace)}, ensure_ascii=True)
     else:
         _print_summary(out, first)
     return 0
@@ -196,17 +200,8 @@ def _prepare_drafter(config: Config) -> None:
             resolve_model(reference)
 
 
-@contextmanager
-def _opened(path: str | None) -> Iterator[IO[str] | None]:
-    if path is None:
-        yield None
-        return
-    try:
-        file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115  closed below
-    except OSError as error:
-        raise ConfigError(f"cannot write --record {path}: {error.strerror}") from None
-    with file:
-        yield file
+def _opened(path: str | None) -> AbstractContextManager[IO[str] | None]:
+    return nullcontext() if path is None else open_recording(path)
 
 
 def _read_tokens(path: str) -> list[int]:
@@ -222,7 +217,7 @@ def _read_tokens(path: str) -> list[int]:
 
 
 def _encode(arguments: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
-    text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    text = _read_prompt() if arguments.prompt == "-" else arguments.prompt
     if not text.strip():
         raise ConfigError("the prompt is empty: give some text")
     if _is_raw(arguments, tokenizer):
@@ -232,6 +227,15 @@ def _encode(arguments: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
 
 def _is_raw(arguments: argparse.Namespace, tokenizer: Tokenizer) -> bool:
     return arguments.raw or not tokenizer.has_chat_template
+
+
+def _read_prompt() -> str:
+    if isinstance(sys.stdin, io.TextIOWrapper):  # whatever the locale
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise ConfigError("the prompt on standard input is no UTF-8") from None
 
 
 def _greeting(config: Config) -> str:
@@ -254,7 +258,7 @@ async def _wait_for_workers(orchestrator: Orchestrator, arguments: argparse.Name
     config = orchestrator.config
     drafters = 0 if not config.drafters or arguments.algorithm == "ar" else 1
     wanted = "a target server" + (" and a drafter" if drafters else "")
-    err.print(f"waiting for {wanted}: python -m dsi_actors.worker --gpu N --connect {orchestrator.endpoint}")
+    err.print(f"waiting for {wanted}: {worker_command(orchestrator.endpoint, keys=config.keys)}", soft_wrap=True)
     if not await orchestrator.wait_for_workers(targets=1, drafters=drafters, timeout_s=arguments.wait):
         if not await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=0.001):
             raise ConfigError(f"no target server connected to {orchestrator.endpoint} within {arguments.wait:g} s")
@@ -267,7 +271,7 @@ async def _wait_for_workers(orchestrator: Orchestrator, arguments: argparse.Name
 def _print_summary(out: Console, run: _Run) -> None:
     report = run.report
     assert report is not None
-    out.print(_marks(run), markup=True)
+    out.print(_marks(run, out))
     out.print(
         f"{report.tokens} tokens by {_LABELS[report.algorithm]} on {report.sp} target server(s): "
         f"{report.ms_per_token:.1f} ms per token, first after {report.first_token_ms:.0f} ms; "
@@ -276,10 +280,11 @@ def _print_summary(out: Console, run: _Run) -> None:
     )
 
 
-def _marks(run: _Run) -> str:
+def _marks(run: _Run, out: Console) -> str:
     """One mark per token, for terminals without colour too."""
-    marks = "".join("●" if accepted else "○" for accepted in run.accepted)
-    return f"{marks}\n● drafted and accepted: {sum(run.accepted)}   ○ the target's own: {run.accepted.count(False)}"
+    drafted, own = "●○" if can_show("●○", out) else "#."
+    marks = "".join(drafted if accepted else own for accepted in run.accepted)
+    return f"{marks}\n{drafted} drafted and accepted: {sum(run.accepted)}   {own} the target's own: {run.accepted.count(False)}"
 
 
 async def _compare(
@@ -292,9 +297,9 @@ async def _compare(
     identical = all(run.token_ids == first.token_ids for run in runs.values())
     if arguments.json:
         rows = [runs[algorithm].as_dict(tokenizer) for algorithm in ("ar", "si", "dsi")]
-        out.print_json(json.dumps({"identical": identical, "results": rows}))
+        out.print_json(data={"identical": identical, "results": rows}, ensure_ascii=True)
         return 0 if identical else 1
-    out.print(_marks(first))
+    out.print(_marks(first, out))
     out.print(_table(runs))
     if identical:
         out.print("The three outputs are the same, token for token.")

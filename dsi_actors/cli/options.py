@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import sys
 from typing import Any, Literal, TypeAlias
 
 from dsi_actors.config import ALGORITHMS, Config, Sampling
@@ -15,6 +17,19 @@ SubParsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def default_of(settings: type[Any], name: str) -> Any:
     return next(field.default for field in dataclasses.fields(settings) if field.name == name)
+
+
+def add_group(parser: argparse.ArgumentParser, title: str, metavar: str) -> SubParsers:
+    """Commands of `parser`. Without any of them it shows its help."""
+
+    def show_help(_: argparse.Namespace) -> int:
+        parser.print_help(sys.stderr)
+        return 2
+
+    parser.set_defaults(
+        command=show_help, log_level=default_of(Config, "log_level"), log_format=default_of(Config, "log_format")
+    )
+    return parser.add_subparsers(title=title, metavar=metavar)
 
 
 def add_logging_option(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +99,14 @@ def lookahead(text: str) -> int | Literal["auto"]:
     if text.isdecimal() and int(text) >= 1:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r}: give auto or a whole number of at least 1")
+
+
+def utf8(argument: str) -> str:
+    """An argument that is text, not the name of a file: bytes that the locale does not know are UTF-8."""
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeError:
+        raise argparse.ArgumentTypeError(f"{argument!r} is no UTF-8") from None
 
 
 def _drafters(references: list[str]) -> tuple[str, ...] | str | None:

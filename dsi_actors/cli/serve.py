@@ -7,10 +7,9 @@ import ipaddress
 import os
 from pathlib import Path
 
-from rich.console import Console
-
-from dsi_actors.cli.options import SubParsers, add_worker_options, config_from
+from dsi_actors.cli.options import SubParsers, add_worker_options, config_from, utf8
 from dsi_actors.cli.signals import EndingSignals
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.errors import ConfigError
 from dsi_actors.models import resolve_model
 from dsi_actors.orchestrator import Orchestrator
@@ -24,7 +23,9 @@ def add_parser(commands: SubParsers) -> None:
     add_worker_options(parser)
     parser.add_argument("--host", default="127.0.0.1", help="where HTTP listens (default %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="default %(default)s; 0 takes a free one")
-    parser.add_argument("--model-name", metavar="NAME", help="what clients call the model (default: its reference)")
+    parser.add_argument(
+        "--model-name", type=utf8, metavar="NAME", help="what clients call the model (default: its reference)"
+    )
     parser.add_argument(
         "--api-keys", metavar="FILE", help=f"one key in each line (or separated by commas in ${_KEYS_VARIABLE})"
     )
@@ -51,6 +52,7 @@ async def run(arguments: argparse.Namespace) -> int:
 
 async def _serve(arguments: argparse.Namespace, signals: EndingSignals) -> None:
     try:
+        from dsi_actors.serving.address import HttpAddress
         from dsi_actors.serving.app import create_app
         from dsi_actors.serving.server import make_server
         from dsi_actors.serving.service import ServiceConfig
@@ -66,25 +68,25 @@ async def _serve(arguments: argparse.Namespace, signals: EndingSignals) -> None:
         model=arguments.model_name or config.target, api_keys=_api_keys(arguments.api_keys),
         default_max_tokens=arguments.default_max_tokens, allowed_origins=tuple(arguments.allowed_origins),
     )  # fmt: skip
-    err = Console(stderr=True, highlight=False)
+    err = terminal(stderr=True)
+    address = HttpAddress(arguments.host, arguments.port)  # what is wrong with it shows before anything is loaded
     if not service_config.api_keys and not _is_loopback(arguments.host):
         err.print(
-            f"warning: without --api-keys anybody who reaches {arguments.host}:{arguments.port} can use the model, and read "
+            f"warning: without --api-keys anybody who reaches {address.url} can use the model, and read "
             "what everybody asks and is answered at /dashboard",
             soft_wrap=True,
         )
     tokenizer = Tokenizer(resolve_model(config.target))
     async with Orchestrator(config) as orchestrator:
         app = create_app(orchestrator, tokenizer, service_config)
-        server = make_server(
-            app, host=arguments.host, port=arguments.port, log_level=arguments.log_level, drain_s=arguments.drain_s
-        )
+        server = make_server(app, log_level=arguments.log_level, drain_s=arguments.drain_s)
         signals.drains(server)
+        address.listen()
         err.print(
             f"workers connect to {orchestrator.endpoint}" if config.listen else "workers are ready", soft_wrap=True
         )
-        err.print(f"serving {service_config.model} at http://{arguments.host}:{arguments.port}/v1", soft_wrap=True)
-        await server.serve()
+        err.print(f"serving {service_config.model} at {address.url}/v1", soft_wrap=True)
+        await server.serve(address.sockets)
 
 
 def _is_loopback(host: str) -> bool:
@@ -103,8 +105,10 @@ def _api_keys(path: str | None) -> tuple[str, ...]:
         except OSError as error:
             raise ConfigError(f"cannot read --api-keys {path}: {error.strerror}") from None
         except UnicodeDecodeError:
-            raise ConfigError(f"cannot read --api-keys {path}: it is not UTF-8") from None
+            raise ConfigError(f"--api-keys {path} is no text: write one key in each line") from None
     keys = tuple(word.strip() for word in words if word.strip())
+    if not all(key.isascii() and key.isprintable() for key in keys):
+        raise ConfigError("an API key has characters that no HTTP header carries: use ASCII ones")
     if path is not None and not keys:
         raise ConfigError(f"--api-keys {path} holds no key: write one in each line")
     return keys

@@ -1,4 +1,4 @@
-"""The application of app.py on a socket, until it is told to end."""
+"""The application of app.py on its sockets (address.py), until it is told to end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CLOSING_S = 1
 
 
 class Server(uvicorn.Server):
-    """Await its `serve()`. `drain` ends it, or `should_exit` at once. Signals are left to whoever runs it."""
+    """Await its `serve(sockets)`. `drain` ends it, or `should_exit` at once. Signals are left to whoever runs it."""
 
     def __init__(self, config: uvicorn.Config, service: Service, drain_s: float) -> None:
         super().__init__(config)
@@ -46,11 +46,11 @@ class Server(uvicorn.Server):
         self._service.hurry()
 
 
-def make_server(app: FastAPI, *, host: str, port: int, log_level: str, drain_s: float) -> Server:
+def make_server(app: FastAPI, *, log_level: str, drain_s: float) -> Server:
     """A server for an application of `create_app`."""
     service: Service = app.state.service
     config = uvicorn.Config(
-        app, host=host, port=port, log_level=log_level, access_log=False, log_config=None, lifespan="off", ws="none",
+        app, log_level=log_level, access_log=False, log_config=None, lifespan="off", ws="none",
         http=partial(Connection, service.config),  # type: ignore[arg-type]
         timeout_keep_alive=service.config.keep_alive_s, timeout_graceful_shutdown=_CLOSING_S,
     )  # fmt: skip

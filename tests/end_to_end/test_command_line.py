@@ -409,7 +409,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, when: str) -> None:
         (["serve", "--api-keys", "/nowhere"], "cannot read --api-keys /nowhere: No such file"),
         (["serve", "--max-queue", "0"], "max_generations must be at least 1"),
         (["generate", PROMPT, "--record", "/nowhere/x"], "cannot write --record /nowhere/x: No such file"),
-        (["conformance", "5555"], "listen '5555' is no endpoint"),
+        (["conformance", "5555"], "cannot listen on '5555' is no endpoint"),
         (["generate", PROMPT, "--drafter", "/nowhere/x.gguf"], "there is no file /nowhere/x.gguf"),
         (["generate", PROMPT, "--target", "package:no_such"], "no Python package 'no_such' is installed"),
         (["generate", PROMPT, "--target", "tests"], "holds no transformers model"),

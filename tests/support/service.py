@@ -17,6 +17,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.results import CommittedTokens
+from dsi_actors.serving.address import HttpAddress
 from dsi_actors.serving.app import create_app
 from dsi_actors.serving.server import Server, make_server
 from dsi_actors.serving.service import Service, ServiceConfig
@@ -219,8 +220,10 @@ async def served(
     settings = replace(settings, target_options={**settings.target_options, "slots": slots})
     async with Orchestrator(settings) as orchestrator:
         app = create_app(orchestrator, tokenizer, ServiceConfig(model=MODEL, **(config or {})))
-        server = make_server(app, host="127.0.0.1", port=0, log_level="warning", drain_s=drain_s)
-        serving = asyncio.create_task(server.serve())
+        address = HttpAddress("127.0.0.1", 0)
+        address.listen()
+        server = make_server(app, log_level="warning", drain_s=drain_s)
+        serving = asyncio.create_task(server.serve(address.sockets))
         try:
             async with asyncio.timeout(PATIENCE_S):
                 while not server.started:

@@ -6,6 +6,7 @@ address, unless it was started with `once` or by a supervisor.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import os
@@ -15,12 +16,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from pathlib import Path
+from typing import TextIO, TypeAlias, cast
 
 import structlog
 import zmq
 
-from dsi_protocol import PROTOCOL_VERSION, Failed, Goodbye, Hello, Ready, Welcome
+from dsi_protocol import PROTOCOL_VERSION, Endpoint, EndpointError, Failed, Goodbye, Hello, Ready, Welcome
 from dsi_workers.connection import Address, CurveKeys, Heart, Unreachable, WorkSocket, host_name, watch_parent
 from dsi_workers.engines import Engine, EngineError, load_engine
 from dsi_workers.loop import WorkerLoop
@@ -97,6 +99,7 @@ def _serve_one_orchestrator(
     config: WorkerConfig, incarnation: int, loaded: _Loaded | None, still_needed: _StillNeeded
 ) -> tuple[_Loaded | None, bool]:
     """Returns what is loaded, and whether to wait for the next orchestrator."""
+    _wait_for_address(config.endpoint, still_needed)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     address = Address(config.endpoint, config.keys)
     try:
@@ -133,6 +136,29 @@ def _is_left(config: WorkerConfig, how: str) -> bool:
         raise WorkerError(f"the orchestrator at {config.endpoint} {how}: this worker ends")
     log.warning("waiting for the orchestrator to come back, with the model loaded", orchestrator=how)
     return True
+
+
+def _wait_for_address(text: str, still_needed: Callable[[], bool]) -> None:
+    """Wait until the orchestrator's host has an address, or its socket a directory. Raises WorkerError if neither can ever be."""
+    try:
+        endpoint = Endpoint.parse(text)
+    except EndpointError as error:
+        raise WorkerError(f"cannot connect to {error}") from None
+    if not endpoint.path and (endpoint.port == 0 or endpoint.host == "*"):
+        raise WorkerError(f"cannot connect to {text}: name the host and the port where the orchestrator listens")
+    complain_at = time.monotonic()
+    while still_needed() and (problem := _not_there(endpoint)):
+        if time.monotonic() >= complain_at:
+            complain_at = time.monotonic() + _PATIENCE_S
+            log.warning("no orchestrator yet, still trying", endpoint=text, reason=problem)
+        time.sleep(_HELLO_INTERVAL_S)
+
+
+def _not_there(endpoint: Endpoint) -> str:
+    if endpoint.path:
+        directory = Path(endpoint.path).parent
+        return "" if endpoint.path.startswith("@") or directory.is_dir() else f"there is no directory {directory}"
+    return "" if endpoint.ip_version() else f"no address is known for the name {endpoint.host}"
 
 
 def _introduce(
@@ -234,6 +260,18 @@ def _serve(socket: WorkSocket, heart: Heart, config: WorkerConfig, loaded: _Load
     return _is_left(config, f"dismissed this worker ({farewell.reason})")
 
 
+class _StandardError:
+    """Lines that nobody can read any more are left out: a worker serves on when the reader of its log has ended."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+
 def configure_logging(level: str, form: str = "text") -> None:
     """Logs go to standard error, one line each: text for people, or a JSON object."""
     ending: list[structlog.typing.Processor]
@@ -251,6 +289,6 @@ def configure_logging(level: str, form: str = "text") -> None:
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         # A line in one piece: several processes write to the same standard error.
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, _StandardError())),
         cache_logger_on_first_use=True,
     )
