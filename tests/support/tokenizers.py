@@ -53,15 +53,17 @@ def gemma() -> Tokenizer:
 
 
 def _byte_fallback() -> Tokenizer:
-    trained = Tokenizer(models.BPE())
-    trained.normalizer = normalizers.Replace(" ", "▁")
-    trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    letters = "".join(letter for letter in TEXT if letter.isascii())
-    trained.train_from_iterator([letters], trainers.BpeTrainer(vocab_size=200, show_progress=False))
-    model = json.loads(trained.to_str())["model"]
-    words = [*CONTROL, *(f"<0x{byte:02X}>" for byte in range(256)), *(chr(code) for code in range(33, 127)), "▁"]
-    vocabulary = {word: number for number, word in enumerate(dict.fromkeys([*words, *model["vocab"]]))}
-    merges = [tuple(merge) for merge in model["merges"]]
+    """Not trained: trainers break ties by chance, and here the same vocabulary comes each time."""
+    words = ["▁" + word for word in TEXT.split() if word.isascii()]
+    merges = list(dict.fromkeys((word[:end], word[end]) for word in words for end in range(1, len(word))))
+    known = [
+        *CONTROL,
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *map(chr, range(33, 127)),
+        "▁",
+        *map("".join, merges),
+    ]
+    vocabulary = {word: number for number, word in enumerate(dict.fromkeys(known))}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
