@@ -183,7 +183,7 @@ class Orchestrator:
 
     def observe(self, observer: Callable[[int, Event | Action], None] | None) -> None:
         """Tell `observer` of every event and every action of the cores of generations that start from now on, with the
-        generation's number. It must return at once. None: nobody."""
+        generation's number. It must return at once; one that raises is told no more of that generation. None: nobody."""
         self._observer = observer
 
     @property
