@@ -15,7 +15,7 @@ from dsi_actors.tokenization.bounds import max_token_bytes
 from dsi_actors.tokenization.chat_template import ChatTemplate
 from dsi_actors.tokenization.control_tokens import ControlTokens
 from dsi_actors.tokenization.detokenizer import Detokenizer, TokenStream
-from dsi_actors.tokenization.library import encode, library_errors
+from dsi_actors.tokenization.library import encode, library_errors, pattern_of
 from dsi_protocol import vocabulary_hash
 
 __all__ = ["TokenStream", "Tokenizer"]
@@ -46,6 +46,7 @@ class Tokenizer:
         self.special_tokens: Mapping[int, str] = {
             number: token.content for number, token in self._library.get_added_tokens_decoder().items() if token.special
         }
+        self._special_names = pattern_of(self.special_tokens.values())
 
     def vocabulary_hash(self) -> str:
         return vocabulary_hash(self._library.get_vocab(with_added_tokens=True))
@@ -74,10 +75,11 @@ class Tokenizer:
         Raises ConfigError if the model has no template, or one that fails."""
         if self._template is None:
             raise ConfigError("this model has no chat template: give it plain text")
-        masked = self._control_tokens.mask(messages)
+        control = self._control_tokens
+        masked = control.mask(messages)
         if masked is None:
             return encode(self._library, self._template.render(messages, self._named_tokens), add_special_tokens=False)
-        return self._control_tokens.encode(self._template.render(masked, self._named_tokens))
+        return control.encode(self._template.render(masked, self._named_tokens))
 
     @cached_property
     def _control_tokens(self) -> ControlTokens:
@@ -97,7 +99,11 @@ class Tokenizer:
 
     def stop_tokens_of(self, stops: Iterable[str]) -> tuple[int, ...]:
         """Those stop strings that are special tokens."""
-        return tuple(number for number, name in self.special_tokens.items() if name in set(stops))
+        wanted = set(stops)
+        return tuple(number for number, name in self.special_tokens.items() if name in wanted)
+
+    def names_special_token(self, text: str) -> bool:
+        return self._special_names.search(text) is not None
 
     def _find_stop_tokens(self, generation_config: _Settings) -> tuple[int, ...]:
         found = set(generation_config.token_ids("eos_token_id"))

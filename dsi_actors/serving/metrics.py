@@ -53,7 +53,7 @@ class Metrics:
         self._model = model
         self._requests = counter("requests", "Requests that ended, by how they did.", "outcome")
         self._generations = counter("generations", "Generations that ended, by why.", "reason")
-        self._tokens = counter("tokens", "Tokens committed, by where they came from.", "origin")
+        self._tokens = counter("tokens", "Tokens of answers, by where they came from.", "origin")
         self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
         self._drafted = counter("drafted_tokens", "Tokens that drafters guessed, whatever became of them.")
         self._rejections = counter("rejections", "Corrections by the target that dropped what was built on a guess.")

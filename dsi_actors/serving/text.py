@@ -45,9 +45,7 @@ class TextAssembler:
         self._names = tokenizer.special_tokens
         self._stops = [_Stop(text) for text in stop]
         #: These are looked for among the names of special tokens, too.
-        self._stops_with_names = [
-            _Stop(text) for text in stop if any(name in text for name in self._names.values())
-        ]  # fmt: skip
+        self._stops_with_names = [_Stop(text) for text in stop if tokenizer.names_special_token(text)]
         #: Characters of the answer so far. The last ones are held back.
         self._length = 0
         self._held = ""
@@ -89,15 +87,14 @@ class TextAssembler:
 
 
 class _Stop:
-    """Looks for one stop string, character by character (Knuth, Morris and Pratt): the time does not depend on its length."""
+    """Looks for one stop string, character by character (Knuth, Morris and Pratt): the time depends on the text alone."""
 
     def __init__(self, text: str) -> None:
         self._text = text
-        #: For each length of a match: the longest shorter beginning of the stop string that ends the same way.
-        self._shorter = [0]
-        for character in text[1:]:
-            self._shorter.append(self._next(self._shorter[-1], character))
+        #: How much of the stop string the text so far ends with. For each such length that was reached: the next shorter
+        #: length that it ends with, too.
         self._matched = 0
+        self._shorter = [0]
         #: Where the last characters are in the answer.
         self._places: deque[int] = deque(maxlen=len(text))
 
@@ -115,6 +112,8 @@ class _Stop:
             self._matched = self._next(self._matched, character)
             if self._matched == len(self._text):
                 return self._places[0]
+            if self._matched > len(self._shorter):  # a length that was never reached before
+                self._shorter.append(self._next(self._shorter[-1], character))
         return None
 
     def _next(self, matched: int, character: str) -> int:

@@ -20,22 +20,18 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TypeAlias
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as LibraryTokenizer
 
-from dsi_actors.tokenization.library import encode, library_errors
+from dsi_actors.tokenization.library import encode, library_errors, pattern_of
 
 _SECRET_DIGITS = 24
 _CODE_DIGITS = 6
 #: A noncharacter: no vocabulary has it.
 _UNKNOWN = "\ufdd0"
-
-#: Names that share their beginning: by the next character, "" where one ends.
-_Node: TypeAlias = "dict[str, _Node]"
 
 
 class ControlTokens:
@@ -52,7 +48,7 @@ class ControlTokens:
             if not token.special and _is_bracketed(token.content) and token.content in template
         }
         self._others = [(number, token) for number, token in added.items() if token.content not in self._all]
-        self._special_names, self._all_names = _pattern(self._special), _pattern(self._all)
+        self._special_names, self._all_names = pattern_of(self._special), pattern_of(self._all)
         #: A mark, or another name, is a secret number and the token's code: digits, which no filter of a template changes.
         self._mark, self._secret = (f"{secrets.randbelow(10**_SECRET_DIGITS):0{_SECRET_DIGITS}d}" for _ in range(2))
         self._code = {name: f"{place:0{_CODE_DIGITS}d}" for place, name in enumerate(self._all)}
@@ -120,25 +116,3 @@ class ControlTokens:
 
 def _is_bracketed(name: str) -> bool:
     return len(name) > 2 and name[0] in "<[{|" and name[-1] in ">]}|"
-
-
-def _pattern(names: Iterable[str]) -> re.Pattern[str]:
-    """Finds the longest of these names, in time that hardly depends on how many there are: they share their beginnings."""
-    root: _Node = {}
-    for name in names:
-        node = root
-        for character in name:
-            node = node.setdefault(character, {})
-        node[""] = {}
-    return re.compile(_expression(root) if root else r"(?!)")
-
-
-def _expression(node: _Node) -> str:
-    shared = ""
-    while len(node) == 1 and "" not in node:
-        [(character, node)] = node.items()
-        shared += re.escape(character)
-    choices = "|".join(re.escape(character) + _expression(after) for character, after in node.items() if character)
-    if not choices:
-        return shared
-    return f"{shared}(?:{choices}){'?' if '' in node else ''}"

@@ -80,7 +80,7 @@ def test_generate_prints_one_json_object(model: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert len(result["token_ids"]) == result["tokens"] == 12
-    assert result["text"] == " ".join(f"w{token}" for token in result["token_ids"])
+    assert result["text"] == "".join(f" w{token}" for token in result["token_ids"]), "it continues the prompt"
     assert (result["algorithm"], result["sp"], result["finish_reason"]) == ("dsi", 2, "length")
     expected = {
         "ms_per_token", "first_token_ms", "acceptance_rate", "target_forwards", "wasted_target_forwards",
