@@ -6,6 +6,7 @@ curl "http://127.0.0.1:8000/ask?question=Why+is+the+sky+blue"
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -32,7 +33,8 @@ app = FastAPI(lifespan=workers)
 @app.get("/ask")
 async def ask(request: Request, question: str, max_tokens: int = 64) -> StreamingResponse:
     tokenizer: Tokenizer = request.app.state.tokenizer
-    prompt_ids = tokenizer.encode_chat([{"role": "user", "content": question}])
+    # In a thread: a long question takes time, and the workers must hear from this event loop meanwhile.
+    prompt_ids = await asyncio.to_thread(tokenizer.encode_chat, [{"role": "user", "content": question}])
     sampling = dsi_actors.Sampling(max_tokens=max_tokens, stop_token_ids=tokenizer.stop_token_ids)
 
     async def answer() -> AsyncIterator[str]:

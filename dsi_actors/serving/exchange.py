@@ -34,8 +34,9 @@ class Exchange:
         self.id = secrets.token_hex(12)
         #: The service has taken the request: it is to be finished when the service ends.
         self.accepted = False
-        #: How the exchange ended: done, client_gone or error_STATUS; error_stream if that was too late for a status.
-        self.outcome = ""
+        #: How the exchange ended: done, client_gone or error_STATUS; error_stream if that was too late for a status; cut_off if
+        #: the service ended and the client took nothing of the answer.
+        self.outcome = "cut_off"
         #: The generations, once they have begun.
         self.completion: Completion | None = None
         self._error: ApiError | None = None

@@ -252,16 +252,18 @@ class Service:
         A stream that is cut off ends with an error event; other requests get 503."""
         self.ending = True
         self.watch.end()
-        for exchange in list(self.requests):
-            if not exchange.accepted:
-                exchange.stop(self._no_more())
+        for exchange in self._open(accepted=False):
+            exchange.stop(self._no_more())
         await self._all_over(within_s)
-        cut = list(self.requests)
+        cut = self._open(accepted=True)
         for exchange in cut:
             exchange.stop(unavailable("the service ended before the answer was complete", close=True))
         await self._all_over(_FAREWELL_S)
         self._threads.close()
         return len(cut)
+
+    def _open(self, *, accepted: bool) -> list[Exchange]:
+        return [exchange for exchange in self.requests if exchange.accepted == accepted]
 
     def hurry(self) -> None:
         """Cut `end` short."""
@@ -269,9 +271,10 @@ class Service:
             self._patience.reschedule(asyncio.get_running_loop().time())
 
     async def _all_over(self, within_s: float) -> None:
+        """Wait for the requests that were taken."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s) as self._patience:
-                while self.requests:
+                while self._open(accepted=True):
                     self._one_is_over.clear()
                     await self._one_is_over.wait()
         self._patience = None

@@ -93,6 +93,8 @@ class Client:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self.writer = writer
+        #: What came after the end of the last answer.
+        self._left = b""
 
     async def send(self, data: bytes) -> None:
         self.writer.write(data)
@@ -105,6 +107,9 @@ class Client:
             parser = h11.Connection(h11.CLIENT)
             parser.send(h11.Request(method=method, target="/", headers=[("host", "x")]))
             parser.send(h11.EndOfMessage())
+            if self._left:
+                parser.receive_data(self._left)
+                self._left = b""
             while not (reply.complete or until(reply)):
                 try:
                     event = parser.next_event()
@@ -122,6 +127,7 @@ class Client:
                     reply.body += bytes(event.data)
                 elif isinstance(event, h11.EndOfMessage):
                     reply.complete = True
+                    self._left = parser.trailing_data[0]
                 elif isinstance(event, h11.ConnectionClosed):
                     return reply
         return reply
@@ -222,7 +228,7 @@ async def served(
         app = create_app(orchestrator, tokenizer, ServiceConfig(model=MODEL, **(config or {})))
         address = HttpAddress("127.0.0.1", 0)
         address.listen()
-        server = make_server(app, log_level="warning", drain_s=drain_s)
+        server = make_server(app, log_level="error", drain_s=drain_s)
         serving = asyncio.create_task(server.serve(address.sockets))
         try:
             async with asyncio.timeout(PATIENCE_S):
