@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 from dsi_actors.errors import ConfigError
+from dsi_actors.requirements import require
 
 
 def resolve_model(reference: str) -> Path:
     """The directory with the model's tokenizer and configuration. May take a while, once. Raises ConfigError."""
+    require(f"the model {reference!r}", models=[reference])
     path = Path(reference).expanduser()
     if (path / "tokenizer.json").is_file():
         return path

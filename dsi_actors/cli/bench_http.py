@@ -32,6 +32,7 @@ from dsi_actors.config import SELF_INT8, Config, Sampling
 from dsi_actors.errors import ConfigError
 from dsi_actors.models import resolve_model
 from dsi_actors.orchestrator import Orchestrator
+from dsi_actors.requirements import require_models
 from dsi_actors.temporary import temporary_directory
 from dsi_actors.tokenizer import Tokenizer
 
@@ -171,11 +172,7 @@ async def _served(orchestrator: Orchestrator, tokenizer: Tokenizer, log_level: s
 
 
 async def run(arguments: argparse.Namespace) -> int:
-    try:
-        import fastapi  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(f"serving needs more packages: pip install 'dsi-actors[serve]' ({error})") from None
+    require_models(_config(arguments), "serve", what="this benchmark")
     try:
         numbers = [int(word) for word in arguments.clients.split(",")]
     except ValueError:

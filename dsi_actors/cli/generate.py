@@ -33,6 +33,7 @@ from dsi_actors.errors import ConfigError, NoTargetError
 from dsi_actors.models import resolve_model
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.planning.tuner import Estimates
+from dsi_actors.requirements import require_models
 from dsi_actors.results import CommittedTokens, GenerationReport
 from dsi_actors.tokenizer import Tokenizer, TokenStream
 from dsi_actors.tracing.record import Recorder, open_recording
@@ -98,6 +99,7 @@ class _Run:
 
 async def run(arguments: argparse.Namespace) -> int:
     config = config_from(arguments, listen=arguments.listen, insecure=arguments.insecure, keys=arguments.keys)
+    require_models(config)
     resumed = [] if arguments.resume is None else _read_tokens(arguments.resume)
     tokenizer = Tokenizer(resolve_model(config.target))
     _prepare_drafter(config)

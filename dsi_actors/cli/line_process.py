@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import json
 import sys
 from types import TracebackType
 from typing import Any, Self
 
-from dsi_actors.errors import ConfigError, DsiError
+from dsi_actors.errors import DsiError
+from dsi_actors.requirements import require
 
 _LINE_BYTES = 1 << 24
 
@@ -27,9 +27,7 @@ class LineProcess:
         self.greeting: dict[str, Any] = {}
 
     async def __aenter__(self) -> Self:
-        missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-        if missing:
-            raise ConfigError(f"this benchmark needs {' and '.join(missing)}: pip install 'dsi-actors[torch]'")
+        require("this benchmark", "torch")
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", self._module, *self._arguments,
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=_LINE_BYTES,

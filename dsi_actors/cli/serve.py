@@ -13,6 +13,7 @@ from dsi_actors.cli.terminal import terminal
 from dsi_actors.errors import ConfigError
 from dsi_actors.models import resolve_model
 from dsi_actors.orchestrator import Orchestrator
+from dsi_actors.requirements import require_models
 from dsi_actors.tokenizer import Tokenizer
 
 _KEYS_VARIABLE = "DSI_API_KEYS"
@@ -51,19 +52,18 @@ async def run(arguments: argparse.Namespace) -> int:
 
 
 async def _serve(arguments: argparse.Namespace, signals: EndingSignals) -> None:
-    try:
-        from dsi_actors.serving.address import HttpAddress
-        from dsi_actors.serving.app import create_app
-        from dsi_actors.serving.server import make_server
-        from dsi_actors.serving.service import ServiceConfig
-    except ImportError as error:
-        raise ConfigError(f"serving needs more packages: pip install 'dsi-actors[serve]' ({error})") from None
     if not 0 <= arguments.port < 1 << 16 or arguments.default_max_tokens < 1 or not 0 <= arguments.drain_s < 1e9:
         raise ConfigError("--port must be a port, --default-max-tokens at least 1, --drain-s at least 0")
     config = config_from(
         arguments, listen=arguments.listen, insecure=arguments.insecure, keys=arguments.keys,
         max_generations=arguments.max_queue,
     )  # fmt: skip
+    require_models(config, "serve", what="a service")
+    from dsi_actors.serving.address import HttpAddress
+    from dsi_actors.serving.app import create_app
+    from dsi_actors.serving.server import make_server
+    from dsi_actors.serving.service import ServiceConfig
+
     service_config = ServiceConfig(
         model=arguments.model_name or config.target, api_keys=_api_keys(arguments.api_keys),
         default_max_tokens=arguments.default_max_tokens, allowed_origins=tuple(arguments.allowed_origins),

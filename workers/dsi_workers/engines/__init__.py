@@ -27,7 +27,12 @@ def load_engine(name: str, *, role: str, model: str, device: str, options: Mappi
             raise EngineError("the ngram engine only drafts: give it --role drafter")
         return NgramEngine(options)
     if name == "transformers":
-        from dsi_workers.engines.transformers import TransformersEngine
+        try:
+            from dsi_workers.engines.transformers import TransformersEngine
+        except ModuleNotFoundError as error:
+            raise EngineError(
+                f"a worker that runs a model needs {error.name}: pip install 'dsi-actors[torch]' where the worker runs"
+            ) from None
 
         engine = TransformersEngine(model, device=device, drafter=role == "drafter", options=options)
         if role == "drafter" and options.get("target"):
