@@ -90,9 +90,10 @@ class WorkerHandle:
         on_useless: Callable[[str], None] = lambda reason: None,
         kind: str = "",
         occupies_device: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`patience_s`: after so long without a reply a request is sent again. `on_useless` is told the reason when
-        the worker has been faulty too often."""
+        the worker has been faulty too often. `clock` gives the time in seconds."""
         self.number = number
         self.identity = identity
         self.hello = hello
@@ -115,8 +116,9 @@ class WorkerHandle:
         self._send = send
         self._patience_s = patience_s
         self._on_useless = on_useless
-        self._unasked = TokenBucket(_UNASKED_BURST, _UNASKED_PER_S, time.monotonic())
-        self._repeated = TokenBucket(_REPEATED_BURST, _REPEATED_PER_S, time.monotonic())
+        self._clock = clock
+        self._unasked = TokenBucket(_UNASKED_BURST, _UNASKED_PER_S, clock())
+        self._repeated = TokenBucket(_REPEATED_BURST, _REPEATED_PER_S, clock())
         self._answered: dict[tuple[int, int], None] = {}  # in the order of the answers
         self._opened: dict[int, OpenGeneration] = {}
         self._in_flight: dict[tuple[int, int], _Flight] = {}
@@ -188,7 +190,7 @@ class WorkerHandle:
             self._on_useless(f"it was faulty {self.faults} times, the last time: {reason[:300]}")
 
     def cancel_overdue(self, before_s: float) -> None:
-        """Cancel every request that has had no reply since `before_s` (time.monotonic)."""
+        """Cancel every request that has had no reply since `before_s`, by the handle's clock."""
         for (generation, attempt), flight in list(self._in_flight.items()):
             if flight.cancelled_s is None and flight.since_s < before_s:
                 log.warning("a request takes too long: cancelled", worker=str(self), attempt=attempt)
@@ -206,7 +208,7 @@ class WorkerHandle:
         if self.lost:
             on_reply(None)
             return
-        now_s = time.monotonic()
+        now_s = self._clock()
         cancelled = request.attempt <= self._cuts.get(request.generation, 0)
         self._in_flight[key] = _Flight(
             request, on_reply, on_drafted, now_s, self._patience_s, now_s if cancelled else None
@@ -219,7 +221,7 @@ class WorkerHandle:
 
     def _mark_cancelled(self, generation: int, attempt: int | None) -> None:
         """The cut: attempts of this generation up to `attempt` (None: all)."""
-        now_s = time.monotonic()
+        now_s = self._clock()
         for (number, asked), flight in self._in_flight.items():
             if number == generation and (attempt is None or asked <= attempt) and flight.cancelled_s is None:
                 flight.cancelled_s = now_s
@@ -233,7 +235,7 @@ class WorkerHandle:
         """What the worker answered. A reply to nothing that is in flight is counted and dropped."""
         key = (reply.generation, reply.attempt)
         flight = self._in_flight.get(key)
-        now_s = time.monotonic()
+        now_s = self._clock()
         if flight is None:
             self._on_unasked(reply, now_s)
             return

@@ -358,7 +358,8 @@ def test_three_shells(model: Path, tmp_path: Path) -> None:
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, when: str) -> None:
     endless = make_tiny_model(tmp_path / "tiny", positions=16_384)
     running = subprocess.Popen(
-        command("generate", PROMPT, "--target", endless, "--gpu", "cpu", "--sp", "2", "--max-tokens", "16000", "--ignore-eos"),
+        command("generate", PROMPT, "--target", endless, "--gpu", "cpu", "--sp", "2", "--max-length", "16000",
+                "--max-tokens", "15000", "--ignore-eos"),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background shell ignores it
     )  # fmt: skip

@@ -234,11 +234,11 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_full_queue_says_when_to_come_again(endless: Path) -> None:
     with (
-        served(endless, "--max-queue", "1") as url,
+        served(endless, "--max-queue", "1", "--max-length", "16000") as url,
         openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client,
     ):
         first = client.completions.create(
-            model="tiny", prompt="w5", max_tokens=16_000, temperature=0, stream=True, extra_body={"ignore_eos": True}
+            model="tiny", prompt="w5", max_tokens=15_000, temperature=0, stream=True, extra_body={"ignore_eos": True}
         )
         next(iter(first))
         with pytest.raises(openai.RateLimitError) as caught:
