@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import psutil
@@ -168,7 +169,7 @@ def process(model: Path, sockets: Path, *arguments: str) -> Iterator[Process]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("tiny"))
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"), positions=20_000)
 
 
 def ask(url: str, **fields: object) -> Iterator[str]:
@@ -179,6 +180,15 @@ def ask(url: str, **fields: object) -> Iterator[str]:
         for line in answer:
             if line.startswith(b"data: "):
                 yield line.decode()[6:].strip()
+
+
+def is_ready(url: str) -> bool:
+    try:
+        with urlopen(f"{url}/ready") as answer:
+            return bool(answer.status == 200)
+    except HTTPError as error:
+        with error:
+            return False
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -201,20 +211,18 @@ def test_a_signal_drains_and_leaves_nothing_behind(model: Path, tmp_path: Path, 
 
 
 def test_a_second_signal_ends_at_once_and_cleans_up_all_the_same(model: Path, tmp_path: Path) -> None:
-    with process(model, tmp_path, "--drain-s", "3600", "--max-length", "500") as service:
+    with process(model, tmp_path, "--drain-s", "3600", "--max-length", "20000") as service:
         workers = [worker.pid for worker in service.workers]
-        psutil.Process(workers[0]).suspend()  # or all would be over too soon
-        psutil.Process(workers[1]).suspend()
-        try:
-            events = ask(service.url)
-            service.process.terminate()
-            service.process.terminate()
-            _, errors = service.process.communicate(timeout=60)
-        finally:
-            for worker in workers:
-                if psutil.pid_exists(worker):
-                    psutil.Process(worker).resume()
-        del events
+        events = ask(service.url, max_tokens=19_000)  # which takes a minute or so
+        next(events)
+        service.process.terminate()
+        while is_ready(service.url):
+            pass
+        service.process.terminate()
+        rest = list(events)
+        assert rest[-1] == "[DONE]"
+        assert json.loads(rest[-2])["error"]["code"] == "unavailable"
+        _, errors = service.process.communicate(timeout=60)
         assert "Traceback" not in errors, errors
         assert service.process.returncode == 128 + signal.SIGTERM
         wait_for_end(workers)
