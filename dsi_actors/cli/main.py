@@ -25,6 +25,7 @@ from dsi_actors.cli import (
     bench_timed,
     chaos,
     conformance,
+    download,
     generate,
     keys,
     plan,
@@ -44,6 +45,7 @@ def main() -> int:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     generate.add_parser(commands)
     serve.add_parser(commands)
+    download.add_parser(commands)
     status.add_parser(commands)
     plan.add_parser(commands)
     simulate.add_parser(commands)

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dsi_actors.cli.options import SubParsers, add_worker_options, config_from
+from dsi_actors.cli.progress import ShownProgress
 from dsi_actors.errors import ConfigError
 from dsi_actors.models import resolve_model
 from dsi_actors.orchestrator import Orchestrator
@@ -52,17 +53,19 @@ async def run(arguments: argparse.Namespace) -> int:
         default_max_tokens=arguments.default_max_tokens,
     )  # fmt: skip
     err = Console(stderr=True, highlight=False)
-    tokenizer = Tokenizer(resolve_model(config.target))
-    async with Orchestrator(config) as orchestrator:
-        app = create_app(orchestrator, tokenizer, service_config)
-        server = make_server(
-            app, host=arguments.host, port=arguments.port, log_level=arguments.log_level, drain_s=arguments.drain_s
-        )
-        err.print(
-            f"workers connect to {orchestrator.endpoint}" if config.listen else "workers are ready", soft_wrap=True
-        )
-        err.print(f"serving {service_config.model} at http://{arguments.host}:{arguments.port}/v1", soft_wrap=True)
-        await server.serve()
+    with ShownProgress() as progress:
+        tokenizer = Tokenizer(await resolve_model(config.target, tokenizer_only=bool(config.listen), report=progress))
+        async with Orchestrator(config, report=progress) as orchestrator:
+            progress.close()
+            app = create_app(orchestrator, tokenizer, service_config)
+            server = make_server(
+                app, host=arguments.host, port=arguments.port, log_level=arguments.log_level, drain_s=arguments.drain_s
+            )
+            err.print(
+                f"workers connect to {orchestrator.endpoint}" if config.listen else "workers are ready", soft_wrap=True
+            )
+            err.print(f"serving {service_config.model} at http://{arguments.host}:{arguments.port}/v1", soft_wrap=True)
+            await server.serve()
     return 0 if server.started else 1
 
 

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import structlog
@@ -18,6 +19,8 @@ from dsi_protocol import PROTOCOL_VERSION, Failed, Goodbye, Hello, Ready, Welcom
 from dsi_workers.connection import Address, CurveKeys, Heart, Unreachable, WorkSocket, host_name, watch_parent
 from dsi_workers.engines import EngineError, load_engine
 from dsi_workers.loop import WorkerLoop
+from dsi_workers.model_files import ModelError, Report, unreported
+from dsi_workers.own_models import NotNeeded, with_own_models
 
 log = structlog.get_logger("dsi.worker")
 
@@ -44,6 +47,8 @@ class WorkerConfig:
     #: The number of this start of the process, if somebody chose one that knows us by it.
     incarnation: int | None = None
     keys: CurveKeys | None = None
+    #: Shows what is fetched and converted before anything is loaded.
+    progress: Callable[[], AbstractContextManager[Report]] = lambda: nullcontext(unreported)
 
 
 def run_worker(config: WorkerConfig) -> None:
@@ -120,10 +125,15 @@ def _introduce(
 def _serve(
     socket: WorkSocket, heart: Heart, config: WorkerConfig, welcome: Welcome, still_needed: Callable[[], bool]
 ) -> None:
-    begun = time.monotonic()
     structlog.contextvars.bind_contextvars(role=welcome.role)
-    log.info("loading", engine=welcome.engine, model=welcome.model, device=config.device)
     try:
+        if not config.supervised:  # whoever supervises us has fetched what we need
+            with config.progress() as report:
+                welcome = with_own_models(
+                    welcome, config.device, socket, lambda: still_needed() and not heart.gone, report
+                )
+        begun = time.monotonic()
+        log.info("loading", engine=welcome.engine, model=welcome.model, device=config.device)
         engine = load_engine(
             welcome.engine,
             role=welcome.role,
@@ -131,10 +141,16 @@ def _serve(
             device=config.device,
             options=welcome.options,
         )
+    except NotNeeded as error:
+        socket.offer(Goodbye("not needed any more"))
+        if why := str(error) or heart.gone:
+            raise WorkerError(f"the orchestrator at {config.endpoint} {why}: this worker ends") from None
+        return
     except Exception as error:
-        reason = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
+        told = isinstance(error, EngineError | ModelError)
+        reason = str(error) if told else f"{type(error).__name__}: {error}"
         socket.send(Failed(0, 0, "load", reason[:1000]))
-        if isinstance(error, EngineError):
+        if told:
             raise WorkerError(reason) from None
         raise
     # What is loaded stays: never looked at again by the garbage collector, neither in the loop nor at exit (0.5 s).
