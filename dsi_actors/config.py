@@ -27,7 +27,7 @@ RANDOM = "random"
 class Config:
     """Settings of an orchestrator. Raises ConfigError."""
 
-    #: Model reference: a directory, a .gguf file, package:NAME, or a hub name.
+    #: Model reference: a directory, a .gguf file, package:NAME, or a hub name (org/name, org/name@revision).
     target: str = DEFAULT_TARGET
     #: The drafter: a model reference, self-int8, ngram, or None for no drafter. Where a model has another vocabulary than the
     #: target's, its worker translates. ngram+REF is the drafter REF, for which prompt lookup guesses. Several: each generation
@@ -56,7 +56,8 @@ class Config:
     #: A request without any reply for so long is cancelled, and its worker dropped if it does not answer that either.
     #: Must be longer than the longest prompt takes to read.
     request_timeout_s: float = 120.0
-    #: How long local workers may take to become ready, and a generation waits for a first target server.
+    #: How long a worker may take to load its model and become ready, and a generation waits for a first target server. Fetching
+    #: and converting models is not part of it: that is done before, and takes as long as it takes.
     ready_timeout_s: float = 120.0
     #: How long a generation goes on waiting once no target server is left.
     target_wait_s: float = 60.0

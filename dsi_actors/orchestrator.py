@@ -29,7 +29,9 @@ from dsi_actors.errors import (
     WorkerStartError,
 )
 from dsi_actors.logs import get_logger
+from dsi_actors.models import prepare_models
 from dsi_actors.planning.tuner import Estimates
+from dsi_actors.progress import Report, unreported
 from dsi_actors.stream import Channel, GenerationStream
 from dsi_actors.temporary import socket_directory
 from dsi_protocol import MAX_TEXT_BYTES, MAX_TOKENS_PER_MESSAGE
@@ -46,13 +48,15 @@ _CALIBRATION, _MEASURED_TOKENS = (1 << 63) - 1, 3
 class Orchestrator:
     """Drafter, target servers and generations behind one object. Use as an async context manager.
 
-    With `config.listen` it binds there and waits for workers; without, it starts local workers itself and enters the
-    block once all are ready. Raises ConfigError (nothing was started) and WorkerStartError (everything was ended).
+    With `config.listen` it binds there and waits for workers; without, it fetches or converts the models that are missing,
+    starts local workers itself and enters the block once all are ready. `report` is told what it does meanwhile. Raises
+    ConfigError (nothing was started) and WorkerStartError (everything was ended).
     """
 
-    def __init__(self, config: Config | None = None) -> None:
+    def __init__(self, config: Config | None = None, *, report: Report | None = None) -> None:
         self.config = config if config is not None else Config()
         self.endpoint = ""
+        self._report = report
         self._root: Root | None = None
         self._task: asyncio.Task[None] | None = None
         self._socket_directory: tempfile.TemporaryDirectory[str] | None = None
@@ -63,7 +67,9 @@ class Orchestrator:
     async def __aenter__(self) -> Orchestrator:
         if self._root is not None:
             raise ConfigError("this Orchestrator was started before: make a new one for each `async with`")
-        self._root = root = Root(self.config)
+        self._root = root = Root(self.config, self._report or unreported)
+        if self.config.listen is None:
+            await prepare_models(self.config, self._report)
         try:
             self.endpoint = root.workforce.listen(self.config.listen or self._private_endpoint())
         except BaseException:
@@ -210,6 +216,11 @@ class Orchestrator:
     def waiting(self) -> int:
         """Generations that have no target server yet."""
         return self._running().scheduler.waiting
+
+    @property
+    def preparing(self) -> int:
+        """Workers on their way that had to fetch or convert their model first."""
+        return sum(bool(worker.preparing) for worker in self._running().workforce.workers)
 
     @property
     def process_ids(self) -> list[int]:

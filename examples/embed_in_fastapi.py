@@ -22,7 +22,7 @@ from dsi_actors.tokenizer import Tokenizer
 async def workers(app: FastAPI) -> AsyncIterator[None]:
     """Target servers and drafter live as long as the application."""
     config = dsi_actors.Config(sp=1)
-    app.state.tokenizer = Tokenizer(resolve_model(config.target))
+    app.state.tokenizer = Tokenizer(await resolve_model(config.target))
     async with dsi_actors.Orchestrator(config) as app.state.orchestrator:
         yield
 

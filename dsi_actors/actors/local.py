@@ -31,6 +31,8 @@ async def start_local_workers(root: Root, config: Config, endpoint: str) -> None
     supervisor = WorkerSupervisor(endpoint, config, specs, root.on_exit)
     root.supervise(supervisor)
     begun = time.monotonic()
+    root.expected_workers = len(roles)
+    root.report_workers("loading models")
     all_ready = await root.wait_until(
         lambda: len(root.ready_workers) == len(roles) or bool(root.exits) or root.ended, config.ready_timeout_s
     )

@@ -27,6 +27,7 @@ class Member:
     worker: WorkerHandle
     welcome: Welcome
     heard_s: float
+    #: Since when it loads: it was welcomed then, or last said that it still prepares its model.
     since_s: float
     #: A Welcome that has had no Ready for so long is sent again: either may be lost.
     greet_again_s: float

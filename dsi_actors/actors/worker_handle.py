@@ -105,6 +105,8 @@ class WorkerHandle:
         #: The GPU that it computes on, of whichever host. Prompt lookup needs none.
         self.gpu = f"{hello.host} {hello.device}" if occupies_device and hello.device.startswith("cuda") else ""
         self.ready: Ready | None = None
+        #: What it does before it loads, such as fetching its model; empty for one that had nothing to do.
+        self.preparing = ""
         self.lost = False
         #: It takes no more work and goes by itself.
         self.leaving = False

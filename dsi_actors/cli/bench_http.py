@@ -25,12 +25,12 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers.models import WordLevel
 
 from dsi_actors.cli.machine import describe_machine
-from dsi_actors.cli.options import SubParsers, add_logging_option
+from dsi_actors.cli.options import SubParsers, add_logging_option, add_ready_timeout_option
 from dsi_actors.cli.pool import process_pool
+from dsi_actors.cli.progress import model_directory
 from dsi_actors.cli.terminal import terminal
 from dsi_actors.config import SELF_INT8, Config, Sampling
 from dsi_actors.errors import ConfigError
-from dsi_actors.models import resolve_model
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.requirements import require_models
 from dsi_actors.temporary import temporary_directory
@@ -52,6 +52,7 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--drafter-ms", type=float, default=4.0, metavar="D", help="default %(default)s")
     parser.add_argument("--target", metavar="REF", help="a real model, with an int8 copy of it as the drafter")
     parser.add_argument("--json", action="store_true")
+    add_ready_timeout_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run, log_level="error")
 
@@ -180,7 +181,7 @@ async def run(arguments: argparse.Namespace) -> int:
     if min(numbers) < 1 or arguments.repeats < 1 or arguments.tokens < 2:
         raise ConfigError("--clients and --repeats must be at least 1, --tokens at least 2")
     with temporary_directory() as directory, process_pool(1, start="spawn") as clients:
-        tokenizer = Tokenizer(resolve_model(arguments.target) if arguments.target else _words(Path(directory)))
+        tokenizer = Tokenizer(await model_directory(arguments.target) if arguments.target else _words(Path(directory)))
         async with (
             Orchestrator(_config(arguments)) as orchestrator,
             _served(orchestrator, tokenizer, arguments.log_level) as url,
@@ -203,7 +204,9 @@ def _words(directory: Path) -> Path:
 
 
 def _config(arguments: argparse.Namespace) -> Config:
-    common: dict[str, Any] = {"sp": arguments.sp, "devices": ("cpu",), "log_level": arguments.log_level}
+    common: dict[str, Any] = {
+        "sp": arguments.sp, "devices": ("cpu",), "ready_timeout_s": arguments.ready_timeout, "log_level": arguments.log_level,
+    }  # fmt: skip
     if arguments.target:
         return Config(target=arguments.target, drafter=SELF_INT8, **common)
     timed = {"seed": 7, "vocabulary_size": _WORDS}

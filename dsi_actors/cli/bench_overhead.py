@@ -21,7 +21,8 @@ from rich.table import Table
 
 from dsi_actors.actors.worker_handle import WorkerHandle
 from dsi_actors.cli.machine import describe_machine, memory_of
-from dsi_actors.cli.options import SubParsers, add_logging_option
+from dsi_actors.cli.options import SubParsers, add_logging_option, add_ready_timeout_option
+from dsi_actors.cli.progress import prepare_shown
 from dsi_actors.cli.terminal import terminal
 from dsi_actors.config import Config, Sampling
 from dsi_actors.errors import ConfigError
@@ -60,6 +61,7 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--sp", type=int, default=2, metavar="N")
     parser.add_argument("--target", metavar="REF", help="measure cancels inside the forwards of this model")
     parser.add_argument("--json", action="store_true")
+    add_ready_timeout_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)
 
@@ -181,9 +183,15 @@ async def _cancel_and_memory(arguments: argparse.Namespace) -> list[dict[str, An
     if arguments.target is None:
         config, name = _timed(arguments, latency_ms=10_000.0), "timed"
     else:
-        config = Config(target=arguments.target, sp=arguments.sp, log_level=arguments.log_level)
+        config = Config(
+            target=arguments.target,
+            sp=arguments.sp,
+            ready_timeout_s=arguments.ready_timeout,
+            log_level=arguments.log_level,
+        )
         name = arguments.target
     times_us: list[float] = []
+    await prepare_shown(config)
     async with Orchestrator(config) as orchestrator:
         target = _a_target(orchestrator)
         target.open(_GENERATION, 1, "bench", Sampling())  # all but the first token in windows, not as a prompt

@@ -19,10 +19,10 @@ from rich.table import Table
 
 from dsi_actors.cli.machine import describe_machine
 from dsi_actors.cli.options import SubParsers, add_logging_option, default_of
+from dsi_actors.cli.progress import model_directory
 from dsi_actors.cli.terminal import terminal
 from dsi_actors.config import Config
 from dsi_actors.errors import ConfigError, DsiError
-from dsi_actors.models import resolve_model
 
 _PROMPT = "Say hello."
 #: What the processes log, in the order in which it happens, and what was done by then.
@@ -50,7 +50,7 @@ def add_parser(benches: SubParsers) -> None:
 async def run(arguments: argparse.Namespace) -> int:
     if arguments.repeats < 1:
         raise ConfigError("--repeats must be at least 1")
-    resolve_model(arguments.target)
+    await model_directory(arguments.target)
     words = ["--target", arguments.target, "--drafter", arguments.drafter, "--sp", str(arguments.sp)]
     words += ["--no-calibration"] if arguments.no_calibration else []
     runs = [await _start(words) for _ in range(arguments.repeats)]

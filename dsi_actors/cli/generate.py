@@ -27,8 +27,9 @@ from dsi_actors.cli.options import (
     sampling_from,
     utf8,
 )
+from dsi_actors.cli.progress import ShownProgress
 from dsi_actors.cli.terminal import can_show, terminal
-from dsi_actors.config import ALGORITHMS, NGRAM, NGRAM_FOR, RANDOM, SELF_INT8, Algorithm, Config, Sampling
+from dsi_actors.config import ALGORITHMS, Algorithm, Config, Sampling
 from dsi_actors.errors import ConfigError, NoTargetError
 from dsi_actors.models import resolve_model
 from dsi_actors.orchestrator import Orchestrator
@@ -101,20 +102,23 @@ async def run(arguments: argparse.Namespace) -> int:
     config = config_from(arguments, listen=arguments.listen, insecure=arguments.insecure, keys=arguments.keys)
     require_models(config)
     resumed = [] if arguments.resume is None else _read_tokens(arguments.resume)
-    tokenizer = Tokenizer(resolve_model(config.target))
-    _prepare_drafter(config)
+    sampling_from(arguments)  # what cannot be used shows before anything is fetched
+    prompt = _prompt(arguments)
+    with ShownProgress() as progress:
+        tokenizer = Tokenizer(await resolve_model(config.target, tokenizer_only=bool(config.listen), report=progress))
     stop = () if arguments.ignore_eos else tokenizer.stop_token_ids
     sampling = sampling_from(arguments, stop_token_ids=stop, logprobs=arguments.logprobs)
-    prompt_ids = _encode(arguments, tokenizer)
+    prompt_ids = _encode(prompt, arguments, tokenizer)
     continues = prompt_ids if _is_raw(arguments, tokenizer) else []
     out, err = terminal(soft_wrap=True), terminal(stderr=True)
-    with _opened(arguments.record) as record, err.status(_greeting(config)) as status:
-        async with Orchestrator(config) as orchestrator:
+    with _opened(arguments.record) as record, ShownProgress() as progress:
+        progress(_greeting(config), None, "")
+        async with Orchestrator(config, report=progress) as orchestrator:
             if config.insecure:
                 err.print("--insecure: whoever can reach this address can take part, unseen and unencrypted")
             if config.listen is not None:
                 await _wait_for_workers(orchestrator, arguments, err)
-            status.stop()
+            progress.close()
             err.print(_calibration(orchestrator.estimates))
             session = _Session(orchestrator, prompt_ids, continues, resumed, sampling, arguments)
             recorder = None if record is None else Recorder(record, {w.number: str(w) for w in orchestrator.workers})
@@ -194,14 +198,6 @@ def _texts(token_ids: Sequence[int], stream: TokenStream) -> list[str]:
     return [*texts[:-1], texts[-1] + stream.flush()] if texts else []
 
 
-def _prepare_drafter(config: Config) -> None:
-    """A model that is not there or must be converted shows before anything is started."""
-    for drafter in config.drafters:
-        reference = drafter.removeprefix(NGRAM_FOR)
-        if reference not in (SELF_INT8, NGRAM, RANDOM):
-            resolve_model(reference)
-
-
 def _opened(path: str | None) -> AbstractContextManager[IO[str] | None]:
     return nullcontext() if path is None else open_recording(path)
 
@@ -218,10 +214,14 @@ def _read_tokens(path: str) -> list[int]:
     return tokens
 
 
-def _encode(arguments: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
-    text = _read_prompt() if arguments.prompt == "-" else arguments.prompt
+def _prompt(arguments: argparse.Namespace) -> str:
+    text: str = _read_prompt() if arguments.prompt == "-" else arguments.prompt
     if not text.strip():
         raise ConfigError("the prompt is empty: give some text")
+    return text
+
+
+def _encode(text: str, arguments: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
     if _is_raw(arguments, tokenizer):
         return tokenizer.encode(text)
     return tokenizer.encode_chat([{"role": "user", "content": text}])
@@ -261,10 +261,13 @@ async def _wait_for_workers(orchestrator: Orchestrator, arguments: argparse.Name
     drafters = 0 if not config.drafters or arguments.algorithm == "ar" else 1
     wanted = "a target server" + (" and a drafter" if drafters else "")
     err.print(f"waiting for {wanted}: {worker_command(orchestrator.endpoint, keys=config.keys)}", soft_wrap=True)
-    if not await orchestrator.wait_for_workers(targets=1, drafters=drafters, timeout_s=arguments.wait):
+    while not await orchestrator.wait_for_workers(targets=1, drafters=drafters, timeout_s=arguments.wait):
+        if orchestrator.preparing:
+            continue
         if not await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=0.001):
             raise ConfigError(f"no target server connected to {orchestrator.endpoint} within {arguments.wait:g} s")
         err.print("no drafter came: decoding without one")
+        return
 
 
 # What is printed at the end

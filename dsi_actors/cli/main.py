@@ -25,6 +25,7 @@ from dsi_actors.cli import (
     bench_timed,
     chaos,
     conformance,
+    download,
     generate,
     keys,
     plan,
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = add_group(parser, "commands", "COMMAND")
     generate.add_parser(commands)
     serve.add_parser(commands)
+    download.add_parser(commands)
     status.add_parser(commands)
     plan.add_parser(commands)
     simulate.add_parser(commands)

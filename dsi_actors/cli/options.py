@@ -66,7 +66,15 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
         help="do not measure latencies at the start: the first tokens come by plain decoding, and teach them",
     )  # fmt: skip
     parser.add_argument("--threads", type=int, metavar="T", help="torch threads of each worker (default 1)")
+    add_ready_timeout_option(parser)
     add_logging_option(parser)
+
+
+def add_ready_timeout_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ready-timeout", type=float, default=default_of(Config, "ready_timeout_s"), metavar="S",
+        help="how long a worker may take to load its model, once that is on its machine (default %(default)s)",
+    )  # fmt: skip
 
 
 def add_algorithm_options(parser: argparse.ArgumentParser) -> None:
@@ -139,6 +147,7 @@ def config_from(
         target_options={**engine, "dtype": arguments.dtype},
         drafter_options=dict(engine),
         calibrate=arguments.calibrate,
+        ready_timeout_s=arguments.ready_timeout,
         log_level=arguments.log_level,
         log_format=arguments.log_format,
     )

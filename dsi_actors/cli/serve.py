@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from dsi_actors.cli.options import SubParsers, add_worker_options, config_from, utf8
+from dsi_actors.cli.progress import ShownProgress
 from dsi_actors.cli.signals import EndingSignals
 from dsi_actors.cli.terminal import terminal
 from dsi_actors.errors import ConfigError
@@ -76,17 +77,19 @@ async def _serve(arguments: argparse.Namespace, signals: EndingSignals) -> None:
             "what everybody asks and is answered at /dashboard",
             soft_wrap=True,
         )
-    tokenizer = Tokenizer(resolve_model(config.target))
-    async with Orchestrator(config) as orchestrator:
-        app = create_app(orchestrator, tokenizer, service_config)
-        server = make_server(app, log_level=arguments.log_level, drain_s=arguments.drain_s)
-        signals.drains(server)
-        address.listen()
-        err.print(
-            f"workers connect to {orchestrator.endpoint}" if config.listen else "workers are ready", soft_wrap=True
-        )
-        err.print(f"serving {service_config.model} at {address.url}/v1", soft_wrap=True)
-        await server.serve(address.sockets)
+    with ShownProgress() as progress:
+        tokenizer = Tokenizer(await resolve_model(config.target, tokenizer_only=bool(config.listen), report=progress))
+        async with Orchestrator(config, report=progress) as orchestrator:
+            progress.close()
+            app = create_app(orchestrator, tokenizer, service_config)
+            server = make_server(app, log_level=arguments.log_level, drain_s=arguments.drain_s)
+            signals.drains(server)
+            address.listen()
+            err.print(
+                f"workers connect to {orchestrator.endpoint}" if config.listen else "workers are ready", soft_wrap=True
+            )
+            err.print(f"serving {service_config.model} at {address.url}/v1", soft_wrap=True)
+            await server.serve(address.sockets)
 
 
 def _is_loopback(host: str) -> bool:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 
 from dsi_actors.config import DEFAULT_TARGET
-from dsi_actors.models import resolve_model
 from dsi_actors.tokenization.bounds import UNBOUNDED, max_token_bytes
 from dsi_actors.tokenization.detokenizer import Detokenizer
 from dsi_actors.tokenizer import Tokenizer as OurTokenizer
+from dsi_workers.models import resolve_model
 from support.tokenizers import KINDS, byte_level, llama_2, save
 
 

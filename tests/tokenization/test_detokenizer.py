@@ -11,8 +11,8 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import decoders, models
 
 from dsi_actors.config import DEFAULT_TARGET
-from dsi_actors.models import resolve_model
 from dsi_actors.tokenization.detokenizer import BYTE_OF, Detokenizer
+from dsi_workers.models import resolve_model
 from support.tokenizers import KINDS, TEXT, number_of
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"

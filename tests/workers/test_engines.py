@@ -486,6 +486,7 @@ def test_longrope_models_stay_within_their_original_length() -> None:
 
 
 def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "evil", "auto_map": {"AutoConfig": "cfg.Config"}}')
     (tmp_path / "cfg.py").write_text("raise SystemExit('it ran')")
     with pytest.raises(EngineError, match="transformers cannot read the configuration"):

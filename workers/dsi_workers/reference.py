@@ -22,7 +22,8 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.utils import logging as transformers_logging
 
-from dsi_workers.models import ModelError, resolve_model
+from dsi_workers.model_files import ModelError
+from dsi_workers.models import resolve_model
 from dsi_workers.packing import replace_linear_layers
 from dsi_workers.quantization import int8_dtype, quantize_int8
 from dsi_workers.requests import read_requests
@@ -58,7 +59,9 @@ class Reference:
             self._drafter = self._load(drafter, _DTYPES[dtype])
 
     def _load(self, model: str, dtype: torch.dtype) -> Any:
-        loaded = AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype=dtype, trust_remote_code=False)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            resolve_model(model), dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
         return loaded.eval().to(self._device)
 
     def generate(
