@@ -88,6 +88,8 @@ class Service:
         #: No request is taken any more.
         self.ending = False
         self._tokenizer = tokenizer
+        #: The bytes of text that a token may stand for. Known from the start: the vocabulary is large.
+        self._token_bytes = max(tokenizer.max_token_bytes, _LEAST_TOKEN_BYTES)
         self._keys = [hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest() for key in config.api_keys]
         self.places = Places(orchestrator.config.max_generations)
         self.memory = BodyMemory(config.max_bodies_bytes)
@@ -179,11 +181,10 @@ class Service:
 
     async def _prepare(self, asked: AnyRequest, client: Hashable, size_bytes: int, correlation: str) -> Job:
         """Raises ApiError and ConfigError."""
-        if not self._max_length:
+        while not (max_length := self._max_length):
             patience_s = self.orchestrator.config.ready_timeout_s
             if not await self.orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=patience_s):
                 raise NoTargetError(f"no target server came within {patience_s:g} s")
-        max_length = self._max_length
         prompt_ids = await self._threads.run(client, size_bytes, partial(self._encode, asked, max_length))
         room = max(1, max_length - len(prompt_ids))
         max_tokens = asked.most_tokens or min(self.config.default_max_tokens, room)
