@@ -157,7 +157,7 @@ def process(model: Path, sockets: Path, *arguments: str) -> Iterator[Process]:
         try:
             assert started.stderr is not None
             for line in started.stderr:
-                if found := re.search(r"running on (http://[\d.:]+)", line):
+                if found := re.search(r" at (http://[\d.:]+)/v1", line):
                     break
             else:
                 raise AssertionError("the service did not start")
