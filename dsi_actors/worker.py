@@ -25,6 +25,9 @@ def main() -> int:
     parser.add_argument("--model", default="", metavar="REF", help="directory, .gguf file, package:NAME or hub name")
     parser.add_argument("--tokenizer-only", action="store_true", help="with --prepare: the tokenizer is enough")
     parser.add_argument("--key", metavar="FILE", help="the key that dsi-actors keys new made for this worker")
+    parser.add_argument(
+        "--once", action="store_true", help="end with the orchestrator, instead of waiting for the next one"
+    )
     parser.add_argument("--supervised", action="store_true", help="exit when standard input closes")
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     parser.add_argument("--log-format", choices=["text", "json"], default="text")
@@ -50,7 +53,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 def _work(arguments: argparse.Namespace) -> int:
     from dsi_workers.connection import CurveKeys
-    from dsi_workers.main import WorkerConfig, WorkerError, configure_logging, run_worker
+    from dsi_workers.main import OtherEngineWanted, WorkerConfig, WorkerError, configure_logging, run_worker
 
     configure_logging(arguments.log_level, arguments.log_format)
     incarnation = os.environ.get("DSI_INCARNATION", "") if arguments.supervised else ""
@@ -66,6 +69,7 @@ def _work(arguments: argparse.Namespace) -> int:
         engine=arguments.engine,
         model=arguments.model,
         supervised=arguments.supervised,
+        once=arguments.once,
         incarnation=int(incarnation) if incarnation else None,
         keys=None if key is None else CurveKeys(key.orchestrator, key.public, key.secret),
     )
@@ -74,6 +78,9 @@ def _work(arguments: argparse.Namespace) -> int:
     except WorkerError as error:
         sys.stderr.write(f"worker: {error}\n")
         return 1
+    except OtherEngineWanted:
+        sys.stderr.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     return 0
 
 

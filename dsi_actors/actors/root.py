@@ -23,8 +23,15 @@ log = get_logger("root")
 
 
 @dataclass(frozen=True, slots=True)
+class _StartSupervisor:
+    """Local workers are wanted: start the actor that starts them."""
+
+    supervisor: WorkerSupervisor
+
+
+@dataclass(frozen=True, slots=True)
 class _ChildEnded:
-    """One of the actors that must live as long as we do has ended."""
+    """An actor that must live as long as the root has ended."""
 
     child: Actor[Any]
     error: BaseException | None
@@ -37,7 +44,7 @@ class _GenerationEnded:
     error: BaseException | None
 
 
-_RootMessage: TypeAlias = _ChildEnded | _GenerationEnded
+_RootMessage: TypeAlias = _StartSupervisor | _ChildEnded | _GenerationEnded
 
 
 class Root(Actor[_RootMessage]):
@@ -55,16 +62,26 @@ class Root(Actor[_RootMessage]):
         self.closing = False
         self._watchers: list[asyncio.Future[None]] = []
 
-    def start_permanent(self, child: Actor[Any]) -> None:
-        self.start_child(child, lambda error: _ChildEnded(child, error))
+    def on_start(self) -> None:
+        self._start_permanent(self.workforce)
+        self._start_permanent(self.scheduler)
+
+    def supervise(self, supervisor: WorkerSupervisor) -> None:
+        """Start local workers. May be called before the root runs."""
+        self.supervisor = supervisor
+        self.tell(_StartSupervisor(supervisor))
 
     def start_generation(self, generation: Generation, channel: Channel) -> None:
         self.generations[generation.number] = (generation, channel)
         self.start_child(generation, lambda error: _GenerationEnded(generation, channel, error))
-        asyncio.get_running_loop().call_soon(generation.begin)
+
+    def _start_permanent(self, child: Actor[Any]) -> None:
+        self.start_child(child, lambda error: _ChildEnded(child, error))
 
     def receive(self, message: _RootMessage) -> None:
         match message:
+            case _StartSupervisor(supervisor):
+                self._start_permanent(supervisor)
             case _GenerationEnded(generation, channel, error):
                 del self.generations[generation.number]
                 if error is not None:

@@ -39,7 +39,8 @@ log = get_logger("workforce")
 MAX_WORKERS = 256
 #: Workers that are not ready yet. More would keep real ones out for as long as strangers say Hello.
 MAX_LOADING = 64
-#: A worker that thinks us dead too early has to load its model again: it waits for so many times our own patience.
+#: Workers take an orchestrator that they cannot reach for gone after so many times our own patience: a worker that was
+#: started with --once has to load its model again.
 _WORKERS_PATIENCE = 5
 _MAX_REASON_CHARS = 500
 
@@ -110,9 +111,8 @@ class Workforce(Actor[WorkforceMessage]):
         )
         return self._gateway.endpoint
 
-    def look_for_silence(self) -> None:
-        """Start the clock by which silent workers are found. Call once, when running."""
-        self.spawn(self._tick())
+    def on_start(self) -> None:
+        self.spawn(self._tick())  # the clock by which silent workers are found
 
     def _on_flood(self, identity: bytes) -> None:
         member = self._members.at(identity)
@@ -142,7 +142,7 @@ class Workforce(Actor[WorkforceMessage]):
                 self.spawn(self._tick())
             case FoundUseless(worker, reason):
                 log.error("worker quarantined", worker=str(worker), reason=reason)
-                self._drop(worker, farewell=reason)
+                self._drop(worker, Goodbye(reason))
 
     def say_goodbye(self) -> None:
         """Dismiss all workers. Once; and let a moment pass before the socket closes: what a peer has not read by then may
@@ -150,7 +150,7 @@ class Workforce(Actor[WorkforceMessage]):
         if not self._goodbye_said:
             self._goodbye_said = True
             for worker in self.workers:
-                self._send(worker.identity, Goodbye("the orchestrator ends"))
+                self._send(worker.identity, Goodbye("the orchestrator ends", again=True))
 
     def on_stop(self) -> None:
         self.say_goodbye()
@@ -181,11 +181,11 @@ class Workforce(Actor[WorkforceMessage]):
                 reason = reason[:_MAX_REASON_CHARS]
                 self._members.failed(worker.hello, reason)
                 log.error("a worker cannot serve", worker=str(worker), reason=reason)
-                self._drop(worker, farewell=None)
+                self._drop(worker)
             case Failed(_, _, "draining", _) | Goodbye():
                 log.info("worker leaves", worker=str(worker))
                 worker.leaving = True
-                self._drop(worker, farewell=None)
+                self._drop(worker)
             case Verified() | Drafted() | Cancelled() | NeedPrefix() | Failed():
                 worker.on_reply(message)
             case Ready():
@@ -199,7 +199,8 @@ class Workforce(Actor[WorkforceMessage]):
             known.heard_s = time.monotonic()
             self._send(identity, beat)
         else:
-            self._send(identity, Goodbye(self._members.why_dismissed(beat.incarnation) or "it is not known here"))
+            unknown = Goodbye("it is not known here", again=True)
+            self._send(identity, self._members.farewell_to(beat.incarnation) or unknown)
 
     def _on_hello(self, identity: bytes, hello: Hello) -> None:
         known = self._members.at(identity) or self._members.of(hello.incarnation)
@@ -209,9 +210,11 @@ class Workforce(Actor[WorkforceMessage]):
                 known.heard_s = time.monotonic()
                 self._greet(known)  # our first answer may have been lost with its connection
             return
-        if (reason := self._members.why_dismissed(hello.incarnation)) is not None:
-            self._send(identity, Goodbye(reason))
+        if (farewell := self._members.farewell_to(hello.incarnation)) is not None:
+            self._send(identity, farewell)
             return
+        if self._goodbye_said:
+            return  # it is for the next orchestrator
         if self._members.loading >= MAX_LOADING:
             return  # it says Hello again
         if len(self._members) >= MAX_WORKERS:
@@ -279,7 +282,7 @@ class Workforce(Actor[WorkforceMessage]):
         worker.unlike = True
         self._members.failed(worker.hello, reason)
         log.error("worker refused", worker=str(worker), reason=reason)
-        self._drop(worker, farewell=reason)
+        self._drop(worker, Goodbye(reason))
 
     # Comings and goings
 
@@ -294,7 +297,7 @@ class Workforce(Actor[WorkforceMessage]):
             worker.ask_again(now_s)
             if (reason := member.why_dead(now_s, self._config)) is not None:
                 log.warning("worker taken for dead", worker=str(worker), reason=reason)
-                self._drop(worker, farewell=reason)
+                self._drop(worker, Goodbye(reason, again=True))
             elif worker.ready is None and now_s > member.greet_again_s:
                 self._greet(member)
 
@@ -308,17 +311,18 @@ class Workforce(Actor[WorkforceMessage]):
         """The local process of this incarnation has ended."""
         member = self._members.of(incarnation)
         if member is not None:
-            self._drop(member.worker, farewell=None)
+            self._drop(member.worker)
 
-    def _drop(self, worker: WorkerHandle, farewell: str | None) -> None:
+    def _drop(self, worker: WorkerHandle, farewell: Goodbye | None = None) -> None:
+        """Use the worker no more, and tell it so unless it left by itself."""
         if worker.lost:
             return
-        self._members.dismiss(worker, farewell or "it left")
+        self._members.dismiss(worker, farewell or Goodbye("it left"))
         self._likeness.left(worker, time.monotonic())
         self._doorkeeper.forget(worker.identity)
         self._on_lost(worker)  # and so fenced, before it hears of it
         if farewell is not None:
-            self._send(worker.identity, Goodbye(farewell))
+            self._send(worker.identity, farewell)
         worker.on_lost()
 
     def _send(self, identity: bytes, message: FromOrchestrator) -> bool:

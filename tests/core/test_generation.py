@@ -87,6 +87,20 @@ policies = st.one_of(
 )  # fmt: skip
 
 
+def test_a_server_that_left_and_came_back_is_not_taken_for_warm() -> None:
+    core = GenerationCore((1, 2, 3), policy=Policy.autoregressive(), max_tokens=8)
+    [first] = core.handle(ServerJoined(1))
+    assert isinstance(first, StartVerify)
+    core.handle(VerificationFinished(first.attempt, 1, 3, (4,)))  # server 1 is warm, and busy with the next token
+    core.handle(ServerLost(1))
+    [second] = core.handle(ServerJoined(2))
+    assert isinstance(second, StartVerify)
+    core.handle(ServerJoined(1))
+    [again] = core.handle(VerificationAbandoned(second.attempt, 2))
+    assert isinstance(again, StartVerify)
+    assert again.server == 2, "it has read the text, and server 1 has forgotten it"
+
+
 class Adversary:
     """Holds every reply that is owed and lets hypothesis choose which comes next, is lost, or comes twice."""
 

@@ -18,7 +18,7 @@ from dsi_actors.actors.worker_handle import WorkerHandle
 from dsi_actors.actors.workforce import Workforce
 from dsi_actors.core.actions import Action
 from dsi_actors.core.events import DraftsArrived, DraftsLate, Event
-from dsi_protocol import Draft, Verify
+from dsi_protocol import Draft, Goodbye, Verify
 from support.patience import limit_s, patience, slowness, until
 from support.timed import PROMPT, gone, plain_decoding, start_worker, text_of, timed_config, workers
 
@@ -159,7 +159,7 @@ async def test_a_worker_that_is_not_like_the_others_is_not_started_again(starts:
         assert orchestrator._root is not None
         given_up, other = (worker for worker in orchestrator.workers if worker.role == "target")
         given_up.unlike = True
-        orchestrator._root.workforce._drop(given_up, farewell="it is not like the others")
+        orchestrator._root.workforce._drop(given_up, Goodbye("it is not like the others"))
         os.kill(other.hello.process, signal.SIGKILL)
         for worker in (given_up, other):
             await until_it_has_ended(orchestrator, worker)

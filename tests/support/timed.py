@@ -53,8 +53,10 @@ async def text_of(stream: dsi_actors.GenerationStream) -> list[int]:
     return [token async for tokens in stream for token in tokens]
 
 
-def start_worker(endpoint: str, *arguments: str, device: str = "cpu") -> subprocess.Popen[str]:
+def start_worker(endpoint: str, *arguments: str, device: str = "cpu", once: bool = True) -> subprocess.Popen[str]:
+    """`once`: it ends with its orchestrator."""
     command = [sys.executable, "-m", "dsi_actors.worker", "--gpu", device, "--connect", endpoint, *arguments]
+    command += ["--once"] if once else []
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 

@@ -64,11 +64,12 @@ class WorkerLoop:
         self._queue = WorkQueue()
         self._current: Sequence[Work] = ()
         self._draining = False
-        self._dismissed = False
+        #: The orchestrator's last word.
+        self.farewell: Goodbye | None = None
 
     def run(self) -> None:
         """Serve. Returns when there is nothing more to do for this process."""
-        while not self._dismissed and self._still_needed():
+        while self.farewell is None and self._still_needed():
             self._drain(block=not self._queue)
             batch = self._pick()
             if batch:
@@ -86,12 +87,17 @@ class WorkerLoop:
         """Take no more work; finish what is here. Safe to call from a signal handler."""
         self._draining = True
 
+    def forget_all(self) -> None:
+        """Close every generation, so that the engine can serve another orchestrator. Call after `run`."""
+        for generation in list(self._sessions):
+            self._close(generation)
+
     # Interrupt: what the engine asks in the middle of its work
 
     def check(self) -> None:
         self._drain(block=False)
         wanted = any(work.wanted() for work in self._current)
-        if not wanted or self._dismissed or not self._still_needed():
+        if not wanted or self.farewell is not None or not self._still_needed():
             raise Interrupted
 
     def wait_until(self, deadline_s: float) -> None:
@@ -129,7 +135,7 @@ class WorkerLoop:
                 self.drain()
             case Goodbye(reason):
                 log.info("dismissed", reason=reason)
-                self._dismissed = True
+                self.farewell = message
             case Welcome():  # it did not hear of us, or answers an earlier Hello
                 if self._ready is not None:
                     self._socket.send(self._ready)
