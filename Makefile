@@ -4,7 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PROMPT ?= Explain in two sentences why the sky is blue.
 
-.PHONY: run test check fuzz format clean
+# What has libraries use the kernels of a processor with AVX2 only. Each chooses by itself: torch, oneDNN, FBGEMM, MKL, OpenBLAS.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell
+TESTS ?= tests
+
+.PHONY: run test test-avx2 check fuzz format clean
 
 run: $(VENV)/ready
 	$(BIN)/dsi-actors generate "$(PROMPT)" --max-tokens 48 --compare
@@ -12,16 +16,21 @@ run: $(VENV)/ready
 test: check
 	PYTHONASYNCIODEBUG=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
+# The tests as on a processor with AVX2 only. TESTS="tests/workers ..." runs some of them, as CI does (.ci/run).
+test-avx2: $(VENV)/ready
+	$(AVX2) PYTHONASYNCIODEBUG=1 $(BIN)/pytest --numprocesses 2 --dist worksteal $(TESTS)
+
 # The fast checks: style and types.
 check: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Longer than the tests: a million frames, and a thousand generations among faulty workers.
+# Longer than the tests: a million frames, a thousand generations among faulty workers, two thousand HTTP requests.
 fuzz: $(VENV)/ready
 	PYTHONPATH=tests $(BIN)/python -m fuzzing.codec --frames 1000000
 	PYTHONPATH=tests $(BIN)/python -m fuzzing.orchestrator --runs 200
+	PYTHONPATH=tests $(BIN)/python -m fuzzing.http --requests 2000
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .

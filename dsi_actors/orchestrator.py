@@ -16,6 +16,7 @@ from dsi_actors.actors.knowledge import Knowledge
 from dsi_actors.actors.local import start_local_workers
 from dsi_actors.actors.root import Root
 from dsi_actors.actors.worker_handle import WorkerHandle
+from dsi_actors.advice import worker_command
 from dsi_actors.config import ALGORITHMS, Algorithm, Config, Sampling
 from dsi_actors.core import GenerationCore
 from dsi_actors.core.actions import Action
@@ -28,12 +29,16 @@ from dsi_actors.errors import (
     WorkerStartError,
 )
 from dsi_actors.logs import get_logger
+from dsi_actors.models import prepare_models
 from dsi_actors.planning.tuner import Estimates
+from dsi_actors.progress import Report, unreported
 from dsi_actors.stream import Channel, GenerationStream
+from dsi_actors.temporary import socket_directory
 from dsi_protocol import MAX_TEXT_BYTES, MAX_TOKENS_PER_MESSAGE
 
 log = get_logger("orchestrator")
 
+_SOCKET = "orchestrator.sock"
 #: How long workers have to read that they are dismissed.
 _FAREWELL_S = 0.05
 #: The generation by which a start measures how long a token takes, and its tokens; the first one's time is not taken.
@@ -43,13 +48,15 @@ _CALIBRATION, _MEASURED_TOKENS = (1 << 63) - 1, 3
 class Orchestrator:
     """Drafter, target servers and generations behind one object. Use as an async context manager.
 
-    With `config.listen` it binds there and waits for workers; without, it starts local workers itself and enters the
-    block once all are ready. Raises ConfigError (nothing was started) and WorkerStartError (everything was ended).
+    With `config.listen` it binds there and waits for workers; without, it fetches or converts the models that are missing,
+    starts local workers itself and enters the block once all are ready. `report` is told what it does meanwhile. Raises
+    ConfigError (nothing was started) and WorkerStartError (everything was ended).
     """
 
-    def __init__(self, config: Config | None = None) -> None:
+    def __init__(self, config: Config | None = None, *, report: Report | None = None) -> None:
         self.config = config if config is not None else Config()
         self.endpoint = ""
+        self._report = report
         self._root: Root | None = None
         self._task: asyncio.Task[None] | None = None
         self._socket_directory: tempfile.TemporaryDirectory[str] | None = None
@@ -60,7 +67,9 @@ class Orchestrator:
     async def __aenter__(self) -> Orchestrator:
         if self._root is not None:
             raise ConfigError("this Orchestrator was started before: make a new one for each `async with`")
-        self._root = root = Root(self.config)
+        self._root = root = Root(self.config, self._report or unreported)
+        if self.config.listen is None:
+            await prepare_models(self.config, self._report)
         try:
             self.endpoint = root.workforce.listen(self.config.listen or self._private_endpoint())
         except BaseException:
@@ -183,8 +192,8 @@ class Orchestrator:
 
     def observe(self, observer: Callable[[int, Event | Action], None] | None) -> None:
         """Tell `observer` of every event and every action of the cores of generations that start from now on, with the
-        generation's number. It must return at once. None: nobody."""
-        self._observer = observer
+        generation's number. It must return at once; when it raises, it is told no more. None: nobody."""
+        self._observer = None if observer is None else _harmless(observer)
 
     @property
     def workers(self) -> list[WorkerHandle]:
@@ -207,6 +216,11 @@ class Orchestrator:
     def waiting(self) -> int:
         """Generations that have no target server yet."""
         return self._running().scheduler.waiting
+
+    @property
+    def preparing(self) -> int:
+        """Workers on their way that had to fetch or convert their model first."""
+        return sum(bool(worker.preparing) for worker in self._running().workforce.workers)
 
     @property
     def process_ids(self) -> list[int]:
@@ -234,8 +248,8 @@ class Orchestrator:
 
     def _private_endpoint(self) -> str:
         """A socket that only this user can reach."""
-        self._socket_directory = tempfile.TemporaryDirectory(prefix="dsi-")
-        return f"ipc://{Path(self._socket_directory.name) / 'orchestrator.sock'}"
+        self._socket_directory = socket_directory(_SOCKET)
+        return f"ipc://{Path(self._socket_directory.name) / _SOCKET}"
 
     async def _start_local_workers(self, root: Root) -> None:
         await start_local_workers(root, self.config, self.endpoint)
@@ -290,14 +304,13 @@ class Orchestrator:
         if not found:
             raise NoTargetError(
                 f"no target server came within {timeout_s:g} s: start one with "
-                f"python -m dsi_actors.worker --gpu N --connect {self.endpoint}"
+                f"{worker_command(self.endpoint, keys=self.config.keys)}"
             )
         return root.of_role("target")[0]
 
     @staticmethod
     def _check_prompt(target: WorkerHandle, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         assert target.ready is not None
-        Orchestrator._check_tokens(target, prompt_ids)
         length = len(prompt_ids) + sampling.max_tokens
         if length > target.ready.max_length:
             raise ConfigError(
@@ -309,6 +322,7 @@ class Orchestrator:
                 f"the prompt has {len(prompt_ids)} tokens and max_tokens is {sampling.max_tokens}: together {length} are "
                 f"over the {MAX_TOKENS_PER_MESSAGE} that fit one message"
             )
+        Orchestrator._check_tokens(target, prompt_ids)
 
     @staticmethod
     def _check_tokens(target: WorkerHandle, token_ids: Sequence[int]) -> None:
@@ -334,6 +348,22 @@ def _token_ids(name: str, given: Iterable[SupportsIndex]) -> list[int]:
         wrong = min(ids) if min(ids) < 0 else max(ids)
         raise ConfigError(f"{name} must be token ids, from 0 to 2**32 - 1: {wrong} is none")
     return ids
+
+
+def _harmless(observer: Callable[[int, Event | Action], None]) -> Callable[[int, Event | Action], None]:
+    """An observer that fails harms no generation: its first error is logged and ends it."""
+    failed = False
+
+    def observe(generation: int, item: Event | Action) -> None:
+        nonlocal failed
+        if not failed:
+            try:
+                observer(generation, item)
+            except Exception:
+                failed = True
+                log.exception("an observer failed and is told no more")
+
+    return observe
 
 
 def _check_resumed(resumed: Sequence[int], sampling: Sampling) -> None:

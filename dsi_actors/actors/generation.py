@@ -303,7 +303,7 @@ class Generation(Actor[GenerationMessage]):
         tokens = tuple(self._core.output)
         self._error = NoTargetError(
             f"no target server for {patience_s:g} s, {len(tokens)} tokens committed: "
-            + (self._last_failure or "start one with python -m dsi_actors.worker --gpu N"),
+            + (self._last_failure or "start another worker with this orchestrator's address"),
             tokens,
         )
         self._feed(CancelRequested())

@@ -10,12 +10,14 @@ from dsi_actors.config import NGRAM, Config
 from dsi_actors.devices import crowding, local_devices
 from dsi_actors.errors import WorkerStartError
 from dsi_actors.logs import get_logger
+from dsi_actors.requirements import require_models
 
 log = get_logger("local")
 
 
 async def start_local_workers(root: Root, config: Config, endpoint: str) -> None:
     """Returns when all are ready. Raises ConfigError and WorkerStartError."""
+    require_models(config)
     # Prompt lookup needs no device: it comes last.
     drafters = sorted(config.drafters, key=lambda drafter: drafter == NGRAM)
     roles = [("target", "")] * config.local_servers + [("drafter", drafter) for drafter in drafters]
@@ -29,6 +31,8 @@ async def start_local_workers(root: Root, config: Config, endpoint: str) -> None
     supervisor = WorkerSupervisor(endpoint, config, specs, root.on_exit)
     root.supervise(supervisor)
     begun = time.monotonic()
+    root.expected_workers = len(roles)
+    root.report_workers("loading models")
     all_ready = await root.wait_until(
         lambda: len(root.ready_workers) == len(roles) or bool(root.exits) or root.ended, config.ready_timeout_s
     )

@@ -27,6 +27,7 @@ class Member:
     worker: WorkerHandle
     welcome: Welcome
     heard_s: float
+    #: Since when it loads: it was welcomed then, or last said that it still prepares its model.
     since_s: float
     #: A Welcome that has had no Ready for so long is sent again: either may be lost.
     greet_again_s: float
@@ -41,7 +42,7 @@ class Member:
             return f"it was silent for {silence_s:.1f} s"
         if self.unreachable_s is not None and now_s - self.unreachable_s > _RECONNECT_S:
             return "its connection is gone"
-        if worker.owes_since(now_s - patience_s):
+        if worker.owes_since(now_s - worker.may_take_s(patience_s, config.request_timeout_s)):
             return "it did not answer"
         if loads and now_s - self.since_s > config.ready_timeout_s:
             return f"it was not ready after {config.ready_timeout_s:g} s"

@@ -25,6 +25,8 @@ log = get_logger("supervisor")
 _GRACE_S = 10.0
 #: By this a worker knows which incarnation its supervisor takes it for. In its environment: no other user sees that.
 INCARNATION_VARIABLE = "DSI_INCARNATION"
+#: Models were fetched before workers start: they load what is here, and all of them the same.
+_NOTHING_TO_FETCH = {"HF_HUB_OFFLINE": "1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,7 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
                 *(["--model", slot.spec.model] if slot.spec.model else []),
                 "--log-level", self._config.log_level, "--log-format", self._config.log_format, "--supervised",
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL, start_new_session=True,
-                env={**os.environ, INCARNATION_VARIABLE: str(incarnation)},
+                env={**os.environ, INCARNATION_VARIABLE: str(incarnation), **_NOTHING_TO_FETCH},
             )  # fmt: skip
         except OSError as error:
             return NotStarted(slot, incarnation, error.strerror or str(error))

@@ -41,6 +41,8 @@ _MOST_REOPENINGS = 3
 #: A worker may be faulty so often before it is not used any more, by anyone.
 _MOST_FAULTS = 3
 _CLOCK_SLACK_US = 1000
+#: A step may take so many times as long as the longest one so far.
+_STEPS_PATIENCE = 4.0
 #: A drafter that lost its own guesses makes them again: as many as it may be ahead.
 _DRAFTED_SLACK = 8192
 #: A network that doubles messages, and requests that are sent again, have replies come again: at most so many, at once and
@@ -103,6 +105,8 @@ class WorkerHandle:
         #: The GPU that it computes on, of whichever host. Prompt lookup needs none.
         self.gpu = f"{hello.host} {hello.device}" if occupies_device and hello.device.startswith("cuda") else ""
         self.ready: Ready | None = None
+        #: What it does before it loads, such as fetching its model; empty for one that had nothing to do.
+        self.preparing = ""
         self.lost = False
         #: It takes no more work and goes by itself.
         self.leaving = False
@@ -124,6 +128,8 @@ class WorkerHandle:
         self._in_flight: dict[tuple[int, int], _Flight] = {}
         #: By generation: requests of this attempt or an earlier one are cancelled, also those still to come.
         self._cuts: dict[int, int] = {}
+        #: The longest time between two signs of life of a request: what one step of its loop may take.
+        self._longest_step_s = 0.0
 
     def __str__(self) -> str:
         return f"{self.role} {self.number} ({self.hello.device}, pid {self.hello.process})"
@@ -196,6 +202,15 @@ class WorkerHandle:
                 log.warning("a request takes too long: cancelled", worker=str(self), attempt=attempt)
                 self.cancel(generation, attempt)
 
+    def may_take_s(self, patience_s: float, longest_s: float) -> float:
+        """How long a request that was cancelled may go without its terminal reply before the worker is taken for dead.
+
+        A worker must look for cancels between two steps only, and a step of a slow drafter takes seconds. So it gets
+        `patience_s`, or several times its longest step; before its first reply, which tells how long that is, `longest_s`."""
+        if self._answered or self._longest_step_s or self.role == "target":
+            return min(longest_s, max(patience_s, _STEPS_PATIENCE * self._longest_step_s))
+        return longest_s
+
     def owes_since(self, before_s: float) -> bool:
         """Whether a request that was cancelled before `before_s` has no terminal reply yet."""
         return any(
@@ -239,6 +254,9 @@ class WorkerHandle:
         if flight is None:
             self._on_unasked(reply, now_s)
             return
+        if isinstance(reply, Drafted | Verified):
+            steps = max(1, len(reply.tokens)) if isinstance(reply, Drafted) else 1
+            self._longest_step_s = max(self._longest_step_s, (now_s - flight.since_s) / steps)
         if isinstance(reply, Drafted):
             if self._drafts_too_much(flight, reply):
                 return

@@ -29,6 +29,7 @@ from dsi_protocol import (
     Hello,
     Message,
     NeedPrefix,
+    Preparing,
     Ready,
     Verified,
     Welcome,
@@ -70,18 +71,21 @@ WorkforceMessage: TypeAlias = FrameArrived | LookForSilence | FoundUseless
 
 
 class Workforce(Actor[WorkforceMessage]):
-    """`on_ready` and `on_lost` are told of workers that may be used and of those that may not any more."""
+    """`on_ready` and `on_lost` are told of workers that may be used and of those that may not any more; `on_preparing` of those
+    that fetch or convert their model, and how much of that is done."""
 
     def __init__(
         self,
         config: Config,
         on_ready: Callable[[WorkerHandle], None],
         on_lost: Callable[[WorkerHandle], None],
+        on_preparing: Callable[[WorkerHandle, float], None],
     ) -> None:
         super().__init__("workforce", mailbox_size=1 << 16)
         self._config = config
         self._on_ready = on_ready
         self._on_lost = on_lost
+        self._on_preparing = on_preparing
         self._gateway: Gateway | None = None
         self._keyring = Keyring(config.keys) if config.keys is not None else None
         self._members = Members()
@@ -190,6 +194,8 @@ class Workforce(Actor[WorkforceMessage]):
                 worker.on_reply(message)
             case Ready():
                 self._on_ready_message(worker, message)
+            case Preparing(what, done_permille):
+                self._on_preparing_message(member, what, done_permille)
             case _:
                 worker.fault(f"{type(message).__name__} is not for an orchestrator")
 
@@ -260,10 +266,19 @@ class Workforce(Actor[WorkforceMessage]):
         self._members.failed(hello, reason)
         self._send(identity, Goodbye(reason))
 
+    def _on_preparing_message(self, member: Member, what: str, done_permille: int) -> None:
+        """It fetches what it will load. However long that takes, only what comes then is loading."""
+        worker = member.worker
+        if worker.ready is None:
+            member.heard_s = member.since_s = time.monotonic()
+            worker.preparing = what[:_MAX_REASON_CHARS]
+            self._on_preparing(worker, min(done_permille, 1000) / 1000)
+
     def _on_ready_message(self, worker: WorkerHandle, ready: Ready) -> None:
         if worker.ready is not None:
             return
         worker.ready = ready
+        worker.preparing = ""
         self._doorkeeper.trust(worker.identity)
         if worker.role == "target" and not self._likeness.known:
             self._likeness.target_is(ready)

@@ -13,7 +13,6 @@ import random
 import signal
 import statistics
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,9 +26,11 @@ from dsi_actors.config import Algorithm, Config, Sampling
 from dsi_actors.errors import DsiError
 from dsi_actors.logs import get_logger
 from dsi_actors.orchestrator import Orchestrator
+from dsi_actors.temporary import socket_directory
 
 log = get_logger("chaos")
 
+_SOCKET = "proxy.sock"
 _PROMPTS = 6
 _PARALLEL = 2
 _ALGORITHMS: tuple[Algorithm, ...] = ("dsi", "dsi", "dsi", "si", "ar")
@@ -70,7 +71,7 @@ class _BehindProxy(Orchestrator):
 
     def __init__(self, config: Config, directory: Path, seed: int) -> None:
         super().__init__(config)
-        self._listen = f"ipc://{directory / 'proxy.sock'}"
+        self._listen = f"ipc://{directory / _SOCKET}"
         self._seed = seed
         self.proxy: Proxy | None = None
 
@@ -118,7 +119,7 @@ class Chaos:
 
     async def run(self) -> Outcome:
         outcome = self.outcome
-        with tempfile.TemporaryDirectory(prefix="dsi-") as directory:
+        with socket_directory(_SOCKET) as directory:
             self._texts = await self._plain_decoding()
             descriptors = _descriptors()
             orchestrator = _BehindProxy(self._config, Path(directory), self._seed)

@@ -11,12 +11,12 @@ import json
 import math
 import sys
 
-from rich.console import Console
 from rich.table import Table
 
 from dsi_actors.chaos.run import Chaos, as_dict
 from dsi_actors.cli.machine import describe_machine
 from dsi_actors.cli.options import SubParsers, add_logging_option
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.config import Config
 from dsi_actors.errors import ConfigError
 
@@ -63,6 +63,6 @@ async def run(arguments: argparse.Namespace) -> int:
         table = Table("", "")
         for name, value in outcome.items():
             table.add_row(name, f"{value:.0f}" if isinstance(value, float) else str(value))
-        Console(highlight=False).print(table)
+        terminal().print(table)
     bad = ("lost", "differing", "leaked_processes", "leaked_descriptors")
     return 1 if any(outcome[name] for name in bad) else 0

@@ -20,6 +20,7 @@ from dsi_protocol import (
     Hello,
     Message,
     OpenGeneration,
+    Preparing,
     Ready,
     Reply,
     Verify,
@@ -51,6 +52,8 @@ class Peer:
         self.heartbeats: list[Heartbeat] = []
         self.welcomed_s = 0.0
         self._said: deque[Message] = deque()
+        #: When it last said that it prepares its model: it is waited for from then on.
+        self._prepared_s = 0.0
         self._news = asyncio.Event()
         self._generations = itertools.count(1)
         self._open: list[int] = []
@@ -73,7 +76,9 @@ class Peer:
                     self._gateway.send(identity, message)
         elif isinstance(message, Hello) and self.identity is None:
             self.identity, self.hello = identity, message
-        if identity == self.identity and not isinstance(message, Heartbeat):
+        if identity == self.identity and isinstance(message, Preparing):
+            self._prepared_s = time.monotonic()
+        elif identity == self.identity and not isinstance(message, Heartbeat):
             self._said.append(message)
         self._news.set()
 
@@ -91,7 +96,7 @@ class Peer:
                 message = self._said.popleft()
                 if not isinstance(message, Hello) or (self.ready is None and what == "Hello"):
                     return message
-            left_s = deadline_s - time.monotonic()
+            left_s = max(deadline_s, self._prepared_s + within_s) - time.monotonic()
             if left_s <= 0:
                 raise Nonconformance(f"no {what} within {within_s:g} s")
             self._news.clear()

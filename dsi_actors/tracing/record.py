@@ -17,6 +17,7 @@ from dsi_actors.core.events import Event
 from dsi_actors.errors import ConfigError
 
 _VERSION = 1
+_BEGINNING = b'{"recording": '
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +60,25 @@ class Recorder:
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
+def open_recording(path: str | Path) -> IO[str]:
+    """A file for a Recorder. Takes the place of an earlier recording, and of nothing else. Raises ConfigError."""
+    path = Path(path)
+    try:
+        if path.is_file() and path.stat().st_size and not _begins_like_one(path):
+            raise ConfigError(f"--record {path} exists and is no recording: give the name of a new file")
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write --record {path}: {error.strerror}") from None
+
+
+def _begins_like_one(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_BEGINNING)) == _BEGINNING
+
+
 def read_recording(path: str | Path) -> Recording:
     """Raises ConfigError."""
-    problem = f"{path} is no recording: make one with dsi-actors generate ... --record {path}"
+    problem = f"{path} is no recording: make one with dsi-actors generate PROMPT --record NEW-FILE"
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:

@@ -81,6 +81,7 @@ const MESSAGES = {
   Failed: [14, REQUEST + "code text, message text"],
   Drain: [15, ""],
   Goodbye: [16, "reason text, again bool"],
+  Preparing: [17, "what text, done_permille u32"],
 };
 const BY_NUMBER = new Map(Object.entries(MESSAGES).map(([name, [number, words]]) => [number, [name, fields(words)]]));
 

@@ -220,7 +220,18 @@ class Goodbye:
     again: Bool = False  # O→W: the worker may say Hello again, as another incarnation; else it ends
 
 
-FromWorker: TypeAlias = Hello | Ready | Heartbeat | Drafted | Verified | Cancelled | NeedPrefix | Failed | Goodbye
+@dataclass(frozen=True, slots=True)
+class Preparing:
+    """W→O. Between Welcome and loading: the worker fetches or converts its model. This time is not counted as loading."""
+
+    TYPE: ClassVar[int] = 17
+    what: Text  # for people
+    done_permille: U32  # 0 if it is not known, up to 1000
+
+
+FromWorker: TypeAlias = (
+    Hello | Ready | Heartbeat | Drafted | Verified | Cancelled | NeedPrefix | Failed | Goodbye | Preparing
+)
 FromOrchestrator: TypeAlias = (
     Welcome | Heartbeat | OpenGeneration | CloseGeneration | Draft | Verify | Cancel | Drain | Goodbye
 )
@@ -229,5 +240,5 @@ Reply: TypeAlias = Drafted | Verified | Cancelled | NeedPrefix | Failed
 
 MESSAGES: tuple[type[Message], ...] = (
     Hello, Welcome, Ready, Heartbeat, OpenGeneration, CloseGeneration, Draft, Drafted,
-    Verify, Verified, Cancel, Cancelled, NeedPrefix, Failed, Drain, Goodbye,
+    Verify, Verified, Cancel, Cancelled, NeedPrefix, Failed, Drain, Goodbye, Preparing,
 )  # fmt: skip

@@ -227,3 +227,30 @@ def test_a_cancel_that_is_lost_is_sent_again_soon(
     del sent[:]
     handle.ask_again(clock() + 1.1)
     assert sent == [VERIFY, Cancel(1, 7)]
+
+
+def test_a_drafter_may_take_as_long_as_its_steps_take(clock: Clock) -> None:
+    """It looks for cancels between two steps, and a step of a slow one takes seconds: it was taken for dead, and quarantined."""
+    handle = WorkerHandle(
+        1, b"id", Hello(1, 1, "drafter", "auto", "", "cpu:0", "host", 1), "drafter", lambda _: None, clock=clock
+    )
+    assert handle.may_take_s(2.0, 120.0) == 120.0, "nothing is known of it yet"
+    handle.draft(Draft(1, 8, 0, 0, (1, 2), 2, 9, 1), lambda _: None, lambda _: None)
+    clock.now_s += 3.0
+    handle.on_reply(Drafted(1, 8, 2, (4,), False, 1))
+    assert handle.may_take_s(2.0, 120.0) == 12.0
+    clock.now_s += 0.1
+    handle.on_reply(Drafted(1, 8, 3, (4,), False, 1))
+    assert handle.may_take_s(2.0, 120.0) == 12.0
+    clock.now_s += 400.0
+    handle.on_reply(Drafted(1, 8, 4, (4, 5), False, 1))
+    assert handle.may_take_s(2.0, 120.0) == 120.0
+    assert handle.faults == 0
+
+
+def test_a_target_that_does_not_answer_is_found_out_soon(handle: WorkerHandle, clock: Clock) -> None:
+    assert handle.may_take_s(2.0, 120.0) == 2.0
+    handle.verify(VERIFY, lambda _: None)
+    clock.now_s += 0.1
+    handle.on_reply(Verified(1, 7, 2, (5,), (), 1, 20))
+    assert handle.may_take_s(2.0, 120.0) == 2.0

@@ -80,7 +80,7 @@ def test_generate_prints_one_json_object(model: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert len(result["token_ids"]) == result["tokens"] == 12
-    assert result["text"] == " ".join(f"w{token}" for token in result["token_ids"])
+    assert result["text"] == "".join(f" w{token}" for token in result["token_ids"]), "it continues the prompt"
     assert (result["algorithm"], result["sp"], result["finish_reason"]) == ("dsi", 2, "length")
     expected = {
         "ms_per_token", "first_token_ms", "acceptance_rate", "target_forwards", "wasted_target_forwards",
@@ -410,7 +410,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, when: str) -> None:
         (["serve", "--api-keys", "/nowhere"], "cannot read --api-keys /nowhere: No such file"),
         (["serve", "--max-queue", "0"], "max_generations must be at least 1"),
         (["generate", PROMPT, "--record", "/nowhere/x"], "cannot write --record /nowhere/x: No such file"),
-        (["conformance", "5555"], "listen '5555' is no endpoint"),
+        (["conformance", "5555"], "cannot listen on '5555' is no endpoint"),
         (["generate", PROMPT, "--drafter", "/nowhere/x.gguf"], "there is no file /nowhere/x.gguf"),
         (["generate", PROMPT, "--target", "package:no_such"], "no Python package 'no_such' is installed"),
         (["generate", PROMPT, "--target", "tests"], "holds no transformers model"),

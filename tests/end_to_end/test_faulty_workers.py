@@ -95,6 +95,39 @@ def verified_unknown_tokens(request: Draft | Verify) -> Iterable[FromWorker]:
     yield Verified(request.generation, request.attempt, request.start, (1000,), (), 1, 1)
 
 
+class SlowDrafter(FakeWorker):
+    """Each step takes longer than the time after which a silent worker is dead, and it looks for cancels in between only."""
+
+    def __init__(self, step_s: float) -> None:
+        super().__init__("drafter", silent)
+        self.obeys_cancel = False
+        self.steps = 0
+        self._step_s = step_s
+
+    async def react_slowly(self, message: Draft) -> AsyncIterator[FromWorker]:
+        await asyncio.sleep(self._step_s)
+        self.steps += 1
+        yield Drafted(message.generation, message.attempt, message.start, (1,), False, 1)
+        yield Cancelled(message.generation, message.attempt, 1, 1)
+
+
+async def test_a_slow_drafter_is_not_taken_for_a_faulty_one(tmp_path: Path) -> None:
+    silence_s = 0.5 * slowness()
+    config = timed_config(listen=f"ipc://{tmp_path}/dsi.sock", sp=1, silence_ms=round(1000 * silence_s))
+    drafter = SlowDrafter(2 * silence_s)
+    async with dsi_actors.Orchestrator(config) as orchestrator:
+        honest = start_worker(orchestrator.endpoint, "--role", "target")
+        async with running(orchestrator.endpoint, drafter):
+            assert await orchestrator.wait_for_workers(targets=1, drafters=1, timeout_s=limit_s())
+            [handle] = [worker for worker in orchestrator.workers if worker.role == "drafter"]
+            sampling = dsi_actors.Sampling(max_tokens=TOKENS)
+            while drafter.steps < 3:
+                assert await text_of(orchestrator.generate(PROMPT, sampling)) == plain_decoding(PROMPT, TOKENS)
+            assert handle in orchestrator.workers
+            assert handle.faults == 0
+    honest.communicate(timeout=limit_s())
+
+
 @pytest.mark.parametrize("algorithm", ["si", "dsi"])
 @pytest.mark.parametrize("vocabulary", ["timed-1000", ""])
 @pytest.mark.parametrize(
@@ -133,7 +166,7 @@ async def test_a_faulty_target_server_beside_an_honest_one(
             assert await text_of(stream) == plain_decoding(PROMPT, TOKENS)
 
 
-@pytest.mark.parametrize(("answer", "problem"), [(failed, "it broke"), (silent, "start one with")])
+@pytest.mark.parametrize(("answer", "problem"), [(failed, "it broke"), (silent, "start another worker")])
 async def test_a_faulty_target_server_alone_ends_the_generation_with_its_reason(
     tmp_path: Path, answer: Answer, problem: str
 ) -> None:

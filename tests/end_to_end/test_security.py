@@ -127,7 +127,7 @@ def test_keys_are_private_and_names_are_checked(keys: Path) -> None:
     for path in [keys / "orchestrator.key", *(keys / "workers").iterdir()]:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert sorted(Keyring(keys).allowed.values()) == ["one", "three", "two"]
-    for name, problem in (("../one", "is no name for a key"), ("one", "exists already: revoke it first")):
+    for name, problem in (("../one", "is no name for a key"), ("one", "exists already: choose another name")):
         with pytest.raises(dsi_actors.ConfigError, match=problem):
             new_keys(keys, [name])
     with pytest.raises(dsi_actors.ConfigError, match="no worker 'four' is allowed"):

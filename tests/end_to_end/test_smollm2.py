@@ -28,7 +28,7 @@ TOKENS = 24
 @pytest.fixture(scope="module")
 def model() -> Path:
     """Converts the weights, the first time on this machine."""
-    return resolve_model(DEFAULT_TARGET)
+    return asyncio.run(resolve_model(DEFAULT_TARGET))
 
 
 async def test_all_algorithms_agree_with_transformers(model: Path) -> None:

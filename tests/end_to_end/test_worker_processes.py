@@ -143,11 +143,9 @@ def test_a_worker_without_an_orchestrator_says_so_and_ends_when_told(endpoint: s
     ("arguments", "problem"),
     [
         (["--gpu", "first"], "'first' is no device: give a CUDA device number, cpu or cpu:N"),
-        ([], "one of the arguments --gpu --prepare is required"),
+        ([], "the following arguments are required: --gpu"),
         (["--gpu", "cpu", "--role", "boss"], "invalid choice: 'boss'"),
         (["--gpu", "cpu", "--connect", "nowhere"], "cannot connect to nowhere"),
-        (["--prepare", "package:no_such"], "no Python package 'no_such' is installed"),
-        (["--prepare", "/nowhere/x.gguf"], "there is no file /nowhere/x.gguf"),
     ],
 )
 def test_bad_words_on_the_command_line_are_named(arguments: list[str], problem: str) -> None:

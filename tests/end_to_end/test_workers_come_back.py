@@ -73,7 +73,7 @@ async def test_they_join_the_next_orchestrator_with_what_they_have_loaded(
 async def test_they_wait_for_one_that_was_killed_to_be_started_again(
     endpoint: str, workers: list[subprocess.Popen[str]]
 ) -> None:
-    killed = start_orchestrator(endpoint, 1000)
+    killed = start_orchestrator(endpoint, 600_000)
     assert killed.stdout is not None
     before = {int(word) for word in killed.stdout.readline().split()[1:]}
     killed.kill()

@@ -36,7 +36,7 @@ def served(model: Path, *arguments: str, log: Path | None = None) -> Iterator[st
             said = []
             for line in process.stderr:
                 said.append(line)
-                found = re.search(r"running on (http://[\d.:]+)", line)
+                found = re.search(r"serving .* at (http://[^/]+)/v1", line)
                 if found is not None:
                     break
             else:

@@ -63,6 +63,9 @@ class FakeWorker:
                 while True:
                     message = decode(await socket.recv())
                     self.heard.append(message)
+                    if isinstance(message, Draft):
+                        async for reply in self.react_slowly(message):
+                            await socket.send(encode(reply))
                     for reply in self._react(message):
                         await socket.send(encode(reply))
             finally:
@@ -72,6 +75,11 @@ class FakeWorker:
         for sequence in itertools.count(1):
             await socket.send(encode(Heartbeat(incarnation, sequence)))
             await asyncio.sleep(0.05)
+
+    async def react_slowly(self, message: Draft) -> AsyncIterator[FromWorker]:
+        """For a worker that takes its time. Its heart beats meanwhile."""
+        return
+        yield  # an async generator
 
     def _react(self, message: Message) -> Iterable[FromWorker]:
         match message:

@@ -13,12 +13,13 @@ import pytest
 from dsi_actors.core import GenerationCore, Policy
 from dsi_actors.core.actions import Action
 from dsi_actors.core.events import Event
+from dsi_actors.errors import ConfigError
 from dsi_actors.simulation.discrete_events import DiscreteEventDriver
 from dsi_actors.simulation.scripts import AcceptanceScript, constant, independent
 from dsi_actors.tracing.chrome import chrome_trace
 from dsi_actors.tracing.lanes import draw
 from dsi_actors.tracing.page import html_page
-from dsi_actors.tracing.record import Moment, Recorder, Recording, read_recording
+from dsi_actors.tracing.record import Moment, Recorder, Recording, open_recording, read_recording
 
 TOKENS = 40
 
@@ -130,6 +131,39 @@ def test_what_is_no_recording_is_named(tmp_path: Path, content: str | None, prob
     assert done.returncode == 1
     assert problem in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_the_advice_costs_nobody_a_file(tmp_path: Path) -> None:
+    """Who gives trace a wrong file is not told to record over it; and --record itself takes the place of recordings only."""
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    assert "--record NEW-FILE" in trace(notes).stderr
+    with pytest.raises(ConfigError, match=r"notes.txt exists and is no recording: give the name of a new file"):
+        open_recording(notes)
+    assert notes.read_text() == "mine"
+    for content in ("", '{"recording": 1, "workers": {}}\n'):
+        notes.write_text(content)
+        open_recording(notes).close()
+        assert notes.read_text() == ""
+    open_recording("/dev/null").close()
+    with pytest.raises(ConfigError, match="cannot write --record /no/such/place: No such file"):
+        open_recording("/no/such/place")
+
+
+def test_a_picture_does_not_take_the_place_of_its_recording(recorded: Path, tmp_path: Path) -> None:
+    before = recorded.read_bytes()
+    link = tmp_path / "link"
+    link.symlink_to(recorded)
+    wrong: list[tuple[list[str | Path], str]] = [
+        (["--html", recorded], "--html {} is the recording itself"),
+        (["--chrome", link], "--chrome {} is the recording itself"),
+        (["--html", tmp_path / "x", "--chrome", tmp_path / "x"], "are the same file {}"),
+    ]
+    for arguments, problem in wrong:
+        done = trace(recorded, *arguments)
+        assert done.returncode == 1
+        assert problem.format(arguments[-1]) in done.stderr
+    assert recorded.read_bytes() == before
 
 
 def test_a_generation_that_is_not_there_is_named(recorded: Path) -> None:

@@ -146,6 +146,15 @@ def test_a_checkpoint_that_is_not_whole_is_left_to_the_library(tmp_path: Path, m
     assert read_checkpoint(tmp_path, *where) is None
 
 
+@torch.inference_mode()
+def test_int8_cuts_no_sum() -> None:
+    """Without VNNI two products are added in 16 bits: of the largest weights and inputs that would be half of the sum."""
+    linear = torch.nn.Linear(64, 32, bias=False)
+    linear.weight.fill_(1.0)
+    for rows in (1, 4, 40):
+        torch.testing.assert_close(quantize_int8(linear)(torch.ones(rows, 64)), torch.full((rows, 32), 64.0))
+
+
 def test_a_large_row_does_not_drown_the_rows_beside_it() -> None:
     """As the first token of a prompt would: in int8 all its neighbours were rounded to nothing."""
     torch.manual_seed(3)

@@ -207,6 +207,41 @@ def test_a_device_that_sums_by_what_it_reads_has_all_of_the_cache_read(
         load_engine("transformers", model=str(tiny_model), **words)
 
 
+def test_a_device_that_sums_by_place_attends_to_each_position_by_itself(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And then a token's bits do not depend on what is beside it."""
+    import torch
+    from torch.nn import functional
+
+    plain = functional.scaled_dot_product_attention
+
+    def by_place(query: Any, *arguments: Any, **more: Any) -> Any:
+        return plain(query, *arguments, **more) * (1 + torch.arange(query.shape[2])[:, None] / 1e4)
+
+    monkeypatch.setenv("DSI_CACHE", str(tmp_path))
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", by_place)
+    options = {"max_length": 512, "window": 8}
+    first, again = (
+        load_engine("transformers", role="target", model=str(tiny_model), device="cpu:0", options=options) for _ in "12"
+    )
+    wants, found = SamplingParameters(logprobs=True), []
+    for engine, groups in ((first, (1,) * 8), (first, (8,)), (again, (3, 5))):
+        assert isinstance(engine, TransformersEngine)
+        assert engine._forward.attends_apart
+        session = Session(1, 2, "", wants)
+        session.write(0, [5, 7])
+        logprobs: list[float] = []
+        for group in groups:
+            begin = len(session.tokens)
+            session.write(begin, [9 + 4 * place for place in range(begin, begin + group)])
+            for start in range(begin, begin + group):
+                logprobs += engine.verify(session, start, NoInterrupt()).logprobs[:1]
+        found.append(logprobs)
+        engine.forget(session)
+    assert found[0] == found[1] == found[2]
+
+
 def test_a_drafter_on_a_cpu_is_int8_unless_told_otherwise(tiny_model: Path) -> None:
     def layers(role: str, **options: Any) -> set[type]:
         words: dict[str, Any] = {"role": role, "device": "cpu:0", "options": {"calibrate": False, **options}}
@@ -255,7 +290,7 @@ def test_widths_are_tried_once_for_all_that_they_depend_on(
     widths(dtype="bfloat16")
     widths(slots=3)
     widths(window=4)
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "ALL")
     widths()
     assert len(tried) == 5
     for file in (tmp_path / "trials").iterdir():
@@ -377,7 +412,10 @@ def test_jitter_is_drawn_for_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> N
         ({"name": "transformers", "model": "/nowhere/model.gguf"}, "there is no file /nowhere/model.gguf"),
         ({"name": "transformers", "model": ""}, "the model reference is empty"),
         ({"name": "transformers", "model": "tiny", "device": "cuda:7"}, "there is no GPU 7"),
-        ({"name": "transformers", "model": "tiny", "options": {"window": 0}}, "window must be a whole number"),
+        (
+            {"name": "transformers", "model": "tiny", "options": {"window": 0}},
+            r"window must be a whole number in \[1, 128\], not 0",
+        ),
         ({"name": "transformers", "model": "tiny", "role": "boss"}, "unknown role 'boss'"),
         ({"name": "transformers", "model": "tiny", "options": {"dtype": "int3"}}, "unknown dtype 'int3'"),
         ({"name": "transformers", "model": "tiny", "options": {"quantization": "int3"}}, "unknown quantization"),
@@ -448,6 +486,7 @@ def test_longrope_models_stay_within_their_original_length() -> None:
 
 
 def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "evil", "auto_map": {"AutoConfig": "cfg.Config"}}')
     (tmp_path / "cfg.py").write_text("raise SystemExit('it ran')")
     with pytest.raises(EngineError, match="transformers cannot read the configuration"):

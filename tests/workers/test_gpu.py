@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +23,9 @@ from dsi_protocol.gumbel import stream_key
 from dsi_workers.decoder import Decoder
 from dsi_workers.engines import Task, load_engine
 from dsi_workers.engines.base import Interrupted
-from dsi_workers.engines.bits import Widths
+from dsi_workers.engines.bits import Trial, Widths
 from dsi_workers.engines.forward import Forward, Run
+from dsi_workers.engines.load import load_model, on_a_gpu
 from dsi_workers.engines.transformers import TransformersEngine
 from dsi_workers.gpu.decoder import GpuDecoder
 from dsi_workers.gpu.product import Product
@@ -138,12 +140,11 @@ def test_a_token_has_the_same_bits_in_any_window_and_any_batch() -> None:
     for begin, count in ((length, 1), (length + 1, 3), (length + 4, 4)):
         [logits] = logits_of(by_kernels, [run_of(0, begin, count, width=count)])
         assert torch.equal(logits, alone[begin - length :][:count]), (begin, count)
+    for others in (1, 2, 3):
+        runs = [run_of(1, 30 + 8 * place, WINDOW) for place in range(others)]
+        assert torch.equal(logits_of(by_kernels, [*runs, run_of(0, length, WINDOW)])[-1], alone)
     _, second = logits_of(by_kernels, [run_of(1, 30, 5), run_of(0, length, WINDOW)])
     assert torch.equal(second, alone)
-    if GPU:  # a multiplication of other width: numpy, which stands for it in the interpreter, sums as it likes
-        for others in (2, 3):
-            runs = [run_of(1, 30 + 8 * place, WINDOW) for place in range(others)]
-            assert torch.equal(logits_of(by_kernels, [*runs, run_of(0, length, WINDOW)])[-1], alone)
 
 
 @torch.inference_mode()
@@ -163,35 +164,89 @@ def test_what_is_beyond_a_text_is_neither_read_nor_written() -> None:
             assert (tensor[1:] == 1e4).all()
 
 
-@pytest.mark.parametrize(("role", "unread"), [("target", (16, 16, 1, 1, 1, 1, 1, 1)), ("drafter", (0,) * 10)])
-def test_generations_share_no_forward_that_is_too_wide_for_the_kernels(
-    role: str, unread: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each run takes whole groups of rows: two windows of 16 and six single rows are 80, not 38."""
-    monkeypatch.setattr("dsi_workers.engines.load.pack", lambda linear, rows: linear)  # as on a GPU
-    options: dict[str, OptionValue] = {"window": 16, "slots": 10, "quantization": "none", "calibrate": False}
-    model = str(make_tiny_model(tmp_path))
+def engine_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, directory: Path, role: str, **options: OptionValue
+) -> TransformersEngine:
+    """Loaded and warmed up as on a GPU, to see what shares a forward. Without one all widths count as tried, and the decoder
+    that kernels stand for computes: the interpreter would take minutes."""
+    if not GPU:
+
+        def load_by_kernels(*arguments: Any, **more: Any) -> Any:
+            found = load_model(*arguments, **more)
+            assert isinstance(found.decoder, Decoder)
+            return replace(found, decoder=on_a_gpu(found.decoder))
+
+        def widths(trial: Trial, slots: int) -> Widths:
+            return Widths({rows: 1.0 for rows in (1, 2, 4, 8, 16, 32, 64)})
+
+        def compute(self: Any, between: Any, packed: Any) -> torch.Tensor:
+            logits: torch.Tensor = self._decoder(packed, self.cache, between)
+            return logits
+
+        monkeypatch.setattr("dsi_workers.gpu.decoder._Recording.record", lambda self, capture: None)
+        monkeypatch.setattr("dsi_workers.gpu.decoder._Recording.compute", compute)
+        monkeypatch.setenv("DSI_CACHE", str(directory))
+        monkeypatch.setattr("dsi_workers.engines.load.pack", lambda linear, rows: linear)
+        monkeypatch.setattr("dsi_workers.engines.transformers.load_model", load_by_kernels)
+        monkeypatch.setattr(Trial, "widths", widths)
+    options = {"window": 16, "quantization": "none", "max_length": 256, **options}
+    model = str(make_tiny_model(directory / "model"))
     engine = load_engine("transformers", role=role, model=model, device=str(DEVICE), options=options)
     assert isinstance(engine, TransformersEngine)
-    if not GPU:
-        own = engine._forward._decoder
-        assert isinstance(own, Decoder)
-        engine._forward._decoder = GpuDecoder(own)
-        engine._widths = Widths({rows: 1.0 for rows in (1, 2, 4, 8, 16, 32, 64)})
-    shared: list[int] = []
+    assert engine._forward.recorded_rows == GpuDecoder.recorded_rows
+    return engine
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many generations share each forward."""
+    found: list[int] = []
     compute = GpuDecoder.__call__
 
     def counted(self: GpuDecoder, packed: Any, cache: Any, between_layers: Any) -> torch.Tensor:
-        shared.append(len(packed.segments))
+        found.append(len(packed.segments))
         return compute(self, packed, cache, between_layers)
 
     monkeypatch.setattr(GpuDecoder, "__call__", counted)
+    return found
+
+
+@pytest.mark.parametrize(("role", "unread"), [("target", (16, 16, 1, 1, 1, 1, 1, 1)), ("drafter", (0,) * 10)])
+def test_generations_share_no_forward_that_is_too_wide_for_the_kernels(
+    role: str, unread: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: list[int]
+) -> None:
+    """Each run takes whole groups of rows: two windows of 16 and six single rows are 80, not 38."""
+    engine = engine_on_a_gpu(monkeypatch, tmp_path, role, slots=10, calibrate=False)
+    del shared[:]
     sessions = [session_of([5, *range(10, 10 + more)], prompt_length=1, generation=n) for n, more in enumerate(unread)]
     tasks = [Task(session, len(session.tokens), None if role == "target" else 1) for session in sessions]
     while left := [task for task in tasks if not task.done]:
         engine.step(left, NoInterrupt())
     assert sum(shared) >= len(tasks)
     assert max(shared) > 1
+
+
+@pytest.mark.parametrize("window", [4, 16])
+@pytest.mark.parametrize("slots", [1, 8, 16, 33])
+@pytest.mark.parametrize("role", ["target", "drafter"])
+def test_a_worker_starts_and_serves_whatever_its_slots(
+    role: str, slots: int, window: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: list[int]
+) -> None:
+    """More generations than one forward holds are computed in several."""
+    engine = engine_on_a_gpu(monkeypatch, tmp_path, role, slots=slots, window=window)
+    assert engine.info.latency_us > 0
+    assert engine.info.batch_latency_us > 0
+    sessions = [session_of([5], generation=number) for number in range(slots)]
+    for length in (1, 2):
+        del shared[:]
+        tasks = [Task(session, length, None if role == "target" else 1) for session in sessions]
+        engine.step(tasks, NoInterrupt())
+        assert all(task.done for task in tasks)
+        for session, task in zip(sessions, tasks, strict=True):
+            session.write(length, task.answer.tokens)
+    assert sum(shared) == slots
+    assert max(shared) == min(slots, 8)
+    assert len({tuple(task.answer.tokens) for task in tasks}) == 1
 
 
 @pytest.mark.parametrize("checks", [1, 2])

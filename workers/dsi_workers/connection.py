@@ -20,6 +20,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from dsi_protocol import (
     MAX_FRAME_BYTES,
+    Endpoint,
     FromWorker,
     Goodbye,
     Heartbeat,
@@ -236,6 +237,7 @@ def _dealer(
         dealer.curve_secretkey = address.keys.secret.encode()
     if routing_id is not None:
         dealer.setsockopt(zmq.ROUTING_ID, routing_id)
+    dealer.setsockopt(zmq.IPV6, Endpoint.parse(address.endpoint).ip_version() == 6)
     dealer.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
     dealer.setsockopt(zmq.LINGER, _LINGER_MS)
     dealer.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for an orchestrator that is not there

@@ -42,6 +42,8 @@ class _Turns:
     cos: torch.Tensor
     sin: torch.Tensor
     masks: dict[str, list[torch.Tensor | None]]
+    #: Attention of each position is computed by itself.
+    apart: bool
 
 
 class Decoder:
@@ -101,7 +103,7 @@ class Decoder:
             masks = self.masks.of(packed, self.device)
             kinds = masks if isinstance(masks, Mapping) else {"": masks}
             own_masks = {kind: self._own_masks(mask, packed) for kind, mask in kinds.items()}
-        return _Turns(self.cos[positions][:, None], self.sin[positions][:, None], own_masks)
+        return _Turns(self.cos[positions][:, None], self.sin[positions][:, None], own_masks, packed.apart)
 
     def _advance(self, x: torch.Tensor, layer: Layer, stored: SlotLayer, turns: _Turns) -> torch.Tensor:
         """By one layer. x: [rows, hidden]."""
@@ -118,7 +120,7 @@ class Decoder:
         rotated = torch.addcmul(queries_keys * turns.cos, turned, turns.sin).transpose(0, 1)[None]
         pieces = stored.update(rotated[:, heads:], values.transpose(0, 1)[None])
         own = turns.masks[layer.kind if len(turns.masks) > 1 else ""]
-        attended = self._attend(rotated[:, :heads], pieces, own)
+        attended = self._attend(rotated[:, :heads], pieces, own, apart=turns.apart)
         x = x + layer.output.forward(attended.reshape(rows, heads * dim))
         gate, up = layer.gate_up.forward(self._normed(x, layer.mlp_norm)).chunk(2, dim=-1)
         x = x + layer.down.forward(functional.silu(gate) * up)
@@ -133,11 +135,13 @@ class Decoder:
             begin = end
         return found
 
-    def _attend(self, queries: torch.Tensor, pieces: Any, masks: list[torch.Tensor | None]) -> torch.Tensor:
+    def _attend(
+        self, queries: torch.Tensor, pieces: Any, masks: list[torch.Tensor | None], *, apart: bool
+    ) -> torch.Tensor:
         """[1, rows, heads, dim]. Rows of no segment are padding and get zeros."""
         outputs, begin = [], 0
         for (rows, keys), (_, values), mask in zip(*pieces, masks, strict=True):
-            outputs.append(attend(queries[:, :, rows], keys, values, mask, self.scaling))
+            outputs.append(attend(queries[:, :, rows], keys, values, mask, self.scaling, apart=apart))
             begin = rows.stop
         if begin < queries.shape[2]:
             outputs.append(queries.new_zeros(1, queries.shape[2] - begin, self.heads, self.dim))

@@ -15,12 +15,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import AttentionInterface
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from dsi_workers.attention import attend, mask_of_group
 from dsi_workers.decoder import Decoder
 from dsi_workers.engines.base import EngineError
 from dsi_workers.kv_cache import Pieces, SlotCache, SlotLayer
+from dsi_workers.model_files import first_line
 from dsi_workers.packed import Masks, Packed
 from dsi_workers.packing import PackedLinear
 
@@ -36,14 +38,26 @@ def read_config(directory: Path, reference: str) -> Any:
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except ValueError as error:
-        raise EngineError(f"transformers cannot read the configuration of {reference}: {error}") from None
+        raise EngineError(f"transformers cannot read the configuration of {reference}: {first_line(error)}") from None
 
 
 def read_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, attn_implementation=_ATTENTION, trust_remote_code=False
+        directory, dtype=dtype, attn_implementation=_ATTENTION, trust_remote_code=False, use_safetensors=True
     )
-    return model.eval().requires_grad_(False).to(device)
+    model = model.eval().requires_grad_(False).to(device)
+    for module in list(model.modules()):  # GPT-2's own kind of linear layer, whose weight lies the other way
+        for name, child in list(module.named_children()):
+            if type(child) is Conv1D:
+                setattr(module, name, _as_linear(child))
+    return model
+
+
+def _as_linear(layer: Any) -> nn.Linear:
+    linear = nn.Linear(layer.nx, layer.nf, device="meta")
+    linear.weight = nn.Parameter(layer.weight.detach().T.contiguous(), requires_grad=False)
+    linear.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+    return linear
 
 
 def as_decoder(model: Any, config: Any, positions: int) -> Decoder | None:
@@ -80,6 +94,7 @@ class LibraryDecoder:
 
     def __call__(self, packed: Packed, cache: SlotCache, between_layers: Callable[[], None]) -> torch.Tensor:
         self._between_layers = between_layers
+        _attention.apart = packed.apart
         device = self._model.device
         if self._cache is None or self._cache.slots is not cache:
             self._cache = _Cache(cache)
@@ -159,6 +174,8 @@ class _Attention:
     def __init__(self) -> None:
         #: Warm-up looks whether every layer comes by here.
         self.calls = 0
+        #: Each position is computed by itself.
+        self.apart = False
 
     def __call__(
         self,
@@ -179,7 +196,7 @@ class _Attention:
         output = query.new_zeros(batch, width, heads, value[0][1].shape[-1])
         for (rows, keys), (_, values) in zip(key, value, strict=True):
             mask = mask_of_group(attention_mask[:, :, rows, : keys.shape[2]], heads // keys.shape[1], query.dtype)
-            output[:, rows] = attend(query[:, :, rows], keys, values, mask, scaling)
+            output[:, rows] = attend(query[:, :, rows], keys, values, mask, scaling, apart=self.apart)
         return output, None
 
 

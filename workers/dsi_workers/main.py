@@ -6,6 +6,7 @@ address, unless it was started with `once` or by a supervisor.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import os
@@ -14,16 +15,20 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from pathlib import Path
+from typing import TextIO, TypeAlias, cast
 
 import structlog
 import zmq
 
-from dsi_protocol import PROTOCOL_VERSION, Failed, Goodbye, Hello, Ready, Welcome
+from dsi_protocol import PROTOCOL_VERSION, Endpoint, EndpointError, Failed, Goodbye, Hello, Ready, Welcome
 from dsi_workers.connection import Address, CurveKeys, Heart, Unreachable, WorkSocket, host_name, watch_parent
 from dsi_workers.engines import Engine, EngineError, load_engine
 from dsi_workers.loop import WorkerLoop
+from dsi_workers.model_files import ModelError, Report, unreported
+from dsi_workers.own_models import NotNeeded, with_own_models
 
 log = structlog.get_logger("dsi.worker")
 
@@ -58,6 +63,8 @@ class WorkerConfig:
     #: The number of this start of the process, if somebody chose one that knows us by it.
     incarnation: int | None = None
     keys: CurveKeys | None = None
+    #: Shows what is fetched and converted before anything is loaded.
+    progress: Callable[[], AbstractContextManager[Report]] = lambda: nullcontext(unreported)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +104,7 @@ def _serve_one_orchestrator(
     config: WorkerConfig, incarnation: int, loaded: _Loaded | None, still_needed: _StillNeeded
 ) -> tuple[_Loaded | None, bool]:
     """Returns what is loaded, and whether to wait for the next orchestrator."""
+    _wait_for_address(config.endpoint, still_needed)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     address = Address(config.endpoint, config.keys)
     try:
@@ -116,10 +124,16 @@ def _serve_one_orchestrator(
         )
         heart.start()
         if loaded is None:
-            loaded = _load(socket, config, welcome)
+            loaded = _load(socket, heart, config, welcome, still_needed)
         elif not loaded.is_as_wanted(welcome):
             raise OtherEngineWanted
         return loaded, _serve(socket, heart, config, loaded, still_needed)
+    except NotNeeded as told:
+        socket.offer(Goodbye("not needed any more"))
+        farewell = told.farewell or heart.farewell
+        if farewell is None and not heart.gone:  # it was asked to end, or its parent is gone
+            return loaded, False
+        return loaded, _waits_for_the_next(config, farewell, orderly=told.farewell is not None)
     except Unreachable:
         return loaded, _is_left(config, "takes no messages any more")
     finally:
@@ -133,6 +147,42 @@ def _is_left(config: WorkerConfig, how: str) -> bool:
         raise WorkerError(f"the orchestrator at {config.endpoint} {how}: this worker ends")
     log.warning("waiting for the orchestrator to come back, with the model loaded", orchestrator=how)
     return True
+
+
+def _waits_for_the_next(config: WorkerConfig, farewell: Goodbye | None, *, orderly: bool) -> bool:
+    """Whether to wait for the next orchestrator after this one's last word, if it said one. `orderly`: it said so by itself.
+    Raises WorkerError."""
+    if farewell is None:
+        return _is_left(config, "is gone")
+    if not farewell.again:
+        raise WorkerError(f"the orchestrator at {config.endpoint} dismissed this worker: {farewell.reason}")
+    if orderly and (config.once or config.supervised):
+        log.info("done", reason=farewell.reason)
+        return False
+    return _is_left(config, f"dismissed this worker ({farewell.reason})")
+
+
+def _wait_for_address(text: str, still_needed: Callable[[], bool]) -> None:
+    """Wait until the orchestrator's host has an address, or its socket a directory. Raises WorkerError if neither can ever be."""
+    try:
+        endpoint = Endpoint.parse(text)
+    except EndpointError as error:
+        raise WorkerError(f"cannot connect to {error}") from None
+    if not endpoint.path and (endpoint.port == 0 or endpoint.host == "*"):
+        raise WorkerError(f"cannot connect to {text}: name the host and the port where the orchestrator listens")
+    complain_at = time.monotonic()
+    while still_needed() and (problem := _not_there(endpoint)):
+        if time.monotonic() >= complain_at:
+            complain_at = time.monotonic() + _PATIENCE_S
+            log.warning("no orchestrator yet, still trying", endpoint=text, reason=problem)
+        time.sleep(_HELLO_INTERVAL_S)
+
+
+def _not_there(endpoint: Endpoint) -> str:
+    if endpoint.path:
+        directory = Path(endpoint.path).parent
+        return "" if endpoint.path.startswith("@") or directory.is_dir() else f"there is no directory {directory}"
+    return "" if endpoint.ip_version() else f"no address is known for the name {endpoint.host}"
 
 
 def _introduce(
@@ -179,11 +229,20 @@ def _introduce(
     return None
 
 
-def _load(socket: WorkSocket, config: WorkerConfig, welcome: Welcome) -> _Loaded:
-    begun = time.monotonic()
+def _load(
+    socket: WorkSocket, heart: Heart, config: WorkerConfig, asked: Welcome, still_needed: _StillNeeded
+) -> _Loaded:
+    """What Welcome asks for. Raises WorkerError and NotNeeded."""
+    welcome = asked
     structlog.contextvars.bind_contextvars(role=welcome.role)
-    log.info("loading", engine=welcome.engine, model=welcome.model, device=config.device)
     try:
+        if not config.supervised:  # whoever supervises us has fetched what we need
+            with config.progress() as report:
+                welcome = with_own_models(
+                    welcome, config.device, socket, lambda: still_needed() and not heart.gone, report
+                )
+        begun = time.monotonic()
+        log.info("loading", engine=welcome.engine, model=welcome.model, device=config.device)
         engine = load_engine(
             welcome.engine,
             role=welcome.role,
@@ -191,16 +250,19 @@ def _load(socket: WorkSocket, config: WorkerConfig, welcome: Welcome) -> _Loaded
             device=config.device,
             options=welcome.options,
         )
+    except NotNeeded:
+        raise
     except Exception as error:
-        reason = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
+        told = isinstance(error, EngineError | ModelError)
+        reason = str(error) if told else f"{type(error).__name__}: {error}"
         socket.send(Failed(0, 0, "load", reason[:1000]))
-        if isinstance(error, EngineError):
+        if told:
             raise WorkerError(reason) from None
         raise
     # What is loaded stays: never looked at again by the garbage collector, neither in the loop nor at exit (0.5 s).
     gc.collect()
     gc.freeze()
-    return _Loaded(welcome, engine, round((time.monotonic() - begun) * 1e3))
+    return _Loaded(asked, engine, round((time.monotonic() - begun) * 1e3))
 
 
 def _serve(socket: WorkSocket, heart: Heart, config: WorkerConfig, loaded: _Loaded, still_needed: _StillNeeded) -> bool:
@@ -223,15 +285,19 @@ def _serve(socket: WorkSocket, heart: Heart, config: WorkerConfig, loaded: _Load
         socket.offer(Goodbye("done"))
         log.info("done")
         return False
-    farewell = loop.farewell or heart.farewell
-    if farewell is None:
-        return _is_left(config, "is gone")
-    if not farewell.again:
-        raise WorkerError(f"the orchestrator at {config.endpoint} dismissed this worker: {farewell.reason}")
-    if loop.farewell is not None and (config.once or config.supervised):
-        log.info("done", reason=farewell.reason)  # an orderly end
-        return False
-    return _is_left(config, f"dismissed this worker ({farewell.reason})")
+    return _waits_for_the_next(config, loop.farewell or heart.farewell, orderly=loop.farewell is not None)
+
+
+class _StandardError:
+    """Lines that nobody can read any more are left out: a worker serves on when the reader of its log has ended."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
 
 
 def configure_logging(level: str, form: str = "text") -> None:
@@ -251,6 +317,6 @@ def configure_logging(level: str, form: str = "text") -> None:
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         # A line in one piece: several processes write to the same standard error.
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, _StandardError())),
         cache_logger_on_first_use=True,
     )

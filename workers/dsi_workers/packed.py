@@ -35,6 +35,8 @@ class Packed:
     segments: Sequence[Segment]
     #: Rows after which logits are wanted.
     kept: Sequence[int]
+    #: Attention of each position is computed by itself.
+    apart: bool = False
 
 
 class Masks:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from dsi_protocol import OptionValue
 from dsi_workers.engines.base import Engine, EngineError, EngineInfo, Interrupt, Interrupted, Task
+from dsi_workers.model_files import ModelError
 
 ENGINES = ("transformers", "timed", "ngram")
 
@@ -16,6 +17,13 @@ def load_engine(name: str, *, role: str, model: str, device: str, options: Mappi
     """Build and warm up an engine. Imports its libraries only now. Raises EngineError."""
     if role not in ("target", "drafter"):
         raise EngineError(f"unknown role {role!r}: a worker is a target or a drafter")
+    try:
+        return _load(name, role, model, device, options)
+    except ModelError as error:
+        raise EngineError(str(error)) from None
+
+
+def _load(name: str, role: str, model: str, device: str, options: Mapping[str, OptionValue]) -> Engine:
     if name == "timed":
         from dsi_workers.engines.timed import TimedEngine
 
@@ -27,7 +35,12 @@ def load_engine(name: str, *, role: str, model: str, device: str, options: Mappi
             raise EngineError("the ngram engine only drafts: give it --role drafter")
         return NgramEngine(options)
     if name == "transformers":
-        from dsi_workers.engines.transformers import TransformersEngine
+        try:
+            from dsi_workers.engines.transformers import TransformersEngine
+        except ModuleNotFoundError as error:
+            raise EngineError(
+                f"a worker that runs a model needs {error.name}: pip install 'dsi-actors[torch]' where the worker runs"
+            ) from None
 
         engine = TransformersEngine(model, device=device, drafter=role == "drafter", options=options)
         if role == "drafter" and options.get("target"):

@@ -58,16 +58,11 @@ class Trial:
     def widths(self, slots: int) -> Widths:
         """Of one generation, up to a window, and of batches of up to `slots`. Raises EngineError if not even windows
         agree with themselves."""
-        if not self._windows_agree():
-            self._forward.read_step = self._forward.cache.capacity
-            if not self._windows_agree():
-                raise EngineError(
-                    f"{self._name} gives other bits when it computes the same tokens again: what a target server says "
-                    "would depend on chance, choose another model, dtype or device"
-                )
+        self._make_windows_agree()
         window = self._window
         most = min([self._forward.cache.capacity, *self._forward.recorded_rows[-1:]])
-        batches = [rows for rows in _BATCHES if rows <= slots and rows * window <= most]
+        each = self._forward.rows_of(Run(0, (), 0, window, 0))
+        batches = [rows for rows in _BATCHES if rows <= slots and rows * each <= most]
         begin = self._edges()[0] - window // 2
         length = window * max(batches, default=1)
         begin = max(0, min(begin, self._forward.cache.capacity - length))
@@ -83,6 +78,18 @@ class Trial:
                 break
             costs_s[rows * window] = cost_s
         return Widths(dict(sorted(costs_s.items())))
+
+    def _make_windows_agree(self) -> None:
+        """By the first way of attention in which they do. Raises EngineError if there is none."""
+        step, capacity = self._forward.read_step, self._forward.cache.capacity
+        for self._forward.attends_apart in (False, True):
+            for self._forward.read_step in (step, capacity):
+                if self._windows_agree():
+                    return
+        raise EngineError(
+            f"{self._name} gives other bits when it computes the same tokens again: what a target server says "
+            "would depend on chance, choose another model, dtype or device"
+        )
 
     def _kernels_agree(self, width: int) -> bool:
         if self._forward.sums_in_one_order:
@@ -105,7 +112,7 @@ class Trial:
         """The same of attention, whose rows are those of one generation."""
         shape, window = self._forward.attention_shape, self._window
         group = shape.heads // shape.kv_heads
-        readable = self._forward.read_step
+        readable, apart = self._forward.read_step, self._forward.attends_apart
         positions = readable - math.lcm(width, window)
         generator = torch.Generator().manual_seed(width)
 
@@ -121,7 +128,7 @@ class Trial:
             groups, windows = (
                 torch.cat(
                     [
-                        attend(part, keys, values, mask_of_group(part_mask, group, shape.dtype), None)
+                        attend(part, keys, values, mask_of_group(part_mask, group, shape.dtype), None, apart=apart)
                         for part, part_mask in zip(query.split(size, 2), mask.split(size, 2), strict=True)
                     ],
                     dim=1,

@@ -85,6 +85,8 @@ class Forward:
         self.count = 0
         #: The cache is read up to the next multiple of this.
         self.read_step = READ_STEP
+        #: Attention of each position is computed by itself: where the bits depend on what is beside it.
+        self.attends_apart = False
         self.cache = SlotCache(int(config.num_hidden_layers), slots=slots, capacity=_round_up(capacity, READ_STEP))
 
     @torch.inference_mode()
@@ -107,7 +109,9 @@ class Forward:
         ids, positions = ids + padding, positions + padding
         kept = wanted + [0] * max(logit_rows - len(wanted), not wanted)
         self.cache.segments = segments
-        logits = self._decoder(Packed(ids, positions, segments, kept), self.cache, self.interrupt.check)
+        logits = self._decoder(
+            Packed(ids, positions, segments, kept, self.attends_apart), self.cache, self.interrupt.check
+        )
         return list(logits[: len(wanted)].split([len(run.wanted) for run in runs]))
 
     def timed_s(self, runs: Sequence[Run], *, rows: int, logit_rows: int) -> float:

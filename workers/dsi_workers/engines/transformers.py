@@ -23,7 +23,8 @@ from dsi_workers.engines.load import load_model
 from dsi_workers.engines.machine import keep_freed_memory, torch_device
 from dsi_workers.engines.tried import widths_tried
 from dsi_workers.lookup import Lookup
-from dsi_workers.models import ModelError, read_vocabulary_hash, resolve_model
+from dsi_workers.model_files import read_vocabulary_hash
+from dsi_workers.models import resolve_model
 from dsi_workers.sampling import Sampler
 from dsi_workers.session import Session
 from dsi_workers.slots import Slots
@@ -34,6 +35,7 @@ PROMPT_CHUNK = 128
 _LONG_S = 0.2
 #: How often the forwards of a chain's drafter are timed.
 _ROUNDS = 4
+_MOST_SLOTS = 1024
 
 
 class TransformersEngine(Engine):
@@ -46,12 +48,10 @@ class TransformersEngine(Engine):
         log.info("imported")
         torch.set_num_threads(_whole(options, "threads", 1))
         self._device = torch_device(device)
-        try:
-            directory = resolve_model(model)
-        except ModelError as error:
-            raise EngineError(str(error)) from None
+        directory = resolve_model(model)
+        vocabulary = read_vocabulary_hash(directory)
         self._exact = not drafter
-        self._window = _whole(options, "window", 32 if self._device.type == "cuda" else 8)
+        self._window = _whole(options, "window", 32 if self._device.type == "cuda" else 8, most=PROMPT_CHUNK)
         loaded = load_model(
             directory, self._device, reference=model, dtype=str(options.get("dtype", "auto")),
             quantization=self._quantization(options), rows=self._window,
@@ -61,7 +61,7 @@ class TransformersEngine(Engine):
         log.info("read", model=model)
         self._config, max_length = loaded.config, loaded.positions
         keep_freed_memory()
-        slots = _whole(options, "slots", 8)
+        slots = _whole(options, "slots", 8, most=_MOST_SLOTS)
         self._samplers: dict[int, Sampler] = {}
         self._slots = Slots(slots, block=PROMPT_CHUNK if self._exact else None)
         self._forward = Forward(
@@ -83,7 +83,7 @@ class TransformersEngine(Engine):
         self._lookup = self._make_lookup(options) if not self._exact and options.get("lookup") else None
         latency_us, window_latency_us, batch_latency_us = self._warm_up(options.get("calibrate", True) is not False)
         self.info = EngineInfo(
-            vocabulary=read_vocabulary_hash(directory),
+            vocabulary=vocabulary,
             vocabulary_size=int(self._config.vocab_size),
             max_length=max_length,
             window=self._window,
@@ -122,16 +122,21 @@ class TransformersEngine(Engine):
     def _groups(self, tasks: Sequence[Task], runs: Mapping[int, Run]) -> list[list[Task]]:
         """Tasks that share a forward: pieces of prompts have one of their own, the others as many as the bits allow."""
         groups: list[list[Task]] = [[]]
-        most = self._widths.most if self._exact else max(self._forward.recorded_rows, default=1 << 30)
         for task in tasks:
             rows = sum(self._forward.rows_of(runs[id(each)]) for each in (*groups[0], task))
             if len(tasks) > 1 and self.reads_alone(task):
                 groups.append([task])
-            elif groups[0] and rows > most:
+            elif groups[0] and rows > self._most_rows:
                 groups.insert(0, [task])
             else:
                 groups[0].append(task)
         return [group for group in groups if group]
+
+    @property
+    def _most_rows(self) -> int:
+        """Rows that several generations may share in one forward."""
+        recorded = max(self._forward.recorded_rows, default=1 << 30)
+        return min(recorded, self._widths.most) if self._exact else recorded
 
     def _compute(self, tasks: Sequence[Task], runs: Sequence[Run]) -> None:
         for task, run in zip(tasks, runs, strict=True):
@@ -250,20 +255,19 @@ class TransformersEngine(Engine):
         if calibrate:
             slots, widths = self._forward.cache.slots, self._widths
 
-            def forward(runs: int, positions: int, width: int) -> int:
-                """The same slot over and over: what is computed does not matter, only how long it takes."""
-                tokens = [0] * positions
-                batch = [Run(0, tokens, length, width, length) for _ in range(runs)]
+            def forward(positions: int, width: int, wanted: int = 1) -> int:
+                """Of `wanted` runs, in as many forwards as they need. The same slot over and over: what is computed does not
+                matter, only how long it takes."""
+                run = Run(0, [0] * positions, length, width, length)
+                runs = min(wanted, max(1, self._most_rows // self._forward.rows_of(run)))
                 rows = max(width * runs, widths.cheapest(width * runs) if self._exact else 0)
-                return self._median_us(batch, rows, rows)
+                return self._median_us([run] * runs, rows, rows) * wanted // runs
 
             if self._exact:
-                runs = min(slots, widths.most // self._window)
-                batch_us = forward(runs, self._window, self._window) * slots // runs
-                one_us = forward(1, 1, widths.cheapest(1, self._window))
-                latencies = one_us, forward(1, self._window, self._window), batch_us
+                one_us = forward(1, widths.cheapest(1, self._window))
+                latencies = one_us, forward(self._window, self._window), forward(self._window, self._window, slots)
             else:
-                latencies = forward(1, 1, 1), 0, forward(slots, 1, 1)
+                latencies = forward(1, 1), 0, forward(1, 1, slots)
         self._forward.cache.release(0)
         self.forwards = 0
         return latencies
@@ -295,8 +299,8 @@ def _position(task: Task) -> int:
     return min(task.session.computed, task.start - 1 + len(task.answer.tokens))
 
 
-def _whole(options: Mapping[str, OptionValue], name: str, default: int) -> int:
+def _whole(options: Mapping[str, OptionValue], name: str, default: int, *, most: int = 1 << 24) -> int:
     value = options.get(name, default)
-    if type(value) is not int or not 1 <= value <= 1 << 24:
-        raise EngineError(f"option {name} must be a whole number of at least 1, not {value!r}")
+    if type(value) is not int or not 1 <= value <= most:
+        raise EngineError(f"option {name} must be a whole number in [1, {most}], not {value!r}")
     return value

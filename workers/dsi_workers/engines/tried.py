@@ -17,29 +17,34 @@ import torch
 
 from dsi_workers.engines.bits import Widths
 from dsi_workers.engines.forward import Forward
-from dsi_workers.models import cache_directory
+from dsi_workers.model_files import ModelError, cache_directory
 
 #: Variables of the environment that choose kernels begin so.
-_CHOOSE_KERNELS = ("ATEN_", "CUBLAS_", "CUDA_", "DNNL_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "TORCH_")
+_CHOOSE_KERNELS = ("ATEN_", "CUBLAS_", "CUDA_", "DNNL_", "FBGEMM_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "TORCH_")
 
 
 def widths_tried(
     forward: Forward, directory: Path, *, window: int, slots: int, try_them: Callable[[], Widths]
 ) -> Widths:
     """Of the model in `directory`. Raises what `try_them` raises; then nothing is kept."""
-    file = cache_directory() / "trials" / f"{_key(forward, directory, window, slots)}.json"
+    try:
+        cache = cache_directory()
+    except ModelError:  # no home
+        return try_them()
+    file = cache / "trials" / f"{_key(forward, directory, window, slots)}.json"
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
         costs_s = {int(width): float(cost_s) for width, cost_s in kept["costs_s"].items()}
-        read_step = int(kept["read_step"])
+        read_step, attends_apart = int(kept["read_step"]), bool(kept["attends_apart"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        costs_s, read_step = {}, 0
+        costs_s, read_step, attends_apart = {}, 0, False
     if window in costs_s and read_step > 0:
-        forward.read_step = read_step
+        forward.read_step, forward.attends_apart = read_step, attends_apart
         return Widths(costs_s)
     widths = try_them()
     with contextlib.suppress(OSError):  # a cache that cannot be written to costs only time
-        _keep(file, {"costs_s": widths.costs_s, "read_step": forward.read_step})
+        found = {"costs_s": widths.costs_s, "read_step": forward.read_step, "attends_apart": forward.attends_apart}
+        _keep(file, found)
     return widths
 
 
