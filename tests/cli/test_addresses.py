@@ -13,6 +13,7 @@ import dsi_actors
 from dsi_actors.advice import worker_command
 from support.command import dsi_actors_command, words
 from support.ipv6 import has_ipv6
+from support.patience import limit_s
 from support.timed import PROMPT, plain_decoding, start_worker, text_of, timed_config, workers
 
 
@@ -28,7 +29,7 @@ async def test_workers_come_over_ipv6(listen: str) -> None:
             workers(f"tcp://[::1]:{port}", ["--role", "target"]),
             workers(f"tcp://{other}:{port}", ["--role", "drafter"]),
         ):
-            assert await orchestrator.wait_for_workers(targets=1, drafters=1, timeout_s=60)
+            assert await orchestrator.wait_for_workers(targets=1, drafters=1, timeout_s=limit_s())
             text = await text_of(orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=12)))
     assert text == plain_decoding(PROMPT, 12)
 
@@ -45,7 +46,7 @@ async def test_workers_come_over_ipv6(listen: str) -> None:
 )
 def test_a_worker_does_not_wait_for_what_can_never_be(endpoint: str, problem: str) -> None:
     worker = start_worker(endpoint)
-    _, said = worker.communicate(timeout=60)
+    _, said = worker.communicate(timeout=limit_s(60))
     assert worker.returncode == 1
     assert said.count("\n") == 1
     assert problem in said
@@ -107,7 +108,7 @@ def test_status_knows_a_service_of_another_kind() -> None:
             with peer:
                 peer.recv(4096)
                 peer.sendall(b"\xff\x00\x00\x00\x00\x00\x00\x00\x01\x7f\r\n")  # as ZeroMQ greets
-            _, said = process.communicate(timeout=60)
+            _, said = process.communicate(timeout=limit_s(60))
     assert process.returncode == 1
     assert f"no service at http://127.0.0.1:{port}" in said
     assert "Traceback" not in said

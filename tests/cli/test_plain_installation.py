@@ -12,6 +12,7 @@ from tokenizers.models import WordLevel
 
 import dsi_actors
 from support.command import dsi_actors_command
+from support.patience import limit_s
 from support.timed import start_worker
 
 TORCH = ("torch", "transformers", "safetensors", "accelerate", "gguf")
@@ -109,7 +110,7 @@ async def test_a_worker_without_torch_says_what_it_needs(
         worker = start_worker(orchestrator.endpoint)
         while worker.poll() is None:
             await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=0.05)
-        _, said = worker.communicate(timeout=60)
+        _, said = worker.communicate(timeout=limit_s(60))
     assert worker.returncode == 1
     assert said.splitlines()[-1] == (
         "worker: a worker that runs a model needs torch: pip install 'dsi-actors[torch]' where the worker runs"

@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from support.command import words
+from support.patience import limit_s
 from support.timed import wait_for_end
 
-_PATIENCE_S = 120.0  # on a machine that does much else
 SIMULATE = ["simulate", "--tokens", "1000", "--repeats", "1000000", "--sp", "3"]
 SIMULATE_ALONE = ["simulate", "--algorithm", "dsi", "--tokens", "10000000", "--repeats", "1"]
 HEATMAP = ["bench", "heatmap", "--tokens", "1000000"]
@@ -43,7 +43,7 @@ def started(*arguments: str, processes: int = 0) -> Iterator[tuple[psutil.Popen,
         for process in (command.pid, *children):
             if psutil.pid_exists(process):
                 psutil.Process(process).kill()
-        command.communicate(timeout=_PATIENCE_S)
+        command.communicate(timeout=limit_s(60))
 
 
 def _catches(process: int, number: int) -> bool:
@@ -64,7 +64,7 @@ def _catches(process: int, number: int) -> bool:
 def test_a_signal_ends_everything(arguments: list[str], processes: int, number: signal.Signals) -> None:
     with started(*arguments, processes=processes) as (command, children):
         command.send_signal(number)
-        _, said = command.communicate(timeout=_PATIENCE_S)
+        _, said = command.communicate(timeout=limit_s(60))
         assert command.returncode == 128 + number
         wait_for_end(children)
     assert said.strip() == f"dsi-actors: {'interrupted' if number == signal.SIGINT else f'ended by {number.name}'}"
@@ -80,7 +80,7 @@ def test_no_process_is_left(arguments: list[str], processes: int, number: signal
     """Whatever is started knows that its command has ended, though nobody could say so."""
     with started(*arguments, processes=processes) as (command, children):
         command.send_signal(number)
-        _, said = command.communicate(timeout=_PATIENCE_S)
+        _, said = command.communicate(timeout=limit_s(60))
         assert command.returncode == (-number if number == signal.SIGKILL else 128 + number)
         wait_for_end(children)
     assert "Traceback" not in said
@@ -102,7 +102,7 @@ def test_what_waits_for_a_peer_is_interrupted(number: signal.Signals) -> None:
             with peer:
                 peer.recv(4096)
                 command.send_signal(number)
-                command.communicate(timeout=_PATIENCE_S)
+                command.communicate(timeout=limit_s(60))
             assert command.returncode == 128 + number
 
 
@@ -117,5 +117,5 @@ def test_what_is_ignored_stays_ignored() -> None:
     assert not _catches(command.pid, signal.SIGHUP)
     command.send_signal(signal.SIGHUP)
     command.send_signal(signal.SIGTERM)
-    command.communicate(timeout=_PATIENCE_S)
+    command.communicate(timeout=limit_s(60))
     assert command.returncode == 128 + signal.SIGTERM

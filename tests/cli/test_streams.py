@@ -15,6 +15,7 @@ import pytest
 import dsi_actors
 from support.command import dsi_actors_command, words
 from support.engines import make_tiny_model
+from support.patience import limit_s
 from support.timed import timed_config
 
 PLAN = ["plan", "--target-ms", "20", "--drafter-ms", "5", "--acceptance", "0.7"]
@@ -34,7 +35,7 @@ def without(
     numbers: Sequence[int], command: Sequence[Any], stdout: int | IO[Any] = subprocess.PIPE
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=200, check=False, preexec_fn=closing(*numbers)
+        command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=limit_s(180), check=False, preexec_fn=closing(*numbers)
     )  # fmt: skip
 
 
@@ -53,7 +54,7 @@ async def test_a_worker_serves_without_any_stream() -> None:
     async with dsi_actors.Orchestrator(timed_config(listen="tcp://127.0.0.1:*")) as orchestrator:
         command = [sys.executable, "-m", "dsi_actors.worker", "--gpu", "cpu", "--connect", orchestrator.endpoint]
         with subprocess.Popen(command, preexec_fn=closing(0, 1, 2)) as worker:  # noqa: ASYNC220  it is not waited for
-            assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=60)
+            assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=limit_s())
             worker.terminate()
 
 
@@ -76,8 +77,8 @@ def test_a_reader_that_leaves_early_ends_the_command_quietly(arguments: list[str
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "wb") as pipe:
-        both = subprocess.run(words(*arguments), stdout=pipe, stderr=pipe, timeout=200, check=False)
-        done = subprocess.run(words(*arguments), stdout=pipe, stderr=subprocess.PIPE, timeout=200, check=False)
+        both = subprocess.run(words(*arguments), stdout=pipe, stderr=pipe, timeout=limit_s(180), check=False)
+        done = subprocess.run(words(*arguments), stdout=pipe, stderr=subprocess.PIPE, timeout=limit_s(180), check=False)
     assert {both.returncode, done.returncode} <= statuses
     assert done.stderr == b""
 
@@ -87,7 +88,7 @@ def test_a_worker_goes_on_when_nobody_reads_its_log() -> None:
     os.close(reading)
     command = [sys.executable, "-m", "dsi_actors.worker", "--gpu", "cpu", "--connect", "nonsense"]
     with os.fdopen(writing, "wb") as pipe:
-        done = subprocess.run(command, stderr=pipe, timeout=200, check=False)
+        done = subprocess.run(command, stderr=pipe, timeout=limit_s(180), check=False)
     assert done.returncode == 1
     program = (
         "from dsi_workers.main import configure_logging\nimport structlog\nconfigure_logging('info')\n"
@@ -96,7 +97,10 @@ def test_a_worker_goes_on_when_nobody_reads_its_log() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "wb") as pipe:
-        assert subprocess.run([sys.executable, "-c", program], stderr=pipe, timeout=200, check=False).returncode == 0
+        assert (
+            subprocess.run([sys.executable, "-c", program], stderr=pipe, timeout=limit_s(180), check=False).returncode
+            == 0
+        )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
@@ -163,7 +167,11 @@ def test_any_name_does_for_a_file(tmp_path: Path) -> None:
 
 def test_a_prompt_that_is_no_text_on_standard_input(model: Path) -> None:
     done = subprocess.run(
-        words("generate", "-", "--target", model), input=b"w1 \xff", capture_output=True, timeout=200, check=False
+        words("generate", "-", "--target", model),
+        input=b"w1 \xff",
+        capture_output=True,
+        timeout=limit_s(180),
+        check=False,
     )
     assert done.returncode == 1
     assert done.stderr == b"dsi-actors: the prompt on standard input is no UTF-8\n"

@@ -7,7 +7,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -22,6 +22,7 @@ from dsi_protocol import FromWorker, Hello, Message, Preparing, Welcome
 from support.engines import make_tiny_model
 from support.fake_worker import FakeWorker, running, silent
 from support.hub import LoopbackHub
+from support.patience import limit_s, patience, until
 from support.timed import timed_config, wait_for_end
 
 TARGET, DRAFTER = "org/target", "org/drafter"
@@ -48,12 +49,7 @@ def hub(directories: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.Monk
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, "-m", "dsi_actors.cli.main", *arguments]
-    return subprocess.run(words, capture_output=True, text=True, timeout=200, check=False)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110  what happens elsewhere sets no event of ours
-        await asyncio.sleep(0.01)
+    return subprocess.run(words, capture_output=True, text=True, timeout=limit_s(180), check=False)
 
 
 def preparations() -> list[psutil.Process]:
@@ -118,8 +114,7 @@ async def test_nothing_waits_while_a_model_is_fetched_and_a_cancel_ends_it(hub: 
     config = dsi_actors.Config(target=TARGET, drafter=None, sp=1, ready_timeout_s=0.001)
     orchestrator = dsi_actors.Orchestrator(config, report=lambda what, done, detail: reported.append(what))
     entering = asyncio.create_task(orchestrator.__aenter__())
-    async with asyncio.timeout(60):
-        await until(hub.held.is_set)
+    await until(hub.held.is_set)
     assert f"fetching {TARGET}" in reported
     [fetcher] = preparations()
     assert not entering.done()
@@ -172,12 +167,12 @@ async def test_a_worker_elsewhere_fetches_by_itself(hub: LoopbackHub, tmp_path: 
     reported: list[str] = []
     config = dsi_actors.Config(target=TARGET, drafter=None, listen=f"ipc://{tmp_path}/dsi.sock")
     async with dsi_actors.Orchestrator(config, report=lambda what, done, detail: reported.append(what)) as orchestrator:
-        async with worker(orchestrator.endpoint) as process, asyncio.timeout(150):
+        async with worker(orchestrator.endpoint) as process, patience(60):
             await until(lambda: any(what.endswith(f"fetching {TARGET}") for what in reported))
             assert orchestrator.preparing == 1
             assert orchestrator.workers == []
             hub.release()
-            assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=120)
+            assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=limit_s())
             assert orchestrator.preparing == 0
             process.terminate()
             _, said = await process.communicate()
@@ -188,12 +183,12 @@ async def test_a_worker_that_fetches_hears_that_it_is_not_needed(hub: LoopbackHu
     hub.hold_after(10_000)
     config = dsi_actors.Config(target=TARGET, drafter=None, listen=f"ipc://{tmp_path}/dsi.sock")
     async with contextlib.AsyncExitStack() as stack:
-        async with dsi_actors.Orchestrator(config) as orchestrator, asyncio.timeout(100):
+        async with dsi_actors.Orchestrator(config) as orchestrator, patience(60):
             process = await stack.enter_async_context(worker(orchestrator.endpoint))
             await until(hub.held.is_set)
             fetchers = [each.pid for each in preparations()]
             assert len(fetchers) == 1
-        async with asyncio.timeout(60):
+        async with patience():
             _, said = await process.communicate()
         assert process.returncode == 1
         assert "dismissed this worker: the orchestrator ends" in said.decode()
@@ -204,7 +199,7 @@ async def test_a_worker_elsewhere_says_why_it_cannot_fetch(hub: LoopbackHub, tmp
     hub.gated.add(TARGET)
     config = dsi_actors.Config(target=TARGET, drafter=None, listen=f"ipc://{tmp_path}/dsi.sock")
     async with dsi_actors.Orchestrator(config) as orchestrator, worker(orchestrator.endpoint) as process:
-        async with asyncio.timeout(100):
+        async with patience():
             _, said = await process.communicate()
         assert process.returncode == 1
         assert "set HF_TOKEN" in said.decode()
@@ -251,6 +246,6 @@ async def test_each_preparing_starts_the_clock_again(tmp_path: Path) -> None:
         dsi_actors.Orchestrator(config, report=report) as orchestrator,
         running(orchestrator.endpoint, Slow("target", silent)),
     ):
-        assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=60)
+        assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=limit_s())
     assert [done for what, done in reported if "fetching a model" in what] == [0.25, 0.5, 0.75]
     assert since_s[0] < since_s[1] < since_s[2] == since_s[3]

@@ -127,12 +127,13 @@ async def test_one_that_was_of_no_use_ends(endpoint: str, workers: list[subproce
 @pytest.mark.parametrize("once", [True, False], ids=["--once", "again"])
 async def test_an_orchestrator_whose_loop_is_blocked_keeps_its_workers(endpoint: str, once: bool) -> None:
     """The Jupyter cell that computes for a while: the process lives, but answers no heartbeat."""
-    config = timed_config(listen=endpoint, heartbeat_ms=50, silence_ms=200, drafter=None, sp=1)
+    silence_ms = round(300 * slowness())
+    config = timed_config(listen=endpoint, heartbeat_ms=50, silence_ms=silence_ms, drafter=None, sp=1)
     worker = start_worker(endpoint, "--role", "target", once=once)
     async with dsi_actors.Orchestrator(config) as orchestrator:
         assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=limit_s())
         [before] = orchestrator.workers
-        time.sleep(2)  # noqa: ASYNC251  twice as long as a worker waits for an orchestrator that is gone
+        time.sleep(10 * silence_ms / 1e3)  # noqa: ASYNC251  twice as long as a worker waits for an orchestrator that is gone
         assert await text(orchestrator) == plain_decoding(PROMPT, TOKENS)
         assert orchestrator.workers == [before]
         assert not before.lost

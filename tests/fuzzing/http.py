@@ -29,7 +29,8 @@ from typing import Any, Literal
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from support.service import MODEL, PATIENCE_S, Client, Reply, Served, lone_text, post, served
+from support.patience import limit_s, patience
+from support.service import MODEL, Client, Reply, Served, lone_text, post, served
 
 #: Generations that may wait or run: some batches want more.
 PLACES = 12
@@ -212,7 +213,7 @@ class Fuzzer:
 
     def run(self, batch: list[Plan]) -> None:
         """Raises AssertionError."""
-        asyncio.run_coroutine_threadsafe(self._run(batch), self._loop).result(10 * PATIENCE_S)
+        asyncio.run_coroutine_threadsafe(self._run(batch), self._loop).result(limit_s(600))
 
     async def _run(self, batch: list[Plan]) -> None:
         async with asyncio.TaskGroup() as clients:
@@ -230,7 +231,7 @@ class Fuzzer:
     async def _play(self, plan: Plan) -> None:
         client = await self._service.connect()
         try:
-            async with asyncio.timeout(PATIENCE_S if plan.valid is not None or plan.leaving == "stays" else _LONGEST_S):
+            async with patience(30.0 if plan.valid is not None or plan.leaving == "stays" else _LONGEST_S):
                 await self._talk(client, plan)
         except (TimeoutError, ConnectionError):
             assert plan.valid is None or plan.leaving != "stays", f"no answer to {plan}"
@@ -273,7 +274,7 @@ class Fuzzer:
                 self._check_text(plan.path, plan.valid, reply)
             return
         with suppress(TimeoutError):
-            async with asyncio.timeout(_LONGEST_S):
+            async with patience(_LONGEST_S):
                 self._check_head(plan, await client.reply())
                 return
         self.outcomes["left"] += 1
@@ -361,7 +362,7 @@ def fuzzer() -> Iterator[Fuzzer]:
     thread = threading.Thread(target=asyncio.run, args=(serve(),))
     thread.start()
     try:
-        assert ready.wait(PATIENCE_S), "the service did not start"
+        assert ready.wait(limit_s()), "the service did not start"
         yield found[0]
     finally:
         done.set()

@@ -17,6 +17,7 @@ from dsi_actors.errors import ConfigError
 from dsi_actors.serving.address import HttpAddress
 from support.command import dsi_actors_command, words
 from support.ipv6 import has_ipv6
+from support.patience import limit_s
 
 
 def test_a_taken_port_shows_before_anything_is_loaded() -> None:
@@ -49,7 +50,7 @@ def test_clients_are_refused_until_it_listens() -> None:
     address = HttpAddress("127.0.0.1", 0)
     assert address.url == f"http://127.0.0.1:{address.port}"
     with pytest.raises(OSError, match="refused"):
-        urllib.request.urlopen(address.url, timeout=60)
+        urllib.request.urlopen(address.url, timeout=limit_s(60))
     address.listen()
     with pytest.raises(ConfigError, match=rf"port {address.port} of 127.0.0.1 is taken by another process"):
         HttpAddress("127.0.0.1", address.port)
@@ -90,8 +91,8 @@ def test_what_is_printed_is_where_it_listens(tmp_path: Path) -> None:
         said = [service.stderr.readline() for _ in range(2)]
         found = re.fullmatch(r"serving .* at (http://\[::1\]:\d+)/v1\n", said[-1])
         assert found is not None, said
-        with urllib.request.urlopen(f"{found[1]}/health", timeout=60) as answer:
+        with urllib.request.urlopen(f"{found[1]}/health", timeout=limit_s(60)) as answer:
             assert answer.status == 200
         service.terminate()
-        service.communicate(timeout=60)
+        service.communicate(timeout=limit_s(60))
     assert service.returncode in (0, 128 + signal.SIGTERM)

@@ -22,6 +22,7 @@ import pytest
 
 from serving.test_leaving_clients import HOUR_MS, HeldTokenizer, outcomes
 from support.engines import make_tiny_model
+from support.patience import limit_s, wait_until
 from support.service import completion, post, served, words
 from support.timed import wait_for_end
 
@@ -176,7 +177,7 @@ def ask(url: str, **fields: object) -> Iterator[str]:
     """The events of a long stream."""
     body = {"model": "tiny", "prompt": "w5", "max_tokens": 400, "stream": True, "ignore_eos": True, **fields}
     request = Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urlopen(request, timeout=60) as answer:
+    with urlopen(request, timeout=limit_s(60)) as answer:
         for line in answer:
             if line.startswith(b"data: "):
                 yield line.decode()[6:].strip()
@@ -193,7 +194,7 @@ def is_ready(url: str) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_and_leaves_nothing_behind(model: Path, tmp_path: Path, number: signal.Signals) -> None:
-    with process(model, tmp_path) as service:
+    with process(model, tmp_path, "--drain-s", "600") as service:
         workers = [worker.pid for worker in service.workers]
         assert len(workers) == 2
         assert any(tmp_path.iterdir())
@@ -203,7 +204,7 @@ def test_a_signal_drains_and_leaves_nothing_behind(model: Path, tmp_path: Path, 
         rest = list(events)
         assert rest[-1] == "[DONE]"
         assert json.loads(rest[-2])["choices"][0]["finish_reason"] == "length"
-        _, errors = service.process.communicate(timeout=60)
+        _, errors = service.process.communicate(timeout=limit_s(60))
         assert "Traceback" not in errors, errors
         assert service.process.returncode == 0
         wait_for_end(workers)
@@ -216,13 +217,12 @@ def test_a_second_signal_ends_at_once_and_cleans_up_all_the_same(model: Path, tm
         events = ask(service.url, max_tokens=19_000)  # which takes a minute or so
         next(events)
         service.process.terminate()
-        while is_ready(service.url):
-            pass
+        wait_until(lambda: not is_ready(service.url))
         service.process.terminate()
         rest = list(events)
         assert rest[-1] == "[DONE]"
         assert json.loads(rest[-2])["error"]["code"] == "unavailable"
-        _, errors = service.process.communicate(timeout=60)
+        _, errors = service.process.communicate(timeout=limit_s(60))
         assert "Traceback" not in errors, errors
         assert service.process.returncode == 128 + signal.SIGTERM
         wait_for_end(workers)
@@ -237,7 +237,7 @@ def test_a_signal_while_workers_start_cleans_up(model: Path, tmp_path: Path) -> 
         while not (workers := psutil.Process(started.pid).children()):
             assert started.poll() is None
         started.terminate()
-        _, errors = started.communicate(timeout=60)
+        _, errors = started.communicate(timeout=limit_s(60))
         assert "Traceback" not in errors, errors
         assert started.returncode == 128 + signal.SIGTERM
         wait_for_end([worker.pid for worker in workers])
@@ -247,6 +247,6 @@ def test_a_signal_while_workers_start_cleans_up(model: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(("host", "warned"), [("0.0.0.0", True), ("127.0.0.1", False)])
 def test_an_open_dashboard_is_warned_of(tmp_path: Path, host: str, warned: bool) -> None:
     command = [sys.executable, "-m", "dsi_actors.cli.main", "serve", "--target", str(tmp_path), "--host", host]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=limit_s(60), check=False)
     assert result.returncode == 1, "there is no model"
     assert ("warning: without --api-keys" in result.stderr) == warned

@@ -17,6 +17,7 @@ from dsi_actors.serving import schemas
 from dsi_actors.serving.bodies import Bodies
 from dsi_actors.serving.completions import Completion
 from serving.test_leaving_clients import HeldTokenizer
+from support.patience import slowness
 from support.service import MODEL, Served, completion, post, served, words
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -55,7 +56,7 @@ async def test_parsing_and_tokenizing_leave_the_event_loop(service: Served, monk
 
 async def test_a_large_chat_ends_no_worker(tmp_path: Path) -> None:
     """Megabytes in one message, and workers that take an orchestrator for gone after a second of silence."""
-    async with served(tmp_path, sp=1, silence_ms=1000) as service:
+    async with served(tmp_path, sp=1, silence_ms=round(1000 * slowness())) as service:
         before = [worker.number for worker in service.orchestrator.workers]
         turns = 0
 

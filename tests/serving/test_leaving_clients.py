@@ -10,7 +10,8 @@ import pytest
 import pytest_asyncio
 
 from dsi_actors.tokenizer import Tokenizer
-from support.service import PATIENCE_S, Served, completion, served, words
+from support.patience import limit_s
+from support.service import Served, completion, served, words
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -30,7 +31,7 @@ class HeldTokenizer(Tokenizer):
         self.threads.add(threading.get_ident())
         if "held" in text:
             self.arrived.release()
-            assert self.let_go.wait(PATIENCE_S)
+            assert self.let_go.wait(limit_s())
         return super().encode(text)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:

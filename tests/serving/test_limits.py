@@ -16,6 +16,7 @@ from dsi_actors.serving.errors import ApiError
 from dsi_actors.serving.limits import BodyMemory
 from dsi_actors.serving.service import ServiceConfig
 from serving.test_leaving_clients import HOUR_MS
+from support.patience import slowness
 from support.service import MODEL, Served, completion, post, served
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -23,8 +24,13 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def strict(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
-    """Little of everything."""
-    config = {"client_timeout_s": 0.3, "keep_alive_s": 1, "max_connections": 4, "max_bodies_bytes": 50_000}
+    """Little of everything, but time enough for a client that sends at once."""
+    config = {
+        "client_timeout_s": round(0.5 * slowness(), 1),
+        "keep_alive_s": 1,
+        "max_connections": 4,
+        "max_bodies_bytes": 50_000,
+    }
     async with served(
         tmp_path_factory.mktemp("words"), sp=1, max_generations=3, target_ms=HOUR_MS, drafter=None, calibrate=False,
         request_timeout_s=7200, config=config,
@@ -52,7 +58,7 @@ async def test_half_a_head_is_not_awaited_for_ever(strict: Served) -> None:
     await client.send(completion()[:30])
     reply = await client.reply()
     assert reply.status == 408
-    assert "0.3 s" in reply.error["message"]
+    assert f"{strict.service.config.client_timeout_s:g} s" in reply.error["message"]
     assert await client.closed()
 
 

@@ -7,8 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-#: A command that does not end by itself would stop here; none that a test runs takes as long, on any machine.
-_TIMEOUT_S = 200
+from support.patience import limit_s
 
 
 def words(*arguments: str | bytes | Path) -> list[str | bytes | Path]:
@@ -19,5 +18,5 @@ def dsi_actors_command(
     *arguments: str | bytes | Path, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        words(*arguments), capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=env
+        words(*arguments), capture_output=True, text=True, timeout=limit_s(180), check=False, env=env
     )  # fmt: skip

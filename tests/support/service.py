@@ -23,11 +23,10 @@ from dsi_actors.serving.server import Server, make_server
 from dsi_actors.serving.service import Service, ServiceConfig
 from dsi_actors.serving.text import TextAssembler
 from dsi_actors.tokenizer import Tokenizer
+from support.patience import patience
 from support.timed import plain_decoding, timed_config
 
 MODEL = "timed"
-#: Long for a machine that is busy; what is awaited takes milliseconds.
-PATIENCE_S = 60.0
 #: Three in a hundred tokens end a text.
 STOP_TOKENS = list(range(0, 1000, 33))
 
@@ -103,7 +102,7 @@ class Client:
     async def reply(self, until: Callable[[Reply], bool] = lambda reply: False, method: str = "POST") -> Reply:
         """Read an answer to its end, or until this much of it is there, or until the service closes the connection."""
         reply = Reply()
-        async with asyncio.timeout(PATIENCE_S):
+        async with patience():
             parser = h11.Connection(h11.CLIENT)
             parser.send(h11.Request(method=method, target="/", headers=[("host", "x")]))
             parser.send(h11.EndOfMessage())
@@ -135,7 +134,7 @@ class Client:
     async def reply_of_stream(self) -> list[Any]:
         """The events of the rest of a stream, whose beginning was read: it is cut into one chunk for each event."""
         rest = b""
-        async with asyncio.timeout(PATIENCE_S):
+        async with patience():
             while not rest.endswith(b"0\r\n\r\n"):
                 piece = await self._reader.read(1 << 16)
                 assert piece, "the stream ended in the middle"
@@ -145,12 +144,12 @@ class Client:
 
     async def reply_until(self, words: bytes) -> None:
         """Read on until these bytes come."""
-        async with asyncio.timeout(PATIENCE_S):
+        async with patience():
             await self._reader.readuntil(words)
 
     async def closed(self) -> bool:
         """Wait until the service closes the connection."""
-        async with asyncio.timeout(PATIENCE_S):
+        async with patience():
             try:
                 while await self._reader.read(1 << 16):
                     pass
@@ -206,7 +205,7 @@ class Served:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for something that the event loop will do."""
-        async with asyncio.timeout(PATIENCE_S):
+        async with patience():
             while not condition():  # noqa: ASYNC110  there is no event for everything
                 await asyncio.sleep(0.001)
 
@@ -217,12 +216,12 @@ class Served:
 
 @asynccontextmanager
 async def served(
-    directory: Path, *, tokenizer: Tokenizer | None = None, drain_s: float = PATIENCE_S,
+    directory: Path, *, tokenizer: Tokenizer | None = None, drain_s: float = 600.0,
     config: dict[str, Any] | None = None, slots: int = 64, **workers: Any,
 ) -> AsyncIterator[Served]:  # fmt: skip
     """A service on timed workers. `config`: fields of ServiceConfig; `slots`: of target servers; `workers`: of timed_config."""
     tokenizer = Tokenizer(words(directory)) if tokenizer is None else tokenizer
-    settings = timed_config(**{"silence_ms": 5000, "ready_timeout_s": PATIENCE_S, **workers})
+    settings = timed_config(**workers)
     settings = replace(settings, target_options={**settings.target_options, "slots": slots})
     async with Orchestrator(settings) as orchestrator:
         app = create_app(orchestrator, tokenizer, ServiceConfig(model=MODEL, **(config or {})))
@@ -231,7 +230,7 @@ async def served(
         server = make_server(app, log_level="error", drain_s=drain_s)
         serving = asyncio.create_task(server.serve(address.sockets))
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with patience():
                 while not server.started:
                     assert not serving.done(), serving.exception()
                     await asyncio.sleep(0.001)

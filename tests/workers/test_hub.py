@@ -19,6 +19,7 @@ from dsi_workers.model_files import ModelError
 from dsi_workers.models import resolve_model
 from support.engines import make_tiny_model
 from support.hub import LoopbackHub
+from support.patience import limit_s, wait_until
 
 NAME = "org/tiny"
 WEIGHTS = "model.safetensors"
@@ -97,11 +98,10 @@ def test_what_a_killed_process_had_is_not_fetched_again(
     environment = {**os.environ, **hub.environment(tmp_path)}
     command = [sys.executable, "-m", "dsi_workers.preparation", NAME]
     killed = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    assert hub.held.wait(60)
-    while not any(path.stat().st_size >= 40_000 for path in tmp_path.rglob("*.incomplete")):
-        assert killed.poll() is None
+    assert hub.held.wait(limit_s())
+    wait_until(lambda: any(path.stat().st_size >= 40_000 for path in tmp_path.rglob("*.incomplete")))
     killed.kill()
-    killed.communicate(timeout=60)
+    killed.communicate(timeout=limit_s())
     [part] = tmp_path.rglob("*.incomplete")
     size = part.stat().st_size
     assert 0 < size < len(files[WEIGHTS])
@@ -118,10 +118,10 @@ def test_a_parent_that_is_gone_ends_the_fetch(hub: LoopbackHub, tmp_path: Path) 
         [sys.executable, "-m", "dsi_workers.preparation", NAME], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
         env={**os.environ, **hub.environment(tmp_path)},
     )  # fmt: skip
-    assert hub.held.wait(60)
+    assert hub.held.wait(limit_s())
     assert process.stdin is not None
     process.stdin.close()
-    assert process.wait(60) == 1
+    assert process.wait(limit_s()) == 1
 
 
 @pytest.mark.parametrize("breaks", [[1], [30_000, 20_000, 0, 0, 1], [0, 0]])
@@ -214,12 +214,11 @@ def test_processes_that_want_the_same_fetch_it_once(hub: LoopbackHub) -> None:
     threads = [threading.Thread(target=get) for _ in range(3)]  # each opens the lock for itself, as processes do
     for thread in threads:
         thread.start()
-    assert hub.held.wait(60)
-    while sum(what.startswith("waiting for another process") for what in reported) < 2:
-        pass
+    assert hub.held.wait(limit_s())
+    wait_until(lambda: sum(what.startswith("waiting for another process") for what in reported) >= 2)
     hub.release()
     for thread in threads:
-        thread.join(60)
+        thread.join(limit_s())
     assert len(set(found)) == 1
     assert len(found) == 3
     assert hub.begins(WEIGHTS) == [0]
