@@ -89,7 +89,7 @@ class Service:
         self.ending = False
         self._tokenizer = tokenizer
         #: The bytes of text that a token may stand for. Known from the start: the vocabulary is large.
-        self._token_bytes = max(tokenizer.max_token_bytes, _LEAST_TOKEN_BYTES)
+        self._token_bytes = tokenizer.max_token_bytes
         self._keys = [hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest() for key in config.api_keys]
         self.places = Places(orchestrator.config.max_generations)
         self.memory = BodyMemory(config.max_bodies_bytes)
@@ -174,7 +174,7 @@ class Service:
     def _most_bytes(self) -> tuple[int, str]:
         """The longest body that can hold a prompt of the target's length, and a sentence that says so."""
         length, most = self._max_length, self.config.max_body_bytes
-        fits = _JSON_BYTES_PER_BYTE * length * self._tokenizer.max_token_bytes + _OTHER_JSON_BYTES
+        fits = _JSON_BYTES_PER_BYTE * length * self._token_bytes + _OTHER_JSON_BYTES
         if length > 0 and fits < most:
             return fits, f"no prompt of more than {fits} bytes fits the target's limit of {length} tokens"
         return most, f"this service reads at most {most} bytes"
@@ -211,7 +211,7 @@ class Service:
         if isinstance(asked, CompletionRequest) and not isinstance(asked.prompt, str):
             return list(asked.prompt)
         texts = [asked.prompt] if isinstance(asked, CompletionRequest) else [m.content for m in asked.messages]
-        size, most = sum(len(text.encode()) for text in texts), max_length * self._tokenizer.max_token_bytes
+        size, most = sum(len(text.encode()) for text in texts), max_length * self._token_bytes
         if size > most:
             raise ApiError(
                 400, f"the prompt has {size} bytes: no text of more than {most} bytes fits the target's limit of {max_length} "
