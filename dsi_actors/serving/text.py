@@ -67,7 +67,9 @@ class TextAssembler:
         return Piece(self._show_until(min(held, default=self._length)), tuple(seen))
 
     def rest(self) -> Piece:
-        """What was held back, now that nothing follows."""
+        """What was held back, now that nothing follows. Nothing after a stop string."""
+        if self.stopped:
+            return Piece("")
         end = self._read(self._stream.flush(), "")
         self.stopped = end is not None
         return Piece(self._show_until(self._length if end is None else end))

@@ -311,7 +311,7 @@ class Fuzzer:
             most = given.get("max_tokens", 16)
         stop = given.get("stop", [])
         stops = [stop] if isinstance(stop, str) else stop
-        expected = lone_text(tokenizer, ids, most, stops=stops, ignore_eos=given.get("ignore_eos", False))
+        expected = lone_text(tokenizer, ids, most, stops=stops, ignore_eos=given.get("ignore_eos", False), chat=chat)
         found = _streamed(reply, chat) if given.get("stream") else _whole(reply, chat)
         assert found == [expected] * given.get("n", 1), f"{found} instead of {expected} for {asked}"
         self.texts += len(found)

@@ -106,10 +106,10 @@ async def test_a_name_that_is_not_known_is_quoted_in_part(service: Served) -> No
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
-        ([], "the prompt is empty"), ([[]], "the prompt is empty"), ([5, 2000], "token 2000 is outside"), ([-1], "token -1"),
+        ([], "the prompt is empty"), ([[]], "the prompt is empty"), ([5, 2000], "token 2000 is outside"), ([-1], "-1 is none"),
         ([True], "prompt: "), ([1.5], "prompt: "), (["w4", "w5"], "one prompt for each request"), ({}, "prompt: "),
         (None, "prompt: "), ([1, "w4"], "prompt: "), ("", "the prompt is empty"), ([[1], [2]], "one prompt"),
-        ([10**30], "is outside"), ([0] * 300_000, "limit"),
+        ([10**30], "is none"), ([0] * 300_000, "limit"),
     ],
 )  # fmt: skip
 async def test_prompts_that_are_none(service: Served, prompt: Any, words: str) -> None:

@@ -45,6 +45,9 @@ async def test_a_text_that_cannot_be_shown_is_missing_there_alone(
         def add(self, token_id: int) -> str:
             raise ValueError("invalid prefix")
 
+        def flush(self) -> str:
+            return ""
+
     client = await service.connect()
     await client.send(VIEW)
     await client.reply(until=lambda reply: b'"workers"' in reply.body)

@@ -45,10 +45,11 @@ def words(directory: Path) -> Path:
 
 
 def lone_text(
-    tokenizer: Tokenizer, prompt_ids: Sequence[int], most: int, *, stops: Sequence[str] = (), ignore_eos: bool = False
-) -> tuple[str, str]:
+    tokenizer: Tokenizer, prompt_ids: Sequence[int], most: int, *, stops: Sequence[str] = (), ignore_eos: bool = False,
+    chat: bool = False,
+) -> tuple[str, str]:  # fmt: skip
     """The text and finish reason that plain decoding gives, one token after another, without a service."""
-    assembler = TextAssembler(tokenizer, stops)
+    assembler = TextAssembler(tokenizer, stops, after=() if chat else prompt_ids)
     shown = ""
     for token in plain_decoding(prompt_ids, most):
         shown += assembler.add(CommittedTokens([token], [False])).text

@@ -41,6 +41,9 @@ def with_own_models(
     EngineError if there is no such device, which is better known before an hour's fetch."""
     if welcome.engine != "transformers":
         return welcome
+    from dsi_workers.engines import check_installed
+
+    check_installed(welcome.engine)
     from dsi_workers.engines.machine import torch_device
 
     torch_device(device)
