@@ -146,7 +146,8 @@ class Sampling:
     """
 
     max_tokens: int = 128
-    #: 0 takes the most probable token. Above, tokens are drawn with noise that depends on seed and position alone.
+    #: 0, or anything below 0.000001, takes the most probable token. Above, tokens are drawn with noise that depends on seed and
+    #: position alone.
     temperature: float = 0.0
     #: Keep the k most probable tokens. None keeps all.
     top_k: int | None = None
@@ -172,8 +173,8 @@ class Sampling:
         _require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}")
         _require(0 <= self.min_p <= 1, f"min_p must lie in [0, 1], not {self.min_p}")
         _require(
-            0 < self.repetition_penalty <= 1000,
-            f"repetition_penalty must lie in (0, 1000], not {self.repetition_penalty}",
+            0.001 <= self.repetition_penalty <= 1000,
+            f"repetition_penalty must lie in [0.001, 1000], not {self.repetition_penalty}",
         )
         _require(0 <= self.seed < 1 << 64, f"seed must lie in [0, 2**64), not {self.seed}")
         _require(all(0 <= token < 1 << 32 for token in self.stop_token_ids), "stop_token_ids must be token ids")

@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dsi_protocol import OptionValue
-from dsi_workers.engines.base import Engine, EngineError, EngineInfo, Interrupt, Interrupted, Task
+from dsi_workers.engines.base import Engine, EngineError, EngineInfo, Interrupt, Interrupted, RequestError, Task
 
 ENGINES = ("transformers", "timed", "ngram")
 
-__all__ = ["ENGINES", "Engine", "EngineError", "EngineInfo", "Interrupt", "Interrupted", "Task", "load_engine"]
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "EngineError",
+    "EngineInfo",
+    "Interrupt",
+    "Interrupted",
+    "RequestError",
+    "Task",
+    "load_engine",
+]
 
 
 def load_engine(name: str, *, role: str, model: str, device: str, options: Mapping[str, OptionValue]) -> Engine:
