@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, SupportsFloat, SupportsIndex
 
 from dsi_actors.devices import device_name, servers_beside_drafters
 from dsi_actors.errors import ConfigError
@@ -148,7 +150,8 @@ class Sampling:
     """
 
     max_tokens: int = 128
-    #: 0 takes the most probable token. Above, tokens are drawn with noise that depends on seed and position alone.
+    #: 0, or anything below 0.000001, takes the most probable token. Above, tokens are drawn with noise that depends on seed and
+    #: position alone.
     temperature: float = 0.0
     #: Keep the k most probable tokens. None keeps all.
     top_k: int | None = None
@@ -165,6 +168,14 @@ class Sampling:
     logprobs: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_k", "seed"):
+            if getattr(self, name) is not None:  # any integer type, such as numpy's; what follows needs plain ones
+                object.__setattr__(self, name, _whole(name, getattr(self, name)))
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
+        _require(isinstance(self.stop_token_ids, Iterable), "stop_token_ids must be a sequence of token ids")
+        stops = tuple(_whole("stop_token_ids", token) for token in self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", stops)
         _require(self.max_tokens >= 1, f"max_tokens must be at least 1, not {self.max_tokens}")
         _require(0 <= self.temperature <= 1000, f"temperature must lie in [0, 1000], not {self.temperature}")
         _require(
@@ -174,11 +185,25 @@ class Sampling:
         _require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}")
         _require(0 <= self.min_p <= 1, f"min_p must lie in [0, 1], not {self.min_p}")
         _require(
-            0 < self.repetition_penalty <= 1000,
-            f"repetition_penalty must lie in (0, 1000], not {self.repetition_penalty}",
+            0.001 <= self.repetition_penalty <= 1000,
+            f"repetition_penalty must lie in [0.001, 1000], not {self.repetition_penalty}",
         )
         _require(0 <= self.seed < 1 << 64, f"seed must lie in [0, 2**64), not {self.seed}")
         _require(all(0 <= token < 1 << 32 for token in self.stop_token_ids), "stop_token_ids must be token ids")
+
+
+def _whole(name: str, value: SupportsIndex) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ConfigError(f"{name} must be a whole number, not {value!r}") from None
+
+
+def _number(name: str, value: SupportsFloat) -> float:
+    if not isinstance(value, str):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            return float(value)
+    raise ConfigError(f"{name} must be a number, not {value!r}")
 
 
 def _is_text(words: str) -> bool:

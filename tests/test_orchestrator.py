@@ -64,6 +64,17 @@ async def test_any_sequence_of_integers_is_a_prompt() -> None:
             assert all(type(token) is int for token in text)
 
 
+def test_sampling_takes_any_type_of_number() -> None:
+    given = dsi_actors.Sampling(
+        max_tokens=numpy.int64(3),
+        seed=numpy.uint64(5),
+        temperature=numpy.float32(0.5),
+        stop_token_ids=numpy.array([1, 2]),
+    )
+    assert given == dsi_actors.Sampling(max_tokens=3, seed=5, temperature=0.5, stop_token_ids=(1, 2))
+    assert [type(value) for value in (given.max_tokens, given.seed, given.temperature)] == [int, int, float]
+
+
 async def test_a_stream_that_is_collected_in_another_thread_ends_its_generation() -> None:
     async with dsi_actors.Orchestrator(timed_config(sp=1, drafter=None)) as orchestrator:
         streams = [orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=100_000))]

@@ -45,6 +45,9 @@ class Misbehaved:
     fault: bool = True
 
 
+#: Codes of Failed that say what is wrong with a request, not with the worker.
+_OF_THE_REQUEST = ("limit", "request")
+
 Meaning: TypeAlias = Answered | VerificationAbandoned | DraftsArrived | DraftEnded | Withdrawn | Misbehaved
 
 
@@ -115,5 +118,5 @@ class Answers:
 
 def _refused(worker: WorkerHandle, reply: Reply) -> Misbehaved:
     if isinstance(reply, Failed):
-        return Misbehaved(worker, reply.message, fault=reply.code != "limit")
+        return Misbehaved(worker, reply.message, fault=reply.code not in _OF_THE_REQUEST)
     return Misbehaved(worker, f"it answered {type(reply).__name__}, which fits nothing")

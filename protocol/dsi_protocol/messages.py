@@ -80,7 +80,7 @@ class OpenGeneration:
     generation: U64
     prompt_length: U32  # positions [0, prompt_length) are the prompt: they may be read in larger chunks
     correlation: Text  # the request id for log lines
-    temperature: F64  # 0 is greedy
+    temperature: F64  # below 1e-6 is greedy
     top_k: U32  # 0 is off
     top_p: F64
     min_p: F64

@@ -54,8 +54,9 @@ async def test_a_worker_that_failed_is_not_used_again_even_if_a_grant_was_on_its
     await task
 
 
-async def test_what_a_drafter_that_was_sent_away_still_owes_is_not_its_fault() -> None:
-    """A text was too long for it: what else it was asked is cancelled by us, and it says so."""
+@pytest.mark.parametrize("code", ["limit", "request"])
+async def test_what_a_drafter_that_was_sent_away_still_owes_is_not_its_fault(code: str) -> None:
+    """A text was too long for it, or parameters had no meaning: what else it was asked is cancelled by us, and it says so."""
     sent: list[FromOrchestrator] = []
     useless: list[str] = []
     hello = Hello(1, 3, "drafter", "timed", "", "cpu:0", "host", 3)
@@ -73,7 +74,7 @@ async def test_what_a_drafter_that_was_sent_away_still_owes_is_not_its_fault() -
         generation.receive(Granted(drafter))
         asked = [message for message in sent if isinstance(message, Draft) and message.generation == number]
         assert len(asked) == 2
-        drafter.on_reply(Failed(number, asked[1].attempt, "limit", "it is too long"))
+        drafter.on_reply(Failed(number, asked[1].attempt, code, "it cannot be served"))
         await asyncio.sleep(0)
         drafter.on_reply(Cancelled(number, asked[0].attempt, 0, 0))
         await asyncio.sleep(0)

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from dsi_workers.engines import Engine, EngineError, Interrupted, load_engine
+from dsi_workers.engines import Engine, EngineError, Interrupted, Task, load_engine
 from dsi_workers.engines.bits import Trial, Widths
 from dsi_workers.engines.transformers import TransformersEngine
 from dsi_workers.engines.translating import TranslatingEngine
 from dsi_workers.session import SamplingParameters, Session
+from dsi_workers.suffix_index import READ_AT_ONCE
 from support.engines import InterruptAfter, NoInterrupt, make_tiny_model, session_of
 
 MakeEngine = Callable[[], Engine]
@@ -366,6 +367,18 @@ def test_ngram_continues_what_was_there_before() -> None:
     assert engine.draft(session_of([1, 2, 3, 4], generation=2), 3, NoInterrupt()) == []
     long = session_of([*range(1000), 5, 6, 7], generation=3)
     assert engine.draft(long, 4, NoInterrupt()) == [8, 9, 10, 11]
+
+
+def test_ngram_reads_a_long_text_in_pieces() -> None:
+    """A cancel is looked for between them."""
+    engine = load_engine("ngram", role="drafter", model="", device="cpu:0", options={})
+    session = session_of([*range(3 * READ_AT_ONCE), 5, 6, 7])
+    task, steps = Task(session, len(session.tokens), 2), 0
+    while not task.done:
+        engine.step([task], NoInterrupt())
+        steps += 1
+    assert steps == 4
+    assert task.answer.tokens == [8, 9]
 
 
 @pytest.mark.parametrize("acceptance", [0.0, 0.3, 1.0])

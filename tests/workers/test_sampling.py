@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +16,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.generation import logits_process as library
 
 from dsi_protocol.gumbel import gumbel, stream_key
-from dsi_workers.sampling import Sampler, gumbel_noise
-from dsi_workers.session import SamplingParameters
+from dsi_workers.sampling import Sampler, gumbel_noise, kept_scores, log_probability, penalised
+from dsi_workers.session import SamplingParameters, Session
+from support.engines import make_tiny_model
 
 U64 = st.integers(0, 2**64 - 1)
+
+
+def sampler(parameters: SamplingParameters, tokens: Sequence[int]) -> Sampler:
+    """Of a session with these tokens."""
+    session = Session(1, 1, "", parameters)
+    session.write(0, tokens)
+    return Sampler(session)
 
 
 @settings(max_examples=300)
@@ -44,12 +57,12 @@ def chi_square(draw: Callable[[int], int]) -> float:
 def test_the_sampler_is_right_in_law(over: str) -> None:
     logits = PROBABILITIES.log() + 3.0
     samplers = [
-        Sampler(SamplingParameters(temperature=1.0, seed=seed)) for seed in range(DRAWS if over == "seeds" else 1)
+        sampler(SamplingParameters(temperature=1.0, seed=seed), [1]) for seed in range(DRAWS if over == "seeds" else 1)
     ]
     if over == "seeds":
-        statistic = chi_square(lambda number: samplers[number].choose(logits, 17, [1]))
+        statistic = chi_square(lambda number: samplers[number].choose(logits, 17))
     else:
-        statistic = chi_square(lambda number: samplers[0].choose(logits, number, [1]))
+        statistic = chi_square(lambda number: samplers[0].choose(logits, number))
     assert statistic < 50
 
 
@@ -74,14 +87,15 @@ def test_a_wrong_sampler_would_be_noticed(fault: str) -> None:
 def test_draws_at_successive_positions_and_of_neighbour_seeds_are_independent() -> None:
     """Pairs of draws fill the 2 x 2 table of a fair coin as independent ones do."""
     logits = torch.zeros(2)
-    one, other = (Sampler(SamplingParameters(temperature=1.0, seed=seed)) for seed in (5, 6))
-    mine = [one.choose(logits, position, [1]) for position in range(8000)]
-    theirs = [other.choose(logits, position, [1]) for position in range(8000)]
+    one, other = (sampler(SamplingParameters(temperature=1.0, seed=seed), [1]) for seed in (5, 6))
+    mine = [one.choose(logits, position) for position in range(8000)]
+    theirs = [other.choose(logits, position) for position in range(8000)]
     for pairs in (Counter(itertools.pairwise(mine)), Counter(zip(mine, theirs, strict=True))):
         assert all(abs(pairs[i, j] - 2000) < 250 for i in (0, 1) for j in (0, 1)), pairs
 
 
-PARAMETERS: list[dict[str, float]] = [
+WORDS = 64
+PARAMETERS: list[dict[str, Any]] = [
     {"temperature": 0.7},
     {"top_k": 5},
     {"top_p": 0.8},
@@ -90,40 +104,208 @@ PARAMETERS: list[dict[str, float]] = [
     {"temperature": 1.4, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2},
     {"temperature": 0.5, "top_p": 0.6, "min_p": 0.2},
 ]
+#: What Sampling accepts, and what makes trouble in float32: denormal, tiny, and the ends.
+temperatures = st.one_of(st.sampled_from([0.0, 5e-324, 1e-39, 1e-6, 1.0, 1000.0]), st.floats(0, 1000))
+penalties = st.one_of(st.sampled_from([0.001, 1.0, 1000.0]), st.floats(0.001, 1000))
+shares = st.one_of(st.sampled_from([5e-324, 1e-39, 1e-10, 1.0]), st.floats(0, 1, exclude_min=True))
+any_parameters = st.builds(
+    SamplingParameters,
+    temperatures,
+    st.one_of(st.just(0), st.integers(1, 2 * WORDS), st.just(2**32 - 1)),
+    shares,
+    st.one_of(st.just(0.0), shares),
+    penalties,
+    U64,
+)
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
+@st.composite
+def some_logits(draw: st.DrawFn) -> torch.Tensor:
+    """Of a model that works: with ties, and with tokens that it excludes."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    logits = torch.randn(WORDS, generator=generator) * draw(st.sampled_from([0.01, 1.0, 3.0, 30.0]))
+    logits += draw(st.sampled_from([-100.0, 0.0, 100.0]))
+    if draw(st.booleans()):
+        logits = logits.bfloat16().float()
+    excluded = draw(st.lists(st.integers(0, WORDS - 1), max_size=WORDS - 1))
+    logits[excluded] = -torch.inf
+    return logits
+
+
+def by_the_library(logits: torch.Tensor, prefix: list[int], parameters: SamplingParameters) -> torch.Tensor:
+    """In the order in which its own `generate` applies them (test_the_library_has_this_order)."""
+    processors: list[Any] = []
+    if parameters.repetition_penalty != 1:
+        processors.append(library.RepetitionPenaltyLogitsProcessor(parameters.repetition_penalty))
+    if parameters.temperature != 1:
+        processors.append(library.TemperatureLogitsWarper(parameters.temperature))
+    if parameters.top_k:
+        processors.append(library.TopKLogitsWarper(parameters.top_k))
+    if parameters.top_p < 1:
+        processors.append(library.TopPLogitsWarper(parameters.top_p))
+    if parameters.min_p > 0:
+        processors.append(library.MinPLogitsWarper(parameters.min_p))
+    scores = logits[None].clone()
+    for processor in processors:
+        scores = processor(torch.tensor([prefix]), scores)
+    return scores[0]
+
+
+def by_us(logits: torch.Tensor, prefix: list[int], parameters: SamplingParameters) -> torch.Tensor:
+    said = torch.zeros(WORDS, dtype=torch.bool)
+    said[prefix] = True
+    scores = penalised(logits, said, parameters.repetition_penalty) if parameters.repetition_penalty != 1 else logits
+    return kept_scores(scores, parameters)
+
+
+@pytest.mark.parametrize("values", PARAMETERS, ids=lambda values: "+".join(values))
+def test_the_library_has_this_order(values: dict[str, Any]) -> None:
     config = LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        vocab_size=WORDS, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
-    return LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
+    values = {"temperature": 1.0, "top_k": 0, **values}
+    settings = GenerationConfig(do_sample=True, **values)
+    theirs = model._get_logits_processor(settings, input_ids_seq_length=6, encoder_input_ids=None)
+    logits = torch.randn(WORDS, generator=torch.Generator().manual_seed(3)) * 3
+    prefix = [3, 1, 4, 1, 5, 9]
+    expected = theirs(torch.tensor([prefix]), logits[None].clone())[0]
+    assert torch.equal(by_the_library(logits, prefix, SamplingParameters(**values)), expected)
 
 
-@pytest.mark.parametrize("parameters", PARAMETERS, ids=lambda parameters: "+".join(parameters))
-def test_parameters_mean_what_they_mean_in_transformers(parameters: dict[str, float], model: Any) -> None:
-    """The same tokens stay possible, with the same scores, as in the library's own list of processors."""
-    values: dict[str, Any] = {"temperature": 1.0, **parameters}
-    sampler = Sampler(SamplingParameters(**values))
-    settings = GenerationConfig(
-        do_sample=True, top_k=values.get("top_k", 0), **{k: v for k, v in values.items() if k != "top_k"}
-    )
-    library = model._get_logits_processor(settings, input_ids_seq_length=6, encoder_input_ids=None)
-    generator = torch.Generator().manual_seed(3)
-    for _ in range(20):
-        logits = torch.randn(64, generator=generator) * 3
-        prefix = torch.randint(0, 64, (1, 6), generator=generator)
-        expected = library(prefix, logits[None].clone())
-        scores = logits[None]
-        for processor in sampler._processors:
-            scores = processor(prefix, scores)
-        assert torch.equal(scores, expected)
-        assert bool(expected[0, sampler.choose(logits, 9, prefix[0].tolist())] > -torch.inf)
+@settings(max_examples=400, deadline=None)
+@given(
+    logits=some_logits(),
+    parameters=any_parameters.filter(lambda parameters: not parameters.greedy),
+    prefix=st.lists(st.integers(0, WORDS - 1), min_size=1, max_size=20),
+)
+def test_parameters_mean_what_they_mean_in_transformers(
+    logits: torch.Tensor, parameters: SamplingParameters, prefix: list[int]
+) -> None:
+    """The same tokens stay possible, with the same scores, bit for bit."""
+    expected = by_the_library(logits, prefix, parameters)
+    assert torch.equal(by_us(logits, prefix, parameters), expected)
+    assert bool(expected[sampler(parameters, prefix).choose(logits, len(prefix))] > -torch.inf)
+
+
+strange = st.sampled_from([math.nan, math.inf, -math.inf, 3.4e38, -3.4e38, 1e-45, 0.0, -0.0, -1.0, 1.0])
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    logits=st.one_of(
+        st.lists(strange, min_size=1, max_size=12),
+        st.builds(lambda value, many: [value] * many, strange, st.integers(1, 12)),
+        st.lists(st.floats(-(2.0**126), -(2.0**-126), width=32), min_size=1, max_size=12),
+        st.lists(st.floats(width=32), min_size=1, max_size=12),
+    ),
+    parameters=any_parameters,
+    data=st.data(),
+)
+def test_whatever_the_logits_the_choice_is_a_token(
+    logits: list[float], parameters: SamplingParameters, data: st.DataObject
+) -> None:
+    prefix = data.draw(st.lists(st.integers(0, len(logits) + 3), min_size=1, max_size=5))  # some have no logit
+    assert not parameters.problem
+    made = torch.tensor(logits)
+    token = sampler(parameters, prefix).choose(made, len(prefix))
+    assert 0 <= token < len(logits)
+    assert math.isfinite(log_probability(made, token))
+    greatest = [place for place, value in enumerate(logits) if value == max(logits)]
+    if parameters.plain_greedy and not any(map(math.isnan, logits)):
+        assert token == greatest[0]
+
+
+@pytest.mark.parametrize("temperature", [1e-39, 1e-7])
+def test_a_temperature_of_nearly_0_is_greedy(temperature: float) -> None:
+    logits = torch.tensor([-5.0, -1.0, -3.0])
+    assert sampler(SamplingParameters(temperature=temperature, seed=3), [0]).choose(logits, 1) == 1
 
 
 def test_greedy_with_a_penalty_takes_the_largest_penalised_logit() -> None:
-    sampler = Sampler(SamplingParameters(repetition_penalty=2.0))
-    assert sampler.choose(torch.tensor([3.0, 2.0, 1.0]), 4, [0]) == 1
+    parameters = SamplingParameters(repetition_penalty=2.0)
+    assert sampler(parameters, [0]).choose(torch.tensor([3.0, 2.0, 1.0]), 1) == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_the_penalty_is_on_what_stands_before_however_the_text_changed(data: st.DataObject) -> None:
+    words = st.integers(0, 9)
+    parameters = SamplingParameters(repetition_penalty=3.0)
+    session = Session(1, 1, "", parameters)
+    session.write(0, data.draw(st.lists(words, min_size=1, max_size=6)))
+    made = Sampler(session)
+    logits = torch.linspace(1.0, 2.0, 10)
+    for _ in range(data.draw(st.integers(1, 8))):
+        base = data.draw(st.integers(1, len(session.tokens)))
+        if data.draw(st.booleans()):
+            session.truncate(base)
+        session.write(base, data.draw(st.lists(words, max_size=5)))
+        guess = data.draw(st.lists(words, max_size=3))
+        position = data.draw(st.integers(1, len(session.tokens) + len(guess)))
+        before = [*session.tokens, *guess][:position]
+        assert made.choose(logits, position, guess) == sampler(parameters, before).choose(logits, position)
+
+
+def test_a_token_costs_as_much_after_a_long_text_as_after_a_short_one() -> None:
+    """Counted in looks at the text."""
+
+    class Counted(list[int]):
+        looks = 0
+
+        def __getitem__(self, place: Any) -> Any:
+            type(self).looks += len(range(*place.indices(len(self)))) if isinstance(place, slice) else 1
+            return super().__getitem__(place)
+
+        def __iter__(self) -> Iterator[int]:
+            type(self).looks += len(self)
+            return super().__iter__()
+
+    def looks_after(length: int) -> int:
+        session = Session(1, length, "", SamplingParameters(temperature=0.8, repetition_penalty=1.2))
+        session.tokens = Counted(number % WORDS for number in range(length))
+        made, logits = Sampler(session), torch.zeros(WORDS)
+        made.choose(logits, length)
+        Counted.looks = 0
+        for number in range(10):
+            have = len(session.tokens)
+            session.write(have, [number, number + 1])
+            for position in (have, have + 1, have + 2):
+                made.choose(logits, position, [5, 6])
+            session.truncate(have + 1)
+        return Counted.looks
+
+    assert looks_after(20_000) == looks_after(20) < 200
+
+
+def test_a_sampled_request_imports_nothing(tmp_path: Path) -> None:
+    """What takes seconds belongs to loading: in a step it would keep a cancel waiting."""
+    program = """
+import sys
+from dsi_workers.engines import Task, load_engine
+from dsi_workers.session import SamplingParameters, Session
+from support.engines import NoInterrupt
+for role, options in (("target", {}), ("drafter", {}), ("drafter", {"lookup": True})):
+    options["calibrate"] = False
+    engine = load_engine("transformers", role=role, model=sys.argv[1], device="cpu:0", options=options)
+    before = set(sys.modules)
+    session = Session(1, 3, "", SamplingParameters(0.8, 20, 0.9, 0.05, 1.2, 7, logprobs=True))
+    session.write(0, [1, 2, 3, 1, 2, 3])
+    for count in (None,) if role == "target" else (3, 3):
+        task = Task(session, 3 if count is None else len(session.tokens), count)
+        while not task.done:
+            engine.step([task], NoInterrupt())
+        assert task.answer.tokens
+        session.write(len(session.tokens), task.answer.tokens)
+    print(role, options, sorted(set(sys.modules) - before))
+assert "transformers" not in sys.modules
+"""
+    command = [sys.executable, "-c", program, str(make_tiny_model(tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith(("target", "drafter"))]
+    assert len(said) == 3
+    assert all(line.endswith("[]") for line in said), said
 
 
 @settings(max_examples=20)

@@ -32,7 +32,7 @@ from dsi_protocol import (
     Welcome,
 )
 from dsi_workers.connection import WorkSocket
-from dsi_workers.engines.base import Answer, Engine, Interrupted
+from dsi_workers.engines.base import Answer, Engine, Interrupted, RequestError
 from dsi_workers.session import SamplingParameters, Session
 from dsi_workers.work import Work, WorkQueue
 
@@ -62,7 +62,12 @@ class WorkerLoop:
         self._ready = ready
         self._sessions: dict[int, Session] = {}  # the one that was used last comes last
         self._queue = WorkQueue()
+        #: What the step that runs works on. Until it ends the engine is told nothing of these or other generations.
         self._current: Sequence[Work] = ()
+        #: Closed while a step ran: the engine forgets them when it ends.
+        self._closed: list[Session] = []
+        #: What went wrong in the middle of a step, but not in the engine: a message that could not be handled or answered.
+        self._not_of_the_engine: Exception | None = None
         self._draining = False
         #: The orchestrator's last word.
         self.farewell: Goodbye | None = None
@@ -70,7 +75,7 @@ class WorkerLoop:
     def run(self) -> None:
         """Serve. Returns when there is nothing more to do for this process."""
         while self.farewell is None and self._still_needed():
-            self._drain(block=not self._queue)
+            self._drain(0.0 if self._queue or self._draining else IDLE_S)
             batch = self._pick()
             if batch:
                 begun_s = time.perf_counter()
@@ -88,14 +93,16 @@ class WorkerLoop:
         self._draining = True
 
     def forget_all(self) -> None:
-        """Close every generation, so that the engine can serve another orchestrator. Call after `run`."""
+        """Close every generation, so that the engine can serve another orchestrator. Call after `run`, however that ended."""
+        self._current = ()
         for generation in list(self._sessions):
             self._close(generation)
+        self._forget_closed()
 
     # Interrupt: what the engine asks in the middle of its work
 
     def check(self) -> None:
-        self._drain(block=False)
+        self._drain(0.0)
         wanted = any(work.wanted() for work in self._current)
         if not wanted or self.farewell is not None or not self._still_needed():
             raise Interrupted
@@ -105,19 +112,23 @@ class WorkerLoop:
         while (left_s := deadline_s - time.perf_counter()) > 0:
             if left_s < _SPIN_S:
                 continue
-            message = self._socket.receive(min(left_s - _SPIN_S, IDLE_S))
-            if message is not None:
-                self._on_message(message)
-            if message is not None or left_s > IDLE_S:
+            if self._drain(min(left_s - _SPIN_S, IDLE_S)) or left_s > IDLE_S:
                 self.check()
 
     # Messages
 
-    def _drain(self, *, block: bool) -> None:
-        message = self._socket.receive(IDLE_S if block and not self._draining else 0.0)
-        while message is not None:
-            self._on_message(message)
-            message = self._socket.receive()
+    def _drain(self, wait_s: float) -> bool:
+        """Handle all messages that are here, or that come once one has come within `wait_s`; whether there was one."""
+        try:
+            message = self._socket.receive(wait_s)
+            came = message is not None
+            while message is not None:
+                self._on_message(message)
+                message = self._socket.receive()
+        except Exception as error:
+            self._not_of_the_engine = error
+            raise
+        return came
 
     def _on_message(self, message: Message) -> None:
         match message:
@@ -170,6 +181,13 @@ class WorkerLoop:
         session = self._sessions.pop(generation, None)
         if session is not None:
             session.cancelled_to = 2**64
+            self._closed.append(session)
+            if not self._current:
+                self._forget_closed()
+
+    def _forget_closed(self) -> None:
+        closed, self._closed = self._closed, []
+        for session in closed:
             self._engine.forget(session)
 
     def _on_request(self, request: Draft | Verify) -> None:
@@ -184,6 +202,8 @@ class WorkerLoop:
             self._fail(request, "draining", "this worker takes no more work")
         elif (problem := self._problem_with(request)) is not None:
             self._fail(request, "limit", problem)
+        elif session.sampling.problem:
+            self._fail(request, "request", session.sampling.problem)
         else:
             self._queue.add(Work(request, session))
 
@@ -273,10 +293,16 @@ class WorkerLoop:
             self._engine.step(tasks, self)
         except Interrupted:
             pass  # the next _pick answers Cancelled
+        except RequestError as error:
+            log.warning("a request cannot be served", reason=str(error))
+            failure = error
         except Exception as error:
+            if error is self._not_of_the_engine:
+                raise
             log.exception("the engine failed", correlation=[work.session.correlation for work in batch])
             failure = error
         self._current = ()
+        self._forget_closed()
         for work in batch:
             work.busy_s += (time.perf_counter() - begun_s) / len(batch)
             work.forwards += self._engine.forwards - forwards
@@ -286,7 +312,10 @@ class WorkerLoop:
                     self._report(work, work.task.answer)
         elif len(batch) == 1:
             self._queue.remove(batch[0])
-            self._fail(batch[0].request, "engine", f"{type(failure).__name__}: {failure}"[:1000])
+            if isinstance(failure, RequestError):
+                self._fail(batch[0].request, "request", str(failure)[:1000])
+            else:
+                self._fail(batch[0].request, "engine", f"{type(failure).__name__}: {failure}"[:1000])
         else:  # whose fault it is shows when each is alone
             for work in batch:
                 if work.wanted():

@@ -1,15 +1,17 @@
-"""From logits to a token: transformers' own processors, then argmax(log p + g) with noise that is the same everywhere.
+"""From logits to a token: transformers' parameters, then argmax(log p + g) with noise that is the same everywhere.
 
 The choice depends on the logits, the parameters, the seed, the position and the tokens before it, and on nothing else:
 not on who drafted, what was verified together, or which worker it is. A drafter that samples with the same noise agrees
 with the target as often as their distributions are close (arXiv 2408.07978), and only token ids travel.
+
+Each parameter is computed as transformers' processor of that name computes it, to the bit (tests/workers/test_sampling.py). The
+library itself is not used: its import takes seconds, and its repetition penalty reads the whole text for each token.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -22,48 +24,118 @@ from dsi_protocol.gumbel import (
     half_log_table,
     stream_key,
 )
-from dsi_workers.session import SamplingParameters
+from dsi_workers.session import Occurrences, SamplingParameters, Session
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class Sampler:
-    """Chooses the tokens of one session."""
+    """Chooses the tokens of one session. `choose` takes no longer for a longer text."""
 
-    def __init__(self, parameters: SamplingParameters) -> None:
-        self._parameters = parameters
-        self._processors: list[Any] = _processors(parameters)
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._parameters = session.sampling
+        self._said: _Said | None = None
+        if self._parameters.repetition_penalty != 1:
+            session.occurrences = Occurrences()
+            self._said = _Said(session.occurrences)
 
-    def choose(self, logits: torch.Tensor, position: int, prefix: Sequence[int]) -> int:
-        """The token at `position`, which follows `prefix` (all tokens before it). logits: [vocabulary]."""
-        scores = logits.float()[None]
-        if self._processors:
-            ids: Any = torch.tensor([list(prefix)], device=logits.device)
-            for processor in self._processors:
-                scores = processor(ids, scores)
-        if self._parameters.temperature == 0:
-            return int(scores[0].argmax())
-        candidates = (scores[0] > -torch.inf).nonzero()[:, 0]
+    def choose(self, logits: torch.Tensor, position: int, guess: Sequence[int] = ()) -> int:
+        """The token at `position`, which follows the session's tokens before it and, where those end, `guess`.
+        logits: [vocabulary]."""
+        scores = _finite(logits)
+        if self._said is not None:
+            tokens = self._session.tokens
+            self._said.move_to(tokens, min(position, len(tokens)))
+            said = self._said.mask(scores, guess[: max(0, position - len(tokens))])
+            scores = penalised(scores, said, self._parameters.repetition_penalty)
+        if self._parameters.greedy:
+            return int(scores.argmax())
+        kept = kept_scores(scores, self._parameters)
+        candidates = (kept > -torch.inf).nonzero()[:, 0]
+        if not len(candidates):  # a broken model: no token is possible
+            return int(scores.argmax())
         noise = gumbel_noise(stream_key(self._parameters.seed, position), candidates)
-        return int(candidates[(scores[0, candidates].double() + noise).argmax()])
+        return int(candidates[(kept[candidates].double() + noise).argmax()])
 
 
-def _processors(parameters: SamplingParameters) -> list[Any]:
-    """In transformers' order: the penalty on what was said, then temperature, top-k, top-p, min-p."""
-    from transformers.generation import logits_process as library  # half a second that greedy decoding does not need
+class _Said:
+    """Which tokens a text has, as a mask over the vocabulary that is corrected where the text changes."""
 
-    processors: list[Any] = []
-    if parameters.repetition_penalty != 1:
-        processors.append(library.RepetitionPenaltyLogitsProcessor(parameters.repetition_penalty))
-    if parameters.temperature == 0:
-        return processors  # greedy: what follows changes no order
+    def __init__(self, occurrences: Occurrences) -> None:
+        self._occurrences = occurrences
+        self._mask: torch.Tensor | None = None
+
+    def move_to(self, tokens: Sequence[int], length: int) -> None:
+        """The text is the first `length` of these tokens."""
+        self._occurrences.move_to(tokens, length)
+
+    def mask(self, like: torch.Tensor, more: Sequence[int]) -> torch.Tensor:
+        """Of the shape of `like`, for the text with `more` behind it."""
+        if self._mask is None:
+            self._mask = torch.zeros(like.shape, dtype=torch.bool, device=like.device)
+        for ids, said in zip(self._occurrences.changes(), (True, False), strict=True):
+            self._set(self._mask, ids, said=said)
+        if not more:
+            return self._mask
+        mask = self._mask.clone()
+        self._set(mask, more, said=True)
+        return mask
+
+    @staticmethod
+    def _set(mask: torch.Tensor, ids: Sequence[int], *, said: bool) -> None:
+        known = [token for token in ids if token < len(mask)]  # a vocabulary may have tokens that no logit belongs to
+        if known:
+            mask[torch.tensor(known, device=mask.device)] = said
+
+
+def _finite(logits: torch.Tensor) -> torch.Tensor:
+    """In float32. What is no number counts as impossible, what is infinite as the largest number."""
+    return logits.float().nan_to_num(nan=-torch.inf, posinf=_LARGEST, neginf=-torch.inf)
+
+
+def penalised(scores: torch.Tensor, said: torch.Tensor, penalty: float) -> torch.Tensor:
+    """`said`: whether a token stands before."""
+    changed = torch.where(scores < 0, scores * penalty, scores / penalty).clamp_(max=_LARGEST)
+    return torch.where(said, changed, scores)
+
+
+def kept_scores(scores: torch.Tensor, parameters: SamplingParameters) -> torch.Tensor:
+    """In transformers' order: temperature, top-k, top-p, min-p. Tokens that are dropped have -inf; one stays."""
     if parameters.temperature != 1:
-        processors.append(library.TemperatureLogitsWarper(parameters.temperature))
+        scores = (scores / parameters.temperature).clamp_(max=_LARGEST)
     if parameters.top_k:
-        processors.append(library.TopKLogitsWarper(parameters.top_k))
+        least = torch.topk(scores, min(parameters.top_k, len(scores))).values[-1]
+        scores = scores.masked_fill(scores < least, -torch.inf)
     if parameters.top_p < 1:
-        processors.append(library.TopPLogitsWarper(parameters.top_p))
+        ordered, places = scores.sort()
+        dropped = ordered.softmax(dim=-1).cumsum(dim=-1) <= (1 - parameters.top_p)
+        dropped[-1] = False
+        scores = scores.masked_fill(dropped.scatter(0, places, dropped), -torch.inf)
     if parameters.min_p > 0:
-        processors.append(library.MinPLogitsWarper(parameters.min_p))
-    return processors
+        probabilities = scores.softmax(dim=-1)
+        dropped = probabilities < parameters.min_p * probabilities.amax()
+        dropped[probabilities.argmax()] = False
+        scores = scores.masked_fill(dropped, -torch.inf)
+    return scores
+
+
+def log_probability(logits: torch.Tensor, token: int) -> float:
+    """Of the token in the softmax of logits [vocabulary]: a finite number, whatever they are."""
+    value = float(_finite(logits).log_softmax(dim=-1)[token])
+    return value if value >= -_LARGEST else -_LARGEST
+
+
+def warm_up(logits: torch.Tensor) -> None:
+    """Choose once with every parameter from logits [vocabulary]: what is loaded or built for that is not when somebody waits."""
+    parameters = SamplingParameters(0.9, 50, 0.9, 0.01, 1.1, 1, logprobs=True)
+    session = Session(0, 1, "warm-up", parameters)
+    session.write(0, [0, 1, 0])
+    sampler = Sampler(session)
+    for guess in ((), (1,)):
+        log_probability(logits, sampler.choose(logits, 3 + len(guess), guess))
+    session.truncate(1)
+    sampler.choose(logits, 1)
 
 
 def gumbel_noise(key: int, tokens: torch.Tensor) -> torch.Tensor:

@@ -13,11 +13,15 @@ _REMEMBERED_ATTEMPTS = 8192
 _REMEMBERED_REPLIES = 1024
 
 
+#: Below this temperature the most probable token is taken (SPEC.md section 7).
+_LEAST_TEMPERATURE = 1e-6
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParameters:
     """How the tokens of a generation are chosen. The meaning of each is transformers'."""
 
-    temperature: float = 0.0  # 0 is greedy
+    temperature: float = 0.0  # below 1e-6 is greedy
     top_k: int = 0  # 0 is off
     top_p: float = 1.0
     min_p: float = 0.0
@@ -26,9 +30,59 @@ class SamplingParameters:
     logprobs: bool = False
 
     @property
+    def greedy(self) -> bool:
+        """The largest logit, after the penalty."""
+        return self.temperature < _LEAST_TEMPERATURE
+
+    @property
     def plain_greedy(self) -> bool:
         """The largest logit, as the model gives it."""
-        return self.temperature == 0 and self.repetition_penalty == 1
+        return self.greedy and self.repetition_penalty == 1
+
+    @property
+    def problem(self) -> str:
+        """Why no token can be chosen like that: a parameter lies outside of its range (SPEC.md section 7). "" if none does."""
+        if not 0 <= self.temperature <= 1000:
+            return f"temperature must lie in [0, 1000], not {self.temperature}"
+        if not 0 < self.top_p <= 1:
+            return f"top_p must lie in (0, 1], not {self.top_p}"
+        if not 0 <= self.min_p <= 1:
+            return f"min_p must lie in [0, 1], not {self.min_p}"
+        if not 0.001 <= self.repetition_penalty <= 1000:
+            return f"repetition_penalty must lie in [0.001, 1000], not {self.repetition_penalty}"
+        return ""
+
+
+class Occurrences:
+    """Which token ids the first `length` tokens of a text have. Costs as much as the text changes, however long it is."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._counts: dict[int, int] = {}
+        #: Ids whose count changed since `changes` was last asked.
+        self._changed: set[int] = set()
+
+    def move_to(self, tokens: Sequence[int], length: int) -> None:
+        """Count the first `length` of these tokens. Those that are counted already must still stand there."""
+        while self.length < length:
+            self._count(tokens[self.length], 1)
+            self.length += 1
+        while self.length > length:
+            self.length -= 1
+            self._count(tokens[self.length], -1)
+
+    def changes(self) -> tuple[list[int], list[int]]:
+        """Ids that occur and ids that do not, of those that may have changed since this was last asked."""
+        changed, self._changed = self._changed, set()
+        return [token for token in changed if token in self._counts], [
+            token for token in changed if token not in self._counts
+        ]
+
+    def _count(self, token: int, more: int) -> None:
+        self._changed.add(token)
+        count = self._counts.pop(token, 0) + more
+        if count:
+            self._counts[token] = count
 
 
 class Session:
@@ -42,6 +96,8 @@ class Session:
         self.prompt_length = prompt_length
         self.correlation = correlation
         self.tokens: list[int] = []
+        #: Of the tokens, as far as whoever needs it has counted.
+        self.occurrences: Occurrences | None = None
         #: The engine has computed positions [0, computed): for a transformer, its KV cache is right that far.
         self.computed = 0
         #: Requests of this attempt or an earlier one are not wanted.
@@ -88,6 +144,8 @@ class Session:
 
     def truncate(self, length: int) -> None:
         if length < len(self.tokens):
+            if self.occurrences is not None and self.occurrences.length > length:
+                self.occurrences.move_to(self.tokens, length)
             del self.tokens[length:]
             del self._checksums[length + 1 :]
             self.computed = min(self.computed, length)

@@ -14,6 +14,8 @@ LENGTHS = (4, 2)
 _MOST_PLACES = 1 << 17
 #: Tokens at the end of a text that may be rejected: what is drafted ahead, and more.
 _MAY_GO = 1024
+#: Tokens of a new text that are read at once: 20 ms or so, in which nobody looks for a cancel.
+READ_AT_ONCE = 8192
 
 #: The text in which some tokens stood, and the position that followed.
 _Place = tuple[list[int], int]
@@ -67,15 +69,15 @@ class Text:
         #: Of the last tokens: what each of them added.
         self._added: deque[list[tuple[tuple[int, ...], _Place, _Place | None]]] = deque(maxlen=_MAY_GO)
 
-    def become(self, tokens: Sequence[int]) -> None:
-        """The text is `tokens` now."""
+    def become(self, tokens: Sequence[int]) -> bool:
+        """The text is `tokens` now. False if there are so many new ones that only a part of them was read: call again."""
         known = self._tokens
         keeps = _common(known, tokens)
         while len(known) > keeps:
             known.pop()
             for suffix, place, before in reversed(self._added.pop() if self._added else []):
                 self.index.take_back(suffix, place, before)
-        for token in tokens[keeps:]:
+        for token in tokens[keeps : keeps + READ_AT_ONCE]:
             position = len(known)
             added = []
             for length in LENGTHS:
@@ -84,6 +86,7 @@ class Text:
                     added.append((suffix, place, self.index.put(suffix, place)))
             self._added.append(added)
             known.append(token)
+        return len(known) == len(tokens)
 
 
 class Texts:
@@ -95,12 +98,18 @@ class Texts:
         self._texts: dict[int, Text] = {}
 
     def find(self, session: Session, most: int) -> tuple[list[int], int]:
-        """As SuffixIndex.find, for what may follow the session's tokens."""
+        """As SuffixIndex.find, for what may follow the session's tokens. Nothing while they are not all read."""
+        return self._text_of(session).index.find(session.tokens, most) if self.read(session) else ([], 0)
+
+    def read(self, session: Session) -> bool:
+        """Read what is new of the session's tokens; whether all are read now."""
+        return self._text_of(session).become(session.tokens)
+
+    def _text_of(self, session: Session) -> Text:
         text = self._texts.get(session.generation)
         if text is None:
             text = self._texts[session.generation] = Text(self._shared or SuffixIndex())
-        text.become(session.tokens)
-        return text.index.find(session.tokens, most)
+        return text
 
     def forget(self, session: Session) -> None:
         self._texts.pop(session.generation, None)

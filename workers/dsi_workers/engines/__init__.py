@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 
 from dsi_protocol import OptionValue
-from dsi_workers.engines.base import Engine, EngineError, EngineInfo, Interrupt, Interrupted, Task
+from dsi_workers.engines.base import Engine, EngineError, EngineInfo, Interrupt, Interrupted, RequestError, Task
 from dsi_workers.model_files import ModelError
 
 ENGINES = ("transformers", "timed", "ngram")
@@ -19,6 +19,7 @@ __all__ = [
     "EngineInfo",
     "Interrupt",
     "Interrupted",
+    "RequestError",
     "Task",
     "check_installed",
     "load_engine",

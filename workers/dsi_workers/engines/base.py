@@ -18,6 +18,10 @@ class EngineError(Exception):
     """The engine cannot be built as asked: one sentence that names what is wrong and what to do."""
 
 
+class RequestError(Exception):
+    """A request cannot be served because of what it asks, and no other worker could: the engine is as good as before."""
+
+
 class Interrupted(Exception):
     """The work in hand is not wanted any more. The session is as good as before the call: nothing needs repair."""
 
@@ -83,7 +87,7 @@ class Engine(ABC):
         given session.tokens: up to and including the first that differs from them, or one beyond them if none does. That
         of a draft has between 0 and `count` tokens; none means 'no idea'. What else is in the batch changes no answer.
 
-        Raises Interrupted; then a new task for the same session still gets what a fresh session would get.
+        Raises Interrupted; then a new task for the same session still gets what a fresh session would get. Raises RequestError.
         """
 
     def reads_alone(self, task: Task) -> bool:

@@ -29,6 +29,8 @@ class NgramEngine(Engine):
             if task.count is None:
                 raise EngineError("the ngram engine only drafts: it has no tokens of its own to verify with")
             interrupt.check()
+            if not self._texts.read(task.session):
+                continue
             self.forwards += 1
             task.answer.tokens, _ = self._texts.find(task.session, min(self._block, task.count))
             task.done = True

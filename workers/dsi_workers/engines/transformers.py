@@ -16,7 +16,7 @@ import structlog
 import torch
 
 from dsi_protocol import OptionValue
-from dsi_workers.engines.base import Engine, EngineError, EngineInfo, Interrupt, Task
+from dsi_workers.engines.base import Engine, EngineError, EngineInfo, Interrupt, RequestError, Task
 from dsi_workers.engines.bits import Trial, Widths
 from dsi_workers.engines.forward import Forward, Run
 from dsi_workers.engines.load import load_model
@@ -25,7 +25,7 @@ from dsi_workers.engines.tried import widths_tried
 from dsi_workers.lookup import Lookup
 from dsi_workers.model_files import read_vocabulary_hash
 from dsi_workers.models import resolve_model
-from dsi_workers.sampling import Sampler
+from dsi_workers.sampling import Sampler, log_probability, warm_up
 from dsi_workers.session import Session
 from dsi_workers.slots import Slots
 
@@ -192,13 +192,13 @@ class TransformersEngine(Engine):
         for row in range(len(logits)):
             at = task.start + len(answer.tokens)
             if sampler is not None:
-                token = sampler.choose(logits[row], at, [*session.tokens[:at], *guess[: max(0, at - length)]])
+                token = _chosen(sampler, logits[row], at, guess)
             else:
                 assert choices is not None
                 token = choices[row]
             answer.tokens.append(token)
             if session.sampling.logprobs:
-                answer.logprobs.append(float(logits[row].float().log_softmax(dim=-1)[token]))
+                answer.logprobs.append(log_probability(logits[row], token))
             expected = session.tokens[at : at + 1] or guess[at - length : at - length + 1]
             if expected and expected[0] != token:
                 return True
@@ -231,7 +231,7 @@ class TransformersEngine(Engine):
 
     def _slot_of(self, session: Session) -> int:
         if not session.sampling.plain_greedy and session.generation not in self._samplers:
-            self._samplers[session.generation] = Sampler(session.sampling)
+            self._samplers[session.generation] = Sampler(session)
         return self._slots.of(session)
 
     def forget(self, session: Session) -> None:
@@ -246,9 +246,9 @@ class TransformersEngine(Engine):
         """Run what will be run. Returns the median time in µs of a verification of one position, of a window, and of
         windows for all slots (a drafter: of one token, 0, and of a token for each slot); zeros if not to `calibrate`."""
         length = PROMPT_CHUNK
-        self._forward(
-            [Run(0, [position % 16 for position in range(length)], 0, length, length - 1)], rows=length, logit_rows=1
-        )
+        prompt = Run(0, [position % 16 for position in range(length)], 0, length, length - 1)
+        [logits] = self._forward([prompt], rows=length, logit_rows=1)
+        warm_up(logits[0])
         for rows in self._forward.recorded_rows:  # now, not when somebody waits
             self._forward([Run(0, [0] * rows, length, rows, length)], rows=rows, logit_rows=rows)
         latencies = 0, 0, 0
@@ -292,6 +292,19 @@ class TransformersEngine(Engine):
         while len(times_s) < 3 and sum(times_s) < _LONG_S:
             times_s.append(self._forward.timed_s(runs, rows=rows, logit_rows=logit_rows))
         return max(1, round(statistics.median(times_s) * 1e6))
+
+
+def _chosen(sampler: Sampler, logits: torch.Tensor, position: int, guess: Sequence[int]) -> int:
+    """Raises RequestError: parameters that nobody foresaw are no fault of the model."""
+    try:
+        return sampler.choose(logits, position, guess)
+    except (
+        torch.OutOfMemoryError,
+        torch.AcceleratorError,
+    ):  # of a forward before, too: it comes out where results are read
+        raise
+    except Exception as error:
+        raise RequestError(f"no token can be chosen: {type(error).__name__}: {error}") from error
 
 
 def _position(task: Task) -> int:
