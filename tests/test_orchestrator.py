@@ -65,12 +65,11 @@ async def test_any_sequence_of_integers_is_a_prompt() -> None:
 
 
 def test_sampling_takes_any_type_of_number() -> None:
-    given = dsi_actors.Sampling(
-        max_tokens=numpy.int64(3),
-        seed=numpy.uint64(5),
-        temperature=numpy.float32(0.5),
-        stop_token_ids=numpy.array([1, 2]),
-    )
+    numbers: dict[str, Any] = {
+        "max_tokens": numpy.int64(3), "seed": numpy.uint64(5), "temperature": numpy.float32(0.5),
+        "stop_token_ids": numpy.array([1, 2]),
+    }  # fmt: skip
+    given = dsi_actors.Sampling(**numbers)
     assert given == dsi_actors.Sampling(max_tokens=3, seed=5, temperature=0.5, stop_token_ids=(1, 2))
     assert [type(value) for value in (given.max_tokens, given.seed, given.temperature)] == [int, int, float]
 
