@@ -14,11 +14,11 @@ run: $(VENV)/ready
 	$(BIN)/dsi-actors generate "$(PROMPT)" --max-tokens 48 --compare
 
 test: check
-	PYTHONASYNCIODEBUG=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
+	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 # The tests as on a processor with AVX2 only. TESTS="tests/workers ..." runs some of them, as CI does (.ci/run).
 test-avx2: $(VENV)/ready
-	$(AVX2) PYTHONASYNCIODEBUG=1 $(BIN)/pytest --numprocesses 2 --dist worksteal $(TESTS)
+	$(AVX2) $(BIN)/pytest --numprocesses 2 --dist worksteal $(TESTS)
 
 # The fast checks: style and types.
 check: $(VENV)/ready

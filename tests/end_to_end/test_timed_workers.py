@@ -232,11 +232,16 @@ def test_bad_sampling_is_named(name: str, value: Any) -> None:
         dsi_actors.Sampling(**{name: value})
 
 
-async def test_a_worker_that_cannot_start_says_why() -> None:
+async def test_a_model_that_is_not_there_shows_before_a_worker_is_started() -> None:
     config = dsi_actors.Config(target="/nowhere/at-all.gguf", drafter=None, sp=2, devices=("cpu",))
-    with pytest.raises(
-        dsi_actors.WorkerStartError, match="target worker on cpu did not start: there is no file /nowhere"
-    ):
+    with pytest.raises(dsi_actors.ConfigError, match="there is no file /nowhere"):
+        async with dsi_actors.Orchestrator(config):
+            pytest.fail("it started")
+
+
+async def test_a_worker_that_cannot_start_says_why() -> None:
+    config = dsi_actors.Config(engine="timed", target_options={"latency_ms": -1}, drafter=None, sp=1, devices=("cpu",))
+    with pytest.raises(dsi_actors.WorkerStartError, match=r"target worker on cpu did not start: .*latency_ms"):
         async with dsi_actors.Orchestrator(config):
             pytest.fail("it started")
 

@@ -145,7 +145,7 @@ def test_a_worker_without_an_orchestrator_says_so_and_ends_when_told(endpoint: s
         (["--gpu", "first"], "'first' is no device: give a CUDA device number, cpu or cpu:N"),
         ([], "the following arguments are required: --gpu"),
         (["--gpu", "cpu", "--role", "boss"], "invalid choice: 'boss'"),
-        (["--gpu", "cpu", "--connect", "nowhere"], "cannot connect to nowhere"),
+        (["--gpu", "cpu", "--connect", "nowhere"], "cannot connect to 'nowhere' is no endpoint"),
     ],
 )
 def test_bad_words_on_the_command_line_are_named(arguments: list[str], problem: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -301,7 +302,8 @@ for role, options in (("target", {}), ("drafter", {}), ("drafter", {"lookup": Tr
 assert "transformers" not in sys.modules
 """
     command = [sys.executable, "-c", program, str(make_tiny_model(tmp_path))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stdout.splitlines() if line.startswith(("target", "drafter"))]
     assert len(said) == 3
