@@ -26,10 +26,11 @@ check: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Longer than the tests: a million frames, and a thousand generations among faulty workers.
+# Longer than the tests: a million frames, a thousand generations among faulty workers, two thousand HTTP requests.
 fuzz: $(VENV)/ready
 	PYTHONPATH=tests $(BIN)/python -m fuzzing.codec --frames 1000000
 	PYTHONPATH=tests $(BIN)/python -m fuzzing.orchestrator --runs 200
+	PYTHONPATH=tests $(BIN)/python -m fuzzing.http --requests 2000
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import contextlib
+import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, SupportsFloat, SupportsIndex
 
 from dsi_actors.devices import device_name, servers_beside_drafters
 from dsi_actors.errors import ConfigError
-from dsi_protocol import OptionValue, ProtocolError, Welcome, encode
+from dsi_protocol import Endpoint, EndpointError, OptionValue, ProtocolError, Welcome, encode
 
 Algorithm = Literal["dsi", "si", "ar"]
 ALGORITHMS: tuple[Algorithm, ...] = ("dsi", "si", "ar")
@@ -23,15 +24,12 @@ NGRAM_FOR = "ngram+"
 #: A drafter that says random tokens: almost never right, whatever the target. For tests of exactness.
 RANDOM = "random"
 
-_LOOPBACK = re.compile(r"tcp://(127\.\d+\.\d+\.\d+|localhost|\[::1\]):(\d+|\*)$|ipc://.+$")
-_TCP = re.compile(r"tcp://[^:/\s]+:(\d+|\*)$|tcp://\[[0-9a-fA-F:]+\]:(\d+|\*)$")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """Settings of an orchestrator. Raises ConfigError."""
 
-    #: Model reference: a directory, a .gguf file, package:NAME, or a hub name.
+    #: Model reference: a directory, a .gguf file, package:NAME, or a hub name (org/name, org/name@revision).
     target: str = DEFAULT_TARGET
     #: The drafter: a model reference, self-int8, ngram, or None for no drafter. Where a model has another vocabulary than the
     #: target's, its worker translates. ngram+REF is the drafter REF, for which prompt lookup guesses. Several: each generation
@@ -60,7 +58,8 @@ class Config:
     #: A request without any reply for so long is cancelled, and its worker dropped if it does not answer that either.
     #: Must be longer than the longest prompt takes to read.
     request_timeout_s: float = 120.0
-    #: How long local workers may take to become ready, and a generation waits for a first target server.
+    #: How long a worker may take to load its model and become ready, and a generation waits for a first target server. Fetching
+    #: and converting models is not part of it: that is done before, and takes as long as it takes.
     ready_timeout_s: float = 120.0
     #: How long a generation goes on waiting once no target server is left.
     target_wait_s: float = 60.0
@@ -79,6 +78,11 @@ class Config:
         _require(
             all(isinstance(kind, str) for kind in self.drafters), "a drafter is named by a text: give a model reference"
         )
+        for reference in (self.target, *self.drafters):
+            _require(
+                _is_text(reference),
+                f"the model reference {reference!r} is no UTF-8, and cannot be told to a worker: rename the model, or link to it",
+            )
         for kind in self.drafters:
             drafter = kind.removeprefix(NGRAM_FOR)
             _require(drafter != "", "drafter is empty: give a model reference, self-int8, ngram or None")
@@ -102,15 +106,15 @@ class Config:
                 raise ConfigError(f"a setting cannot be told to a worker: {error}") from None
         for device in self.devices:
             device_name(device)
-        if self.listen is not None and not _LOOPBACK.match(self.listen):
+        if self.listen is not None:
+            try:
+                endpoint = Endpoint.parse(self.listen)
+            except EndpointError as error:
+                raise ConfigError(f"listen {error}") from None
             _require(
-                _TCP.match(self.listen) is not None,
-                f"listen {self.listen!r} is no endpoint: write it as tcp://127.0.0.1:5555 or ipc:///path",
-            )
-            _require(
-                self.insecure or self.keys is not None,
+                endpoint.local or self.insecure or self.keys is not None,
                 f"listen {self.listen} can be reached by other machines, and anyone there could take part: give workers "
-                "keys (dsi-actors keys new, then --keys), use 127.0.0.1, or allow it with --insecure",
+                "keys (dsi-actors keys new DIRECTORY NAME, then --keys DIRECTORY), use 127.0.0.1, or allow it with --insecure",
             )
         _require(self.keys is None or self.listen is not None, "keys are for workers that connect: give listen, too")
 
@@ -164,6 +168,14 @@ class Sampling:
     logprobs: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_k", "seed"):
+            if getattr(self, name) is not None:  # any integer type, such as numpy's; what follows needs plain ones
+                object.__setattr__(self, name, _whole(name, getattr(self, name)))
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
+        _require(isinstance(self.stop_token_ids, Iterable), "stop_token_ids must be a sequence of token ids")
+        stops = tuple(_whole("stop_token_ids", token) for token in self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", stops)
         _require(self.max_tokens >= 1, f"max_tokens must be at least 1, not {self.max_tokens}")
         _require(0 <= self.temperature <= 1000, f"temperature must lie in [0, 1000], not {self.temperature}")
         _require(
@@ -178,6 +190,29 @@ class Sampling:
         )
         _require(0 <= self.seed < 1 << 64, f"seed must lie in [0, 2**64), not {self.seed}")
         _require(all(0 <= token < 1 << 32 for token in self.stop_token_ids), "stop_token_ids must be token ids")
+
+
+def _whole(name: str, value: SupportsIndex) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ConfigError(f"{name} must be a whole number, not {value!r}") from None
+
+
+def _number(name: str, value: SupportsFloat) -> float:
+    if not isinstance(value, str):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            return float(value)
+    raise ConfigError(f"{name} must be a number, not {value!r}")
+
+
+def _is_text(words: str) -> bool:
+    """False with bytes in it that Python kept from the name of a file."""
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _require(condition: bool, problem: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import time
 import tomllib
 from dataclasses import dataclass, field
@@ -45,7 +46,9 @@ class Keyring:
         self._directory = Path(directory)
         path = self._directory / "orchestrator.key"
         if not path.is_file():
-            raise ConfigError(f"there is no {path}: make keys with dsi-actors keys new {directory} NAME")
+            raise ConfigError(
+                f"there is no {path}: make keys with dsi-actors keys new {shlex.quote(str(directory))} NAME"
+            )
         self.public, self.secret = _read(path, "public", "secret")
         self._looked_s = -_LOOK_S
         self._changed_ns = -1
@@ -84,7 +87,8 @@ def new_keys(directory: Path, names: list[str]) -> list[Path]:
         for path in (directory / "allowed" / f"{name}.pub", directory / "workers" / f"{name}.key"):
             if path.exists():
                 raise ConfigError(
-                    f"{path} exists already: revoke it first with dsi-actors keys revoke {directory} {name}"
+                    f"{path} exists already: choose another name, or end that worker's key for good with "
+                    f"dsi-actors keys revoke {shlex.quote(str(directory))} {name}"
                 )
     try:
         for each in (directory, directory / "allowed", directory / "workers"):
@@ -111,11 +115,16 @@ def new_keys(directory: Path, names: list[str]) -> list[Path]:
 
 def revoke(directory: Path, name: str) -> None:
     """From a second later on this worker is not heard any more."""
-    allowed = directory / "allowed" / f"{name}.pub"
-    if not _NAME.match(name) or not allowed.is_file():
-        raise ConfigError(f"no worker {name!r} is allowed by {directory}: see dsi-actors keys list {directory}")
-    allowed.unlink()
-    (directory / "workers" / f"{name}.key").unlink(missing_ok=True)
+    files = [directory / "allowed" / f"{name}.pub", directory / "workers" / f"{name}.key"]
+    if not _NAME.match(name) or not any(file.is_file() for file in files):
+        raise ConfigError(
+            f"{directory} has no key of a worker {name!r}: see dsi-actors keys list {shlex.quote(str(directory))}"
+        )
+    try:
+        for file in files:
+            file.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot remove the key {error.filename}: {error.strerror}") from None
 
 
 def load_worker_key(path: str | Path) -> WorkerKey:

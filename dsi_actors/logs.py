@@ -54,7 +54,7 @@ class _JsonFormatter(logging.Formatter):
         head = {"time": time, "level": record.levelname.lower(), "logger": record.name}
         if record.exc_info:
             head["exception"] = self.formatException(record.exc_info)
-        return json.dumps({**head, **fields}, default=str, ensure_ascii=False)
+        return json.dumps({**head, **fields}, default=str)
 
 
 def show_logs(level: str, form: str = "text") -> None:

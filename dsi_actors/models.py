@@ -1,23 +1,83 @@
-"""From a model reference to a directory, without torch: what is missing is fetched or converted by a worker process."""
+"""From model references to directories, without torch: what is missing is fetched or converted by a process of its own."""
 
 from __future__ import annotations
 
-import subprocess
+import asyncio
+import contextlib
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
+from dsi_actors.config import NGRAM, NGRAM_FOR, RANDOM, SELF_INT8, Config
 from dsi_actors.errors import ConfigError
+from dsi_actors.logs import get_logger
+from dsi_actors.progress import ProgressLines, Report
+from dsi_actors.requirements import require
+
+log = get_logger("models")
+
+_LINE_BYTES = 1 << 20
+#: What this process has resolved: a reference means the same for as long as it runs, and is looked up once.
+_known: dict[tuple[str, bool], Path] = {}
 
 
-def resolve_model(reference: str) -> Path:
-    """The directory with the model's tokenizer and configuration. May take a while, once. Raises ConfigError."""
-    path = Path(reference).expanduser()
-    if (path / "tokenizer.json").is_file():
-        return path
-    prepared = subprocess.run(
-        [sys.executable, "-m", "dsi_actors.worker", "--prepare", reference, "--tokenizer-only"],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=None, text=True, check=False,
+async def resolve_model(reference: str, *, tokenizer_only: bool = False, report: Report | None = None) -> Path:
+    """The directory of a model. Fetches or converts what is missing, which may take long and may be cancelled: the next call
+    goes on there. `report` is told how far it is (without one, the log is). Raises ConfigError.
+
+    `tokenizer_only`: the weights are not needed, as where other machines load them."""
+    known = _known.get((reference, tokenizer_only)) or _known.get((reference, False))
+    if known is not None and known.is_dir():
+        return known
+    require(f"the model {reference!r}", models=[reference])
+    directory = _plain_directory(reference) or await _prepared(
+        reference, tokenizer_only, report if report is not None else ProgressLines(log.info)
+    )
+    _known[reference, tokenizer_only] = directory
+    return directory
+
+
+async def prepare_models(config: Config, report: Report | None = None) -> None:
+    """Make ready what local workers will load: the target and every drafter. Raises ConfigError."""
+    if config.engine == "timed":
+        return
+    for reference in dict.fromkeys((config.target, *(drafter.removeprefix(NGRAM_FOR) for drafter in config.drafters))):
+        if reference not in (SELF_INT8, NGRAM, RANDOM):
+            await resolve_model(reference, report=report)
+
+
+def _plain_directory(reference: str) -> Path | None:
+    """The model, if it is a directory already. Its files are looked at by whoever loads them."""
+    with contextlib.suppress(OSError, RuntimeError, ValueError):  # no name of a file; its worker says why
+        path = Path(reference).expanduser()
+        if reference and (path / "config.json").is_file():
+            return path
+    return None
+
+
+async def _prepared(reference: str, tokenizer_only: bool, report: Report) -> Path:
+    if "\0" in reference:
+        raise ConfigError(f"a model reference has no zero bytes: {reference!r}")
+    # In a session of its own, so that the terminal's Ctrl-C reaches us alone. It ends when its standard input does.
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "dsi_workers.preparation", *(["--tokenizer-only"] if tokenizer_only else []), "--", reference,
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True, limit=_LINE_BYTES,
     )  # fmt: skip
-    if prepared.returncode:
-        raise ConfigError(f"the model {reference!r} cannot be used (see above)")
-    return Path(prepared.stdout.strip().splitlines()[-1])
+    assert process.stdout is not None
+    last: dict[str, Any] = {}
+    try:
+        async for line in process.stdout:
+            last = json.loads(line)
+            if "what" in last:
+                report(last["what"], last["done"], last["detail"])
+        await process.wait()
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await asyncio.shield(process.wait())
+    if "directory" in last:
+        return Path(last["directory"])
+    problem = last.get("error") or f"the process that prepares {reference!r} ended with exit code {process.returncode}"
+    raise ConfigError(problem)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import operator
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 from dsi_actors.actors.generation import Generation
 from dsi_actors.actors.knowledge import Knowledge
 from dsi_actors.actors.local import start_local_workers
 from dsi_actors.actors.root import Root
 from dsi_actors.actors.worker_handle import WorkerHandle
+from dsi_actors.advice import worker_command
 from dsi_actors.config import ALGORITHMS, Algorithm, Config, Sampling
 from dsi_actors.core import GenerationCore
 from dsi_actors.core.actions import Action
@@ -27,12 +29,16 @@ from dsi_actors.errors import (
     WorkerStartError,
 )
 from dsi_actors.logs import get_logger
+from dsi_actors.models import prepare_models
 from dsi_actors.planning.tuner import Estimates
+from dsi_actors.progress import Report, unreported
 from dsi_actors.stream import Channel, GenerationStream
+from dsi_actors.temporary import socket_directory
 from dsi_protocol import MAX_TEXT_BYTES, MAX_TOKENS_PER_MESSAGE
 
 log = get_logger("orchestrator")
 
+_SOCKET = "orchestrator.sock"
 #: How long workers have to read that they are dismissed.
 _FAREWELL_S = 0.05
 #: The generation by which a start measures how long a token takes, and its tokens; the first one's time is not taken.
@@ -42,22 +48,28 @@ _CALIBRATION, _MEASURED_TOKENS = (1 << 63) - 1, 3
 class Orchestrator:
     """Drafter, target servers and generations behind one object. Use as an async context manager.
 
-    With `config.listen` it binds there and waits for workers; without, it starts local workers itself and enters the
-    block once all are ready. Raises ConfigError (nothing was started) and WorkerStartError (everything was ended).
+    With `config.listen` it binds there and waits for workers; without, it fetches or converts the models that are missing,
+    starts local workers itself and enters the block once all are ready. `report` is told what it does meanwhile. Raises
+    ConfigError (nothing was started) and WorkerStartError (everything was ended).
     """
 
-    def __init__(self, config: Config | None = None) -> None:
+    def __init__(self, config: Config | None = None, *, report: Report | None = None) -> None:
         self.config = config if config is not None else Config()
         self.endpoint = ""
+        self._report = report
         self._root: Root | None = None
         self._task: asyncio.Task[None] | None = None
         self._socket_directory: tempfile.TemporaryDirectory[str] | None = None
         self._numbers = itertools.count(1)
-        self._knowledge = Knowledge(self.config, lambda: self.running)
+        self._knowledge = Knowledge(self.config, lambda role: self._running().of_role(role), lambda: self.running)
         self._observer: Callable[[int, Event | Action], None] | None = None
 
     async def __aenter__(self) -> Orchestrator:
-        self._root = root = Root(self.config)
+        if self._root is not None:
+            raise ConfigError("this Orchestrator was started before: make a new one for each `async with`")
+        self._root = root = Root(self.config, self._report or unreported)
+        if self.config.listen is None:
+            await prepare_models(self.config, self._report)
         try:
             self.endpoint = root.workforce.listen(self.config.listen or self._private_endpoint())
         except BaseException:
@@ -65,11 +77,6 @@ class Orchestrator:
             raise
         self._task = asyncio.create_task(root.run(), name="dsi-orchestrator")
         try:
-            await asyncio.sleep(0)  # the root runs from here on
-            root.start_permanent(root.workforce)
-            root.start_permanent(root.scheduler)
-            await asyncio.sleep(0)
-            root.workforce.look_for_silence()
             if self.config.listen is None:
                 await self._start_local_workers(root)
         except BaseException:
@@ -85,13 +92,13 @@ class Orchestrator:
 
     def generate(
         self,
-        prompt_ids: Sequence[int],
+        prompt_ids: Iterable[SupportsIndex],
         sampling: Sampling | None = None,
         *,
         algorithm: Algorithm = "dsi",
         sp: int | None = None,
         lookahead: int | Literal["auto"] = "auto",
-        resumed: Sequence[int] = (),
+        resumed: Iterable[SupportsIndex] = (),
         correlation: str | None = None,
     ) -> GenerationStream:
         """The target's own continuation of `prompt_ids`, as it is committed.
@@ -103,24 +110,27 @@ class Orchestrator:
         or closing the stream cancels all work, down to the forwards that run. `sp` and `lookahead` are for this
         generation; `correlation` names it in the logs of the orchestrator and of every worker.
 
+        `prompt_ids` and `resumed` may be any sequence of integers, such as a numpy array or a tensor of one dimension.
+
         Raises ConfigError at once for arguments that cannot be used, and from the first iteration if the target cannot
         take this prompt; NoTargetError, with the tokens so far, if no target server is there for too long.
         """
         sampling = sampling if sampling is not None else Sampling()
         if algorithm not in ALGORITHMS:
             raise ConfigError(f"unknown algorithm {algorithm!r}: choose one of {', '.join(ALGORITHMS)}")
-        if not prompt_ids:
+        prompt, earlier = _token_ids("prompt_ids", prompt_ids), _token_ids("resumed", resumed)
+        if not prompt:
             raise ConfigError("the prompt is empty: give at least one token")
         if sp is not None and not 1 <= sp <= 1024:
             raise ConfigError(f"sp must lie in [1, 1024], not {sp}")
         if lookahead != "auto" and not 1 <= lookahead <= 1024:
             raise ConfigError(f"lookahead must be auto or lie in [1, 1024], not {lookahead}")
-        _check_resumed(resumed, sampling)
+        _check_resumed(earlier, sampling)
         number = next(self._numbers)
         correlation = f"generation-{number}" if correlation is None else correlation
         if len(correlation.encode(errors="replace")) > MAX_TEXT_BYTES or not correlation.isprintable():
             raise ConfigError(f"correlation must be printable text of at most {MAX_TEXT_BYTES} bytes")
-        return self._stream(number, prompt_ids, sampling, algorithm, sp, lookahead, resumed, correlation)
+        return self._stream(number, prompt, sampling, algorithm, sp, lookahead, earlier, correlation)
 
     def _stream(
         self,
@@ -144,8 +154,7 @@ class Orchestrator:
                 raise TooManyGenerations(
                     f"{self.config.max_generations} generations wait or run already: try again later"
                 )
-            pacing = self._knowledge.pacing(
-                root,
+            controller = self._knowledge.controller(
                 algorithm,
                 sp,
                 None if lookahead == "auto" else lookahead,
@@ -153,7 +162,7 @@ class Orchestrator:
             )
             core = GenerationCore(
                 prompt_ids,
-                policy=pacing.tuner.choose(),
+                policy=controller.begin(),
                 max_tokens=sampling.max_tokens,
                 stop_tokens=sampling.stop_token_ids,
                 resumed=resumed,
@@ -165,7 +174,8 @@ class Orchestrator:
                 number,
                 core,
                 root.scheduler,
-                pacing,
+                controller,
+                self._knowledge,
                 vocabulary_size=target.ready.vocabulary_size,
                 sampling=sampling,
                 correlation=correlation,
@@ -173,7 +183,6 @@ class Orchestrator:
                 target_wait_s=self.config.target_wait_s,
                 on_tokens=channel.put,
                 on_end=channel.end,
-                on_learned=self._knowledge.learn,
                 observe=self._observer,
             )
             root.start_generation(generation, channel)
@@ -183,8 +192,8 @@ class Orchestrator:
 
     def observe(self, observer: Callable[[int, Event | Action], None] | None) -> None:
         """Tell `observer` of every event and every action of the cores of generations that start from now on, with the
-        generation's number. It must return at once. None: nobody."""
-        self._observer = observer
+        generation's number. It must return at once; when it raises, it is told no more. None: nobody."""
+        self._observer = None if observer is None else _harmless(observer)
 
     @property
     def workers(self) -> list[WorkerHandle]:
@@ -207,6 +216,11 @@ class Orchestrator:
     def waiting(self) -> int:
         """Generations that have no target server yet."""
         return self._running().scheduler.waiting
+
+    @property
+    def preparing(self) -> int:
+        """Workers on their way that had to fetch or convert their model first."""
+        return sum(bool(worker.preparing) for worker in self._running().workforce.workers)
 
     @property
     def process_ids(self) -> list[int]:
@@ -234,8 +248,8 @@ class Orchestrator:
 
     def _private_endpoint(self) -> str:
         """A socket that only this user can reach."""
-        self._socket_directory = tempfile.TemporaryDirectory(prefix="dsi-")
-        return f"ipc://{Path(self._socket_directory.name) / 'orchestrator.sock'}"
+        self._socket_directory = socket_directory(_SOCKET)
+        return f"ipc://{Path(self._socket_directory.name) / _SOCKET}"
 
     async def _start_local_workers(self, root: Root) -> None:
         await start_local_workers(root, self.config, self.endpoint)
@@ -253,7 +267,7 @@ class Orchestrator:
                 report = await stream.report()
         except NoTargetError as error:
             raise WorkerStartError(f"the target server could not be measured: {error}") from error
-        self._knowledge.measured_alone(root, min(report.trace.target_ms[1:]))
+        self._knowledge.measured_alone(min(report.trace.target_ms[1:]))
 
     async def _close(self, root: Root) -> None:
         """End generations, then workers, then our own actors. Safe to call whatever is running."""
@@ -290,14 +304,13 @@ class Orchestrator:
         if not found:
             raise NoTargetError(
                 f"no target server came within {timeout_s:g} s: start one with "
-                f"python -m dsi_actors.worker --gpu N --connect {self.endpoint}"
+                f"{worker_command(self.endpoint, keys=self.config.keys)}"
             )
         return root.of_role("target")[0]
 
     @staticmethod
     def _check_prompt(target: WorkerHandle, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         assert target.ready is not None
-        Orchestrator._check_tokens(target, prompt_ids)
         length = len(prompt_ids) + sampling.max_tokens
         if length > target.ready.max_length:
             raise ConfigError(
@@ -309,18 +322,48 @@ class Orchestrator:
                 f"the prompt has {len(prompt_ids)} tokens and max_tokens is {sampling.max_tokens}: together {length} are "
                 f"over the {MAX_TOKENS_PER_MESSAGE} that fit one message"
             )
+        Orchestrator._check_tokens(target, prompt_ids)
 
     @staticmethod
     def _check_tokens(target: WorkerHandle, token_ids: Sequence[int]) -> None:
         assert target.ready is not None
-        for token in token_ids:
-            if not 0 <= token < target.ready.vocabulary_size:
-                raise ConfigError(f"token {token} is outside the target's vocabulary of {target.ready.vocabulary_size}")
+        if (token := max(token_ids, default=0)) >= target.ready.vocabulary_size:
+            raise ConfigError(f"token {token} is outside the target's vocabulary of {target.ready.vocabulary_size}")
 
     @property
     def estimates(self) -> Estimates:
         """What the next generation begins with: what earlier ones taught, else what the workers measured at their start."""
-        return self._knowledge.estimates(self._running())
+        return self._knowledge.estimates()
+
+
+def _token_ids(name: str, given: Iterable[SupportsIndex]) -> list[int]:
+    """The ids as plain integers. Raises ConfigError if one cannot be a token id of any model."""
+    if isinstance(given, (str, bytes)):
+        raise ConfigError(f"{name} must be token ids, not text: encode it with the model's tokenizer first")
+    try:
+        ids = list(map(operator.index, given))
+    except TypeError as error:
+        raise ConfigError(f"{name} must be a sequence of token ids, which are whole numbers: {error}") from None
+    if ids and not 0 <= min(ids) <= max(ids) < 1 << 32:
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        raise ConfigError(f"{name} must be token ids, from 0 to 2**32 - 1: {wrong} is none")
+    return ids
+
+
+def _harmless(observer: Callable[[int, Event | Action], None]) -> Callable[[int, Event | Action], None]:
+    """An observer that fails harms no generation: its first error is logged and ends it."""
+    failed = False
+
+    def observe(generation: int, item: Event | Action) -> None:
+        nonlocal failed
+        if not failed:
+            try:
+                observer(generation, item)
+            except Exception:
+                failed = True
+                log.exception("an observer failed and is told no more")
+
+    return observe
 
 
 def _check_resumed(resumed: Sequence[int], sampling: Sampling) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
+from functools import partial
 from types import TracebackType
 
 from dsi_actors.actors.generation import Generation
@@ -69,6 +70,7 @@ class GenerationStream:
 
     def __init__(self, channel: Channel, start: Callable[[], Awaitable[Generation | None]]) -> None:
         self._channel = channel
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._start: Callable[[], Awaitable[Generation | None]] | None = start
         self._generation: Generation | None = None
 
@@ -78,6 +80,7 @@ class GenerationStream:
     async def __anext__(self) -> CommittedTokens:
         if self._start is not None:
             start, self._start = self._start, None
+            self._loop = asyncio.get_running_loop()
             self._generation = await start()
         channel = self._channel
         try:
@@ -125,5 +128,7 @@ class GenerationStream:
         await self.aclose()
 
     def __del__(self) -> None:
-        if self._generation is not None and not self._channel.ended:
-            self.cancel()
+        # The garbage collector may run in any thread, and after the loop was closed.
+        generation, loop = self._generation, self._loop
+        if generation is not None and loop is not None and not self._channel.ended and not loop.is_closed():
+            loop.call_soon_threadsafe(partial(generation.tell, CancelRequested(), control=True))

@@ -3,134 +3,173 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 from tokenizers import Tokenizer as LibraryTokenizer
-from tokenizers.decoders import DecodeStream
 
 from dsi_actors.errors import ConfigError
+from dsi_actors.tokenization.bounds import max_token_bytes
+from dsi_actors.tokenization.chat_template import ChatTemplate
+from dsi_actors.tokenization.control_tokens import ControlTokens
+from dsi_actors.tokenization.detokenizer import Detokenizer, TokenStream
+from dsi_actors.tokenization.library import encode, library_errors, pattern_of
 from dsi_protocol import vocabulary_hash
+
+__all__ = ["TokenStream", "Tokenizer"]
 
 
 class Tokenizer:
-    """The tokenizer of the model in `directory`. Raises ConfigError if it has none."""
+    """The tokenizer of the model in `directory`. Raises ConfigError if it has none, or files that cannot be used.
+
+    Threads may share it: no call changes what another call sees. `encode` and `encode_chat` take about a second for
+    1 MB of text. They release Python's global lock for most of that time, so call them in a worker thread where an event
+    loop must go on. (A chat template that computes a lot holds the lock, like all Python code; chat_template.py bounds it.)
+    """
 
     def __init__(self, directory: Path) -> None:
         file = directory / "tokenizer.json"
         if not file.is_file():
             raise ConfigError(f"{directory} has no tokenizer.json: use a model that has one")
-        self._tokenizer = LibraryTokenizer.from_file(str(file))
-        self._tokenizer.no_truncation()  # files keep the settings of the last training run
-        self._tokenizer.no_padding()
-        self._config = _read_json(directory / "tokenizer_config.json")
-        self._template = _chat_template_source(directory, self._config)
-        self.stop_token_ids = self._find_stop_tokens(_read_json(directory / "generation_config.json"))
+        with library_errors(f"{file} cannot be used: download the model again"):
+            self._library = LibraryTokenizer.from_file(str(file))
+            self._library.no_truncation()  # files keep the settings of the last training run
+            self._library.no_padding()
+            self._detokenizer = Detokenizer(self._library)
+        config = _Settings(directory / "tokenizer_config.json")
+        self._template = _chat_template(directory, config)
+        self._named_tokens = {key: config.token(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        self.stop_token_ids = self._find_stop_tokens(_Settings(directory / "generation_config.json"))
+        #: Tokens that have no text, by number: "<|im_end|>" and so on.
+        self.special_tokens: Mapping[int, str] = {
+            number: token.content for number, token in self._library.get_added_tokens_decoder().items() if token.special
+        }
+        self._special_names = pattern_of(self.special_tokens.values())
 
     def vocabulary_hash(self) -> str:
-        return vocabulary_hash(self._tokenizer.get_vocab(with_added_tokens=True))
+        return vocabulary_hash(self._library.get_vocab(with_added_tokens=True))
+
+    @cached_property
+    def max_token_bytes(self) -> int:
+        """The most bytes of text that can become one token: a text of more than n times as many bytes has more than n
+        tokens. sys.maxsize where there is no such bound (see tokenization/bounds.py)."""
+        numbers = self._library.get_vocab(with_added_tokens=True).values()
+        return max_token_bytes(self._library, (self._detokenizer.bytes_of(number) or b"" for number in numbers))
+
+    # Text to tokens
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of plain text, with the special tokens that the model puts around it."""
-        return list(self._tokenizer.encode(text).ids)
+        """The tokens of plain text, with the special tokens that the model puts around it. The names of special tokens in
+        the text become these tokens. Raises ConfigError for text that is no valid Unicode."""
+        return encode(self._library, text, add_special_tokens=True)
 
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The tokens of a conversation ({"role": ..., "content": ...}) by the model's own chat template, up to where
-        the answer begins. Raises ConfigError if the model has no template."""
+        the answer begins. The names of special tokens in a message are plain text (tokenization/control_tokens.py).
+        Raises ConfigError if the model has no template, or one that fails."""
         if self._template is None:
             raise ConfigError("this model has no chat template: give it plain text")
-        special = {
-            key: _special_text(self._config.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")
-        }
-        given = {"messages": list(messages), "add_generation_prompt": True, "tools": None, "documents": None}
-        try:
-            text = _template_environment().from_string(self._template).render(**given, **special)
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ConfigError(f"the model's chat template failed ({error}): give it plain text") from None
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        control = self._control_tokens
+        masked = control.mask(messages)
+        if masked is None:
+            return encode(self._library, self._template.render(messages, self._named_tokens), add_special_tokens=False)
+        return control.encode(self._template.render(masked, self._named_tokens))
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+    @cached_property
+    def _control_tokens(self) -> ControlTokens:
+        assert self._template is not None
+        return ControlTokens(self._library, self._template.source)
 
-    def stream(self) -> TokenStream:
-        return TokenStream(self._tokenizer)
+    # Tokens to text
 
-    def _find_stop_tokens(self, generation_config: dict[str, Any]) -> tuple[int, ...]:
-        eos = generation_config.get("eos_token_id")
-        found = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
-        token = self._tokenizer.token_to_id(_special_text(self._config.get("eos_token")))
+    def decode(self, token_ids: Sequence[int], *, after: Sequence[int] = ()) -> str:
+        """The text of the tokens, as `stream` gives it piece by piece."""
+        return self._detokenizer.decode(token_ids, after)
+
+    def stream(self, *, after: Sequence[int] = ()) -> TokenStream:
+        """Text as tokens come. With `after` it continues the text of these tokens, so that both together are the text of
+        all; without, it stands alone: then some tokenizers leave out a space at its beginning."""
+        return self._detokenizer.stream(after)
+
+    def stop_tokens_of(self, stops: Iterable[str]) -> tuple[int, ...]:
+        """Those stop strings that are special tokens."""
+        wanted = set(stops)
+        return tuple(number for number, name in self.special_tokens.items() if name in wanted)
+
+    def names_special_token(self, text: str) -> bool:
+        return self._special_names.search(text) is not None
+
+    def _find_stop_tokens(self, generation_config: _Settings) -> tuple[int, ...]:
+        found = set(generation_config.token_ids("eos_token_id"))
+        token = self._library.token_to_id(self._named_tokens["eos_token"])
         if token is not None:
             found.add(token)
         return tuple(sorted(found))
 
 
-class TokenStream:
-    """Text as tokens come: a character appears once all of its bytes are there."""
-
-    def __init__(self, tokenizer: LibraryTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decode = DecodeStream(skip_special_tokens=True)
-
-    def add(self, token_id: int) -> str:
-        return self._decode.step(self._tokenizer, token_id) or ""
-
-
-def _chat_template_source(directory: Path, config: dict[str, Any]) -> str | None:
+def _chat_template(directory: Path, config: _Settings) -> ChatTemplate | None:
     file = directory / "chat_template.jinja"
-    source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+    if file.is_file():
+        return ChatTemplate(_read_text(file))
+    source = config.values.get("chat_template")
     if isinstance(source, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-        source = named.get("default")
-    return source if isinstance(source, str) else None
+        if not all(isinstance(entry, dict) for entry in source):
+            raise config.wrong("chat_template", "a text, or a list of templates with names")
+        source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
+    if source is None:
+        return None
+    if not isinstance(source, str):
+        raise config.wrong("chat_template", "a text, or a list of templates with names")
+    return ChatTemplate(source)
 
 
-def _template_environment() -> jinja2.Environment:
-    """Templates come with models from anywhere: they run in Jinja's sandbox, with what transformers gives them."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlock]
-    )
+class _Settings:
+    """A JSON object in a file of the model; empty without the file. Raises ConfigError for what cannot be used."""
 
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.values: dict[str, Any] = {}
+        if not file.is_file():
+            return
+        try:
+            values = json.loads(_read_text(file))
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{file} is no JSON ({error}): download the model again") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{file} holds no JSON object: download the model again")
+        self.values = values
 
-    def to_json(value: object, **options: Any) -> str:
-        return json.dumps(value, **{"ensure_ascii": False, **options})
+    def token(self, key: str) -> str:
+        """The text of a token; empty if the file names none."""
+        token = self.values.get(key)
+        if isinstance(token, dict):
+            token = token.get("content")
+        if token is not None and not isinstance(token, str):
+            raise self.wrong(key, "a token's text")
+        return token or ""
 
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    environment.filters["tojson"] = to_json
-    return environment
+    def token_ids(self, key: str) -> list[int]:
+        """One token id, or several, or none."""
+        ids = self.values.get(key)
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if not all(type(token) is int and 0 <= token < 1 << 32 for token in ids):
+            raise self.wrong(key, "a token id, or a list of token ids")
+        return ids
 
-
-class _GenerationBlock(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %} marks the model's own words for training: here it is its content."""
-
-    tags = {"generation"}  # noqa: RUF012  Jinja declares it so
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _special_text(token: object) -> str:
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else ""
+    def wrong(self, key: str, meant: str) -> ConfigError:
+        return ConfigError(f"{self._file}: {key} must be {meant}, not {json.dumps(self.values[key])[:60]}")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    content = json.loads(file.read_text(encoding="utf-8"))
-    return content if isinstance(content, dict) else {}
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is no UTF-8 text (byte {error.start}): download the model again") from None

@@ -5,59 +5,53 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import AbstractContextManager
 
 from dsi_actors.devices import device_name
 from dsi_actors.errors import ConfigError
 from dsi_actors.keys import load_worker_key
+from dsi_actors.progress import Report
+from dsi_actors.streams import complain, prepare_streams
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
 _DESCRIPTION = "One worker process: a drafter or a target server on one device."
 
 
 def main() -> int:
+    prepare_streams()
     parser = argparse.ArgumentParser(prog="python -m dsi_actors.worker", description=_DESCRIPTION)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--gpu", type=_device, metavar="N", help="CUDA device number, or cpu, cpu:0, cpu:1, ...")
-    what.add_argument("--prepare", metavar="REF", help="make the model REF ready for use, print its directory, exit")
+    parser.add_argument(
+        "--gpu", type=_device, metavar="N", required=True, help="CUDA device number, or cpu, cpu:0, cpu:1, ..."
+    )
     parser.add_argument("--connect", default=DEFAULT_ENDPOINT, help="the orchestrator (default %(default)s)")
     parser.add_argument("--role", choices=["auto", "target", "drafter"], default="auto")
     parser.add_argument("--engine", choices=["auto", "transformers", "timed", "ngram"], default="auto")
     parser.add_argument("--model", default="", metavar="REF", help="directory, .gguf file, package:NAME or hub name")
-    parser.add_argument("--tokenizer-only", action="store_true", help="with --prepare: the tokenizer is enough")
     parser.add_argument("--key", metavar="FILE", help="the key that dsi-actors keys new made for this worker")
+    parser.add_argument(
+        "--once", action="store_true", help="end with the orchestrator, instead of waiting for the next one"
+    )
     parser.add_argument("--supervised", action="store_true", help="exit when standard input closes")
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     parser.add_argument("--log-format", choices=["text", "json"], default="text")
     arguments = parser.parse_args()
-    os.environ["TQDM_DISABLE"] = "1"  # libraries draw bars of their own: the one for a conversion is enough
+    os.environ["TQDM_DISABLE"] = "1"  # libraries draw bars of their own
     try:
-        return _prepare(arguments) if arguments.prepare else _work(arguments)
+        return _work(arguments)
     except KeyboardInterrupt:
         return 130
 
 
-def _prepare(arguments: argparse.Namespace) -> int:
-    from dsi_workers.models import ModelError, resolve_model
-
-    try:
-        directory = resolve_model(arguments.prepare, tokenizer_only=arguments.tokenizer_only)
-    except ModelError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    sys.stdout.write(f"{directory}\n")
-    return 0
-
-
 def _work(arguments: argparse.Namespace) -> int:
     from dsi_workers.connection import CurveKeys
-    from dsi_workers.main import WorkerConfig, WorkerError, configure_logging, run_worker
+    from dsi_workers.main import OtherEngineWanted, WorkerConfig, WorkerError, configure_logging, run_worker
 
     configure_logging(arguments.log_level, arguments.log_format)
     incarnation = os.environ.get("DSI_INCARNATION", "") if arguments.supervised else ""
     try:
         key = None if arguments.key is None else load_worker_key(arguments.key)
     except ConfigError as error:
-        sys.stderr.write(f"worker: {error}\n")
+        complain(f"worker: {error}")
         return 1
     config = WorkerConfig(
         endpoint=arguments.connect,
@@ -66,15 +60,26 @@ def _work(arguments: argparse.Namespace) -> int:
         engine=arguments.engine,
         model=arguments.model,
         supervised=arguments.supervised,
+        once=arguments.once,
         incarnation=int(incarnation) if incarnation else None,
         keys=None if key is None else CurveKeys(key.orchestrator, key.public, key.secret),
+        progress=_shown,
     )
     try:
         run_worker(config)
     except WorkerError as error:
-        sys.stderr.write(f"worker: {error}\n")
+        complain(f"worker: {error}")
         return 1
+    except OtherEngineWanted:
+        sys.stderr.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     return 0
+
+
+def _shown() -> AbstractContextManager[Report]:
+    from dsi_actors.cli.progress import ShownProgress  # which imports what a worker with nothing to fetch does not need
+
+    return ShownProgress()
 
 
 def _device(text: str) -> str:

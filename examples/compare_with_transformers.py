@@ -56,7 +56,7 @@ def read_prompts(file: str, limit: int) -> list[dict[str, str]]:
 
 
 async def main(arguments: argparse.Namespace) -> int:
-    directory = resolve_model(arguments.target)
+    directory = await resolve_model(arguments.target)
     tokenizer = Tokenizer(directory)
     prompts = read_prompts(arguments.prompts, arguments.limit)
     sampling = dsi_actors.Sampling(max_tokens=arguments.max_tokens, stop_token_ids=tokenizer.stop_token_ids)

@@ -15,7 +15,7 @@ from dsi_actors.tokenizer import Tokenizer
 
 async def main(question: str) -> None:
     config = dsi_actors.Config()  # SmolLM2, its own int8 copy as drafter, two target servers
-    tokenizer = Tokenizer(resolve_model(config.target))
+    tokenizer = Tokenizer(await resolve_model(config.target))
     prompt_ids = tokenizer.encode_chat([{"role": "user", "content": question}])
     sampling = dsi_actors.Sampling(max_tokens=64, stop_token_ids=tokenizer.stop_token_ids)
     async with dsi_actors.Orchestrator(config) as orchestrator:

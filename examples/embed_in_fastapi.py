@@ -6,6 +6,7 @@ curl "http://127.0.0.1:8000/ask?question=Why+is+the+sky+blue"
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -21,7 +22,7 @@ from dsi_actors.tokenizer import Tokenizer
 async def workers(app: FastAPI) -> AsyncIterator[None]:
     """Target servers and drafter live as long as the application."""
     config = dsi_actors.Config(sp=1)
-    app.state.tokenizer = Tokenizer(resolve_model(config.target))
+    app.state.tokenizer = Tokenizer(await resolve_model(config.target))
     async with dsi_actors.Orchestrator(config) as app.state.orchestrator:
         yield
 
@@ -32,7 +33,8 @@ app = FastAPI(lifespan=workers)
 @app.get("/ask")
 async def ask(request: Request, question: str, max_tokens: int = 64) -> StreamingResponse:
     tokenizer: Tokenizer = request.app.state.tokenizer
-    prompt_ids = tokenizer.encode_chat([{"role": "user", "content": question}])
+    # In a thread: a long question takes time, and the workers must hear from this event loop meanwhile.
+    prompt_ids = await asyncio.to_thread(tokenizer.encode_chat, [{"role": "user", "content": question}])
     sampling = dsi_actors.Sampling(max_tokens=max_tokens, stop_token_ids=tokenizer.stop_token_ids)
 
     async def answer() -> AsyncIterator[str]:

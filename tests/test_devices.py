@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from dsi_actors.actors.pacing import can_overlap
+from dsi_actors.actors.knowledge import can_overlap
 from dsi_actors.actors.worker_handle import WorkerHandle
 from dsi_actors.config import Config
 from dsi_actors.devices import crowding, device_name, local_devices, servers_beside_drafters

@@ -93,8 +93,9 @@ class Actor(ABC, Generic[M]):
             return
         try:
             async with asyncio.TaskGroup() as self._group:
-                self._schedule_drain()
                 try:
+                    self.on_start()
+                    self._schedule_drain()
                     await self._end
                 finally:
                     self.ended = True
@@ -103,6 +104,10 @@ class Actor(ABC, Generic[M]):
         finally:
             self.ended = True
             self.on_stop()
+
+    def on_start(self) -> None:
+        """Called once when the actor runs, before any message: `spawn` and `start_child` work from here on. An exception
+        here ends the actor and reaches its parent."""
 
     def on_stop(self) -> None:
         """Called once when the actor has ended, whatever the reason. Give back what is held."""
@@ -143,6 +148,8 @@ class Actor(ABC, Generic[M]):
 async def _run_to_end(child: Actor[Any], on_end: Callable[[BaseException | None], M]) -> M:
     try:
         await child.run()
-    except Exception as error:  # an ExceptionGroup too
+    except ExceptionGroup as group:  # a task group wraps even a single error
+        return on_end(group.exceptions[0] if len(group.exceptions) == 1 else group)
+    except Exception as error:
         return on_end(error)
     return on_end(None)

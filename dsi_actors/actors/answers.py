@@ -107,8 +107,8 @@ class Answers:
             case Cancelled(_, attempt, _, busy_us) if cancelled:
                 self._account.drafting(busy_us)
                 return DraftEnded(attempt, complete=False)
-            case Cancelled():  # because it took too long (WorkerHandle.cancel_overdue): do not wait for it again
-                return Misbehaved(worker, "it did not answer in time")
+            case Cancelled():  # because it took too long (WorkerHandle.cancel_overdue): do not wait for it again here
+                return Misbehaved(worker, "it did not answer in time", fault=False)
             case NeedPrefix(_, attempt, held) if held < request.base:
                 return DraftEnded(attempt, complete=False, held=held)
             case None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
+import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import zmq
 from zmq.auth.asyncio import AsyncioAuthenticator
@@ -16,7 +19,16 @@ from zmq.auth.asyncio import AsyncioAuthenticator
 from dsi_actors.errors import ConfigError
 from dsi_actors.keys import Keyring
 from dsi_actors.logs import get_logger
-from dsi_protocol import MAX_REPLY_FRAME_BYTES, FromOrchestrator, Message, ProtocolError, decode, encode
+from dsi_protocol import (
+    MAX_REPLY_FRAME_BYTES,
+    Endpoint,
+    EndpointError,
+    FromOrchestrator,
+    Message,
+    ProtocolError,
+    decode,
+    encode,
+)
 
 log = get_logger("gateway")
 
@@ -58,9 +70,11 @@ class Gateway:
         self._on_malformed = on_malformed
         self._keyring = keyring
         self._authenticator: AsyncioAuthenticator | None = None
+        where = _free(endpoint)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an unreachable peer is an error, not silence
+        self._socket.setsockopt(zmq.IPV6, where.ip_version() == 6)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a worker that reconnects keeps its identity
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_REPLY_FRAME_BYTES)
         self._socket.setsockopt(zmq.LINGER, 100)
@@ -79,8 +93,7 @@ class Gateway:
         except zmq.ZMQError as error:
             self._stop_authenticator()
             self._context.destroy(linger=0)
-            hint = {errno.EADDRINUSE: "another process listens there: choose another port"}.get(error.errno or 0)
-            raise ConfigError(f"cannot listen on {endpoint}: {hint or error.strerror}") from None
+            raise ConfigError(f"cannot listen on {endpoint}: {_problem(where, error)}") from None
         #: The endpoint with the port that was chosen, if the configuration left that open.
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.malformed_frames = 0
@@ -176,3 +189,42 @@ class Gateway:
         self._on_malformed(identity, reason)
         if self.malformed_frames & (self.malformed_frames - 1) == 0:  # the 1st, 2nd, 4th, 8th: a flood stays readable
             log.warning("malformed frame dropped", peer=identity.hex(), reason=reason, so_far=self.malformed_frames)
+
+
+def _free(endpoint: str) -> Endpoint:
+    """The endpoint, if no other process listens there on a path: ZeroMQ takes a path from whoever has it, also from a file.
+
+    Raises ConfigError."""
+    try:
+        where = Endpoint.parse(endpoint)
+    except EndpointError as error:
+        raise ConfigError(f"cannot listen on {error}") from None
+    path = Path(where.path)
+    if where.path in ("", "*") or where.path.startswith("@") or not os.path.lexists(path):
+        return where
+    if not path.is_socket():
+        raise ConfigError(f"cannot listen on {endpoint}: {path} is no socket: choose a path where nothing is")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        if probe.connect_ex(where.path) in (0, errno.EAGAIN):
+            raise ConfigError(f"cannot listen on {endpoint}: another process listens there: choose another path")
+    return where  # what a process that ended has left
+
+
+def _problem(where: Endpoint, error: zmq.ZMQError) -> str:
+    match error.errno:
+        case errno.EADDRINUSE if where.host:
+            return "another process listens there: choose another port"
+        case errno.EADDRINUSE:
+            return "another process listens there: choose another path"
+        case errno.ENODEV:
+            return f"this machine has no address, name or network interface {where.host}"
+        case errno.EADDRNOTAVAIL:
+            return f"{where.host} is no address of this machine (0.0.0.0 stands for all of them, [::] for those of IPv6, too)"
+        case errno.ENOENT | errno.ENOTDIR if not Path(where.path).parent.is_dir():
+            return f"there is no directory {Path(where.path).parent}: make it first"
+        case errno.EACCES if where.host:
+            return "this user may not take that port: choose one from 1024 on"
+        case errno.EACCES:
+            return f"this user may not write in {Path(where.path).parent}: choose another directory"
+    return error.strerror

@@ -15,8 +15,8 @@ from typing import TypeAlias
 from dsi_actors.actors.account import Account
 from dsi_actors.actors.actor import Actor
 from dsi_actors.actors.answers import Answered, Answers, Meaning, Misbehaved, Withdrawn
+from dsi_actors.actors.knowledge import Knowledge, can_overlap
 from dsi_actors.actors.late_drafts import DraftPatience
-from dsi_actors.actors.pacing import Pacing
 from dsi_actors.actors.prefix_checksums import PrefixChecksums
 from dsi_actors.actors.scheduler import Exchanged, GivenBack, Released, Requested, Scheduler
 from dsi_actors.actors.worker_handle import WorkerHandle
@@ -37,7 +37,7 @@ from dsi_actors.core.events import (
 )
 from dsi_actors.errors import NoTargetError
 from dsi_actors.logs import get_logger
-from dsi_actors.planning.tuner import Estimates
+from dsi_actors.planning.controller import Controller
 from dsi_actors.results import CommittedTokens, GenerationReport
 from dsi_protocol import Draft, Drafted, Reply, Verify
 
@@ -82,7 +82,8 @@ class Generation(Actor[GenerationMessage]):
         number: int,
         core: GenerationCore,
         scheduler: Scheduler,
-        pacing: Pacing,
+        controller: Controller,
+        knowledge: Knowledge,
         *,
         vocabulary_size: int,
         sampling: Sampling,
@@ -91,7 +92,6 @@ class Generation(Actor[GenerationMessage]):
         target_wait_s: float,
         on_tokens: Callable[[CommittedTokens], None],
         on_end: Callable[[Exception | None], None],
-        on_learned: Callable[[Estimates, str], None],
         observe: Callable[[int, Event | Action], None] | None = None,
     ) -> None:
         super().__init__(f"generation {number}")
@@ -99,14 +99,14 @@ class Generation(Actor[GenerationMessage]):
         self.report: GenerationReport | None = None
         self._core = core
         self._scheduler = scheduler
-        self._pacing = pacing
+        self._controller = controller
+        self._knowledge = knowledge
         self._sampling = sampling
         self._correlation = correlation
         #: What came with the last answer: its first position, and its log probabilities.
         self._logprobs: tuple[int, tuple[float, ...]] = (0, ())
         self._on_tokens = on_tokens
         self._on_end = on_end
-        self._on_learned = on_learned
         self._observe = observe
         self._servers: dict[int, WorkerHandle] = {}
         self._most_servers = 0
@@ -122,7 +122,7 @@ class Generation(Actor[GenerationMessage]):
         self._pending = 0  # requests without a terminal reply
         self._account = Account()
         self._answers = Answers(
-            self._account, pacing.tuner, vocabulary_size=vocabulary_size, logprobs=sampling.logprobs
+            self._account, controller.tuner, vocabulary_size=vocabulary_size, logprobs=sampling.logprobs
         )
         self._settling = False
         self._patience = DraftPatience(self._on_late_drafts)
@@ -131,10 +131,8 @@ class Generation(Actor[GenerationMessage]):
         self._waits = 0
         self._log = log.bind(correlation=correlation)
 
-    def begin(self) -> None:
-        """Ask for workers. Call once, when running."""
-        if self.ended:
-            return
+    def on_start(self) -> None:
+        """Ask for workers."""
         if self._core.finished:  # it was resumed at its end
             self._end_stream()
             self._conclude()
@@ -142,7 +140,7 @@ class Generation(Actor[GenerationMessage]):
         policy = self._core.policy
         self._account.begin()
         drafts = policy.algorithm != "ar"
-        self._scheduler.tell(Requested(self, policy.sp, wants_drafter=drafts, kind=self._pacing.kind))
+        self._scheduler.tell(Requested(self, policy.sp, wants_drafter=drafts, kind=self._controller.drafter))
         self._wait_for_target(self._first_target_wait_s)
 
     # As a client of the scheduler
@@ -197,14 +195,14 @@ class Generation(Actor[GenerationMessage]):
             self._account.settle(event.attempt, useful=counters.useful_verifications > useful)
         if counters.judged > judged:
             self._account.judged(counters.accepted - accepted, counters.judged - judged)
-            self._pacing.judged(counters.accepted - accepted, counters.judged - judged, self._core.committed)
-        if not self._core.finished and (policy := self._pacing.tuner.retune()) is not None:
+            self._controller.judged(counters.accepted - accepted, counters.judged - judged, self._core.committed)
+        if not self._core.finished and (policy := self._controller.retune()) is not None:
             self._log.info("policy", wait=policy.first_wait, lookahead=policy.lookahead)
             self._feed(PolicyChanged(policy))
         self._patience.mind(
             waits=self._core.waits_for_drafts,
             arrived=isinstance(event, DraftsArrived),
-            expected_ms=self._pacing.estimates.drafter_ms * max(1, self._core.policy.first_wait),
+            expected_ms=self._controller.estimates.drafter_ms * max(1, self._core.policy.first_wait),
         )
 
     def _on_late_drafts(self) -> None:
@@ -228,7 +226,7 @@ class Generation(Actor[GenerationMessage]):
                 if self._drafter is not None:
                     self._drafter.cancel(self.number, attempt)
             case EmitTokens(start, tokens, accepted):
-                self._pace(len(tokens))
+                self._learn_pace(len(tokens))
                 first, logprobs = self._logprobs
                 self._on_tokens(
                     CommittedTokens(tokens, accepted, logprobs[start - first : start - first + len(tokens)])
@@ -237,10 +235,10 @@ class Generation(Actor[GenerationMessage]):
                 self._log.info("finished", reason=reason, tokens=len(self._core.output))
                 self._end_stream()
 
-    def _pace(self, tokens: int) -> None:
-        kind = self._pacing.committed(
-            tokens, self._account.commit(tokens), committed=self._core.committed,
-            drafts=self._drafter is not None, kinds=self._scheduler.drafter_kinds(self),
+    def _learn_pace(self, tokens: int) -> None:
+        kind = self._controller.committed(
+            tokens, self._account.commit(tokens), self._core.committed,
+            drafts=self._drafter is not None, drafters=self._scheduler.drafter_kinds(self),
         )  # fmt: skip
         if kind is not None:
             self._log.info("another drafter", kind=kind)
@@ -256,16 +254,19 @@ class Generation(Actor[GenerationMessage]):
         if worker.role == "target":
             self._servers[worker.number] = worker
             self._most_servers = max(self._most_servers, len(self._servers))
-            self._pacing.servers_are(self._servers.values(), self._drafter)
+            self._count_servers()
             self._feed(ServerJoined(worker.number))
         else:
             self._drafter = worker
-            self._pacing.drafter_is(worker, self._servers.values(), len(self._core.tokens))
+            latency_ms = worker.ready.latency_us / 1e3 if worker.ready is not None else 0.0
+            guesser = self._knowledge.guesser(worker.kind, self._core.committed, latency_ms)
+            self._controller.drafter_joined(worker.kind, guesser, len(self._core.tokens))
+            self._count_servers()
             self._feed(DrafterJoined())
 
     def _drop_drafter(self) -> None:
         """What it still does for us is cancelled: it was closed, or is gone."""
-        self._pacing.drafter_left()
+        self._learn()
         self._drafts_cancelled_to = self._last_draft
         self._drafter = None
         self._feed(DrafterLost())
@@ -283,8 +284,12 @@ class Generation(Actor[GenerationMessage]):
 
     def _let_go(self, worker: WorkerHandle) -> None:
         if self._servers.pop(worker.number, None) is not None:
-            self._pacing.servers_are(self._servers.values(), self._drafter)
+            self._count_servers()
             self._feed(ServerLost(worker.number))
+
+    def _count_servers(self) -> None:
+        drafters = [] if self._drafter is None else [self._drafter]
+        self._controller.set_servers(len(self._servers), overlaps=can_overlap(self._servers.values(), drafters))
 
     def _wait_for_target(self, patience_s: float) -> None:
         self._waits += 1
@@ -298,7 +303,7 @@ class Generation(Actor[GenerationMessage]):
         tokens = tuple(self._core.output)
         self._error = NoTargetError(
             f"no target server for {patience_s:g} s, {len(tokens)} tokens committed: "
-            + (self._last_failure or "start one with python -m dsi_actors.worker --gpu N"),
+            + (self._last_failure or "start another worker with this orchestrator's address"),
             tokens,
         )
         self._feed(CancelRequested())
@@ -356,7 +361,7 @@ class Generation(Actor[GenerationMessage]):
 
     def _conclude(self) -> None:
         if self.report is None:
-            self.report = self._account.report(self._core, self._most_servers, self._pacing.kind)
+            self.report = self._account.report(self._core, self._most_servers, self._controller.drafter)
             self.stop()
 
     def on_stop(self) -> None:
@@ -367,10 +372,15 @@ class Generation(Actor[GenerationMessage]):
         if not self._core.finished:
             self._core.handle(CancelRequested())
         if self.report is None:
-            self.report = self._account.report(self._core, self._most_servers, self._pacing.kind)
-        self._pacing.ended()
-        if self._core.counters.judged or self._pacing.estimates.sharers > 1:
-            self._on_learned(self._pacing.tuner.carry_over(), self._pacing.kind)
+            self.report = self._account.report(self._core, self._most_servers, self._controller.drafter)
+        self._controller.ended()
+        if self._core.counters.judged or self._controller.estimates.sharers > 1:
+            self._learn()
+
+    def _learn(self) -> None:
+        """What this generation measured is what later ones begin with."""
+        estimates, core = self._controller.tuner.carry_over(), self._core
+        self._knowledge.learn(estimates, self._controller.drafter, core.committed, core.committed - core.prompt_length)
 
 
 async def _later(delay_s: float, message: GenerationMessage) -> GenerationMessage:

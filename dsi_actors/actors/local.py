@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 from dsi_actors.actors.root import Root
@@ -11,12 +10,14 @@ from dsi_actors.config import NGRAM, Config
 from dsi_actors.devices import crowding, local_devices
 from dsi_actors.errors import WorkerStartError
 from dsi_actors.logs import get_logger
+from dsi_actors.requirements import require_models
 
 log = get_logger("local")
 
 
 async def start_local_workers(root: Root, config: Config, endpoint: str) -> None:
     """Returns when all are ready. Raises ConfigError and WorkerStartError."""
+    require_models(config)
     # Prompt lookup needs no device: it comes last.
     drafters = sorted(config.drafters, key=lambda drafter: drafter == NGRAM)
     roles = [("target", "")] * config.local_servers + [("drafter", drafter) for drafter in drafters]
@@ -26,12 +27,12 @@ async def start_local_workers(root: Root, config: Config, endpoint: str) -> None
     problem = crowding(places[: config.local_servers], places[config.local_servers :][:models], config.threads)
     if config.engine != "timed" and problem is not None:
         log.warning(problem)
-    root.supervisor = WorkerSupervisor(endpoint, config, root.on_exit)
-    root.start_permanent(root.supervisor)
-    await asyncio.sleep(0)
-    for place, (role, model) in zip(places, roles, strict=True):
-        root.supervisor.start_worker(WorkerSpec(place, role, model))
+    specs = [WorkerSpec(place, role, model) for place, (role, model) in zip(places, roles, strict=True)]
+    supervisor = WorkerSupervisor(endpoint, config, specs, root.on_exit)
+    root.supervise(supervisor)
     begun = time.monotonic()
+    root.expected_workers = len(roles)
+    root.report_workers("loading models")
     all_ready = await root.wait_until(
         lambda: len(root.ready_workers) == len(roles) or bool(root.exits) or root.ended, config.ready_timeout_s
     )
@@ -45,5 +46,5 @@ async def start_local_workers(root: Root, config: Config, endpoint: str) -> None
         raise WorkerStartError(
             f"only {len(root.ready_workers)} of {len(roles)} workers were ready after {config.ready_timeout_s:g} s"
         )
-    root.supervisor.restarts = True
+    supervisor.restarts = True
     log.info("local workers ready", number=len(roles), after_s=round(time.monotonic() - begun, 2))

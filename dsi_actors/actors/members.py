@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from dsi_actors.actors.worker_handle import WorkerHandle
 from dsi_actors.config import Config
-from dsi_protocol import Hello, Welcome
+from dsi_protocol import Goodbye, Hello, Welcome
 
 #: A library that loads can keep every thread of its process waiting, and so its heart.
 _LOADING_PATIENCE_S = 30.0
@@ -27,6 +27,7 @@ class Member:
     worker: WorkerHandle
     welcome: Welcome
     heard_s: float
+    #: Since when it loads: it was welcomed then, or last said that it still prepares its model.
     since_s: float
     #: A Welcome that has had no Ready for so long is sent again: either may be lost.
     greet_again_s: float
@@ -41,7 +42,7 @@ class Member:
             return f"it was silent for {silence_s:.1f} s"
         if self.unreachable_s is not None and now_s - self.unreachable_s > _RECONNECT_S:
             return "its connection is gone"
-        if worker.owes_since(now_s - patience_s):
+        if worker.owes_since(now_s - worker.may_take_s(patience_s, config.request_timeout_s)):
             return "it did not answer"
         if loads and now_s - self.since_s > config.ready_timeout_s:
             return f"it was not ready after {config.ready_timeout_s:g} s"
@@ -52,7 +53,7 @@ class Members:
     def __init__(self) -> None:
         self._by_identity: dict[bytes, Member] = {}
         self._by_incarnation: dict[int, Member] = {}
-        self._dismissed: OrderedDict[int, str] = OrderedDict()
+        self._dismissed: OrderedDict[int, Goodbye] = OrderedDict()
         #: Why this incarnation could not serve, in its own words.
         self.failures: OrderedDict[int, str] = OrderedDict()
 
@@ -75,17 +76,18 @@ class Members:
     def of(self, incarnation: int) -> Member | None:
         return self._by_incarnation.get(incarnation)
 
-    def why_dismissed(self, incarnation: int) -> str | None:
+    def farewell_to(self, incarnation: int) -> Goodbye | None:
+        """What an incarnation that was dismissed is told whenever it speaks again; None if it was not."""
         return self._dismissed.get(incarnation)
 
     def add(self, member: Member) -> None:
         self._by_identity[member.worker.identity] = self._by_incarnation[member.worker.hello.incarnation] = member
 
-    def dismiss(self, worker: WorkerHandle, reason: str) -> None:
+    def dismiss(self, worker: WorkerHandle, farewell: Goodbye) -> None:
         incarnation = worker.hello.incarnation
         self._by_identity.pop(worker.identity, None)
         self._by_incarnation.pop(incarnation, None)
-        self._dismissed[incarnation] = reason
+        self._dismissed[incarnation] = farewell
         if len(self._dismissed) > _MAX_REMEMBERED_DISMISSALS:
             self._dismissed.popitem(last=False)
 

@@ -17,14 +17,22 @@ from dsi_actors.actors.workforce import Workforce
 from dsi_actors.config import Config
 from dsi_actors.errors import OrchestratorClosed
 from dsi_actors.logs import get_logger
+from dsi_actors.progress import Report, unreported
 from dsi_actors.stream import Channel
 
 log = get_logger("root")
 
 
 @dataclass(frozen=True, slots=True)
+class _StartSupervisor:
+    """Local workers are wanted: start the actor that starts them."""
+
+    supervisor: WorkerSupervisor
+
+
+@dataclass(frozen=True, slots=True)
 class _ChildEnded:
-    """One of the actors that must live as long as we do has ended."""
+    """An actor that must live as long as the root has ended."""
 
     child: Actor[Any]
     error: BaseException | None
@@ -37,16 +45,20 @@ class _GenerationEnded:
     error: BaseException | None
 
 
-_RootMessage: TypeAlias = _ChildEnded | _GenerationEnded
+_RootMessage: TypeAlias = _StartSupervisor | _ChildEnded | _GenerationEnded
 
 
 class Root(Actor[_RootMessage]):
     """The parent of all: if one of the permanent actors fails, everything ends; a generation fails alone."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, report: Report = unreported) -> None:
+        """`report` is told of workers that become ready, and of what they do before."""
         super().__init__("root")
+        self._report = report
+        #: Local workers that were started. 0: they come from elsewhere, as many as like.
+        self.expected_workers = 0
         self.scheduler = Scheduler()
-        self.workforce = Workforce(config, self._on_worker_ready, self._on_worker_lost)
+        self.workforce = Workforce(config, self._on_worker_ready, self._on_worker_lost, self._on_worker_preparing)
         self.supervisor: WorkerSupervisor | None = None
         self.ready_workers: list[WorkerHandle] = []
         self.generations: dict[int, tuple[Generation, Channel]] = {}
@@ -55,16 +67,26 @@ class Root(Actor[_RootMessage]):
         self.closing = False
         self._watchers: list[asyncio.Future[None]] = []
 
-    def start_permanent(self, child: Actor[Any]) -> None:
-        self.start_child(child, lambda error: _ChildEnded(child, error))
+    def on_start(self) -> None:
+        self._start_permanent(self.workforce)
+        self._start_permanent(self.scheduler)
+
+    def supervise(self, supervisor: WorkerSupervisor) -> None:
+        """Start local workers. May be called before the root runs."""
+        self.supervisor = supervisor
+        self.tell(_StartSupervisor(supervisor))
 
     def start_generation(self, generation: Generation, channel: Channel) -> None:
         self.generations[generation.number] = (generation, channel)
         self.start_child(generation, lambda error: _GenerationEnded(generation, channel, error))
-        asyncio.get_running_loop().call_soon(generation.begin)
+
+    def _start_permanent(self, child: Actor[Any]) -> None:
+        self.start_child(child, lambda error: _ChildEnded(child, error))
 
     def receive(self, message: _RootMessage) -> None:
         match message:
+            case _StartSupervisor(supervisor):
+                self._start_permanent(supervisor)
             case _GenerationEnded(generation, channel, error):
                 del self.generations[generation.number]
                 if error is not None:
@@ -87,7 +109,19 @@ class Root(Actor[_RootMessage]):
         if self.supervisor is not None:
             self.supervisor.on_ready(worker.hello.incarnation)
         self.scheduler.tell(WorkerReady(worker))
+        self.report_workers(f"{worker} is ready")
         self.changed()
+
+    def _on_worker_preparing(self, worker: WorkerHandle, done: float) -> None:
+        self._report(f"{worker}: {worker.preparing}", done, "")
+
+    def report_workers(self, news: str) -> None:
+        """Tell whoever watches how many workers are there."""
+        ready, expected = len(self.ready_workers), self.expected_workers
+        if expected:
+            self._report("starting workers", ready / expected, f"{ready} of {expected}: {news}")
+        else:
+            self._report("waiting for workers", None, news)
 
     def _on_worker_lost(self, worker: WorkerHandle) -> None:
         if self.supervisor is not None and worker.unlike:

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -21,10 +21,12 @@ from dsi_actors.logs import get_logger
 
 log = get_logger("supervisor")
 
-#: From a polite request to the end of a worker, then from SIGKILL to its burial.
-_GRACE_S = 1.0
+#: How long a worker may take to end after SIGTERM before it is killed. A loaded machine takes seconds to end a process.
+_GRACE_S = 10.0
 #: By this a worker knows which incarnation its supervisor takes it for. In its environment: no other user sees that.
 INCARNATION_VARIABLE = "DSI_INCARNATION"
+#: Models were fetched before workers start: they load what is here, and all of them the same.
+_NOTHING_TO_FETCH = {"HF_HUB_OFFLINE": "1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +79,17 @@ SupervisorMessage: TypeAlias = Started | NotStarted | Exited | LaunchTimedOut
 
 
 class WorkerSupervisor(Actor[SupervisorMessage]):
-    """`on_exit(incarnation, spec, exit_code)` is called when a worker process ends."""
+    """Starts one process for each spec. `on_exit(incarnation, spec, exit_code)` is called when a worker process ends."""
 
-    def __init__(self, endpoint: str, config: Config, on_exit: Callable[[int, WorkerSpec, int], None]) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        config: Config,
+        specs: Sequence[WorkerSpec],
+        on_exit: Callable[[int, WorkerSpec, int], None],
+    ) -> None:
         super().__init__("supervisor")
+        self._specs = specs
         self._endpoint = endpoint
         self._config = config
         self._on_exit = on_exit
@@ -97,9 +106,10 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
     def process_ids(self) -> list[int]:
         return [process.pid for process in self._processes.values()]
 
-    def start_worker(self, spec: WorkerSpec) -> None:
+    def on_start(self) -> None:
         config = self._config
-        self.spawn(self._start(_Slot(spec, RestartBudget(config.restarts, config.restart_window_s))))
+        for spec in self._specs:
+            self.spawn(self._start(_Slot(spec, RestartBudget(config.restarts, config.restart_window_s))))
 
     def on_ready(self, incarnation: int) -> None:
         """The worker has become ready: it was launched in time."""
@@ -131,7 +141,7 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
                 *(["--model", slot.spec.model] if slot.spec.model else []),
                 "--log-level", self._config.log_level, "--log-format", self._config.log_format, "--supervised",
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL, start_new_session=True,
-                env={**os.environ, INCARNATION_VARIABLE: str(incarnation)},
+                env={**os.environ, INCARNATION_VARIABLE: str(incarnation), **_NOTHING_TO_FETCH},
             )  # fmt: skip
         except OSError as error:
             return NotStarted(slot, incarnation, error.strerror or str(error))
@@ -196,8 +206,7 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
         self.restarts = False
         processes = list(self._processes.values())
         for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)
+            _signal(process, signal.SIGTERM)
         if not processes:
             return
         waits = [asyncio.ensure_future(process.wait()) for process in processes]
@@ -210,6 +219,12 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:
+    _signal(process, signal.SIGKILL)
+
+
+def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    """Send a signal unless the process is known to have ended. asyncio's own `send_signal` polls first, and so may collect
+    the exit status before the event loop's child watcher does, which then warns of an unknown process."""
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
-            process.kill()
+            os.kill(process.pid, number)

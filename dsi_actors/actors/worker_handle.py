@@ -41,6 +41,8 @@ _MOST_REOPENINGS = 3
 #: A worker may be faulty so often before it is not used any more, by anyone.
 _MOST_FAULTS = 3
 _CLOCK_SLACK_US = 1000
+#: A step may take so many times as long as the longest one so far.
+_STEPS_PATIENCE = 4.0
 #: A drafter that lost its own guesses makes them again: as many as it may be ahead.
 _DRAFTED_SLACK = 8192
 #: A network that doubles messages, and requests that are sent again, have replies come again: at most so many, at once and
@@ -90,9 +92,10 @@ class WorkerHandle:
         on_useless: Callable[[str], None] = lambda reason: None,
         kind: str = "",
         occupies_device: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`patience_s`: after so long without a reply a request is sent again. `on_useless` is told the reason when
-        the worker has been faulty too often."""
+        the worker has been faulty too often. `clock` gives the time in seconds."""
         self.number = number
         self.identity = identity
         self.hello = hello
@@ -102,6 +105,8 @@ class WorkerHandle:
         #: The GPU that it computes on, of whichever host. Prompt lookup needs none.
         self.gpu = f"{hello.host} {hello.device}" if occupies_device and hello.device.startswith("cuda") else ""
         self.ready: Ready | None = None
+        #: What it does before it loads, such as fetching its model; empty for one that had nothing to do.
+        self.preparing = ""
         self.lost = False
         #: It takes no more work and goes by itself.
         self.leaving = False
@@ -115,13 +120,16 @@ class WorkerHandle:
         self._send = send
         self._patience_s = patience_s
         self._on_useless = on_useless
-        self._unasked = TokenBucket(_UNASKED_BURST, _UNASKED_PER_S, time.monotonic())
-        self._repeated = TokenBucket(_REPEATED_BURST, _REPEATED_PER_S, time.monotonic())
+        self._clock = clock
+        self._unasked = TokenBucket(_UNASKED_BURST, _UNASKED_PER_S, clock())
+        self._repeated = TokenBucket(_REPEATED_BURST, _REPEATED_PER_S, clock())
         self._answered: dict[tuple[int, int], None] = {}  # in the order of the answers
         self._opened: dict[int, OpenGeneration] = {}
         self._in_flight: dict[tuple[int, int], _Flight] = {}
         #: By generation: requests of this attempt or an earlier one are cancelled, also those still to come.
         self._cuts: dict[int, int] = {}
+        #: The longest time between two signs of life of a request: what one step of its loop may take.
+        self._longest_step_s = 0.0
 
     def __str__(self) -> str:
         return f"{self.role} {self.number} ({self.hello.device}, pid {self.hello.process})"
@@ -188,11 +196,20 @@ class WorkerHandle:
             self._on_useless(f"it was faulty {self.faults} times, the last time: {reason[:300]}")
 
     def cancel_overdue(self, before_s: float) -> None:
-        """Cancel every request that has had no reply since `before_s` (time.monotonic)."""
+        """Cancel every request that has had no reply since `before_s`, by the handle's clock."""
         for (generation, attempt), flight in list(self._in_flight.items()):
             if flight.cancelled_s is None and flight.since_s < before_s:
                 log.warning("a request takes too long: cancelled", worker=str(self), attempt=attempt)
                 self.cancel(generation, attempt)
+
+    def may_take_s(self, patience_s: float, longest_s: float) -> float:
+        """How long a request that was cancelled may go without its terminal reply before the worker is taken for dead.
+
+        A worker must look for cancels between two steps only, and a step of a slow drafter takes seconds. So it gets
+        `patience_s`, or several times its longest step; before its first reply, which tells how long that is, `longest_s`."""
+        if self._answered or self._longest_step_s or self.role == "target":
+            return min(longest_s, max(patience_s, _STEPS_PATIENCE * self._longest_step_s))
+        return longest_s
 
     def owes_since(self, before_s: float) -> bool:
         """Whether a request that was cancelled before `before_s` has no terminal reply yet."""
@@ -206,7 +223,7 @@ class WorkerHandle:
         if self.lost:
             on_reply(None)
             return
-        now_s = time.monotonic()
+        now_s = self._clock()
         cancelled = request.attempt <= self._cuts.get(request.generation, 0)
         self._in_flight[key] = _Flight(
             request, on_reply, on_drafted, now_s, self._patience_s, now_s if cancelled else None
@@ -219,7 +236,7 @@ class WorkerHandle:
 
     def _mark_cancelled(self, generation: int, attempt: int | None) -> None:
         """The cut: attempts of this generation up to `attempt` (None: all)."""
-        now_s = time.monotonic()
+        now_s = self._clock()
         for (number, asked), flight in self._in_flight.items():
             if number == generation and (attempt is None or asked <= attempt) and flight.cancelled_s is None:
                 flight.cancelled_s = now_s
@@ -233,10 +250,13 @@ class WorkerHandle:
         """What the worker answered. A reply to nothing that is in flight is counted and dropped."""
         key = (reply.generation, reply.attempt)
         flight = self._in_flight.get(key)
-        now_s = time.monotonic()
+        now_s = self._clock()
         if flight is None:
             self._on_unasked(reply, now_s)
             return
+        if isinstance(reply, Drafted | Verified):
+            steps = max(1, len(reply.tokens)) if isinstance(reply, Drafted) else 1
+            self._longest_step_s = max(self._longest_step_s, (now_s - flight.since_s) / steps)
         if isinstance(reply, Drafted):
             if self._drafts_too_much(flight, reply):
                 return

@@ -29,6 +29,7 @@ from dsi_protocol import (
     Hello,
     Message,
     NeedPrefix,
+    Preparing,
     Ready,
     Verified,
     Welcome,
@@ -39,7 +40,8 @@ log = get_logger("workforce")
 MAX_WORKERS = 256
 #: Workers that are not ready yet. More would keep real ones out for as long as strangers say Hello.
 MAX_LOADING = 64
-#: A worker that thinks us dead too early has to load its model again: it waits for so many times our own patience.
+#: Workers take an orchestrator that they cannot reach for gone after so many times our own patience: a worker that was
+#: started with --once has to load its model again.
 _WORKERS_PATIENCE = 5
 _MAX_REASON_CHARS = 500
 
@@ -69,18 +71,21 @@ WorkforceMessage: TypeAlias = FrameArrived | LookForSilence | FoundUseless
 
 
 class Workforce(Actor[WorkforceMessage]):
-    """`on_ready` and `on_lost` are told of workers that may be used and of those that may not any more."""
+    """`on_ready` and `on_lost` are told of workers that may be used and of those that may not any more; `on_preparing` of those
+    that fetch or convert their model, and how much of that is done."""
 
     def __init__(
         self,
         config: Config,
         on_ready: Callable[[WorkerHandle], None],
         on_lost: Callable[[WorkerHandle], None],
+        on_preparing: Callable[[WorkerHandle, float], None],
     ) -> None:
         super().__init__("workforce", mailbox_size=1 << 16)
         self._config = config
         self._on_ready = on_ready
         self._on_lost = on_lost
+        self._on_preparing = on_preparing
         self._gateway: Gateway | None = None
         self._keyring = Keyring(config.keys) if config.keys is not None else None
         self._members = Members()
@@ -110,9 +115,8 @@ class Workforce(Actor[WorkforceMessage]):
         )
         return self._gateway.endpoint
 
-    def look_for_silence(self) -> None:
-        """Start the clock by which silent workers are found. Call once, when running."""
-        self.spawn(self._tick())
+    def on_start(self) -> None:
+        self.spawn(self._tick())  # the clock by which silent workers are found
 
     def _on_flood(self, identity: bytes) -> None:
         member = self._members.at(identity)
@@ -142,7 +146,7 @@ class Workforce(Actor[WorkforceMessage]):
                 self.spawn(self._tick())
             case FoundUseless(worker, reason):
                 log.error("worker quarantined", worker=str(worker), reason=reason)
-                self._drop(worker, farewell=reason)
+                self._drop(worker, Goodbye(reason))
 
     def say_goodbye(self) -> None:
         """Dismiss all workers. Once; and let a moment pass before the socket closes: what a peer has not read by then may
@@ -150,7 +154,7 @@ class Workforce(Actor[WorkforceMessage]):
         if not self._goodbye_said:
             self._goodbye_said = True
             for worker in self.workers:
-                self._send(worker.identity, Goodbye("the orchestrator ends"))
+                self._send(worker.identity, Goodbye("the orchestrator ends", again=True))
 
     def on_stop(self) -> None:
         self.say_goodbye()
@@ -181,15 +185,17 @@ class Workforce(Actor[WorkforceMessage]):
                 reason = reason[:_MAX_REASON_CHARS]
                 self._members.failed(worker.hello, reason)
                 log.error("a worker cannot serve", worker=str(worker), reason=reason)
-                self._drop(worker, farewell=None)
+                self._drop(worker)
             case Failed(_, _, "draining", _) | Goodbye():
                 log.info("worker leaves", worker=str(worker))
                 worker.leaving = True
-                self._drop(worker, farewell=None)
+                self._drop(worker)
             case Verified() | Drafted() | Cancelled() | NeedPrefix() | Failed():
                 worker.on_reply(message)
             case Ready():
                 self._on_ready_message(worker, message)
+            case Preparing(what, done_permille):
+                self._on_preparing_message(member, what, done_permille)
             case _:
                 worker.fault(f"{type(message).__name__} is not for an orchestrator")
 
@@ -199,7 +205,8 @@ class Workforce(Actor[WorkforceMessage]):
             known.heard_s = time.monotonic()
             self._send(identity, beat)
         else:
-            self._send(identity, Goodbye(self._members.why_dismissed(beat.incarnation) or "it is not known here"))
+            unknown = Goodbye("it is not known here", again=True)
+            self._send(identity, self._members.farewell_to(beat.incarnation) or unknown)
 
     def _on_hello(self, identity: bytes, hello: Hello) -> None:
         known = self._members.at(identity) or self._members.of(hello.incarnation)
@@ -209,9 +216,11 @@ class Workforce(Actor[WorkforceMessage]):
                 known.heard_s = time.monotonic()
                 self._greet(known)  # our first answer may have been lost with its connection
             return
-        if (reason := self._members.why_dismissed(hello.incarnation)) is not None:
-            self._send(identity, Goodbye(reason))
+        if (farewell := self._members.farewell_to(hello.incarnation)) is not None:
+            self._send(identity, farewell)
             return
+        if self._goodbye_said:
+            return  # it is for the next orchestrator
         if self._members.loading >= MAX_LOADING:
             return  # it says Hello again
         if len(self._members) >= MAX_WORKERS:
@@ -257,10 +266,19 @@ class Workforce(Actor[WorkforceMessage]):
         self._members.failed(hello, reason)
         self._send(identity, Goodbye(reason))
 
+    def _on_preparing_message(self, member: Member, what: str, done_permille: int) -> None:
+        """It fetches what it will load. However long that takes, only what comes then is loading."""
+        worker = member.worker
+        if worker.ready is None:
+            member.heard_s = member.since_s = time.monotonic()
+            worker.preparing = what[:_MAX_REASON_CHARS]
+            self._on_preparing(worker, min(done_permille, 1000) / 1000)
+
     def _on_ready_message(self, worker: WorkerHandle, ready: Ready) -> None:
         if worker.ready is not None:
             return
         worker.ready = ready
+        worker.preparing = ""
         self._doorkeeper.trust(worker.identity)
         if worker.role == "target" and not self._likeness.known:
             self._likeness.target_is(ready)
@@ -279,7 +297,7 @@ class Workforce(Actor[WorkforceMessage]):
         worker.unlike = True
         self._members.failed(worker.hello, reason)
         log.error("worker refused", worker=str(worker), reason=reason)
-        self._drop(worker, farewell=reason)
+        self._drop(worker, Goodbye(reason))
 
     # Comings and goings
 
@@ -294,7 +312,7 @@ class Workforce(Actor[WorkforceMessage]):
             worker.ask_again(now_s)
             if (reason := member.why_dead(now_s, self._config)) is not None:
                 log.warning("worker taken for dead", worker=str(worker), reason=reason)
-                self._drop(worker, farewell=reason)
+                self._drop(worker, Goodbye(reason, again=True))
             elif worker.ready is None and now_s > member.greet_again_s:
                 self._greet(member)
 
@@ -308,17 +326,18 @@ class Workforce(Actor[WorkforceMessage]):
         """The local process of this incarnation has ended."""
         member = self._members.of(incarnation)
         if member is not None:
-            self._drop(member.worker, farewell=None)
+            self._drop(member.worker)
 
-    def _drop(self, worker: WorkerHandle, farewell: str | None) -> None:
+    def _drop(self, worker: WorkerHandle, farewell: Goodbye | None = None) -> None:
+        """Use the worker no more, and tell it so unless it left by itself."""
         if worker.lost:
             return
-        self._members.dismiss(worker, farewell or "it left")
+        self._members.dismiss(worker, farewell or Goodbye("it left"))
         self._likeness.left(worker, time.monotonic())
         self._doorkeeper.forget(worker.identity)
         self._on_lost(worker)  # and so fenced, before it hears of it
         if farewell is not None:
-            self._send(worker.identity, Goodbye(farewell))
+            self._send(worker.identity, farewell)
         worker.on_lost()
 
     def _send(self, identity: bytes, message: FromOrchestrator) -> bool:

@@ -13,10 +13,9 @@ import random
 import signal
 import statistics
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,18 @@ from dsi_actors.config import Algorithm, Config, Sampling
 from dsi_actors.errors import DsiError
 from dsi_actors.logs import get_logger
 from dsi_actors.orchestrator import Orchestrator
+from dsi_actors.temporary import socket_directory
 
 log = get_logger("chaos")
 
+_SOCKET = "proxy.sock"
 _PROMPTS = 6
 _PARALLEL = 2
 _ALGORITHMS: tuple[Algorithm, ...] = ("dsi", "dsi", "dsi", "si", "ar")
 #: Workers that come and go by themselves, beside those that the orchestrator started.
 _GUESTS = ("target", "target", "drafter")
+#: After so long what is still there is left behind.
+_END_S = 10.0
 #: A recovery of so many detection times is worth a line in the log.
 _SLOW = 2.0
 #: What happens, and how often in comparison.
@@ -68,7 +71,7 @@ class _BehindProxy(Orchestrator):
 
     def __init__(self, config: Config, directory: Path, seed: int) -> None:
         super().__init__(config)
-        self._listen = f"ipc://{directory / 'proxy.sock'}"
+        self._listen = f"ipc://{directory / _SOCKET}"
         self._seed = seed
         self.proxy: Proxy | None = None
 
@@ -94,11 +97,15 @@ class _Running:
 
 
 class Chaos:
-    """One run of `seconds`. The same seed gives the same sequence of faults, though not the same moments."""
+    """One run of `seconds`, or until `faults` happened. The same seed gives the same sequence of faults, though not the
+    same moments."""
 
-    def __init__(self, *, seconds: float, seed: int, tokens: int, pause_s: float, config: Config) -> None:
+    def __init__(
+        self, *, seconds: float, faults: float, seed: int, tokens: int, pause_s: float, config: Config
+    ) -> None:
         self.outcome = Outcome()
         self._seconds = seconds
+        self._faults = faults
         self._tokens = tokens
         self._pause_s = pause_s
         self._config = config
@@ -112,7 +119,7 @@ class Chaos:
 
     async def run(self) -> Outcome:
         outcome = self.outcome
-        with tempfile.TemporaryDirectory(prefix="dsi-") as directory:
+        with socket_directory(_SOCKET) as directory:
             self._texts = await self._plain_decoding()
             descriptors = _descriptors()
             orchestrator = _BehindProxy(self._config, Path(directory), self._seed)
@@ -124,9 +131,13 @@ class Chaos:
                 if orchestrator.proxy is not None:
                     await orchestrator.proxy.__aexit__()
                     outcome.disturbed_frames.update(orchestrator.proxy.disturbed)
-            await asyncio.sleep(0.2)
-            outcome.leaked_descriptors = max(0, _descriptors() - descriptors)
-            outcome.leaked_processes = sum(_alive(process) for process in self._known)
+            end_s = time.monotonic() + _END_S
+            while True:  # what was closed and killed needs a moment to be gone
+                outcome.leaked_descriptors = max(0, _descriptors() - descriptors)
+                outcome.leaked_processes = sum(_alive(process) for process in self._known)
+                if not (outcome.leaked_descriptors or outcome.leaked_processes) or time.monotonic() > end_s:
+                    break
+                await asyncio.sleep(0.1)
         return outcome
 
     async def _run_with(self, orchestrator: _BehindProxy) -> None:
@@ -136,10 +147,14 @@ class Chaos:
         self._note(orchestrator)
         grown_from = _resident_bytes()
         deadline_s = time.monotonic() + self._seconds
+
+        def left_s() -> float:
+            return deadline_s - time.monotonic() if self.outcome.faults.total() < self._faults else 0.0
+
         async with asyncio.TaskGroup() as group:
             for number in range(_PARALLEL):
-                group.create_task(self._generate(orchestrator, deadline_s, random.Random(self._seed + 1 + number)))
-            await self._harm(orchestrator, deadline_s)
+                group.create_task(self._generate(orchestrator, left_s, random.Random(self._seed + 1 + number)))
+            await self._harm(orchestrator, left_s)
         self.outcome.grown_bytes = _resident_bytes() - grown_from
 
     # Generations
@@ -159,8 +174,8 @@ class Chaos:
     def _prompt(number: int) -> tuple[int, ...]:
         return (1 + number, 2, 3)
 
-    async def _generate(self, orchestrator: Orchestrator, deadline_s: float, choices: random.Random) -> None:
-        while time.monotonic() < deadline_s:
+    async def _generate(self, orchestrator: Orchestrator, left_s: Callable[[], float], choices: random.Random) -> None:
+        while left_s() > 0:
             prompt = choices.randrange(_PROMPTS)
             algorithm = choices.choice(_ALGORITHMS)
             running = _Running()
@@ -191,10 +206,10 @@ class Chaos:
 
     # Faults
 
-    async def _harm(self, orchestrator: _BehindProxy, deadline_s: float) -> None:
+    async def _harm(self, orchestrator: _BehindProxy, left_s: Callable[[], float]) -> None:
         kinds, weights = list(_FAULTS), list(_FAULTS.values())
-        while (left_s := deadline_s - time.monotonic()) > 0:
-            await asyncio.sleep(min(left_s, self._random.uniform(0.5, 1.5) * self._pause_s))
+        while (rest_s := left_s()) > 0:
+            await asyncio.sleep(min(rest_s, self._random.uniform(0.5, 1.5) * self._pause_s))
             self._note(orchestrator)
             kind = self._random.choices(kinds, weights)[0]
             if await self._do(kind, orchestrator):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -73,7 +75,19 @@ def half_handshakes(endpoint: str, seconds: float) -> int:
     return made
 
 
+def _end_with_whoever_started_this() -> None:
+    """They hold the other end of standard input."""
+
+    def wait() -> None:
+        while os.read(0, 1024):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
+
+
 def main() -> int:
+    _end_with_whoever_started_this()
     what, endpoint, seconds = sys.argv[1], sys.argv[2], float(sys.argv[3])
     sent = flood(endpoint, FRAMES[what], seconds) if what in FRAMES else half_handshakes(endpoint, seconds)
     sys.stdout.write(f"{sent}\n")

@@ -18,16 +18,16 @@ import statistics
 import sys
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from dsi_actors.cli.machine import describe_machine
-from dsi_actors.cli.options import SubParsers, add_logging_option, default_of
+from dsi_actors.cli.options import SubParsers, add_logging_option, add_ready_timeout_option, default_of
+from dsi_actors.cli.progress import model_directory, prepare_shown
 from dsi_actors.cli.prompts import Prompt, add_prompt_options, read_prompts
 from dsi_actors.cli.reference import ReferenceProcess
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.config import NGRAM, RANDOM, Config, Sampling
 from dsi_actors.errors import ConfigError
-from dsi_actors.models import resolve_model
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.tokenizer import Tokenizer
 
@@ -42,6 +42,7 @@ def add_parser(benches: SubParsers) -> None:
     add_prompt_options(parser, limit=10, max_tokens=64)
     parser.add_argument("--dtype", default="float32", metavar="TYPE", help="of the target (default %(default)s)")
     parser.add_argument("--json", action="store_true")
+    add_ready_timeout_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)
 
@@ -50,11 +51,12 @@ async def run(arguments: argparse.Namespace) -> int:
     if arguments.drafter in (NGRAM, RANDOM, "none"):
         raise ConfigError(f"the drafter {arguments.drafter!r} has no distribution to compare: give a model")
     temperatures = [_temperature(text) for text in arguments.temperatures.split(",")]
-    prompts = read_prompts(arguments, Tokenizer(resolve_model(arguments.target)))
+    prompts = read_prompts(arguments, Tokenizer(await model_directory(arguments.target)))
     config = Config(
         target=arguments.target, drafter=arguments.drafter, sp=1, log_level=arguments.log_level,
-        target_options={"dtype": arguments.dtype},
+        target_options={"dtype": arguments.dtype}, ready_timeout_s=arguments.ready_timeout,
     )  # fmt: skip
+    await prepare_shown(config)
     reference = ReferenceProcess(arguments.target, dtype=arguments.dtype, drafter=arguments.drafter)
     async with Orchestrator(config) as orchestrator, reference:
         rows = [await _measure(orchestrator, reference, prompts, at, arguments.max_tokens) for at in temperatures]
@@ -65,7 +67,7 @@ async def run(arguments: argparse.Namespace) -> int:
     for row in rows:
         figures = [f"{row[name]:.3f}" for name in ("lower", "acceptance_rate", "upper", "standard_error")]
         table.add_row(f"{row['temperature']:g}", *figures, str(row["drafts_compared"]))
-    Console(highlight=False).print(table)
+    terminal().print(table)
     return 0
 
 

@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 
 from dsi_actors.cli.machine import describe_machine
-from dsi_actors.cli.options import SubParsers, add_logging_option, default_of
+from dsi_actors.cli.options import SubParsers, add_logging_option, add_ready_timeout_option, default_of
+from dsi_actors.cli.progress import model_directory, prepare_shown
 from dsi_actors.cli.prompts import add_prompt_options, read_prompts
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.config import NGRAM, RANDOM, SELF_INT8, Algorithm, Config, Sampling
-from dsi_actors.models import resolve_model
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.tokenizer import Tokenizer
 
@@ -88,24 +88,26 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--drafters", default=",".join(DRAFTERS), metavar="LIST", help="default %(default)s")
     parser.add_argument("--gpu", action="append", default=[], metavar="N", dest="devices")
     parser.add_argument("--json", action="store_true")
+    add_ready_timeout_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)
 
 
 async def run(arguments: argparse.Namespace) -> int:
-    prompts = read_prompts(arguments, Tokenizer(resolve_model(arguments.target)))
+    prompts = read_prompts(arguments, Tokenizer(await model_directory(arguments.target)))
     samplings = {
         "greedy": Sampling(max_tokens=arguments.max_tokens),
         "sampled": Sampling(max_tokens=arguments.max_tokens, seed=2024, **SAMPLED),
     }
     findings = Findings()
-    err = Console(stderr=True, highlight=False)
+    err = terminal(stderr=True)
     for dtype in arguments.dtypes.split(","):
         for drafter in arguments.drafters.split(","):
             config = Config(
                 target=arguments.target, drafter=drafter, sp=arguments.servers, devices=tuple(arguments.devices),
-                target_options={"dtype": dtype}, log_level=arguments.log_level,
+                target_options={"dtype": dtype}, ready_timeout_s=arguments.ready_timeout, log_level=arguments.log_level,
             )  # fmt: skip
+            await prepare_shown(config)
             async with Orchestrator(config) as orchestrator:
                 for prompt in prompts:
                     for kind, sampling in samplings.items():
@@ -132,6 +134,6 @@ def _report(findings: Findings, *, as_json: bool) -> int:
         table = Table("dtype", "drafter", "algorithm", "SP", "compared", "differing", "tokens")
         for row in findings.rows():
             table.add_row(*(str(value) for value in row.values()))
-        Console(highlight=False).print(table)
+        terminal().print(table)
         sys.stdout.write(f"{compared} outputs compared, {differing} different\n")
     return 1 if differing else 0

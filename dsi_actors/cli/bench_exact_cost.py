@@ -13,16 +13,16 @@ import sys
 import time
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from dsi_actors.cli.machine import describe_machine, memory_of
-from dsi_actors.cli.options import SubParsers, add_logging_option, default_of
+from dsi_actors.cli.options import SubParsers, add_logging_option, add_ready_timeout_option, default_of
+from dsi_actors.cli.progress import model_directory
 from dsi_actors.cli.prompts import Prompt, add_prompt_options, read_prompts
 from dsi_actors.cli.reference import ReferenceProcess
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.config import Config, Sampling
 from dsi_actors.errors import ConfigError
-from dsi_actors.models import resolve_model
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.tokenizer import Tokenizer
 
@@ -37,6 +37,7 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16", metavar="LIST", help="default %(default)s")
     parser.add_argument("--threads", type=int, default=1, metavar="T", help="torch threads of each process")
     parser.add_argument("--json", action="store_true")
+    add_ready_timeout_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)
 
@@ -44,7 +45,7 @@ def add_parser(benches: SubParsers) -> None:
 async def run(arguments: argparse.Namespace) -> int:
     if arguments.repeats < 1 or arguments.max_tokens < 2 or arguments.threads < 1:
         raise ConfigError("--repeats and --threads must be at least 1, --max-tokens at least 2")
-    prompts = read_prompts(arguments, Tokenizer(resolve_model(arguments.target)))
+    prompts = read_prompts(arguments, Tokenizer(await model_directory(arguments.target)))
     rows = [row for dtype in arguments.dtypes.split(",") for row in await _measure(arguments, dtype, prompts)]
     if arguments.json:
         sys.stdout.write(json.dumps({"machine": describe_machine(), "results": rows}) + "\n")
@@ -54,7 +55,7 @@ async def run(arguments: argparse.Namespace) -> int:
         memory = [f"{row[name] / 1e6:.0f}" if name in row else "-" for name in ("resident_bytes", "private_bytes")]
         times = [f"{row['ms_per_token']:.1f}", f"{row['first_token_ms']:.0f}"]
         table.add_row(row["dtype"], row["path"], *times, *memory)
-    console = Console(highlight=False)
+    console = terminal()
     console.print(table)
     for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
         ratio, first = (ours[name] / theirs[name] for name in ("ms_per_token", "first_token_ms"))
@@ -65,7 +66,8 @@ async def run(arguments: argparse.Namespace) -> int:
 async def _measure(arguments: argparse.Namespace, dtype: str, prompts: list[Prompt]) -> list[dict[str, Any]]:
     options = {"dtype": dtype, "threads": arguments.threads}
     config = Config(
-        target=arguments.target, drafter=None, sp=1, target_options=options, log_level=arguments.log_level
+        target=arguments.target, drafter=None, sp=1, target_options=options, log_level=arguments.log_level,
+        ready_timeout_s=arguments.ready_timeout,
     )  # fmt: skip
     times: dict[str, list[list[float]]] = {_OURS: [], _THEIRS: []}
     reference = ReferenceProcess(arguments.target, dtype=dtype, threads=arguments.threads)

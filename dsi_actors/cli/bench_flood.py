@@ -12,23 +12,23 @@ import contextlib
 import json
 import statistics
 import sys
-import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from dsi_actors.chaos.strangers import FRAMES
 from dsi_actors.cli.machine import describe_machine
 from dsi_actors.cli.options import SubParsers, add_logging_option
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.cli.timed_bench import add_scenario_options, check_sizes, scenario_from
 from dsi_actors.config import Config, Sampling
 from dsi_actors.errors import ConfigError
 from dsi_actors.keys import new_keys
 from dsi_actors.orchestrator import Orchestrator
+from dsi_actors.temporary import temporary_directory
 
 _ATTACKS = ("nobody", *FRAMES, "half handshakes")
 _WORKERS = ("target", "target", "drafter")
@@ -49,7 +49,7 @@ def add_parser(benches: SubParsers) -> None:
 async def run(arguments: argparse.Namespace) -> int:
     check_sizes(arguments, "tokens", "repeats")
     scenario = scenario_from(arguments)
-    with tempfile.TemporaryDirectory(prefix="dsi-") as directory:
+    with temporary_directory() as directory:
         keys = Path(directory) / "keys"
         names = [f"worker-{number}" for number in range(len(_WORKERS))]
         key_files = new_keys(keys, names) if arguments.keys else [None] * len(names)
@@ -61,7 +61,17 @@ async def run(arguments: argparse.Namespace) -> int:
         times_ms: dict[str, list[float]] = {attack: [] for attack in _ATTACKS}
         async with Orchestrator(config) as orchestrator, contextlib.AsyncExitStack() as stack:
             for role, key in zip(_WORKERS, key_files, strict=True):
-                words = ["--gpu", "cpu", "--role", role, "--connect", orchestrator.endpoint, "--log-level", "error"]
+                words = [
+                    "--gpu",
+                    "cpu",
+                    "--role",
+                    role,
+                    "--connect",
+                    orchestrator.endpoint,
+                    "--log-level",
+                    "error",
+                    "--supervised",
+                ]
                 await stack.enter_async_context(
                     _process("dsi_actors.worker", *words, *(["--key", str(key)] if key else []))
                 )
@@ -86,7 +96,7 @@ async def run(arguments: argparse.Namespace) -> int:
     table = Table("strangers send", "ms per token", "slower by")
     for row in rows:
         table.add_row(row["attack"], f"{row['ms_per_token']:.2f}", f"{100 * (row['ratio_to_quiet'] - 1):.0f} %")
-    Console(highlight=False).print(table)
+    terminal().print(table)
     return 0
 
 
@@ -108,8 +118,9 @@ async def _generate(orchestrator: Orchestrator, tokens: int) -> float:
 
 @asynccontextmanager
 async def _process(module: str, *arguments: str) -> AsyncIterator[None]:
+    """It ends when the block is left, or when its standard input closes because this process has ended."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", module, *arguments, stdout=asyncio.subprocess.DEVNULL
+        sys.executable, "-m", module, *arguments, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL
     )
     try:
         yield

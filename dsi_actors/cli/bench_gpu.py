@@ -21,6 +21,7 @@ from rich.table import Table
 from dsi_actors.cli.line_process import LineProcess
 from dsi_actors.cli.machine import describe_machine
 from dsi_actors.cli.options import SubParsers, add_logging_option
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.devices import device_name, local_devices
 from dsi_actors.errors import ConfigError
 
@@ -67,7 +68,7 @@ async def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         sys.stdout.write(json.dumps({"machine": describe_machine(), "results": results}) + "\n")
         return 0
-    console = Console(highlight=False)
+    console = terminal()
     for result in results:
         _show(console, result)
     return 0

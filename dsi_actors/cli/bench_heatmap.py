@@ -7,19 +7,19 @@ for the true acceptance rate; DSI chooses its own.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import json
 import statistics
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-
 from dsi_actors.cli.machine import describe_machine
 from dsi_actors.cli.options import SubParsers, add_logging_option
 from dsi_actors.cli.pictures import check_picture, draw_heat_maps
+from dsi_actors.cli.pool import process_pool
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.cli.timed_bench import TimedBench, Way, alternate, best_si_way, check_sizes
+from dsi_actors.devices import cores
 from dsi_actors.simulation.run import Scenario, simulate
 
 
@@ -51,7 +51,7 @@ async def run(arguments: argparse.Namespace) -> int:
     if arguments.measure:
         cells = [await _measured(scenario, arguments) for scenario in scenarios]
     else:
-        with concurrent.futures.ProcessPoolExecutor() as pool:
+        with process_pool(cores()) as pool:
             sizes = (arguments.sp, arguments.tokens, arguments.repeats)
             cells = list(pool.map(_simulated, scenarios, *([size] * len(scenarios) for size in sizes)))
     panels = {
@@ -75,7 +75,7 @@ async def run(arguments: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps({"machine": describe_machine(), "results": rows}) + "\n")
         return 0
     for name, values in panels.items():
-        Console(highlight=False).print(f"{name}: {min(values):.3f} to {max(values):.3f}")
+        terminal().print(f"{name}: {min(values):.3f} to {max(values):.3f}")
     return 0
 
 

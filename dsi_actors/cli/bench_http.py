@@ -10,10 +10,8 @@ import argparse
 import asyncio
 import contextlib
 import json
-import multiprocessing
 import statistics
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Sequence
@@ -22,17 +20,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers.models import WordLevel
 
 from dsi_actors.cli.machine import describe_machine
-from dsi_actors.cli.options import SubParsers, add_logging_option
+from dsi_actors.cli.options import SubParsers, add_logging_option, add_ready_timeout_option
+from dsi_actors.cli.pool import process_pool
+from dsi_actors.cli.progress import model_directory
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.config import SELF_INT8, Config, Sampling
 from dsi_actors.errors import ConfigError
-from dsi_actors.models import resolve_model
 from dsi_actors.orchestrator import Orchestrator
+from dsi_actors.requirements import require_models
+from dsi_actors.temporary import temporary_directory
 from dsi_actors.tokenizer import Tokenizer
 
 _MODEL = "bench"
@@ -51,6 +52,7 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--drafter-ms", type=float, default=4.0, metavar="D", help="default %(default)s")
     parser.add_argument("--target", metavar="REF", help="a real model, with an int8 copy of it as the drafter")
     parser.add_argument("--json", action="store_true")
+    add_ready_timeout_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run, log_level="error")
 
@@ -96,11 +98,13 @@ class _Bench:
     async def _ask_here(self, number: int, tokens: int) -> _Answer:
         begun_s, first_s, found = time.perf_counter(), 0.0, list[int]()
         sampling = Sampling(max_tokens=tokens, temperature=0.0, seed=number)
-        async for chunk in self._orchestrator.generate(_prompt(number), sampling):
+        prompt_ids = _prompt(number)
+        async for chunk in self._orchestrator.generate(prompt_ids, sampling):
             first_s = first_s or time.perf_counter()
             found += chunk
         ended_s = time.perf_counter()
-        return _Answer(self._tokenizer.decode(found), (first_s - begun_s) * 1e3, (ended_s - begun_s) * 1e3)
+        text = self._tokenizer.decode(found, after=prompt_ids)
+        return _Answer(text, (first_s - begun_s) * 1e3, (ended_s - begun_s) * 1e3)
 
     async def _ask_service(self, numbers: Sequence[int], tokens: int) -> list[_Answer]:
         bodies = [_body(number, tokens) for number in numbers]
@@ -146,40 +150,38 @@ def _ask(url: str, body: bytes) -> _Answer:
 @contextlib.asynccontextmanager
 async def _served(orchestrator: Orchestrator, tokenizer: Tokenizer, log_level: str) -> AsyncIterator[str]:
     """The URL for completions."""
-    from dsi_actors.serving.app import ServiceConfig, create_app
+    from dsi_actors.serving.address import HttpAddress
+    from dsi_actors.serving.app import create_app
     from dsi_actors.serving.server import make_server
+    from dsi_actors.serving.service import ServiceConfig
 
     app = create_app(orchestrator, tokenizer, ServiceConfig(model=_MODEL))
-    server = make_server(app, host="127.0.0.1", port=0, log_level=log_level, drain_s=1.0)
-    serving = asyncio.create_task(server.serve())
+    address = HttpAddress("127.0.0.1", 0)
+    address.listen()
+    server = make_server(app, log_level=log_level, drain_s=1.0)
+    serving = asyncio.create_task(server.serve(address.sockets))
     try:
         while not server.started:
             if serving.done():
                 await serving
                 raise ConfigError("the service did not start")
             await asyncio.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}/v1/completions"
+        yield f"{address.url}/v1/completions"
     finally:
         server.should_exit = True
         await serving
 
 
 async def run(arguments: argparse.Namespace) -> int:
-    try:
-        import fastapi  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(f"serving needs more packages: pip install 'dsi-actors[serve]' ({error})") from None
+    require_models(_config(arguments), "serve", what="this benchmark")
     try:
         numbers = [int(word) for word in arguments.clients.split(",")]
     except ValueError:
         raise ConfigError(f"--clients {arguments.clients} is no list of numbers: write it as 1,16") from None
     if min(numbers) < 1 or arguments.repeats < 1 or arguments.tokens < 2:
         raise ConfigError("--clients and --repeats must be at least 1, --tokens at least 2")
-    spawn = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as directory, ProcessPoolExecutor(1, mp_context=spawn) as clients:
-        tokenizer = Tokenizer(resolve_model(arguments.target) if arguments.target else _words(Path(directory)))
+    with temporary_directory() as directory, process_pool(1, start="spawn") as clients:
+        tokenizer = Tokenizer(await model_directory(arguments.target) if arguments.target else _words(Path(directory)))
         async with (
             Orchestrator(_config(arguments)) as orchestrator,
             _served(orchestrator, tokenizer, arguments.log_level) as url,
@@ -189,7 +191,7 @@ async def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         sys.stdout.write(json.dumps({"machine": describe_machine(), "results": results}) + "\n")
     else:
-        Console().print(_table(results))
+        terminal().print(_table(results))
     return 1 if any(row["differing"] for row in results) else 0
 
 
@@ -202,7 +204,9 @@ def _words(directory: Path) -> Path:
 
 
 def _config(arguments: argparse.Namespace) -> Config:
-    common: dict[str, Any] = {"sp": arguments.sp, "devices": ("cpu",), "log_level": arguments.log_level}
+    common: dict[str, Any] = {
+        "sp": arguments.sp, "devices": ("cpu",), "ready_timeout_s": arguments.ready_timeout, "log_level": arguments.log_level,
+    }  # fmt: skip
     if arguments.target:
         return Config(target=arguments.target, drafter=SELF_INT8, **common)
     timed = {"seed": 7, "vocabulary_size": _WORDS}

@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 
 from dsi_actors.cli.machine import describe_machine
-from dsi_actors.cli.options import SubParsers, add_logging_option
+from dsi_actors.cli.options import SubParsers, add_logging_option, add_ready_timeout_option
+from dsi_actors.cli.progress import prepare_shown
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.config import SELF_INT8, Algorithm, Config, Sampling
 from dsi_actors.errors import ConfigError
 from dsi_actors.orchestrator import Orchestrator
@@ -50,6 +51,7 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--target", metavar="REF", help="a real model, with an int8 copy of it as the drafter")
     parser.add_argument("--fixed", action="store_true", help="run the fixed ways, too")
     parser.add_argument("--json", action="store_true")
+    add_ready_timeout_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run, log_level="error")
 
@@ -151,7 +153,9 @@ async def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--clients must be at least 1, --seconds positive, --tokens at least 2")
     ways = _WAYS if arguments.fixed else _WAYS[:1]
     results: list[dict[str, Any]] = []
-    async with Orchestrator(_config(arguments, max(numbers))) as orchestrator:
+    config = _config(arguments, max(numbers))
+    await prepare_shown(config)
+    async with Orchestrator(config) as orchestrator:
         load = _Load(orchestrator, arguments.tokens)
         await load.run_alone()
         for clients in numbers:
@@ -162,12 +166,14 @@ async def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         sys.stdout.write(json.dumps({"machine": describe_machine(), "results": results}) + "\n")
     else:
-        Console().print(_table(results))
+        terminal().print(_table(results))
     return 1 if any(row["differing"] for row in results) else 0
 
 
 def _config(arguments: argparse.Namespace, clients: int) -> Config:
-    common: dict[str, Any] = {"sp": arguments.sp, "devices": ("cpu",), "log_level": arguments.log_level}
+    common: dict[str, Any] = {
+        "sp": arguments.sp, "devices": ("cpu",), "ready_timeout_s": arguments.ready_timeout, "log_level": arguments.log_level,
+    }  # fmt: skip
     if arguments.target:
         return Config(target=arguments.target, drafter=SELF_INT8, **common)
     timed = {"seed": 7, "position_ms": arguments.position_ms, "slots": max(2, min(64, clients)), "chunk": 128}

@@ -14,11 +14,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from rich.console import Console
 from rich.table import Table
 
 from dsi_actors.cli.machine import describe_machine
 from dsi_actors.cli.options import SubParsers, add_logging_option
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.cli.timed_bench import TimedBench, Way, alternate, best_si_way, check_sizes, ratio
 from dsi_actors.errors import ConfigError
 from dsi_actors.planning.expectation import equation_1_servers
@@ -143,7 +143,7 @@ def _print(rows: list[dict[str, Any]], servers: Sequence[int]) -> None:
             for key, sp in keys
         ]
         table.add_row(f"{row['jitter']:g}", f"{row['drafter_share']:g}", f"{row['acceptance']:g}", *figures)
-    console = Console(highlight=False, width=max(120, Console().width))
+    console = terminal(width=max(120, terminal().width))
     console.print(table)
     console.print("Measured on the wall clock (in the simulator).")
     for sp in servers:

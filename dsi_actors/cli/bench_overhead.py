@@ -12,21 +12,22 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import zmq
-from rich.console import Console
 from rich.table import Table
 
 from dsi_actors.actors.worker_handle import WorkerHandle
 from dsi_actors.cli.machine import describe_machine, memory_of
-from dsi_actors.cli.options import SubParsers, add_logging_option
+from dsi_actors.cli.options import SubParsers, add_logging_option, add_ready_timeout_option
+from dsi_actors.cli.progress import prepare_shown
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.config import Config, Sampling
 from dsi_actors.errors import ConfigError
 from dsi_actors.orchestrator import Orchestrator
+from dsi_actors.temporary import socket_directory
 from dsi_protocol import (
     Cancelled,
     OpenGeneration,
@@ -41,6 +42,7 @@ from dsi_protocol import (
 )
 
 _TOKENS = tuple(range(1, 17))
+_SOCKET = "floor.sock"
 #: Not the number of any generation that the orchestrator gives out.
 _GENERATION = 1 << 40
 
@@ -59,6 +61,7 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--sp", type=int, default=2, metavar="N")
     parser.add_argument("--target", metavar="REF", help="measure cancels inside the forwards of this model")
     parser.add_argument("--json", action="store_true")
+    add_ready_timeout_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)
 
@@ -81,7 +84,7 @@ async def run(arguments: argparse.Namespace) -> int:
         for name, value in row.items():
             if name != "measured":
                 table.add_row(f"{row['measured']}: {name}", f"{value:.1f}" if isinstance(value, float) else str(value))
-    Console(highlight=False).print(table)
+    terminal().print(table)
     return 0
 
 
@@ -121,10 +124,10 @@ def _floor(arguments: argparse.Namespace) -> dict[str, Any]:
     """CPU time for each message of a loop that does nothing but what ZeroMQ and msgpack need: no actors, no asyncio.
 
     A worker is asked about as often as in `_orchestrator_cpu`, so that the processor sleeps as long in between."""
-    with tempfile.TemporaryDirectory(prefix="dsi-") as directory, zmq.Context() as context:
-        router = context.socket(zmq.ROUTER)
+    with socket_directory(_SOCKET) as directory, zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.setsockopt(zmq.LINGER, 0)
         router.setsockopt(zmq.RCVTIMEO, 30_000)
-        endpoint = f"ipc://{directory}/floor.sock"
+        endpoint = f"ipc://{directory}/{_SOCKET}"
         router.bind(endpoint)
         command = [sys.executable, "-m", "dsi_actors.worker", "--gpu", "cpu", "--connect", endpoint, "--supervised"]
         with subprocess.Popen([*command, "--log-level", "error"], stdin=subprocess.PIPE) as worker:
@@ -145,7 +148,6 @@ def _floor(arguments: argparse.Namespace) -> dict[str, Any]:
             cpu_us = (time.process_time() - begun) * 1e6
             assert worker.stdin is not None
             worker.stdin.close()
-        router.close(linger=0)
     return {"measured": "ZeroMQ and msgpack alone", "us_per_message": cpu_us / arguments.repeats / 2}
 
 
@@ -181,9 +183,15 @@ async def _cancel_and_memory(arguments: argparse.Namespace) -> list[dict[str, An
     if arguments.target is None:
         config, name = _timed(arguments, latency_ms=10_000.0), "timed"
     else:
-        config = Config(target=arguments.target, sp=arguments.sp, log_level=arguments.log_level)
+        config = Config(
+            target=arguments.target,
+            sp=arguments.sp,
+            ready_timeout_s=arguments.ready_timeout,
+            log_level=arguments.log_level,
+        )
         name = arguments.target
     times_us: list[float] = []
+    await prepare_shown(config)
     async with Orchestrator(config) as orchestrator:
         target = _a_target(orchestrator)
         target.open(_GENERATION, 1, "bench", Sampling())  # all but the first token in windows, not as a prompt

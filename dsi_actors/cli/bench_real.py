@@ -18,17 +18,17 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from dsi_actors.cli.machine import describe_machine, processor_s_of
-from dsi_actors.cli.options import SubParsers, add_logging_option, default_of
+from dsi_actors.cli.options import SubParsers, add_logging_option, add_ready_timeout_option, default_of
+from dsi_actors.cli.progress import model_directory, prepare_shown
 from dsi_actors.cli.prompts import Prompt, add_prompt_options, read_prompts
 from dsi_actors.cli.reference import ReferenceProcess
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.config import NGRAM, NGRAM_FOR, SELF_INT8, Algorithm, Config, Sampling
 from dsi_actors.devices import device_name, local_devices
 from dsi_actors.errors import ConfigError
-from dsi_actors.models import resolve_model
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.results import GenerationReport
 from dsi_actors.tokenizer import Tokenizer
@@ -59,6 +59,7 @@ def add_parser(benches: SubParsers) -> None:
         help="how transformers runs (default %(default)s); none leaves it out",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true")
+    add_ready_timeout_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run, log_level="error")
 
@@ -120,7 +121,7 @@ def _library(reference: ReferenceProcess, threads: int, assist: str, stop: Seque
 
 async def run(arguments: argparse.Namespace) -> int:
     library = _library_settings(arguments.library)
-    tokenizer = Tokenizer(resolve_model(arguments.target))
+    tokenizer = Tokenizer(await model_directory(arguments.target))
     prompts = read_prompts(arguments, tokenizer)
     if len(prompts) < 2:
         raise ConfigError("give at least two prompts, --limit 2: a worker that is given one again need not read it")
@@ -128,6 +129,8 @@ async def run(arguments: argparse.Namespace) -> int:
     model = next((each.removeprefix(NGRAM_FOR) for each in drafters if each != NGRAM), "")
     stop = tokenizer.stop_token_ids
     device = device_name(local_devices(arguments.devices)[0])
+    for drafter in drafters:
+        await prepare_shown(_config(arguments, drafter))
     async with contextlib.AsyncExitStack() as stack:
         references = {
             dtype: await stack.enter_async_context(
@@ -154,7 +157,7 @@ async def run(arguments: argparse.Namespace) -> int:
             chooses = await stack.enter_async_context(Orchestrator(_config(arguments, tuple(drafters))))
             ask = _ours(chooses, "dsi", stop, arguments.sp)
             ways.append(_Way(f"ours: DSI {' or '.join(drafters)}", "ours: AR", ask))
-        err = Console(stderr=True, highlight=False)
+        err = terminal(stderr=True)
         for way in ways:
             await way.ask(prompts[0], _WARM_UP_TOKENS)
         for turn in range(len(prompts)):
@@ -166,7 +169,7 @@ async def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         sys.stdout.write(json.dumps({"machine": describe_machine(), "results": rows}) + "\n")
     else:
-        Console().print(_table(rows))
+        terminal().print(_table(rows))
     return 1 if any(row["differing"] for row in rows if row["way"].startswith("ours")) else 0
 
 
@@ -176,7 +179,7 @@ def _config(arguments: argparse.Namespace, drafter: str | tuple[str, ...]) -> Co
     return Config(
         target=arguments.target, drafter=drafter, sp=arguments.sp, devices=tuple(arguments.devices),
         target_options={**engine, "dtype": arguments.dtype}, drafter_options={**engine, "remember": False},
-        log_level=arguments.log_level,
+        ready_timeout_s=arguments.ready_timeout, log_level=arguments.log_level,
     )  # fmt: skip
 
 

@@ -20,10 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from dsi_actors.cli.machine import describe_machine, memory_of, processor_s_of
 from dsi_actors.cli.options import SubParsers, add_logging_option
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.config import ALGORITHMS, Config, Sampling
 from dsi_actors.errors import ConfigError
 from dsi_actors.orchestrator import Orchestrator
@@ -162,7 +161,7 @@ async def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         sys.stdout.write(json.dumps({"machine": describe_machine(), "results": [row]}) + "\n")
     else:
-        console = Console()
+        console = terminal()
         for name, value in row.items():
             console.print(f"{name}: {value}")
     for problem in problems:

@@ -15,14 +15,14 @@ import time
 from datetime import datetime
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from dsi_actors.cli.machine import describe_machine
 from dsi_actors.cli.options import SubParsers, add_logging_option, default_of
+from dsi_actors.cli.progress import model_directory
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.config import Config
 from dsi_actors.errors import ConfigError, DsiError
-from dsi_actors.models import resolve_model
 
 _PROMPT = "Say hello."
 #: What the processes log, in the order in which it happens, and what was done by then.
@@ -50,7 +50,7 @@ def add_parser(benches: SubParsers) -> None:
 async def run(arguments: argparse.Namespace) -> int:
     if arguments.repeats < 1:
         raise ConfigError("--repeats must be at least 1")
-    resolve_model(arguments.target)
+    await model_directory(arguments.target)
     words = ["--target", arguments.target, "--drafter", arguments.drafter, "--sp", str(arguments.sp)]
     words += ["--no-calibration"] if arguments.no_calibration else []
     runs = [await _start(words) for _ in range(arguments.repeats)]
@@ -68,7 +68,7 @@ async def run(arguments: argparse.Namespace) -> int:
         table.add_column(title, justify="right" if title else "left")
     for name, step in steps.items():
         table.add_row(name, f"{step['ms']:.0f}", f"{step['worst_ms']:.0f}")
-    Console(highlight=False).print(table)
+    terminal().print(table)
     return 0
 
 
@@ -80,7 +80,12 @@ async def _start(words: list[str]) -> dict[str, float]:
         "--log-level", "info", "--log-format", "json",
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    _, errors = await process.communicate()
+    try:
+        _, errors = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            await process.wait()
     if process.returncode != 0:
         raise DsiError(f"generate failed: {errors.decode(errors='replace').strip()[-500:]}")
     happened: dict[str, float] = {}

@@ -14,11 +14,11 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from dsi_actors.cli.machine import describe_machine
 from dsi_actors.cli.options import SubParsers, add_logging_option
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.cli.timed_bench import TimedBench, Way, alternate, best_si_way, check_sizes, ratio, row_of
 from dsi_actors.errors import ConfigError
 from dsi_actors.simulation.run import Scenario
@@ -91,7 +91,7 @@ async def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         sys.stdout.write(json.dumps({"machine": describe_machine(), "results": rows}) + "\n")
         return 0
-    console = Console(highlight=False, width=max(110, Console().width))
+    console = terminal(width=max(110, terminal().width))
     console.print(table)
     console.print(
         "Each cell: ms per token, measured / ideal. Under the pair: target ms / drafter ms / acceptance rate."

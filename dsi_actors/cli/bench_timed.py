@@ -10,11 +10,11 @@ import argparse
 import json
 import sys
 
-from rich.console import Console
 from rich.table import Table
 
 from dsi_actors.cli.machine import describe_machine
 from dsi_actors.cli.options import SubParsers, add_logging_option
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.cli.timed_bench import (
     TimedBench,
     Way,
@@ -57,5 +57,5 @@ async def run(arguments: argparse.Namespace) -> int:
             str(way), str(row["lookahead"] or "-"), f"{row['ms_per_token']:.2f}", f"{row['ideal_ms_per_token']:.2f}",
             f"{row['ratio_to_ideal']:.3f}", f"{row['target_forwards']:.0f}", f"{row['wasted_target_forwards']:.0f}",
         )  # fmt: skip
-    Console(highlight=False).print(table)
+    terminal().print(table)
     return 0

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 
-from rich.console import Console
 from rich.table import Table
 
 from dsi_actors.chaos.run import Chaos, as_dict
 from dsi_actors.cli.machine import describe_machine
 from dsi_actors.cli.options import SubParsers, add_logging_option
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.config import Config
 from dsi_actors.errors import ConfigError
 
@@ -23,6 +24,9 @@ from dsi_actors.errors import ConfigError
 def add_parser(commands: SubParsers) -> None:
     parser = commands.add_parser("chaos", help="kill workers, lose messages, compare texts", description=__doc__)
     parser.add_argument("--minutes", type=float, default=1.0, metavar="M", help="default %(default)s")
+    parser.add_argument(
+        "--faults", type=int, metavar="N", help="end after so many faults, however long they take, not after --minutes"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="which faults in which order")
     parser.add_argument(
         "--pause", type=float, default=2.0, metavar="S", help="between faults, on average (%(default)s)"
@@ -40,6 +44,8 @@ def add_parser(commands: SubParsers) -> None:
 async def run(arguments: argparse.Namespace) -> int:
     if arguments.minutes <= 0 or arguments.pause <= 0 or arguments.tokens < 1:
         raise ConfigError("--minutes and --pause must be above 0, --tokens at least 1")
+    if arguments.faults is not None and arguments.faults < 1:
+        raise ConfigError("--faults must be at least 1")
     config = Config(
         engine="timed", sp=2, devices=("cpu",), log_level=arguments.log_level, silence_ms=arguments.detection_ms,
         heartbeat_ms=arguments.detection_ms // 8, restarts=1_000_000,
@@ -47,7 +53,8 @@ async def run(arguments: argparse.Namespace) -> int:
         drafter_options={"latency_ms": arguments.drafter_ms, "acceptance": arguments.acceptance},
     )  # fmt: skip
     chaos = Chaos(
-        seconds=60 * arguments.minutes, seed=arguments.seed, tokens=arguments.tokens, pause_s=arguments.pause, config=config
+        seconds=60 * arguments.minutes if arguments.faults is None else math.inf, faults=arguments.faults or math.inf,
+        seed=arguments.seed, tokens=arguments.tokens, pause_s=arguments.pause, config=config,
     )  # fmt: skip
     outcome = as_dict(await chaos.run(), config)
     if arguments.json:
@@ -56,6 +63,6 @@ async def run(arguments: argparse.Namespace) -> int:
         table = Table("", "")
         for name, value in outcome.items():
             table.add_row(name, f"{value:.0f}" if isinstance(value, float) else str(value))
-        Console(highlight=False).print(table)
+        terminal().print(table)
     bad = ("lost", "differing", "leaked_processes", "leaked_descriptors")
     return 1 if any(outcome[name] for name in bad) else 0

@@ -9,29 +9,33 @@ import argparse
 import json
 import sys
 
-from rich.console import Console
-
+from dsi_actors.advice import worker_command
 from dsi_actors.cli.options import SubParsers, add_logging_option
-from dsi_actors.config import Config
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.conformance.checks import COMMON, DRAFTER, JOINING, LEAVING, TARGET, Check, is_drafter
 from dsi_actors.conformance.peer import Nonconformance, Peer
+from dsi_actors.errors import ConfigError
 
 
 def add_parser(commands: SubParsers) -> None:
     parser = commands.add_parser("conformance", help="examine a worker", description=__doc__)
     parser.add_argument("endpoint", metavar="ENDPOINT", help="where to listen, such as tcp://127.0.0.1:5555")
+    parser.add_argument(
+        "--patience", type=float, default=1.0, metavar="F", help="multiplies every time limit (default %(default)s)"
+    )
     parser.add_argument("--json", action="store_true")
     add_logging_option(parser)
     parser.set_defaults(command=run, log_level="error")
 
 
 async def run(arguments: argparse.Namespace) -> int:
-    Config(engine="timed", listen=arguments.endpoint)  # checks the endpoint
-    out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
-    peer = Peer(arguments.endpoint)
+    if not arguments.patience > 0:
+        raise ConfigError("--patience must be positive")
+    out, err = terminal(soft_wrap=True), terminal(stderr=True)
+    peer = Peer(arguments.endpoint, arguments.patience)
     results: list[dict[str, object]] = []
 
-    async def examine(*checks: Check) -> bool:
+    async def examine(*checks: Check) -> None:
         for check in checks:
             name = (check.__doc__ or check.__name__).strip().splitlines()[0]
             try:
@@ -42,14 +46,18 @@ async def run(arguments: argparse.Namespace) -> int:
                 problem = str(found)
             results.append({"check": name, "passed": not problem, "problem": problem})
             if not arguments.json:
-                out.print(f"[green]pass[/green]  {name}" if not problem else f"[red]FAIL[/red]  {name}")
+                out.print("FAIL" if problem else "pass", style="red" if problem else "green", end="  ")
+                out.print(name)
                 if problem:
-                    out.print(f"      {problem}", markup=False)
-        return all(result["passed"] for result in results)
+                    out.print(f"      {problem}")
 
     try:
-        err.print(f"waiting for a worker at {peer.endpoint}")
-        if await examine(*JOINING):
+        err.print(f"waiting for a worker: {worker_command(peer.endpoint, keys=None)}", soft_wrap=True)
+        for check in JOINING:
+            await examine(check)
+            if not results[-1]["passed"]:
+                break  # nobody is there of whom the rest could be asked
+        else:
             await examine(*COMMON, *(DRAFTER if is_drafter(peer) else TARGET), *LEAVING)
     finally:
         peer.close()

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.style import Style
 from rich.table import Table
 
+from dsi_actors.advice import worker_command
 from dsi_actors.cli.options import (
     SubParsers,
     add_algorithm_options,
@@ -21,23 +25,27 @@ from dsi_actors.cli.options import (
     add_worker_options,
     config_from,
     sampling_from,
+    utf8,
 )
-from dsi_actors.config import ALGORITHMS, NGRAM, NGRAM_FOR, RANDOM, SELF_INT8, Algorithm, Config, Sampling
+from dsi_actors.cli.progress import ShownProgress
+from dsi_actors.cli.terminal import can_show, terminal
+from dsi_actors.config import ALGORITHMS, Algorithm, Config, Sampling
 from dsi_actors.errors import ConfigError, NoTargetError
 from dsi_actors.models import resolve_model
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.planning.tuner import Estimates
+from dsi_actors.requirements import require_models
 from dsi_actors.results import CommittedTokens, GenerationReport
-from dsi_actors.tokenizer import Tokenizer
-from dsi_actors.tracing.record import Recorder
+from dsi_actors.tokenizer import Tokenizer, TokenStream
+from dsi_actors.tracing.record import Recorder, open_recording
 
-_ACCEPTED_STYLE = "green"
+_ACCEPTED_STYLE = Style(color="green")
 _LABELS: dict[str, str] = {"ar": "AR", "si": "SI", "dsi": "DSI"}
 
 
 def add_parser(commands: SubParsers) -> None:
     parser = commands.add_parser("generate", help="answer one prompt", description=__doc__)
-    parser.add_argument("prompt", metavar="PROMPT", help="the prompt, or - to read it from standard input")
+    parser.add_argument("prompt", type=utf8, metavar="PROMPT", help="the prompt, or - to read it from standard input")
     add_worker_options(parser)
     add_algorithm_options(parser)
     add_sampling_options(parser)
@@ -66,8 +74,10 @@ def add_parser(commands: SubParsers) -> None:
 class _Run:
     """One generation: its tokens, which of them had been drafted, and what it cost."""
 
+    #: The tokens whose text the answer continues, if it does not stand alone.
+    continues: list[int]
     #: What an earlier run had given.
-    resumed: list[int] = field(default_factory=list)
+    resumed: list[int]
     token_ids: list[int] = field(default_factory=list)
     accepted: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -85,46 +95,49 @@ class _Run:
 
     def so_far(self, tokenizer: Tokenizer) -> dict[str, Any]:
         token_ids = self.resumed + self.token_ids
-        return {"text": tokenizer.decode(token_ids), "token_ids": token_ids}
+        return {"text": tokenizer.decode(token_ids, after=self.continues), "token_ids": token_ids}
 
 
 async def run(arguments: argparse.Namespace) -> int:
     config = config_from(arguments, listen=arguments.listen, insecure=arguments.insecure, keys=arguments.keys)
+    require_models(config)
     resumed = [] if arguments.resume is None else _read_tokens(arguments.resume)
-    tokenizer = Tokenizer(resolve_model(config.target))
-    _prepare_drafter(config)
+    sampling_from(arguments)  # what cannot be used shows before anything is fetched
+    prompt = _prompt(arguments)
+    with ShownProgress() as progress:
+        tokenizer = Tokenizer(await resolve_model(config.target, tokenizer_only=bool(config.listen), report=progress))
     stop = () if arguments.ignore_eos else tokenizer.stop_token_ids
     sampling = sampling_from(arguments, stop_token_ids=stop, logprobs=arguments.logprobs)
-    prompt_ids = _encode(arguments, tokenizer)
-    out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
-    with _opened(arguments.record) as record, err.status(_greeting(config)) as status:
-        async with Orchestrator(config) as orchestrator:
+    prompt_ids = _encode(prompt, arguments, tokenizer)
+    continues = prompt_ids if _is_raw(arguments, tokenizer) else []
+    out, err = terminal(soft_wrap=True), terminal(stderr=True)
+    with _opened(arguments.record) as record, ShownProgress() as progress:
+        progress(_greeting(config), None, "")
+        async with Orchestrator(config, report=progress) as orchestrator:
             if config.insecure:
                 err.print("--insecure: whoever can reach this address can take part, unseen and unencrypted")
             if config.listen is not None:
                 await _wait_for_workers(orchestrator, arguments, err)
-            status.stop()
+            progress.close()
             err.print(_calibration(orchestrator.estimates))
-            session = _Session(orchestrator, prompt_ids, resumed, sampling, arguments)
+            session = _Session(orchestrator, prompt_ids, continues, resumed, sampling, arguments)
             recorder = None if record is None else Recorder(record, {w.number: str(w) for w in orchestrator.workers})
             orchestrator.observe(recorder)
             try:
-                first = await session.generate(
-                    arguments.algorithm, None if arguments.json else _Printer(out, tokenizer)
-                )
+                printer = None if arguments.json else _Printer(out, tokenizer.stream(after=continues + resumed))
+                first = await session.generate(arguments.algorithm, printer)
             except NoTargetError as error:
                 if arguments.json:  # so that --resume can go on from here
-                    out.print_json(json.dumps({"error": str(error), **session.runs[-1].so_far(tokenizer)}))
+                    out.print_json(data={"error": str(error), **session.runs[-1].so_far(tokenizer)}, ensure_ascii=True)
                 raise
             orchestrator.observe(None)
             if recorder is not None:
-                text = tokenizer.stream()
-                recorder.end(text.add(token) for token in first.token_ids)
+                recorder.end(_texts(first.token_ids, tokenizer.stream(after=continues + resumed)))
             if arguments.compare:
                 return await _compare(session, first, arguments, tokenizer, out)
     if arguments.json:
         assert first.report is not None
-        out.print_json(json.dumps(first.as_dict(tokenizer) | {"trace": asdict(first.report.trace)}))
+        out.print_json(data=first.as_dict(tokenizer) | {"trace": asdict(first.report.trace)}, ensure_ascii=True)
     else:
         _print_summary(out, first)
     return 0
@@ -134,13 +147,14 @@ async def run(arguments: argparse.Namespace) -> int:
 class _Session:
     orchestrator: Orchestrator
     prompt_ids: list[int]
+    continues: list[int]
     resumed: list[int]
     sampling: Sampling
     arguments: argparse.Namespace
     runs: list[_Run] = field(default_factory=list)
 
     async def generate(self, algorithm: Algorithm, printer: _Printer | None = None) -> _Run:
-        self.runs.append(result := _Run(resumed=self.resumed))
+        self.runs.append(result := _Run(self.continues, self.resumed))
         async with self.orchestrator.generate(
             self.prompt_ids,
             self.sampling,
@@ -161,39 +175,31 @@ class _Session:
 class _Printer:
     """Text as it is committed; what the drafter had guessed right is green."""
 
-    def __init__(self, console: Console, tokenizer: Tokenizer) -> None:
+    def __init__(self, console: Console, text: TokenStream) -> None:
         self._console = console
-        self._text = tokenizer.stream()
+        self._text = text
 
     def show(self, tokens: CommittedTokens) -> None:
         for token, accepted in zip(tokens, tokens.accepted, strict=True):
-            style = _ACCEPTED_STYLE if accepted else None
-            self._console.print(self._text.add(token), style=style, end="", markup=False)
+            self._write(self._text.add(token), _ACCEPTED_STYLE if accepted else None)
         self._console.file.flush()
 
     def end(self) -> None:
-        self._console.print("\n")
+        self._write(self._text.flush() + "\n\n")
+
+    def _write(self, text: str, style: Style | None = None) -> None:
+        """As it is: for a text, `print` would expand tabs, drop carriage returns and replace :smile:."""
+        self._console.print(Segments([Segment(text, style)]), end="")
 
 
-def _prepare_drafter(config: Config) -> None:
-    """A model that is not there or must be converted shows before anything is started."""
-    for drafter in config.drafters:
-        reference = drafter.removeprefix(NGRAM_FOR)
-        if reference not in (SELF_INT8, NGRAM, RANDOM):
-            resolve_model(reference)
+def _texts(token_ids: Sequence[int], stream: TokenStream) -> list[str]:
+    """The text of each token. The last one has what is left at the end, too."""
+    texts = [stream.add(token) for token in token_ids]
+    return [*texts[:-1], texts[-1] + stream.flush()] if texts else []
 
 
-@contextmanager
-def _opened(path: str | None) -> Iterator[IO[str] | None]:
-    if path is None:
-        yield None
-        return
-    try:
-        file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115  closed below
-    except OSError as error:
-        raise ConfigError(f"cannot write --record {path}: {error.strerror}") from None
-    with file:
-        yield file
+def _opened(path: str | None) -> AbstractContextManager[IO[str] | None]:
+    return nullcontext() if path is None else open_recording(path)
 
 
 def _read_tokens(path: str) -> list[int]:
@@ -208,13 +214,30 @@ def _read_tokens(path: str) -> list[int]:
     return tokens
 
 
-def _encode(arguments: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
-    text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+def _prompt(arguments: argparse.Namespace) -> str:
+    text: str = _read_prompt() if arguments.prompt == "-" else arguments.prompt
     if not text.strip():
         raise ConfigError("the prompt is empty: give some text")
-    if arguments.raw or not tokenizer.has_chat_template:
+    return text
+
+
+def _encode(text: str, arguments: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
+    if _is_raw(arguments, tokenizer):
         return tokenizer.encode(text)
     return tokenizer.encode_chat([{"role": "user", "content": text}])
+
+
+def _is_raw(arguments: argparse.Namespace, tokenizer: Tokenizer) -> bool:
+    return arguments.raw or not tokenizer.has_chat_template
+
+
+def _read_prompt() -> str:
+    if isinstance(sys.stdin, io.TextIOWrapper):  # whatever the locale
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise ConfigError("the prompt on standard input is no UTF-8") from None
 
 
 def _greeting(config: Config) -> str:
@@ -237,11 +260,14 @@ async def _wait_for_workers(orchestrator: Orchestrator, arguments: argparse.Name
     config = orchestrator.config
     drafters = 0 if not config.drafters or arguments.algorithm == "ar" else 1
     wanted = "a target server" + (" and a drafter" if drafters else "")
-    err.print(f"waiting for {wanted}: python -m dsi_actors.worker --gpu N --connect {orchestrator.endpoint}")
-    if not await orchestrator.wait_for_workers(targets=1, drafters=drafters, timeout_s=arguments.wait):
+    err.print(f"waiting for {wanted}: {worker_command(orchestrator.endpoint, keys=config.keys)}", soft_wrap=True)
+    while not await orchestrator.wait_for_workers(targets=1, drafters=drafters, timeout_s=arguments.wait):
+        if orchestrator.preparing:
+            continue
         if not await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=0.001):
             raise ConfigError(f"no target server connected to {orchestrator.endpoint} within {arguments.wait:g} s")
         err.print("no drafter came: decoding without one")
+        return
 
 
 # What is printed at the end
@@ -250,7 +276,7 @@ async def _wait_for_workers(orchestrator: Orchestrator, arguments: argparse.Name
 def _print_summary(out: Console, run: _Run) -> None:
     report = run.report
     assert report is not None
-    out.print(_marks(run), markup=True)
+    out.print(_marks(run, out))
     out.print(
         f"{report.tokens} tokens by {_LABELS[report.algorithm]} on {report.sp} target server(s): "
         f"{report.ms_per_token:.1f} ms per token, first after {report.first_token_ms:.0f} ms; "
@@ -259,10 +285,11 @@ def _print_summary(out: Console, run: _Run) -> None:
     )
 
 
-def _marks(run: _Run) -> str:
+def _marks(run: _Run, out: Console) -> str:
     """One mark per token, for terminals without colour too."""
-    marks = "".join("●" if accepted else "○" for accepted in run.accepted)
-    return f"{marks}\n● drafted and accepted: {sum(run.accepted)}   ○ the target's own: {run.accepted.count(False)}"
+    drafted, own = "●○" if can_show("●○", out) else "#."
+    marks = "".join(drafted if accepted else own for accepted in run.accepted)
+    return f"{marks}\n{drafted} drafted and accepted: {sum(run.accepted)}   {own} the target's own: {run.accepted.count(False)}"
 
 
 async def _compare(
@@ -275,9 +302,9 @@ async def _compare(
     identical = all(run.token_ids == first.token_ids for run in runs.values())
     if arguments.json:
         rows = [runs[algorithm].as_dict(tokenizer) for algorithm in ("ar", "si", "dsi")]
-        out.print_json(json.dumps({"identical": identical, "results": rows}))
+        out.print_json(data={"identical": identical, "results": rows}, ensure_ascii=True)
         return 0 if identical else 1
-    out.print(_marks(first))
+    out.print(_marks(first, out))
     out.print(_table(runs))
     if identical:
         out.print("The three outputs are the same, token for token.")

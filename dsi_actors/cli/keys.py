@@ -6,13 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from dsi_actors.cli.options import SubParsers, add_logging_option
+from dsi_actors.cli.options import SubParsers, add_group, add_logging_option
 from dsi_actors.keys import Keyring, new_keys, revoke
 
 
 def add_parser(commands: SubParsers) -> None:
     keys = commands.add_parser("keys", help="keys for workers on other machines", description=__doc__)
-    actions = keys.add_subparsers(title="actions", required=True, metavar="ACTION")
+    actions = add_group(keys, "actions", "ACTION")
     new = actions.add_parser("new", help="make a key for each NAME, and the orchestrator's own if there is none")
     new.add_argument("directory", metavar="DIRECTORY", type=Path)
     new.add_argument("names", metavar="NAME", nargs="+")
@@ -28,7 +28,7 @@ def add_parser(commands: SubParsers) -> None:
         add_logging_option(parser)
 
 
-async def _new(arguments: argparse.Namespace) -> int:
+def _new(arguments: argparse.Namespace) -> int:
     for path in new_keys(arguments.directory, arguments.names):
         sys.stdout.write(f"{path}\n")
     sys.stderr.write(
@@ -38,12 +38,12 @@ async def _new(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _list(arguments: argparse.Namespace) -> int:
+def _list(arguments: argparse.Namespace) -> int:
     for public, name in sorted(Keyring(arguments.directory).allowed.items(), key=lambda item: item[1]):
         sys.stdout.write(f"{name}  {public}\n")
     return 0
 
 
-async def _revoke(arguments: argparse.Namespace) -> int:
+def _revoke(arguments: argparse.Namespace) -> int:
     revoke(arguments.directory, arguments.name)
     return 0

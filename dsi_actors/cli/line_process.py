@@ -4,12 +4,14 @@ measure against, where it needs torch."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
 from types import TracebackType
 from typing import Any, Self
 
 from dsi_actors.errors import DsiError
+from dsi_actors.requirements import require
 
 _LINE_BYTES = 1 << 24
 
@@ -25,6 +27,7 @@ class LineProcess:
         self.greeting: dict[str, Any] = {}
 
     async def __aenter__(self) -> Self:
+        require("this benchmark", "torch")
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", self._module, *self._arguments,
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=_LINE_BYTES,
@@ -50,8 +53,9 @@ class LineProcess:
         """Raises DsiError if the process ends instead of answering."""
         assert self._process is not None
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        await self._process.stdin.drain()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has ended: there is no answer to read
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            await self._process.stdin.drain()
         return await self._answer()
 
     async def _answer(self) -> dict[str, Any]:

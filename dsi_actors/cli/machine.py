@@ -15,7 +15,7 @@ def describe_machine() -> dict[str, object]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("dsi-actors", "torch", "transformers", "pyzmq", "uvloop")},
+        "versions": {name: version_of(name) for name in ("dsi-actors", "torch", "transformers", "pyzmq", "uvloop")},
     }
 
 
@@ -49,7 +49,7 @@ def _cpu_model() -> str:
     return platform.processor()
 
 
-def _version(distribution: str) -> str | None:
+def version_of(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
+import errno
+import signal
 import sys
-from collections.abc import Awaitable, Callable
 
 from dsi_actors.cli import (
     bench_acceptance,
@@ -25,6 +25,7 @@ from dsi_actors.cli import (
     bench_timed,
     chaos,
     conformance,
+    download,
     generate,
     keys,
     plan,
@@ -33,17 +34,55 @@ from dsi_actors.cli import (
     status,
     trace,
 )
+from dsi_actors.cli.machine import version_of
+from dsi_actors.cli.options import add_group
+from dsi_actors.cli.running import EndedBySignal, run
 from dsi_actors.errors import DsiError
 from dsi_actors.logs import show_logs
-
-Command = Callable[[argparse.Namespace], Awaitable[int]]
+from dsi_actors.streams import complain, forget_output, prepare_streams
 
 
 def main() -> int:
+    prepare_streams()
+    try:
+        status = _run()
+        sys.stdout.flush()
+        return status
+    except DsiError as error:
+        complain(f"dsi-actors: {error}")
+        return 1
+    except EndedBySignal as ended:
+        complain("\ndsi-actors: interrupted" if ended.number == signal.SIGINT else f"dsi-actors: ended by {ended}")
+        return ended.status
+    except BrokenPipeError:  # `dsi-actors ... | head`: it has read what it wanted
+        forget_output()
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        complain(f"dsi-actors: cannot write: {error.strerror}")
+        forget_output()
+        return 1
+
+
+def _run() -> int:
+    try:
+        arguments = _parser().parse_args()
+    except SystemExit as ended:  # it has shown its help, or what is wrong
+        return int(ended.code or 0)
+    show_logs(arguments.log_level, arguments.log_format)
+    return run(arguments.command, arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dsi-actors", description="Distributed speculative inference.")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    parser.add_argument(
+        "--version", action="version", version=f"dsi-actors {version_of('dsi-actors') or 'not installed'}"
+    )
+    commands = add_group(parser, "commands", "COMMAND")
     generate.add_parser(commands)
     serve.add_parser(commands)
+    download.add_parser(commands)
     status.add_parser(commands)
     plan.add_parser(commands)
     simulate.add_parser(commands)
@@ -52,7 +91,7 @@ def main() -> int:
     chaos.add_parser(commands)
     conformance.add_parser(commands)
     bench = commands.add_parser("bench", help="measure this machine")
-    benches = bench.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
+    benches = add_group(bench, "benchmarks", "BENCHMARK")
     bench_overhead.add_parser(benches)
     bench_real.add_parser(benches)
     bench_gpu.add_parser(benches)
@@ -68,28 +107,7 @@ def main() -> int:
     bench_http.add_parser(benches)
     bench_soak.add_parser(benches)
     bench_start.add_parser(benches)
-    arguments = parser.parse_args()
-    show_logs(arguments.log_level, arguments.log_format)
-    try:
-        return _run(arguments.command(arguments))
-    except DsiError as error:
-        sys.stderr.write(f"dsi-actors: {error}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("\ndsi-actors: interrupted\n")
-        return 130
-
-
-def _run(work: Awaitable[int]) -> int:
-    async def awaited() -> int:
-        return await work
-
-    if sys.platform == "win32":
-        return asyncio.run(awaited())
-    import uvloop
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(awaited())
+    return parser
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import sys
 from typing import Any, Literal, TypeAlias
 
 from dsi_actors.config import ALGORITHMS, Config, Sampling
@@ -15,6 +17,19 @@ SubParsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def default_of(settings: type[Any], name: str) -> Any:
     return next(field.default for field in dataclasses.fields(settings) if field.name == name)
+
+
+def add_group(parser: argparse.ArgumentParser, title: str, metavar: str) -> SubParsers:
+    """Commands of `parser`. Without any of them it shows its help."""
+
+    def show_help(_: argparse.Namespace) -> int:
+        parser.print_help(sys.stderr)
+        return 2
+
+    parser.set_defaults(
+        command=show_help, log_level=default_of(Config, "log_level"), log_format=default_of(Config, "log_format")
+    )
+    return parser.add_subparsers(title=title, metavar=metavar)
 
 
 def add_logging_option(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +66,15 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
         help="do not measure latencies at the start: the first tokens come by plain decoding, and teach them",
     )  # fmt: skip
     parser.add_argument("--threads", type=int, metavar="T", help="torch threads of each worker (default 1)")
+    add_ready_timeout_option(parser)
     add_logging_option(parser)
+
+
+def add_ready_timeout_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ready-timeout", type=float, default=default_of(Config, "ready_timeout_s"), metavar="S",
+        help="how long a worker may take to load its model, once that is on its machine (default %(default)s)",
+    )  # fmt: skip
 
 
 def add_algorithm_options(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +109,14 @@ def lookahead(text: str) -> int | Literal["auto"]:
     raise argparse.ArgumentTypeError(f"{text!r}: give auto or a whole number of at least 1")
 
 
+def utf8(argument: str) -> str:
+    """An argument that is text, not the name of a file: bytes that the locale does not know are UTF-8."""
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeError:
+        raise argparse.ArgumentTypeError(f"{argument!r} is no UTF-8") from None
+
+
 def _drafters(references: list[str]) -> tuple[str, ...] | str | None:
     """Raises ConfigError."""
     if references == ["none"]:
@@ -116,6 +147,7 @@ def config_from(
         target_options={**engine, "dtype": arguments.dtype},
         drafter_options=dict(engine),
         calibrate=arguments.calibrate,
+        ready_timeout_s=arguments.ready_timeout,
         log_level=arguments.log_level,
         log_format=arguments.log_format,
     )

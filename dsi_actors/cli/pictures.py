@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsi_actors.errors import ConfigError
+from dsi_actors.requirements import require
 
 _FORMATS = (".png", ".svg", ".pdf")
 
@@ -23,10 +24,9 @@ def check_picture(file: str | None) -> None:
 
 
 def _pyplot() -> Any:
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise ConfigError("pictures need matplotlib: pip install 'dsi-actors[pictures]'") from None
+    require("a picture", "pictures")
+    import matplotlib as mpl
+
     mpl.use("Agg")
     from matplotlib import pyplot
 

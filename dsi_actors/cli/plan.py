@@ -12,12 +12,12 @@ import json
 import sys
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from dsi_actors.cli.machine import describe_machine
 from dsi_actors.cli.options import SubParsers, add_logging_option
 from dsi_actors.cli.pictures import check_picture, draw_plan
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.cli.timed_bench import check_sizes, scenario_from
 from dsi_actors.core import Policy
 from dsi_actors.errors import ConfigError
@@ -42,7 +42,7 @@ def add_parser(commands: SubParsers) -> None:
     parser.set_defaults(command=run, jitter=0.0)
 
 
-async def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     check_sizes(arguments, "gpus", "window")
     scenario = scenario_from(arguments)
     if arguments.gpus < 2:
@@ -83,7 +83,7 @@ async def run(arguments: argparse.Namespace) -> int:
             f"{row['target_forwards_per_token']:.2f}", f"{row['busy_gpu_seconds_per_token'] * 1e3:.1f}",
             f"{row['gpu_seconds_per_token'] * 1e3:.1f}",
         )  # fmt: skip
-    console = Console(highlight=False, width=max(110, Console().width))
+    console = terminal(width=max(110, terminal().width))
     console.print(table)
     console.print(
         f"Equation 1: {servers} target servers are enough for lookahead 1, SP = ceil(t / (k d)). "

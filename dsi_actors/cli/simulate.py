@@ -10,20 +10,20 @@ token), "accepted" (for each drafted position whether it was right); `dsi-actors
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from dsi_actors.cli.machine import describe_machine
 from dsi_actors.cli.options import SubParsers, add_logging_option, lookahead
+from dsi_actors.cli.pool import process_pool
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.cli.timed_bench import add_scenario_options, check_sizes, scenario_from
 from dsi_actors.config import ALGORITHMS
+from dsi_actors.devices import cores
 from dsi_actors.errors import ConfigError
 from dsi_actors.results import Trace
 from dsi_actors.simulation.run import Scenario, SimulatedRun, mean_of, simulate
@@ -49,7 +49,7 @@ def add_parser(commands: SubParsers) -> None:
     parser.set_defaults(command=run)
 
 
-async def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     check_sizes(arguments, "sp", "tokens", "repeats")
     if not 0 <= arguments.cancel_ms < float("inf"):
         raise ConfigError(f"--cancel-ms must be at least 0, not {arguments.cancel_ms:g}")
@@ -69,7 +69,7 @@ async def run(arguments: argparse.Namespace) -> int:
             f"{row['acceptance_rate']:.3f}" if drafted else "-", f"{row['target_forwards']:.1f}",
             f"{row['wasted_target_forwards']:.1f}",
         )  # fmt: skip
-    Console(highlight=False).print(table)
+    terminal().print(table)
     return 0
 
 
@@ -84,11 +84,11 @@ def _simulate(scenario: Scenario, algorithm: str, arguments: argparse.Namespace)
             "calibrated": not arguments.no_calibration,
         }  # fmt: skip
 
-    processes = min(os.cpu_count() or 1, repeats)
+    processes = min(cores(), repeats)
     if tokens * repeats < _WORTH_PROCESSES or processes == 1:
         return simulate(scenario, algorithm, **settings(repeats, seed))
     shares = [repeats // processes + (number < repeats % processes) for number in range(processes)]
-    with concurrent.futures.ProcessPoolExecutor(processes) as pool:
+    with process_pool(processes) as pool:
         parts = [
             pool.submit(simulate, scenario, algorithm, **settings(share, seed + sum(shares[:number])))
             for number, share in enumerate(shares)

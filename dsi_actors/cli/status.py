@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
 from dsi_actors.cli.options import SubParsers, add_logging_option
+from dsi_actors.cli.terminal import terminal
 from dsi_actors.errors import ConfigError
 
 _TIMEOUT_S = 10.0
@@ -32,7 +35,7 @@ def add_parser(commands: SubParsers) -> None:
     parser.set_defaults(command=run)
 
 
-async def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     seen = Seen()
     events = follow(arguments.url, arguments.key)
     if arguments.once or arguments.json:
@@ -43,9 +46,9 @@ async def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             sys.stdout.write(json.dumps(seen.summary()) + "\n")
         else:
-            Console().print(_picture(seen))
+            terminal().print(_picture(seen))
         return 0
-    with Live(console=Console(), auto_refresh=False) as live:
+    with Live(console=terminal(), auto_refresh=False) as live:
         for state in events:
             seen.take(state)
             live.update(_picture(seen), refresh=True)
@@ -55,21 +58,34 @@ async def run(arguments: argparse.Namespace) -> int:
 
 def follow(url: str, key: str | None) -> Iterator[dict[str, Any]]:
     """What the dashboard is told, until the service ends. Raises ConfigError."""
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"--url {url} is no address: write it as http://127.0.0.1:8000")
+    _check_url(url)
+    if key and not (key.isascii() and key.isprintable()):
+        raise ConfigError("--key has characters that no HTTP header carries: an API key is ASCII")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     request = urllib.request.Request(f"{url.rstrip('/')}/dashboard/events", headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+            if answer.headers.get_content_type() != "text/event-stream":
+                raise ConfigError(f"{url} is no service of dsi-actors serve: give the address of one with --url")
             for line in answer:
                 if line.startswith(b"data: "):
                     yield json.loads(line[6:])
     except urllib.error.HTTPError as error:
-        hint = ": give --key" if error.code == 401 else ""
+        hint = {401: ": give --key", 404: ": it is no service of dsi-actors serve"}.get(error.code, "")
         raise ConfigError(f"{url} answered {error.code} {error.reason}{hint}") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = str(getattr(error, "reason", error)).strip() or type(error).__name__
         raise ConfigError(f"no service at {url} ({reason}): start one with dsi-actors serve, or give --url") from None
+
+
+def _check_url(url: str) -> None:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is none, half an IPv6 address
+        good = False
+    if not good or not url.isascii() or not url.isprintable() or " " in url:
+        raise ConfigError(f"--url {url} is no address: write it as http://127.0.0.1:8000")
 
 
 class Seen:

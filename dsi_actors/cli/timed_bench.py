@@ -6,15 +6,16 @@ import argparse
 import asyncio
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
 from dsi_actors.config import Algorithm, Config, Sampling
 from dsi_actors.errors import ConfigError
 from dsi_actors.orchestrator import Orchestrator
+from dsi_actors.planning.controller import Controller
 from dsi_actors.planning.expectation import best_si
-from dsi_actors.planning.tuner import Estimates, Tuner, flat
+from dsi_actors.planning.tuner import Estimates, flat
 from dsi_actors.results import GenerationReport
 from dsi_actors.simulation.run import Scenario, simulate_once
 
@@ -92,10 +93,10 @@ class TimedBench:
         runs = 10 if self.scenario.jitter else 1  # latencies are drawn anew each time
         times_ms: list[float] = []
         for latency_seed in range(runs):
-            tuner = Tuner(way.algorithm, way.sp, way.lookahead, replace(known))
+            controller = Controller.with_one_drafter(way.algorithm, way.sp, way.lookahead, known)
             scenario = self.scenario
             simulated = simulate_once(
-                scenario, tuner, tokens=tokens, seed=latency_seed, prompt_length=len(_PROMPT), draws=_SEED + seed
+                scenario, controller, tokens=tokens, seed=latency_seed, prompt_length=len(_PROMPT), draws=_SEED + seed
             )
             times_ms.append(simulated.ms_per_token)
         return statistics.fmean(times_ms)

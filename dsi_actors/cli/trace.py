@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -25,13 +26,14 @@ def add_parser(commands: SubParsers) -> None:
     parser.set_defaults(command=run)
 
 
-async def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     recording = read_recording(arguments.file)
     known = sorted({moment.generation for moment in recording.moments})
     if arguments.generation not in (None, *known):
         raise ConfigError(f"there is no generation {arguments.generation} in {arguments.file}: it has {known}")
-    picture = draw(recording, arguments.generation)
     page = arguments.html or f"{arguments.file}.html"
+    _check_names(arguments.file, page, arguments.chrome)
+    picture = draw(recording, arguments.generation)
     outputs = {page: html_page(picture, f"A generation of {len(picture.accepted)} tokens")}
     if arguments.chrome:
         outputs[arguments.chrome] = json.dumps(chrome_trace(picture))
@@ -39,6 +41,16 @@ async def run(arguments: argparse.Namespace) -> int:
         _write(path, content)
         sys.stdout.write(f"{path}\n")
     return 0
+
+
+def _check_names(recording: str, page: str, chrome: str | None) -> None:
+    """One of them must not take the place of another. Raises ConfigError."""
+    outputs = {"--html": page, **({"--chrome": chrome} if chrome else {})}
+    for option, path in outputs.items():
+        if os.path.realpath(path) == os.path.realpath(recording):
+            raise ConfigError(f"{option} {path} is the recording itself: give another name")
+    if chrome and os.path.realpath(page) == os.path.realpath(chrome):
+        raise ConfigError(f"--html and --chrome are the same file {page}: give two names")
 
 
 def _write(path: str, content: str) -> None:

@@ -20,6 +20,7 @@ from dsi_protocol import (
     Hello,
     Message,
     OpenGeneration,
+    Preparing,
     Ready,
     Reply,
     Verify,
@@ -38,7 +39,9 @@ class Nonconformance(Exception):
 class Peer:
     """One worker on one socket. Heartbeats are answered and noted; all else waits to be taken."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, patience: float = 1.0) -> None:
+        """`patience` multiplies what the worker has for an answer: for a machine on which everything takes longer."""
+        self._patience = patience
         self._gateway = Gateway(endpoint, self._on_message)
         self.endpoint = self._gateway.endpoint
         self.identity: bytes | None = None
@@ -46,8 +49,11 @@ class Peer:
         self.ready: Ready | None = None
         #: Whether its heartbeats are answered.
         self.answers_heartbeats = True
-        self.heartbeats: list[tuple[float, Heartbeat]] = []
+        self.heartbeats: list[Heartbeat] = []
+        self.welcomed_s = 0.0
         self._said: deque[Message] = deque()
+        #: When it last said that it prepares its model: it is waited for from then on.
+        self._prepared_s = 0.0
         self._news = asyncio.Event()
         self._generations = itertools.count(1)
         self._open: list[int] = []
@@ -64,19 +70,21 @@ class Peer:
 
     def _on_message(self, identity: bytes, message: Message) -> None:
         if isinstance(message, Heartbeat):
-            self.heartbeats.append((time.monotonic(), message))
+            self.heartbeats.append(message)
             if self.answers_heartbeats:
                 with contextlib.suppress(PeerGone):
                     self._gateway.send(identity, message)
         elif isinstance(message, Hello) and self.identity is None:
             self.identity, self.hello = identity, message
-        if identity == self.identity and not isinstance(message, Heartbeat):
+        if identity == self.identity and isinstance(message, Preparing):
+            self._prepared_s = time.monotonic()
+        elif identity == self.identity and not isinstance(message, Heartbeat):
             self._said.append(message)
         self._news.set()
 
     async def take(self, kind: type[M], *, within_s: float = _ANSWER_S, what: str = "") -> M:
         """The next message, which must be of this kind. Hellos that come again are passed over."""
-        message = await self._next(within_s, what or kind.__name__)
+        message = await self._next(within_s * self._patience, what or kind.__name__)
         if not isinstance(message, kind):
             raise Nonconformance(f"{kind.__name__} was due{f' ({what})' if what else ''}, it said {_words(message)}")
         return message
@@ -88,7 +96,7 @@ class Peer:
                 message = self._said.popleft()
                 if not isinstance(message, Hello) or (self.ready is None and what == "Hello"):
                     return message
-            left_s = deadline_s - time.monotonic()
+            left_s = max(deadline_s, self._prepared_s + within_s) - time.monotonic()
             if left_s <= 0:
                 raise Nonconformance(f"no {what} within {within_s:g} s")
             self._news.clear()
@@ -107,7 +115,7 @@ class Peer:
         raise Nonconformance(f"{what}: it said {_words(message)}")
 
     async def until(self, condition: Callable[[], bool], within_s: float, what: str) -> None:
-        deadline_s = time.monotonic() + within_s
+        deadline_s = time.monotonic() + within_s * self._patience
         while not condition():
             if time.monotonic() > deadline_s:
                 raise Nonconformance(what)
@@ -129,6 +137,7 @@ class Peer:
             raise Nonconformance("it has closed its connection") from None
 
     def welcome(self, role: str, engine: str, model: str, *, heartbeat_ms: int, silence_ms: int) -> None:
+        self.welcomed_s = self.welcomed_s or time.monotonic()
         self.tell(Welcome(1, role, engine, model, {}, heartbeat_ms, silence_ms))
 
     def open(self, prompt_length: int, *, temperature: float = 0.0, seed: int = 0, logprobs: bool = False) -> int:
@@ -171,7 +180,7 @@ class Peer:
     async def terminal(self, request: Draft | Verify) -> Reply:
         """The terminal reply to this request. Blocks of drafts before it are passed over."""
         while True:
-            reply = await self._next(_ANSWER_S, f"reply to {type(request).__name__} {request.attempt}")
+            reply = await self._next(_ANSWER_S * self._patience, f"reply to {type(request).__name__} {request.attempt}")
             if not isinstance(reply, Reply):
                 raise Nonconformance(f"a reply to attempt {request.attempt} was due, it said {_words(reply)}")
             if (reply.generation, reply.attempt) != (request.generation, request.attempt):

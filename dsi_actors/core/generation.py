@@ -199,6 +199,8 @@ class GenerationCore:
                 assert server not in self._servers, f"server {server} joined twice"
                 self._servers[server] = _Server()
             case ServerLost(server):
+                if server == self._warm_server:
+                    self._warm_server = None
                 lost = self._servers.pop(server, None)
                 if lost is not None and lost.attempt is not None:
                     self._verifications.pop(lost.attempt, None)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 from dsi_actors.core import Policy
 from dsi_actors.planning.expectation import MAX_LOOKAHEAD, CostMs, best_dsi, best_in_turns, best_si
-from dsi_actors.planning.pace import Pace
 
 #: Before anything was judged. Int8 copies of a target agree with it about so often, and more.
 ASSUMED_ACCEPTANCE = 0.8
@@ -56,6 +55,22 @@ class Estimates:
     def acceptance(self) -> float:
         return self.accepted / self.judged
 
+    def moved_to(self, later: Estimates, share: float) -> Estimates:
+        """These, changed by a share of what differs in later ones."""
+
+        def between(before: float, after: float) -> float:
+            return before + (after - before) * (share if before > 0 else 1.0)
+
+        return replace(
+            later,
+            target_ms=between(self.target_ms, later.target_ms),
+            window_ms=between(self.window_ms, later.window_ms),
+            drafter_ms=between(self.drafter_ms, later.drafter_ms),
+            calibrated_ms=between(self.calibrated_ms, later.calibrated_ms),
+            position_ms=between(self.position_ms, later.position_ms),
+            shared_ms=between(self.shared_ms, later.shared_ms),
+        )
+
     def cost_ms(self, positions: int) -> float:
         """Of one verification: a straight line up to a full window, and again for each further window."""
         full, rest = divmod(positions, self.window)
@@ -98,14 +113,9 @@ def flat(target_ms: float) -> CostMs:
     return lambda positions: target_ms
 
 
-def chooses(algorithm: str, lookahead: int | None) -> bool:
-    """Whether it is left to us if and how to speculate."""
-    return algorithm == "dsi" and lookahead is None
-
-
 class Tuner:
-    """Of one generation. `lookahead` fixes it; None lets it be chosen. `pace` is shared with the generations beside it.
-    `overlaps`: the drafter can compute while targets do."""
+    """Plans how one generation speculates. `lookahead` fixes it; None lets it be chosen. `overlaps`: the drafter can compute
+    while targets do."""
 
     def __init__(
         self,
@@ -113,7 +123,6 @@ class Tuner:
         sp: int,
         lookahead: int | None,
         estimates: Estimates,
-        pace: Pace | None = None,
         *,
         overlaps: bool = True,
     ) -> None:
@@ -124,14 +133,11 @@ class Tuner:
         #: Servers that are there now, of the `sp` that may be used.
         self.servers = sp
         self._fixed = lookahead
-        #: What it is called, and whether it computes: prompt lookup does not.
-        self.drafter, self.drafter_computes = "drafter", True
+        #: Whether to speculate at all: decided elsewhere (arms.py).
+        self.speculates = True
         self._drafted = _DRAFTED_PRIOR if known.drafter_ms > 0 else 0.0
-        #: How long the text is.
-        self.position = 0
         #: Whether the drafter can compute while targets do.
         self.overlaps = overlaps
-        self._pace = Pace() if pace is None else pace
         self._since_look = 0
         self._planned_for = (replace(known), self._circumstances)
         self._policy: Policy | None = None
@@ -141,16 +147,8 @@ class Tuner:
         return self._policy is not None and self._policy.max_ahead > 0
 
     @property
-    def speculation_pays(self) -> bool:
-        return self.would_pay(self.drafter)
-
-    def would_pay(self, drafter: str) -> bool:
-        """Whether this drafter was found to, or may, as things are. Where it is not left to us, it does."""
-        return not chooses(self._algorithm, self._fixed) or self._pace.pays(drafter, self.position)
-
-    @property
     def _circumstances(self) -> tuple[int, bool, bool]:
-        return self.servers, self.speculation_pays, self.overlaps
+        return self.servers, self.speculates, self.overlaps
 
     def choose(self) -> Policy:
         """The policy to begin with."""
@@ -179,36 +177,17 @@ class Tuner:
         known.target_ms *= factor
         known.window_ms *= factor
 
-    def paced(self, tokens: int, took_ms: float) -> None:
-        """So many tokens were committed, so long after the ones before; 0 where that says nothing."""
-        if self._policy is None or not chooses(self._algorithm, self._fixed) or took_ms <= 0:
-            return
-        known = self.estimates
-        if self.drafting and not self.drafter_computes:
-            return  # it takes nothing from the target, and its drafts come in bursts, of which a trial sees too few
-        if not self.drafting:
-            self._since_look += tokens  # nothing is judged, but another way may pay again
-            share = min(1.0, tokens / _UNJUDGED)
-            known.accepted += (ASSUMED_ACCEPTANCE * _PRIOR_WEIGHT - known.accepted) * share
-            known.judged += (_PRIOR_WEIGHT - known.judged) * share
-        self._pace.committed(
-            tokens,
-            took_ms,
-            drafter=self.drafter if self.drafting else None,
-            promised_ms=known.promised_ms,
-            position=self.position,
-            who=self,
-        )
+    def undrafted(self, tokens: int) -> None:
+        """So many tokens were committed while nobody drafted."""
+        self._since_look += tokens  # nothing is judged, but speculation may pay again
+        known, share = self.estimates, min(1.0, tokens / _UNJUDGED)
+        known.accepted += (ASSUMED_ACCEPTANCE * _PRIOR_WEIGHT - known.accepted) * share
+        known.judged += (_PRIOR_WEIGHT - known.judged) * share
 
     def drafted(self, tokens: int, took_ms: float) -> None:
         known, took_ms = self.estimates, max(_LEAST_MS * tokens, took_ms)
         self._drafted = min(self._drafted + tokens, max(_DRAFTED, tokens))
         known.drafter_ms += (took_ms / max(1, tokens) - known.drafter_ms) * tokens / max(1.0, self._drafted)
-
-    def drafter_is(self, name: str, *, computes: bool) -> None:
-        """From now on."""
-        self.drafter, self.drafter_computes = name, computes
-        self._since_look = _LOOK_EVERY
 
     def another_drafter(self, drafter_ms: float, accepted: float, judged: float) -> None:
         """Of which this is known."""
@@ -224,6 +203,10 @@ class Tuner:
             known.judged = known.judged * kept + judged
             self._since_look += judged
 
+    def look_again(self) -> None:
+        """Circumstances changed: the next `retune` looks at them."""
+        self._since_look = _LOOK_EVERY
+
     def retune(self) -> Policy | None:
         """The policy to change to, if another one is better now."""
         if self._fixed is not None or self._algorithm == "ar" or self._since_look < _LOOK_EVERY:
@@ -235,11 +218,8 @@ class Tuner:
         before = self._policy
         return policy if (policy := self.choose()) != before else None
 
-    def ended(self) -> None:
-        self._pace.ended(self)
-
     def carry_over(self) -> Estimates:
-        """For the next generation: the latencies, and the acceptance rate as a guess of little weight."""
+        """For later generations: the latencies, and the acceptance rate as a guess of little weight."""
         known = self.estimates
         return replace(known, accepted=known.acceptance * _PRIOR_WEIGHT, judged=_PRIOR_WEIGHT)
 
@@ -250,7 +230,7 @@ class Tuner:
         target_ms, window_ms = known.latencies_ms
         if fixed is not None:
             return Policy.speculative(fixed) if self._algorithm == "si" else Policy.distributed(fixed, sp)
-        if self._algorithm == "dsi" and not self.speculation_pays:
+        if self._algorithm == "dsi" and not self.speculates:
             return Policy.undrafted(sp)
         if target_ms <= 0 or known.drafter_ms <= 0:  # not calibrated: begin as plain decoding does, and measure
             return Policy.speculative(1) if self._algorithm == "si" else Policy.distributed(1, sp)

@@ -68,28 +68,36 @@ class Bodies:
             return None
         if self.chat:
             content = [
-                {"token": token.text, "logprob": token.logprob, "bytes": list(token.text.encode()), "top_logprobs": []}
+                {
+                    "token": _readable(token.own), "logprob": token.logprob, "bytes": list(token.own),
+                    "top_logprobs": [],
+                }
                 for token in tokens
-            ]
+            ]  # fmt: skip
             return {"content": content, "refusal": None}
-        offsets, at = [], 0
-        for token in tokens:
-            offsets.append(at)
-            at += len(token.text)
         return {
-            "tokens": [token.text for token in tokens],
+            "tokens": [_readable(token.own, lead="bytes:") for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": None,
-            "text_offset": offsets,
+            "text_offset": [token.offset for token in tokens],
         }
 
 
+def _readable(own: bytes, *, lead: str = "") -> str:
+    """The text of a token. One that is a part of a character is spelled as OpenAI does: \\xe2\\x82, after `lead`."""
+    try:
+        return own.decode()
+    except UnicodeDecodeError:
+        return lead + "".join(chr(byte) if 32 <= byte < 127 else f"\\x{byte:02x}" for byte in own)
+
+
 def _cost(choice: Choice) -> dict[str, Any]:
-    """The extension: what the choice took, and the seed that gives it again."""
+    """The extension: what the choice took, and the seed that gives it again. What was computed behind a stop string,
+    until the cancel took effect, is a part of what it took."""
     report = choice.report
     if report is None:
         return {"seed": choice.seed}
-    tokens = max(1, report.tokens)
+    tokens = max(1, choice.tokens)
     return {
         "seed": choice.seed,
         "algorithm": report.algorithm,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -32,6 +32,8 @@ class Job:
     sp: int | None
     lookahead: int | Literal["auto"]
     correlation: str
+    #: The text of the answer continues that of the prompt; otherwise it stands alone, as an answer in a chat does.
+    continues: bool
 
 
 @dataclass(slots=True)
@@ -44,6 +46,7 @@ class Choice:
     pieces: list[Piece] = field(default_factory=list)
     finish_reason: str | None = None
     report: GenerationReport | None = None
+    #: Up to and including the one that completed a stop string, whatever was committed behind it.
     tokens: int = 0
 
 
@@ -66,7 +69,7 @@ class Completion:
         self.begun_s = time.perf_counter()
         self.choices = [Choice(index, (job.sampling.seed + index) % (1 << 64)) for index in range(job.choices)]
 
-    async def updates(self) -> AsyncIterator[Update]:
+    async def updates(self) -> AsyncGenerator[Update, None]:
         """Raises what the orchestrator raises."""
         queue: asyncio.Queue[Update | BaseException] = asyncio.Queue(_PIECES_AHEAD)
         tasks = [asyncio.create_task(self._run(choice, queue)) for choice in self.choices]
@@ -94,18 +97,22 @@ class Completion:
 
     async def _generate(self, choice: Choice, queue: asyncio.Queue[Update | BaseException]) -> None:
         job = self.job
-        assembler = TextAssembler(self._tokenizer, job.stops)
+        assembler = TextAssembler(self._tokenizer, job.stops, after=job.prompt_ids if job.continues else ())
+        stop_token_ids = {*job.sampling.stop_token_ids, *self._tokenizer.stop_tokens_of(job.stops)}
+        sampling = replace(job.sampling, seed=choice.seed, stop_token_ids=tuple(sorted(stop_token_ids)))
         begun_s = last_s = time.perf_counter()
         async with self._orchestrator.generate(
-            job.prompt_ids, replace(job.sampling, seed=choice.seed), algorithm=job.algorithm, sp=job.sp,
-            lookahead=job.lookahead, correlation=f"{job.correlation}-{choice.index}",
+            job.prompt_ids, sampling, algorithm=job.algorithm, sp=job.sp, lookahead=job.lookahead,
+            correlation=f"{job.correlation}-{choice.index}",
         ) as stream:  # fmt: skip
             async for tokens in stream:
                 now_s = time.perf_counter()
-                self._metrics.committed(tokens.accepted, now_s - last_s, first=not choice.tokens)
+                piece = assembler.add(tokens)
+                given = len(piece.tokens)
+                self._metrics.committed(tokens.accepted[:given], now_s - last_s, first=not choice.tokens)
                 last_s = now_s
-                choice.tokens += len(tokens)
-                await self._show(choice, assembler.add(tokens), queue)
+                choice.tokens += given
+                await self._show(choice, piece, queue)
                 if assembler.stopped:
                     stream.cancel()
                     break

@@ -2,36 +2,51 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 
 from dsi_actors.errors import ConfigError, DsiError, NoTargetError, OrchestratorClosed, TooManyGenerations
 
 _RETRY_AFTER_S = 1
+#: A message may quote what the client sent. No more than so many characters of it go back.
+_MOST_CHARACTERS = 1000
 
 
 class ApiError(Exception):
-    """To be told to the client."""
+    """An error that the client is told. The text is cut and made encodable, since it may quote the request."""
 
     def __init__(
         self, status: int, message: str, *, kind: str = "invalid_request_error", param: str | None = None,
         code: str | None = None, headers: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
+        message = _quotable(message)
         super().__init__(message)
         self.status = status
+        self.code = code
         self.headers = dict(headers or {})
+        param = None if param is None else _quotable(param)
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body, self.status, headers=self.headers)
+    def encoded(self) -> bytes:
+        return json.dumps(self.body, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def from_validation(error: RequestValidationError) -> ApiError:
+class ClientGone(Exception):
+    """The client has closed its connection: nobody is left to be told anything."""
+
+
+def unavailable(message: str, *, close: bool = False) -> ApiError:
+    """503: the same request may succeed soon, here or elsewhere. `close` ends the connection, too."""
+    headers = {"Retry-After": str(_RETRY_AFTER_S), **({"Connection": "close"} if close else {})}
+    return ApiError(503, message, kind="server_error", code="unavailable", headers=headers)
+
+
+def from_validation(error: ValidationError) -> ApiError:
     """The first thing that is wrong with a request."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
     words = str(first["msg"]).removeprefix("Value error, ")
     return ApiError(400, f"{where}: {words}" if where else words, param=where or None)
 
@@ -39,17 +54,29 @@ def from_validation(error: RequestValidationError) -> ApiError:
 def from_ours(error: DsiError) -> ApiError:
     match error:
         case TooManyGenerations():
-            return ApiError(
-                429,
-                str(error),
-                kind="rate_limit_error",
-                code="queue_full",
-                headers={"Retry-After": str(_RETRY_AFTER_S)},
-            )
-        case ConfigError():
-            code = "context_length_exceeded" if "limit" in str(error) else None
-            return ApiError(400, str(error), code=code)
-        case NoTargetError() | OrchestratorClosed():
             headers = {"Retry-After": str(_RETRY_AFTER_S)}
-            return ApiError(503, str(error), kind="server_error", code="unavailable", headers=headers)
+            return ApiError(429, str(error), kind="rate_limit_error", code="queue_full", headers=headers)
+        case ConfigError():
+            return ApiError(400, str(error))
+        case NoTargetError() | OrchestratorClosed():
+            return unavailable(str(error))
     return ApiError(500, str(error), kind="server_error")
+
+
+def from_any(error: Exception) -> ApiError:
+    """What the client is told of `error`. A bug of ours is told without its details: they are in the log."""
+    match error:
+        case ApiError():
+            return error
+        case DsiError():
+            return from_ours(error)
+        case ValidationError():
+            return from_validation(error)
+    return ApiError(500, "the service failed on this request: its log says how", kind="server_error", code="internal")
+
+
+def _quotable(text: str) -> str:
+    """Short enough, and free of lone surrogates, which UTF-8 cannot encode."""
+    if len(text) > _MOST_CHARACTERS:
+        text = f"{text[:_MOST_CHARACTERS]} ..."
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -4,14 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
+from typing import ParamSpec
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from dsi_actors.logs import get_logger
 from dsi_actors.results import GenerationReport
 
+log = get_logger("serving.metrics")
+
 _SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.5, 0.8, 1.2, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 60.0)
+
+
+P = ParamSpec("P")
+
+
+def _harmless(count: Callable[P, None]) -> Callable[P, None]:
+    """An error in counting is logged, and what is counted goes on."""
+
+    @wraps(count)
+    def counted(*arguments: P.args, **named: P.kwargs) -> None:
+        try:
+            count(*arguments, **named)
+        except Exception:
+            log.exception("a metric could not be counted", metric=count.__name__)
+
+    return counted
 
 
 class Metrics:
@@ -33,7 +53,7 @@ class Metrics:
         self._model = model
         self._requests = counter("requests", "Requests that ended, by how they did.", "outcome")
         self._generations = counter("generations", "Generations that ended, by why.", "reason")
-        self._tokens = counter("tokens", "Tokens committed, by where they came from.", "origin")
+        self._tokens = counter("tokens", "Tokens of answers, by where they came from.", "origin")
         self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
         self._drafted = counter("drafted_tokens", "Tokens that drafters guessed, whatever became of them.")
         self._rejections = counter("rejections", "Corrections by the target that dropped what was built on a guess.")
@@ -55,6 +75,7 @@ class Metrics:
         with self._running.track_inprogress():
             yield
 
+    @_harmless
     def committed(self, accepted: Sequence[bool], took_s: float, *, first: bool) -> None:
         """Tokens that came together, `took_s` after the ones before; which of them had been drafted."""
         if first:
@@ -65,6 +86,7 @@ class Metrics:
         self._tokens.labels(self._model, "drafter").inc(sum(accepted))
         self._tokens.labels(self._model, "target").inc(len(accepted) - sum(accepted))
 
+    @_harmless
     def finished(self, report: GenerationReport, reason: str, took_s: float) -> None:
         model = self._model
         self._total.observe(took_s)
@@ -76,9 +98,13 @@ class Metrics:
         self._busy.labels(model, "target").inc(report.target_busy_ms / 1e3)
         self._busy.labels(model, "drafter").inc(report.drafter_busy_ms / 1e3)
 
-    def request(self, outcome: str, prompt_tokens: int = 0) -> None:
+    @_harmless
+    def request(self, outcome: str) -> None:
         self._requests.labels(self._model, outcome).inc()
-        self._prompt_tokens.labels(self._model).inc(prompt_tokens)
+
+    @_harmless
+    def prompt(self, tokens: int) -> None:
+        self._prompt_tokens.labels(self._model).inc(tokens)
 
     def text(self) -> bytes:
         return generate_latest(self._registry)

@@ -1,40 +1,77 @@
-"""What clients send: the parts of OpenAI's requests that mean something here. What would be ignored silently is refused."""
+"""What clients send: the parts of OpenAI's requests that mean something here. What would be ignored silently is refused.
+
+Types are strict (true is no number, "5" is none either), and null means that the field is absent, as in OpenAI's requests.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
+
+from dsi_actors.serving.errors import ApiError, from_validation
+from dsi_actors.serving.strict_json import loads
 
 _MOST_STOPS = 16
+_MOST_STOP_CHARACTERS = 500
 _MOST_CHOICES = 16
+_MOST_MESSAGES = 4096
+#: Values in the JSON of a request beside its prompt's token ids.
+_MOST_OTHER_VALUES = 1 << 16
 
 
-class DsiOptions(BaseModel):
+class _Strict(BaseModel):
+    """Fields that are not named are ignored, as OpenAI's own service does."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, given: Any) -> Any:
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
+
+
+def _lookahead(given: Any) -> Any:
+    if given == "auto" or (type(given) is int and 1 <= given <= 1024):
+        return given
+    raise ValueError("give auto or a whole number in [1, 1024]")
+
+
+class DsiOptions(_Strict):
     """How to decode. Never changes the text."""
 
     model_config = ConfigDict(extra="forbid")
 
     algorithm: Literal["dsi", "si", "ar"] = "dsi"
     sp: Annotated[int, Field(ge=1, le=1024)] | None = None
-    lookahead: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
+    lookahead: Annotated[Literal["auto"] | int, BeforeValidator(_lookahead)] = "auto"
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(_Strict):
     include_usage: bool = False
 
 
-class _Request(BaseModel):
-    """What chat and text completions share. Fields that are not named here are ignored, as OpenAI's own service does."""
+def _stops(given: Any) -> list[str]:
+    stops = [given] if isinstance(given, str) else given
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError("give a text or a list of texts")
+    if len(stops) > _MOST_STOPS or not all(0 < len(stop) <= _MOST_STOP_CHARACTERS for stop in stops):
+        raise ValueError(
+            f"give at most {_MOST_STOPS} stop strings, none of them empty or longer than {_MOST_STOP_CHARACTERS} characters"
+        )
+    return stops
 
-    model_config = ConfigDict(extra="ignore")
+
+class _Request(_Strict):
+    """What chat and text completions share."""
 
     model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] = 1
-    stop: str | list[str] | None = Field(None, validate_default=True)
-    seed: int | None = None
+    stop: Annotated[list[str], BeforeValidator(_stops)] = Field(default_factory=list)
+    #: Signed or unsigned: both name the same 64 bits.
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     #: Not OpenAI's, but everybody's.
@@ -46,18 +83,10 @@ class _Request(BaseModel):
     # Refused unless they say nothing.
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
     tools: list[Any] | None = None
     functions: list[Any] | None = None
-
-    @field_validator("stop")
-    @classmethod
-    def _few_stops(cls, stop: str | list[str] | None) -> list[str]:
-        stops = [stop] if isinstance(stop, str) else stop or []
-        if len(stops) > _MOST_STOPS or not all(stops):
-            raise ValueError(f"give at most {_MOST_STOPS} stop strings, none of them empty")
-        return stops
 
     @model_validator(mode="after")
     def _nothing_silently_ignored(self) -> _Request:
@@ -67,35 +96,44 @@ class _Request(BaseModel):
         for name in ("logit_bias", "tools", "functions"):
             if getattr(self, name):
                 raise ValueError(f"{name} is not supported: leave it out")
-        if self.response_format and self.response_format.get("type") != "text":
+        asked = {name: value for name, value in (self.response_format or {}).items() if value is not None}
+        if asked not in ({}, {"type": "text"}):
             raise ValueError("response_format must be text: no other is supported")
         return self
 
-    @property
-    def stops(self) -> list[str]:
-        assert isinstance(self.stop, list)
-        return self.stop
 
-
-class TextPart(BaseModel):
+class TextPart(_Strict):
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+def _content(given: Any) -> Any:
+    """The text of a message that comes in parts."""
+    if not isinstance(given, list):
+        return given
+    return "".join(TextPart.model_validate(part).text for part in given)
 
+
+class ChatMessage(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Annotated[str, BeforeValidator(_content)]
+    # Refused unless they say nothing.
+    tool_calls: list[Any] | None = None
+    function_call: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _text_alone(self) -> ChatMessage:
+        if self.tool_calls or self.function_call:
+            raise ValueError("tool_calls and function_call are not supported: leave them out")
+        return self
 
     def as_dict(self) -> dict[str, str]:
         """As chat templates want it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
 class ChatRequest(_Request):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1, max_length=_MOST_MESSAGES)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
@@ -116,10 +154,21 @@ class ChatRequest(_Request):
         return self.max_completion_tokens or self.max_tokens
 
 
+def _prompt(given: Any) -> str | list[int]:
+    """One prompt. Checked here and not by pydantic, which would report on each of a hundred thousand token ids."""
+    if isinstance(given, list) and given and isinstance(given[0], str | list):
+        if len(given) > 1:
+            raise ValueError("one prompt for each request: send several requests")
+        [given] = given
+    if isinstance(given, str) or (isinstance(given, list) and set(map(type, given)) <= {int}):
+        return given
+    raise ValueError("give a text or a list of token ids")
+
+
 class CompletionRequest(_Request):
     #: Text, or token ids; or one of either in a list.
-    prompt: str | list[int] | Annotated[list[str], Field(min_length=1, max_length=1)] | list[list[int]]
-    max_tokens: Annotated[int, Field(ge=1)] | None = 16
+    prompt: Annotated[Any, BeforeValidator(_prompt)]
+    max_tokens: Annotated[int, Field(ge=1)] = 16
     #: How many alternatives to list: 0 lists the chosen tokens alone.
     logprobs: int | None = None
     echo: bool = False
@@ -132,8 +181,6 @@ class CompletionRequest(_Request):
             raise ValueError("logprobs above 0 are not supported: 0 gives those of the chosen tokens")
         if self.echo or self.suffix or (self.best_of or 1) > self.n:
             raise ValueError("echo, suffix and best_of are not supported: leave them out")
-        if isinstance(self.prompt, list) and self.prompt and isinstance(self.prompt[0], list) and len(self.prompt) > 1:
-            raise ValueError("one prompt for each request: send several requests")
         return self
 
     @property
@@ -143,3 +190,22 @@ class CompletionRequest(_Request):
     @property
     def most_tokens(self) -> int | None:
         return self.max_tokens
+
+
+AnyRequest: TypeAlias = ChatRequest | CompletionRequest
+
+
+def parse(body: bytes, kind: type[AnyRequest], *, max_length: int) -> AnyRequest:
+    """The request in `body`. Raises ApiError, whatever the bytes. `max_length`: positions that a target server takes."""
+    try:
+        values = loads(body.decode(), most_values=max_length + _MOST_OTHER_VALUES)
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON that this service reads: {error}") from None
+    if not isinstance(values, dict):
+        raise ApiError(400, "the body must be a JSON object")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise from_validation(error) from None

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsi_actors.results import CommittedTokens
 from dsi_actors.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class TokenText:
+    """One token of an answer."""
+
+    token_id: int
+    #: What the token itself adds to the text: it may end, or begin, inside a character. Nothing for special tokens.
+    own: bytes
+    #: How many characters of text come before it, from the beginning of the answer.
+    offset: int
+    #: If asked for.
+    logprob: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,58 +31,94 @@ class Piece:
     tokens: tuple[TokenText, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class TokenText:
-    """One token: its id, the text that it completed (often all of its own), and its log probability if asked for."""
-
-    token_id: int
-    text: str
-    logprob: float | None
-
-
 class TextAssembler:
-    """Feed it committed tokens. Text that may be the beginning of a stop string is held back until that is decided."""
+    """Feed it committed tokens. Text that may be the beginning of a stop string is held back until that is decided.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        self._stream = tokenizer.stream()
-        self._stop = tuple(stop)
+    The answer ends with the first token that completes a stop string: no token after it is given, however the tokens come
+    in blocks. The text ends before that stop string, and before the one that begins first if a token completes several.
+    Names of special tokens, which are not shown, can be stop strings and parts of them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], *, after: Sequence[int] = ()) -> None:
+        """`after`: the tokens whose text the answer continues, if it does not stand alone."""
+        self._stream = tokenizer.stream(after=after)
+        self._names = tokenizer.special_tokens
+        self._stops = [_Stop(text) for text in stop]
+        #: These are looked for among the names of special tokens, too.
+        self._stops_with_names = [_Stop(text) for text in stop if tokenizer.names_special_token(text)]
+        #: Characters of the answer so far. The last ones are held back.
+        self._length = 0
         self._held = ""
         #: A stop string was found: nothing that follows it is given.
         self.stopped = False
 
     def add(self, tokens: CommittedTokens) -> Piece:
         """What can be shown now. Tokens that belong to text held back are given at once: they are settled."""
-        shown = ""
         seen: list[TokenText] = []
         for index, token in enumerate(tokens):
-            text = self._stream.add(token)
-            seen.append(TokenText(token, text, tokens.logprobs[index] if tokens.logprobs else None))
-            self._held += text
-            end = self._found()
+            offset, text = self._length, self._stream.add(token)
+            logprob = tokens.logprobs[index] if tokens.logprobs else None
+            seen.append(TokenText(token, self._stream.own, offset, logprob))
+            end = self._read(text, self._names.get(token, ""))
             if end is not None:
                 self.stopped = True
-                shown, self._held = self._held[:end], ""
-                break
-        if not self.stopped:
-            keep = self._may_begin_a_stop()
-            shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return Piece(shown, tuple(seen))
+                return Piece(self._show_until(end), tuple(seen))
+        held = [stop.begun_at for stop in (*self._stops, *self._stops_with_names) if stop.begun_at is not None]
+        return Piece(self._show_until(min(held, default=self._length)), tuple(seen))
 
     def rest(self) -> Piece:
-        """What was held back, now that nothing follows."""
-        rest, self._held = self._held, ""
-        return Piece(rest)
+        """What was held back, now that nothing follows. Nothing after a stop string."""
+        if self.stopped:
+            return Piece("")
+        end = self._read(self._stream.flush(), "")
+        self.stopped = end is not None
+        return Piece(self._show_until(self._length if end is None else end))
 
-    def _found(self) -> int | None:
-        places = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
-        return min(places, default=None)
+    def _read(self, text: str, name: str) -> int | None:
+        """Where the answer ends, if a stop string is complete now."""
+        begins = [stop.read(text, self._length) for stop in self._stops]
+        begins += [stop.read(name or text, self._length, shown=not name) for stop in self._stops_with_names]
+        self._held += text
+        self._length += len(text)
+        return min((begin for begin in begins if begin is not None), default=None)
 
-    def _may_begin_a_stop(self) -> int:
-        """The length of the longest end of the text with which a stop string begins."""
-        longest = 0
-        for stop in self._stop:
-            for length in range(min(len(stop) - 1, len(self._held)), longest, -1):
-                if self._held.endswith(stop[:length]):
-                    longest = length
-                    break
-        return longest
+    def _show_until(self, end: int) -> str:
+        keep = self._length - end
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown
+
+
+class _Stop:
+    """Looks for one stop string, character by character (Knuth, Morris and Pratt): the time depends on the text alone."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        #: How much of the stop string the text so far ends with. For each such length that was reached: the next shorter
+        #: length that it ends with, too.
+        self._matched = 0
+        self._shorter = [0]
+        #: Where the last characters are in the answer.
+        self._places: deque[int] = deque(maxlen=len(text))
+
+    @property
+    def begun_at(self) -> int | None:
+        """Where the text so far may have begun to be the stop string."""
+        return self._places[-self._matched] if self._matched else None
+
+    def read(self, text: str, place: int, *, shown: bool = True) -> int | None:
+        """`text` stands at `place` of the answer, or, if it is not shown, before what stands there. Returns where the
+        stop string begins once it is complete."""
+        for character in text:
+            self._places.append(place)
+            place += shown
+            self._matched = self._next(self._matched, character)
+            if self._matched == len(self._text):
+                return self._places[0]
+            if self._matched > len(self._shorter):  # a length that was never reached before
+                self._shorter.append(self._next(self._shorter[-1], character))
+        return None
+
+    def _next(self, matched: int, character: str) -> int:
+        while matched and self._text[matched] != character:
+            matched = self._shorter[matched - 1]
+        return matched + (self._text[matched] == character)

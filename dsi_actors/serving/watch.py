@@ -5,30 +5,42 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 from dsi_actors.core.actions import Action, EmitTokens, Finish, StartDraft, StartVerify
 from dsi_actors.core.events import DraftsArrived, Event, VerificationAbandoned, VerificationFinished
+from dsi_actors.errors import OrchestratorClosed
+from dsi_actors.logs import get_logger
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.serving.errors import ApiError
 from dsi_actors.tokenizer import Tokenizer, TokenStream
 
+log = get_logger("serving.watch")
+
 _MOST_VIEWERS = 8
 _FLUSH_S = 0.1
 #: Between two flushes. What is beyond is not shown, and said to be missing.
-_MOST_MOMENTS = 2000
+_MOST_MOMENTS = 1000
+#: A viewer that is further behind, a few seconds, has its stream ended: it may begin again.
+_MOST_EVENTS_BEHIND = 64
 
 
 class Watch:
-    """An observer of the orchestrator, and a stream of server-sent events for each viewer."""
+    """An observer of the orchestrator, and a stream of server-sent events for each viewer.
+
+    Each event is made once for all viewers, so that many of them cost no more than one.
+    """
 
     def __init__(self, orchestrator: Orchestrator, tokenizer: Tokenizer) -> None:
         self._orchestrator = orchestrator
         self._tokenizer = tokenizer
-        self._viewers: set[_Viewer] = set()
-        #: Whether the service ends: streams that have no end of their own must not hold it up.
-        self.ending: Callable[[], bool] = lambda: False
+        #: What waits for each viewer. None is the end.
+        self._viewers: set[asyncio.Queue[str | None]] = set()
+        self._flushing: asyncio.Task[None] | None = None
+        self._moments: list[dict[str, Any]] = []
+        self._missed = 0
+        self._failed = False
         self._texts: dict[int, TokenStream] = {}
         #: One past the last position that was guessed in each generation, since the last correction.
         self._guessed: dict[int, int] = {}
@@ -42,17 +54,53 @@ class Watch:
         """One event every tenth of a second: who works here, and what happened since the last one. Raises ApiError."""
         if len(self._viewers) >= _MOST_VIEWERS:
             raise ApiError(429, f"{_MOST_VIEWERS} people look at the dashboard already: try again later")
-        viewer = _Viewer()
+        viewer: asyncio.Queue[str | None] = asyncio.Queue(_MOST_EVENTS_BEHIND)
         self._viewers.add(viewer)
         try:
-            while not self.ending():
-                yield f"data: {json.dumps({**self._state(), **viewer.take()})}\n\n"
-                await asyncio.sleep(_FLUSH_S)
+            yield self._event([], 0)
+            if self._flushing is None:
+                self._flushing = asyncio.create_task(self._flush())
+            while (event := await viewer.get()) is not None:
+                yield event
         finally:
-            self._viewers.discard(viewer)
-            if not self._viewers:
-                self._texts.clear()
-                self._guessed.clear()
+            self._drop(viewer)
+
+    def end(self) -> None:
+        """End the streams of all viewers."""
+        for viewer in list(self._viewers):
+            self._end(viewer)
+
+    async def _flush(self) -> None:
+        try:
+            while self._viewers:
+                await asyncio.sleep(_FLUSH_S)
+                moments, missed, self._moments, self._missed = self._moments, self._missed, [], 0
+                event = self._event(moments, missed)
+                for viewer in list(self._viewers):
+                    if viewer.full():
+                        self._end(viewer)
+                    else:
+                        viewer.put_nowait(event)
+        except OrchestratorClosed:
+            self.end()
+        finally:
+            self._flushing = None
+
+    def _end(self, viewer: asyncio.Queue[str | None]) -> None:
+        self._drop(viewer)
+        while viewer.full():
+            viewer.get_nowait()
+        viewer.put_nowait(None)
+
+    def _drop(self, viewer: asyncio.Queue[str | None]) -> None:
+        self._viewers.discard(viewer)
+        if not self._viewers:
+            self._moments.clear()
+            self._texts.clear()
+            self._guessed.clear()
+
+    def _event(self, moments: list[dict[str, Any]], missed: int) -> str:
+        return f"data: {json.dumps({**self._state(), 'moments': moments, 'missed': missed})}\n\n"
 
     def _state(self) -> dict[str, Any]:
         workers = [
@@ -65,12 +113,23 @@ class Watch:
         }  # fmt: skip
 
     def _on_moment(self, generation: int, item: Event | Action) -> None:
-        if self._viewers:
+        """Called within the generation: nothing that goes wrong here may reach it."""
+        if not self._viewers:
+            return
+        try:
             moment = self._moment(generation, item)
-            if moment is not None:
-                moment |= {"at_ms": _now_ms(), "generation": generation}
-                for viewer in self._viewers:
-                    viewer.add(moment)
+        except Exception:
+            self._missed += 1
+            if not self._failed:  # the first one is told
+                self._failed = True
+                log.exception("the dashboard cannot show what happened")
+            return
+        if moment is None:
+            return
+        if len(self._moments) < _MOST_MOMENTS:
+            self._moments.append({**moment, "at_ms": _now_ms(), "generation": generation})
+        else:
+            self._missed += 1
 
     def _moment(self, generation: int, item: Event | Action) -> dict[str, Any] | None:
         match item:
@@ -93,26 +152,10 @@ class Watch:
                 texts = [stream.add(token) for token in tokens]
                 return {"is": "commit", "start": start, "texts": texts, "accepted": accepted, "rejected": rejected}
             case Finish(reason):
-                self._texts.pop(generation, None)
+                ended = self._texts.pop(generation, None)
                 self._guessed.pop(generation, None)
-                return {"is": "end", "reason": reason}
+                return {"is": "end", "reason": reason, "text": "" if ended is None else ended.flush()}
         return None
-
-
-class _Viewer:
-    def __init__(self) -> None:
-        self._moments: list[dict[str, Any]] = []
-        self._missed = 0
-
-    def add(self, moment: dict[str, Any]) -> None:
-        if len(self._moments) < _MOST_MOMENTS:
-            self._moments.append(moment)
-        else:
-            self._missed += 1
-
-    def take(self) -> dict[str, Any]:
-        moments, missed, self._moments, self._missed = self._moments, self._missed, [], 0
-        return {"moments": moments, "missed": missed}
 
 
 def _now_ms() -> float:

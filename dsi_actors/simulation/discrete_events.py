@@ -24,7 +24,7 @@ from dsi_actors.core.events import (
     VerificationFinished,
 )
 from dsi_actors.core.generation import GenerationCore
-from dsi_actors.planning.tuner import Tuner
+from dsi_actors.planning.controller import Controller
 from dsi_actors.simulation.scripts import LatencyMs, Script
 
 
@@ -63,12 +63,12 @@ class DiscreteEventDriver:
         target_ms: LatencyMs,
         drafter_ms: LatencyMs | None,
         servers: int,
-        tuner: Tuner | None = None,
+        controller: Controller | None = None,
         cancel_ms: float = 0.0,
         check: bool = False,
     ) -> None:
         """`drafter_ms` None: there is no drafter. A cancelled verification ends with the multiple of `cancel_ms` (a
-        layer, say) that it is in; 0: at once. A `tuner` hears of all latencies and may change the policy."""
+        layer, say) that it is in; 0: at once. A `controller` hears of all latencies and may change the policy."""
         self.core = core
         self.now_ms = 0.0
         #: (time, position one past the last token committed then), one entry for each commit.
@@ -77,7 +77,7 @@ class DiscreteEventDriver:
         self.drafter_busy_ms = 0.0
         self._script = script
         self._target_ms, self._drafter_ms = target_ms, drafter_ms
-        self._tuner = tuner
+        self._controller = controller
         self._cancel_ms = cancel_ms
         self._check = check
         self._order = itertools.count()
@@ -141,9 +141,9 @@ class DiscreteEventDriver:
                     if alive:
                         self._begin_draft()
             case EmitTokens(start, tokens, _):
-                if self._tuner is not None and self.commits:
-                    self._tuner.position = self.core.committed
-                    self._tuner.paced(len(tokens), self.now_ms - self.commits[-1][0])
+                if self._controller is not None and self.commits:
+                    took_ms = self.now_ms - self.commits[-1][0]
+                    self._controller.committed(len(tokens), took_ms, self.core.committed, drafts=True)
                 self.commits.append((self.now_ms, start + len(tokens)))
             case Finish():
                 pass
@@ -155,15 +155,12 @@ class DiscreteEventDriver:
             counters = self.core.counters
             accepted, judged = counters.accepted, counters.judged
             self._feed(VerificationFinished(attempt, server, start, answer))
-            if self._tuner is not None:
-                self._tuner.verified(running.positions, running.took_ms)
-                self._tuner.judged(counters.accepted - accepted, counters.judged - judged)
-                self._retune(self._tuner)
-
-    def _retune(self, tuner: Tuner) -> None:
-        policy = tuner.retune()
-        if policy is not None:
-            self._feed(PolicyChanged(policy))
+            if self._controller is not None:
+                self._controller.tuner.verified(running.positions, running.took_ms)
+                judged, accepted = counters.judged - judged, counters.accepted - accepted
+                self._controller.judged(accepted, judged, self.core.committed)
+                if (policy := self._controller.retune()) is not None:
+                    self._feed(PolicyChanged(policy))
 
     def _abandon(self, attempt: int, server: int) -> None:
         running = self._running.get(server)
@@ -204,8 +201,8 @@ class DiscreteEventDriver:
         report = done or len(tokens) - first == request.block
         if report:
             drafting.reported = len(tokens)
-            if self._tuner is not None:
-                self._tuner.drafted(len(tokens) - first, drafting.block_ms)
+            if self._controller is not None:
+                self._controller.tuner.drafted(len(tokens) - first, drafting.block_ms)
             drafting.block_ms = 0.0
         if done:
             drafting.queue.pop(0)

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 from dsi_actors.core import GenerationCore
-from dsi_actors.planning.pace import Pace
-from dsi_actors.planning.tuner import Estimates, Tuner
+from dsi_actors.planning.arms import Arms
+from dsi_actors.planning.controller import Controller
+from dsi_actors.planning.tuner import Estimates
 from dsi_actors.results import Trace
 from dsi_actors.simulation.discrete_events import DiscreteEventDriver
 from dsi_actors.simulation.scripts import AcceptanceScript, LatencyMs, independent, lognormal, recorded, replayed
@@ -67,11 +68,11 @@ class SimulatedRun:
 
 
 def simulate_once(
-    scenario: Scenario, tuner: Tuner, *, tokens: int, seed: int, draws: int | None = None, prompt_length: int = 1,
+    scenario: Scenario, controller: Controller, *, tokens: int, seed: int, draws: int | None = None, prompt_length: int = 1,
     check: bool = False,
 ) -> SimulatedRun:  # fmt: skip
-    """One generation of `tokens` tokens under the tuner's policies. `draws`: the seed of acceptance, if it is another."""
-    core = GenerationCore([0] * prompt_length, policy=tuner.choose(), max_tokens=tokens)
+    """One generation of `tokens` tokens under the controller's policies. `draws`: the seed of acceptance, if it is another."""
+    core = GenerationCore([0] * prompt_length, policy=controller.begin(), max_tokens=tokens)
     target_ms, drafter_ms = scenario.latencies(seed)
     driver = DiscreteEventDriver(
         core,
@@ -79,7 +80,7 @@ def simulate_once(
         target_ms=target_ms,
         drafter_ms=drafter_ms if core.policy.algorithm != "ar" else None,
         servers=core.policy.sp,
-        tuner=tuner,
+        controller=controller,
         cancel_ms=scenario.cancel_ms,
         check=check,
     )
@@ -110,11 +111,12 @@ def simulate(
     Seeds are seed, seed + 1, ...; `calibrated` False begins without any latency known."""
     estimates = scenario.estimates if calibrated else Estimates(window=1 << 20)
     runs: list[SimulatedRun] = []
-    pace = Pace()
+    arms = Arms()
     for repeat in range(repeats):
-        tuner = Tuner(algorithm, 1 if algorithm in ("ar", "si") else sp, lookahead, estimates, pace)
-        runs.append(simulate_once(scenario, tuner, tokens=tokens, seed=seed + repeat))
-        estimates = tuner.carry_over()
+        servers = 1 if algorithm in ("ar", "si") else sp
+        controller = Controller.with_one_drafter(algorithm, servers, lookahead, estimates, arms)
+        runs.append(simulate_once(scenario, controller, tokens=tokens, seed=seed + repeat))
+        estimates = controller.tuner.carry_over()
     return runs
 
 

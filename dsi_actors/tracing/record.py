@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +17,7 @@ from dsi_actors.core.events import Event
 from dsi_actors.errors import ConfigError
 
 _VERSION = 1
+_BEGINNING = b'{"recording": '
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +39,18 @@ class Recording:
 
 
 class Recorder:
-    """An observer for `Orchestrator.observe` that writes to a file as it goes."""
+    """An observer for `Orchestrator.observe` that writes to a file as it goes. `clock` gives the time in seconds."""
 
-    def __init__(self, file: IO[str], workers: Mapping[int, str]) -> None:
+    def __init__(
+        self, file: IO[str], workers: Mapping[int, str], clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self._file = file
-        self._begun_s = time.perf_counter()
+        self._clock = clock
+        self._begun_s = clock()
         self._write({"recording": _VERSION, "workers": {str(number): name for number, name in workers.items()}})
 
     def __call__(self, generation: int, item: Event | Action) -> None:
-        at_ms = round((time.perf_counter() - self._begun_s) * 1e3, 3)
+        at_ms = round((self._clock() - self._begun_s) * 1e3, 3)
         self._write({"at_ms": at_ms, "generation": generation, type(item).__name__: asdict(item)})
 
     def end(self, texts: Iterable[str]) -> None:
@@ -56,9 +60,25 @@ class Recorder:
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
+def open_recording(path: str | Path) -> IO[str]:
+    """A file for a Recorder. Takes the place of an earlier recording, and of nothing else. Raises ConfigError."""
+    path = Path(path)
+    try:
+        if path.is_file() and path.stat().st_size and not _begins_like_one(path):
+            raise ConfigError(f"--record {path} exists and is no recording: give the name of a new file")
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write --record {path}: {error.strerror}") from None
+
+
+def _begins_like_one(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_BEGINNING)) == _BEGINNING
+
+
 def read_recording(path: str | Path) -> Recording:
     """Raises ConfigError."""
-    problem = f"{path} is no recording: make one with dsi-actors generate ... --record {path}"
+    problem = f"{path} is no recording: make one with dsi-actors generate PROMPT --record NEW-FILE"
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:

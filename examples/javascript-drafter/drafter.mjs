@@ -151,7 +151,7 @@ export async function serve(endpoint) {
     sending.finally(() => socket.close());
   };
   process.on("SIGTERM", async () => {
-    await say({ type: "Goodbye", reason: "asked to end" });
+    await say({ type: "Goodbye", reason: "asked to end", again: false });
     leave(0, "done");
   });
   const drafter = new Drafter();
@@ -183,7 +183,7 @@ export async function serve(endpoint) {
     }
     for (const reply of drafter.react(message)) say(reply);
     if (message.type === "Drain") {
-      say({ type: "Goodbye", reason: "drained" });
+      say({ type: "Goodbye", reason: "drained", again: false });
       return leave(0, "drained");
     }
   }

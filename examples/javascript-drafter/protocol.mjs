@@ -80,7 +80,8 @@ const MESSAGES = {
   NeedPrefix: [13, REQUEST + "held u32"],
   Failed: [14, REQUEST + "code text, message text"],
   Drain: [15, ""],
-  Goodbye: [16, "reason text"],
+  Goodbye: [16, "reason text, again bool"],
+  Preparing: [17, "what text, done_permille u32"],
 };
 const BY_NUMBER = new Map(Object.entries(MESSAGES).map(([name, [number, words]]) => [number, [name, fields(words)]]));
 

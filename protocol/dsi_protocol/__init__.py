@@ -1,7 +1,8 @@
-"""The DSI wire protocol: messages, codec and errors. Needs msgpack only. The standard is SPEC.md beside this package."""
+"""The DSI wire protocol: messages, codec, errors, endpoints. Needs msgpack only. The standard is SPEC.md beside this package."""
 
 from dsi_protocol.checksums import prefix_checksum, vocabulary_hash
 from dsi_protocol.codec import MAX_FRAME_BYTES, MAX_REPLY_FRAME_BYTES, decode, encode
+from dsi_protocol.endpoints import MAX_PATH_BYTES, MAX_PORT, Endpoint, EndpointError
 from dsi_protocol.errors import FrameTooLarge, InvalidField, MalformedFrame, ProtocolError, UnknownMessage
 from dsi_protocol.fields import MAX_TEXT_BYTES, MAX_TOKENS_PER_MESSAGE, OptionValue
 from dsi_protocol.messages import (
@@ -22,6 +23,7 @@ from dsi_protocol.messages import (
     Message,
     NeedPrefix,
     OpenGeneration,
+    Preparing,
     Ready,
     Reply,
     Verified,
@@ -31,6 +33,8 @@ from dsi_protocol.messages import (
 
 __all__ = [
     "MAX_FRAME_BYTES",
+    "MAX_PATH_BYTES",
+    "MAX_PORT",
     "MAX_REPLY_FRAME_BYTES",
     "MAX_TEXT_BYTES",
     "MAX_TOKENS_PER_MESSAGE",
@@ -42,6 +46,8 @@ __all__ = [
     "Draft",
     "Drafted",
     "Drain",
+    "Endpoint",
+    "EndpointError",
     "Failed",
     "FrameTooLarge",
     "FromOrchestrator",
@@ -55,6 +61,7 @@ __all__ = [
     "NeedPrefix",
     "OpenGeneration",
     "OptionValue",
+    "Preparing",
     "ProtocolError",
     "Ready",
     "Reply",

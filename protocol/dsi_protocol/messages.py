@@ -21,7 +21,7 @@ class Hello:
 
     TYPE: ClassVar[int] = 1
     version: U32
-    incarnation: U64  # random at each start of the process: a restarted worker is another worker
+    incarnation: U64  # random for each process, and for each time that a worker joins: then it is another worker
     role: Text  # auto | target | drafter
     engine: Text  # auto, or the name of an engine
     model: Text  # a model reference, or ""
@@ -41,7 +41,7 @@ class Welcome:
     model: Text
     options: Options  # settings of the engine
     heartbeat_ms: U32  # how often the worker sends Heartbeat
-    silence_ms: U32  # a worker ends when its orchestrator was silent for so long
+    silence_ms: U32  # after so long without a connection a worker gives up what it does for this orchestrator
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,13 +213,25 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class Goodbye:
-    """W→O: this worker leaves. O→W: this worker is not wanted; it exits. `reason` is for people."""
+    """W→O: this worker leaves. O→W: this incarnation is not served any more. `reason` is for people."""
 
     TYPE: ClassVar[int] = 16
     reason: Text
+    again: Bool = False  # O→W: the worker may say Hello again, as another incarnation; else it ends
 
 
-FromWorker: TypeAlias = Hello | Ready | Heartbeat | Drafted | Verified | Cancelled | NeedPrefix | Failed | Goodbye
+@dataclass(frozen=True, slots=True)
+class Preparing:
+    """W→O. Between Welcome and loading: the worker fetches or converts its model. This time is not counted as loading."""
+
+    TYPE: ClassVar[int] = 17
+    what: Text  # for people
+    done_permille: U32  # 0 if it is not known, up to 1000
+
+
+FromWorker: TypeAlias = (
+    Hello | Ready | Heartbeat | Drafted | Verified | Cancelled | NeedPrefix | Failed | Goodbye | Preparing
+)
 FromOrchestrator: TypeAlias = (
     Welcome | Heartbeat | OpenGeneration | CloseGeneration | Draft | Verify | Cancel | Drain | Goodbye
 )
@@ -228,5 +240,5 @@ Reply: TypeAlias = Drafted | Verified | Cancelled | NeedPrefix | Failed
 
 MESSAGES: tuple[type[Message], ...] = (
     Hello, Welcome, Ready, Heartbeat, OpenGeneration, CloseGeneration, Draft, Drafted,
-    Verify, Verified, Cancel, Cancelled, NeedPrefix, Failed, Drain, Goodbye,
+    Verify, Verified, Cancel, Cancelled, NeedPrefix, Failed, Drain, Goodbye, Preparing,
 )  # fmt: skip

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from dsi_actors.actors.actor import Actor, MailboxFull
+from support.patience import patience
 
 
 class Recorder(Actor[object]):
@@ -33,7 +34,7 @@ class Recorder(Actor[object]):
 async def run(actor: Recorder, *messages: object) -> None:
     for message in messages:
         actor.tell(message)
-    async with asyncio.timeout(5):
+    async with patience():
         await actor.run()
 
 
@@ -120,9 +121,14 @@ async def failing_task() -> object:
     return None
 
 
-@pytest.mark.parametrize("how", ["in receive", "in a task"])
+class FailsAtItsStart(Recorder):
+    def on_start(self) -> None:
+        fail()
+
+
+@pytest.mark.parametrize("how", ["at its start", "in receive", "in a task"])
 async def test_a_failure_ends_the_actor_and_reaches_the_parent(how: str) -> None:
-    parent, child = Recorder(), Recorder()
+    parent, child = Recorder(), FailsAtItsStart() if how == "at its start" else Recorder()
     child.tell(fail if how == "in receive" else lambda: child.spawn(failing_task()))
     errors: list[BaseException | None] = []
 
@@ -134,8 +140,7 @@ async def test_a_failure_ends_the_actor_and_reaches_the_parent(how: str) -> None
     assert child.stopped == 1
     assert child.ended
     [error] = errors
-    assert isinstance(error, ExceptionGroup)
-    assert error.subgroup(LookupError) is not None
+    assert isinstance(error, LookupError)
 
 
 async def test_a_parent_ends_its_children() -> None:

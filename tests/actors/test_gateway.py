@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import zmq
@@ -12,6 +12,7 @@ import zmq
 from dsi_actors.actors.gateway import Gateway, PeerGone
 from dsi_actors.errors import ConfigError
 from dsi_protocol import MAX_REPLY_FRAME_BYTES, Cancel, Drain, Goodbye, Message, encode
+from support.patience import until
 
 
 @dataclass
@@ -38,12 +39,6 @@ async def setup() -> AsyncIterator[Setup]:
     yield made
     gateway.close()
     made.context.destroy(linger=0)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110  the condition is about another process's bytes
-            await asyncio.sleep(0.002)
 
 
 async def test_messages_come_and_go(setup: Setup) -> None:
@@ -86,3 +81,32 @@ async def test_an_oversized_frame_costs_its_sender_the_connection_only(setup: Se
 async def test_a_port_in_use_is_named(setup: Setup) -> None:
     with pytest.raises(ConfigError, match=r"cannot listen on tcp://.*: another process listens there"):
         Gateway(setup.gateway.endpoint, lambda identity, message: None)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "problem"),
+    [
+        ("tcp://127.0.0.1:70000", "has the port 70000"),
+        ("tcp://192.0.2.1:*", "192.0.2.1 is no address of this machine"),
+        ("tcp://no-such-interface:*", "no address, name or network interface no-such-interface"),
+        ("ipc:///no/such/place", "there is no directory /no/such: make it first"),
+    ],
+)
+async def test_an_address_that_is_not_ours(endpoint: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        Gateway(endpoint, lambda identity, message: None)
+
+
+async def test_a_path_is_taken_from_nobody(tmp_path: Path) -> None:
+    """ZeroMQ itself removes what is there, be it a file or the socket of one that listens."""
+    file, path = tmp_path / "notes.txt", tmp_path / "dsi.sock"
+    file.write_text("mine")
+    with pytest.raises(ConfigError, match=r"notes.txt is no socket: choose a path where nothing is"):
+        Gateway(f"ipc://{file}", lambda identity, message: None)
+    assert file.read_text() == "mine"
+    first = Gateway(f"ipc://{path}", lambda identity, message: None)
+    with pytest.raises(ConfigError, match="another process listens there: choose another path"):
+        Gateway(f"ipc://{path}", lambda identity, message: None)
+    first.close()
+    assert path.is_socket()
+    Gateway(f"ipc://{path}", lambda identity, message: None).close()  # what one that has ended left is no hindrance

@@ -6,16 +6,23 @@ import asyncio
 
 import pytest
 
+import dsi_actors
+from dsi_actors.actors.account import Account
 from dsi_actors.actors.answers import Misbehaved
 from dsi_actors.actors.generation import Generation, Granted
-from dsi_actors.actors.pacing import Pacing
+from dsi_actors.actors.knowledge import Knowledge
 from dsi_actors.actors.scheduler import Scheduler
 from dsi_actors.actors.worker_handle import WorkerHandle
-from dsi_actors.config import Sampling
+from dsi_actors.config import Config, Sampling
 from dsi_actors.core import GenerationCore
-from dsi_actors.planning.drafters import DrafterChoice, Drafters
-from dsi_actors.planning.tuner import Estimates, Tuner
+from dsi_actors.planning.controller import Controller
+from dsi_actors.planning.tuner import Estimates
 from dsi_protocol import Cancelled, CloseGeneration, Draft, Failed, FromOrchestrator, Hello, OpenGeneration, Verify
+from support.fake_worker import FakeWorker, running, silent
+from support.patience import limit_s
+from support.timed import PROMPT, timed_config
+
+NOTHING_KNOWN = Knowledge(Config(), lambda role: [], lambda: 0)
 
 
 def lent(number: int, sent: list[FromOrchestrator]) -> WorkerHandle:
@@ -27,13 +34,13 @@ async def test_a_worker_that_failed_is_not_used_again_even_if_a_grant_was_on_its
     """Reclaimed, and granted anew, while the generation was giving it back: the scheduler took it back after that."""
     sent: dict[int, list[FromOrchestrator]] = {1: [], 2: []}
     first, second = (lent(number, sent[number]) for number in sent)
-    tuner = Tuner("dsi", 2, 1, Estimates())
+    controller = Controller.with_one_drafter("dsi", 2, 1, Estimates())
     generation = Generation(
-        1, GenerationCore((1, 2), policy=tuner.choose(), max_tokens=4), Scheduler(), Pacing(tuner, DrafterChoice(Drafters())),
-        vocabulary_size=1000, sampling=Sampling(max_tokens=4), correlation="g", first_target_wait_s=1.0,
-        target_wait_s=1.0, on_tokens=lambda tokens: None, on_end=lambda error: None, on_learned=lambda known, drafter: None,
+        1, GenerationCore((1, 2), policy=controller.begin(), max_tokens=4), Scheduler(), controller, NOTHING_KNOWN,
+        vocabulary_size=1000, sampling=Sampling(max_tokens=4), correlation="g", first_target_wait_s=3600.0,
+        target_wait_s=3600.0, on_tokens=lambda tokens: None, on_end=lambda error: None,
     )  # fmt: skip
-    running = asyncio.create_task(generation.run())
+    task = asyncio.create_task(generation.run())
     await asyncio.sleep(0)
     for worker in (first, second):
         generation.receive(Granted(worker))
@@ -44,7 +51,7 @@ async def test_a_worker_that_failed_is_not_used_again_even_if_a_grant_was_on_its
     generation.receive(Granted(first))
     assert sent[1][before:] == []
     generation.stop()
-    await running
+    await task
 
 
 @pytest.mark.parametrize("code", ["limit", "request"])
@@ -55,14 +62,14 @@ async def test_what_a_drafter_that_was_sent_away_still_owes_is_not_its_fault(cod
     hello = Hello(1, 3, "drafter", "timed", "", "cpu:0", "host", 3)
     drafter = WorkerHandle(3, b"3", hello, "drafter", sent.append, on_useless=useless.append)
     for number in range(1, 5):
-        tuner = Tuner("dsi", 1, None, Estimates(40.0, 40.0, 8, drafter_ms=2.0))
+        controller = Controller.with_one_drafter("dsi", 1, None, Estimates(40.0, 40.0, 8, drafter_ms=2.0))
         generation = Generation(
-            number, GenerationCore((1, 2), policy=tuner.choose(), max_tokens=400), Scheduler(),
-            Pacing(tuner, DrafterChoice(Drafters())), vocabulary_size=1000, sampling=Sampling(max_tokens=400),
-            correlation="g", first_target_wait_s=1.0, target_wait_s=1.0, on_tokens=lambda tokens: None,
-            on_end=lambda error: None, on_learned=lambda known, drafter: None,
+            number, GenerationCore((1, 2), policy=controller.begin(), max_tokens=400), Scheduler(),
+            controller, NOTHING_KNOWN, vocabulary_size=1000, sampling=Sampling(max_tokens=400),
+            correlation="g", first_target_wait_s=3600.0, target_wait_s=3600.0, on_tokens=lambda tokens: None,
+            on_end=lambda error: None,
         )  # fmt: skip
-        running = asyncio.create_task(generation.run())
+        task = asyncio.create_task(generation.run())
         await asyncio.sleep(0)
         generation.receive(Granted(drafter))
         asked = [message for message in sent if isinstance(message, Draft) and message.generation == number]
@@ -72,5 +79,23 @@ async def test_what_a_drafter_that_was_sent_away_still_owes_is_not_its_fault(cod
         drafter.on_reply(Cancelled(number, asked[0].attempt, 0, 0))
         await asyncio.sleep(0)
         generation.stop()
-        await running
+        await task
     assert (drafter.faults, useless) == (0, [])
+
+
+async def test_an_exception_at_the_start_ends_the_generation_with_that_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its reader waited for ever: it was raised in a callback of the event loop."""
+
+    def fail(self: Account) -> None:
+        raise LookupError("there is no clock")
+
+    config = timed_config(listen="tcp://127.0.0.1:*")
+    async with (
+        dsi_actors.Orchestrator(config) as orchestrator,
+        running(orchestrator.endpoint, FakeWorker("target", silent)),
+    ):
+        assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=limit_s())
+        monkeypatch.setattr(Account, "begin", fail)
+        with pytest.raises(LookupError, match="there is no clock"):
+            await anext(orchestrator.generate(PROMPT))
+        assert orchestrator.running == 0

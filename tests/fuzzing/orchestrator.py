@@ -39,6 +39,7 @@ from dsi_protocol import (
 from dsi_workers.connection import WorkSocket
 from dsi_workers.loop import WorkerLoop
 from support.engines import CountingEngine, ScriptedSocket
+from support.patience import patience
 
 PROMPT, TOKENS, VOCABULARY = (10, 11, 12), 40, 1000
 TEXT = list(range(13, 13 + TOKENS))
@@ -200,7 +201,7 @@ async def run_once(seed: int) -> int:
         try:
             for number in range(_GENERATIONS):
                 text: list[int] = []
-                async with asyncio.timeout(20):
+                async with patience(60):
                     async for tokens in orchestrator.generate(
                         PROMPT, Sampling(max_tokens=TOKENS), algorithm=stage.draw.choice(algorithms),
                         lookahead=stage.draw.choice((1, 2, 5)),

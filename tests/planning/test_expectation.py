@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsi_actors.core import Policy
+from dsi_actors.planning.arms import ArmChoice, Arms
+from dsi_actors.planning.controller import Controller
 from dsi_actors.planning.expectation import best_dsi, best_in_turns, best_si, equation_1_servers, expect
 from dsi_actors.planning.tuner import Estimates, Tuner, flat
 from dsi_actors.simulation.run import Scenario, simulate_once
@@ -45,18 +47,18 @@ def test_the_expectation_is_what_the_core_does(target_ms: float, drafter_ms: flo
         assert run.target_forwards / run.tokens == pytest.approx(expected.target_forwards, rel=0.1), policy
 
 
-class Fixed(Tuner):
-    """A tuner with one policy."""
+class Fixed(Controller):
+    """A controller with one policy."""
 
     def __init__(self, policy: Policy) -> None:
-        super().__init__(policy.algorithm, policy.sp, policy.lookahead, Estimates())
+        super().__init__(Tuner("ar", policy.sp, policy.lookahead, Estimates()), ArmChoice(Arms(), left_to_us=False))
         self._only = policy
 
-    def choose(self) -> Policy:
+    def begin(self) -> Policy:
         return self._only
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     share=st.floats(0.02, 1.5), acceptance=st.floats(0, 1), sp=st.integers(1, 8), window_cost=st.floats(1, 3),
 )  # fmt: skip

@@ -14,6 +14,7 @@ import pytest
 
 from serving.test_openai import served
 from support.engines import make_tiny_model
+from support.patience import limit_s
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def status(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dsi_actors.cli.main", "status", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=limit_s(120), check=False)
 
 
 def test_status_says_who_works_on_what(model: Path) -> None:

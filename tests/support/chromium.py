@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from support.patience import limit_s
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -49,7 +51,7 @@ class Browser:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._process.terminate()
-        self._process.wait(10)
+        self._process.wait(limit_s())
         os.close(self._write)
         os.close(self._read)
 
@@ -61,13 +63,14 @@ class Browser:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
-    def wait_for(self, expression: str, within_s: float = 20) -> Any:
+    def wait_for(self, expression: str) -> Any:
         """The value of the expression, once it is true."""
+        within_s = limit_s(60)
         deadline = time.monotonic() + within_s
         while not (value := self.evaluate(expression)):
             if time.monotonic() > deadline:  # say what there is instead
                 page = self.evaluate("document.body.innerText")
-                raise AssertionError(f"not within {within_s} s: {expression}; {self.errors}; the page says: {page}")
+                raise AssertionError(f"not within {within_s:.0f} s: {expression}; {self.errors}; the page says: {page}")
             time.sleep(0.05)
         return value
 
@@ -89,9 +92,9 @@ class Browser:
                 found: dict[str, Any] = message["result"]
                 return found
 
-    def _receive(self, within_s: float = 30) -> dict[str, Any]:
+    def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._held:
-            ready, _, _ = select.select([self._read], [], [], within_s)
+            ready, _, _ = select.select([self._read], [], [], limit_s(60))
             assert ready, "the browser says nothing"
             self._held += os.read(self._read, 1 << 16)
         line, _, self._held = self._held.partition(b"\0")

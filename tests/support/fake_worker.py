@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -17,6 +18,7 @@ from dsi_protocol import (
     Cancelled,
     Draft,
     FromWorker,
+    Goodbye,
     Heartbeat,
     Hello,
     Message,
@@ -46,6 +48,10 @@ class FakeWorker:
         self.obeys_cancel = True
         self._open: dict[tuple[int, int], None] = {}
 
+    def dismissed(self) -> str:
+        """The reason for which it was told to go; empty as long as it was not."""
+        return next((message.reason for message in self.heard if isinstance(message, Goodbye)), "")
+
     async def run(self, endpoint: str) -> None:
         with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as socket:
             socket.setsockopt(zmq.LINGER, 0)
@@ -57,15 +63,23 @@ class FakeWorker:
                 while True:
                     message = decode(await socket.recv())
                     self.heard.append(message)
+                    if isinstance(message, Draft):
+                        async for reply in self.react_slowly(message):
+                            await socket.send(encode(reply))
                     for reply in self._react(message):
                         await socket.send(encode(reply))
             finally:
                 beating.cancel()
 
     async def _beat(self, socket: zmq.asyncio.Socket, incarnation: int) -> None:
-        for sequence in range(10_000):
+        for sequence in itertools.count(1):
             await socket.send(encode(Heartbeat(incarnation, sequence)))
             await asyncio.sleep(0.05)
+
+    async def react_slowly(self, message: Draft) -> AsyncIterator[FromWorker]:
+        """For a worker that takes its time. Its heart beats meanwhile."""
+        return
+        yield  # an async generator
 
     def _react(self, message: Message) -> Iterable[FromWorker]:
         match message:

@@ -12,6 +12,7 @@ import msgpack
 import zmq
 
 from dsi_protocol import Heartbeat, encode
+from support.patience import limit_s
 
 
 def giant_frame(endpoint: str) -> None:
@@ -30,7 +31,7 @@ def giant_frame(endpoint: str) -> None:
 @contextmanager
 def _raw(endpoint: str) -> Iterator[socket.socket]:
     host, port = endpoint.removeprefix("tcp://").rsplit(":", 1)
-    with socket.create_connection((host, int(port)), timeout=10) as peer:
+    with socket.create_connection((host, int(port)), timeout=limit_s()) as peer:
         yield peer
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ import psutil
 import dsi_actors
 from dsi_workers.engines import load_engine
 from support.engines import NoInterrupt, session_of
+from support.patience import limit_s, wait_until
 
 PROMPT = [11, 22, 33]
 
@@ -21,11 +21,14 @@ PROMPT = [11, 22, 33]
 def timed_config(
     *, target_ms: float = 4, drafter_ms: float = 1, acceptance: float = 0.7, **settings: Any
 ) -> dsi_actors.Config:
+    """No timeout of it passes while a test runs, however busy the machine is. What a test wants to pass it gives."""
     settings = {
         "sp": 2,
         "heartbeat_ms": 100,
-        "silence_ms": 1000,
-        "ready_timeout_s": 30,
+        "silence_ms": 600_000,
+        "request_timeout_s": 600,
+        "ready_timeout_s": 600,
+        "target_wait_s": 600,
         "devices": ("cpu",),
         **settings,
     }
@@ -50,8 +53,10 @@ async def text_of(stream: dsi_actors.GenerationStream) -> list[int]:
     return [token async for tokens in stream for token in tokens]
 
 
-def start_worker(endpoint: str, *arguments: str, device: str = "cpu") -> subprocess.Popen[str]:
+def start_worker(endpoint: str, *arguments: str, device: str = "cpu", once: bool = True) -> subprocess.Popen[str]:
+    """`once`: it ends with its orchestrator."""
     command = [sys.executable, "-m", "dsi_actors.worker", "--gpu", device, "--connect", endpoint, *arguments]
+    command += ["--once"] if once else []
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
@@ -65,14 +70,21 @@ def workers(endpoint: str, *arguments: Sequence[str]) -> Iterator[list[subproces
         for worker in started:
             worker.terminate()
         for worker in started:
-            worker.communicate(timeout=10)
+            worker.communicate(timeout=limit_s())
 
 
-def all_gone(process_ids: Iterable[int], within_s: float) -> bool:
-    """Whether none of these processes runs any more after `within_s` at the latest."""
-    deadline = time.monotonic() + within_s
-    left = set(process_ids)
-    while left and time.monotonic() < deadline:
-        left = {pid for pid in left if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE}
-        time.sleep(0.01)
-    return not left
+def gone(process_ids: Iterable[int]) -> bool:
+    """Whether none of these processes runs any more."""
+    return not any(_runs(process) for process in process_ids)
+
+
+def _runs(process: int) -> bool:
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_for_end(process_ids: Iterable[int]) -> None:
+    """Returns when none of these processes runs any more."""
+    wait_until(lambda: gone(process_ids))

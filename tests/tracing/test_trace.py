@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
 import subprocess
@@ -11,32 +10,46 @@ from pathlib import Path
 
 import pytest
 
-import dsi_actors
+from dsi_actors.core import GenerationCore, Policy
+from dsi_actors.core.actions import Action
+from dsi_actors.core.events import Event
+from dsi_actors.errors import ConfigError
+from dsi_actors.simulation.discrete_events import DiscreteEventDriver
+from dsi_actors.simulation.scripts import AcceptanceScript, constant, independent
 from dsi_actors.tracing.chrome import chrome_trace
 from dsi_actors.tracing.lanes import draw
 from dsi_actors.tracing.page import html_page
-from dsi_actors.tracing.record import Moment, Recorder, Recording, read_recording
-from support.timed import PROMPT, plain_decoding, timed_config
+from dsi_actors.tracing.record import Moment, Recorder, Recording, open_recording, read_recording
 
 TOKENS = 40
 
 
+class ObservedCore(GenerationCore):
+    """Tells a recorder what the orchestrator would tell."""
+
+    recorder: Recorder
+
+    def handle(self, event: Event) -> list[Action]:
+        self.recorder(1, event)
+        actions = super().handle(event)
+        for action in actions:
+            self.recorder(1, action)
+        return actions
+
+
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generation in virtual time: who is cancelled and when does not depend on the machine."""
     path = tmp_path_factory.mktemp("trace") / "recorded"
-
-    async def record() -> None:
-        async with dsi_actors.Orchestrator(timed_config(target_ms=8, drafter_ms=2)) as orchestrator:
-            with path.open("w") as file:
-                recorder = Recorder(file, {worker.number: str(worker) for worker in orchestrator.workers})
-                orchestrator.observe(recorder)
-                stream = orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=TOKENS), lookahead=2)
-                text = [token async for tokens in stream for token in tokens]
-                await stream.report()
-                assert text == plain_decoding(PROMPT, TOKENS)
-                recorder.end(f"<{token}> " for token in text)
-
-    asyncio.run(record())
+    core = ObservedCore([5, 6, 7], policy=Policy.distributed(2, sp=2), max_tokens=TOKENS)
+    driver = DiscreteEventDriver(
+        core, AcceptanceScript(independent(0.7, seed=9)), target_ms=constant(8.0), drafter_ms=constant(2.0), servers=2
+    )
+    with path.open("w") as file:
+        workers = {0: "target 0 (cpu:0)", 1: "target 1 (cpu:0)", 2: "drafter 2 (cpu:0)"}
+        core.recorder = Recorder(file, workers, clock=lambda: driver.now_ms / 1e3)
+        driver.run()
+        core.recorder.end(f"<{token}> " for token in core.output)
     return path
 
 
@@ -76,8 +89,7 @@ def test_the_page_needs_nothing_else_and_hides_nothing(recorded: Path) -> None:
     assert "a &lt;title&gt;" in page
     assert "http" not in page.replace("http://www.w3.org/2000/svg", ""), "nothing is loaded from anywhere"
     assert "<script" not in page
-    first = plain_decoding(PROMPT, 1)[0]
-    assert f"&lt;{first}&gt;" in page
+    assert "&lt;0&gt;" in page
 
 
 def test_the_chrome_trace_has_a_lane_for_each_worker(recorded: Path) -> None:
@@ -119,6 +131,39 @@ def test_what_is_no_recording_is_named(tmp_path: Path, content: str | None, prob
     assert done.returncode == 1
     assert problem in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_the_advice_costs_nobody_a_file(tmp_path: Path) -> None:
+    """Who gives trace a wrong file is not told to record over it; and --record itself takes the place of recordings only."""
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    assert "--record NEW-FILE" in trace(notes).stderr
+    with pytest.raises(ConfigError, match=r"notes.txt exists and is no recording: give the name of a new file"):
+        open_recording(notes)
+    assert notes.read_text() == "mine"
+    for content in ("", '{"recording": 1, "workers": {}}\n'):
+        notes.write_text(content)
+        open_recording(notes).close()
+        assert notes.read_text() == ""
+    open_recording("/dev/null").close()
+    with pytest.raises(ConfigError, match="cannot write --record /no/such/place: No such file"):
+        open_recording("/no/such/place")
+
+
+def test_a_picture_does_not_take_the_place_of_its_recording(recorded: Path, tmp_path: Path) -> None:
+    before = recorded.read_bytes()
+    link = tmp_path / "link"
+    link.symlink_to(recorded)
+    wrong: list[tuple[list[str | Path], str]] = [
+        (["--html", recorded], "--html {} is the recording itself"),
+        (["--chrome", link], "--chrome {} is the recording itself"),
+        (["--html", tmp_path / "x", "--chrome", tmp_path / "x"], "are the same file {}"),
+    ]
+    for arguments, problem in wrong:
+        done = trace(recorded, *arguments)
+        assert done.returncode == 1
+        assert problem.format(arguments[-1]) in done.stderr
+    assert recorded.read_bytes() == before
 
 
 def test_a_generation_that_is_not_there_is_named(recorded: Path) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
 import pytest
@@ -189,8 +189,17 @@ def test_requests_of_several_generations_share_a_step() -> None:
     assert [reply.generation for reply in socket.sent if isinstance(reply, Verified)] == [1, 2, 3, 4, 1]
 
 
-def test_who_was_answered_together_is_waited_for() -> None:
+def test_who_was_answered_together_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their next requests come one after another: without waiting the first would have a forward alone."""
+    now_s = 0.0
+
+    def clock() -> float:
+        """Each look at it takes a moment."""
+        nonlocal now_s
+        now_s += 1e-4
+        return now_s
+
+    monkeypatch.setattr("dsi_workers.loop.time", SimpleNamespace(perf_counter=clock))
 
     class Slow(ScriptedSocket):
         later: ClassVar[list[Message]] = [verify(1, 2), verify(2, 2)]
@@ -204,8 +213,9 @@ def test_who_was_answered_together_is_waited_for() -> None:
         """Takes long enough for a quarter of it to be some time."""
 
         def step(self, tasks: Sequence[Task], interrupt: Interrupt) -> None:
+            nonlocal now_s
             super().step(tasks, interrupt)
-            time.sleep(0.1)
+            now_s += 0.1
 
     engine, socket = Busy(), Slow()
     engine.socket = socket

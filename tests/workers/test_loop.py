@@ -234,7 +234,7 @@ anything: st.SearchStrategy[Message] = st.one_of(
 )
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(st.lists(anything, max_size=30), st.lists(st.lists(anything, max_size=3), max_size=8))
 def test_whatever_comes_every_request_has_its_reply(messages: list[Message], during: list[list[Message]]) -> None:
     """The fuzzer of the worker's loop: any messages in any order, before and in the middle of its work."""

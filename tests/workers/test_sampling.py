@@ -308,7 +308,7 @@ assert "transformers" not in sys.modules
     assert all(line.endswith("[]") for line in said), said
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 10**6))
 def test_two_that_share_the_noise_agree_as_often_as_theory_says(number: int) -> None:
     """Between (1 - TV) / (1 + TV), the guarantee of the coupling, and 1 - TV, the most any coupling reaches."""
@@ -322,5 +322,5 @@ def test_two_that_share_the_noise_agree_as_often_as_theory_says(number: int) -> 
     for position in range(draws):
         noise = gumbel_noise(stream_key(number, position), tokens)
         agreed += int((target + noise).argmax()) == int((drafter + noise).argmax())
-    slack = 4 * 0.5 / draws**0.5
+    slack = 6 * 0.5 / draws**0.5  # six standard errors: a false alarm in fewer than one of 20 million runs
     assert (1 - distance) / (1 + distance) - slack <= agreed / draws <= 1 - distance + slack

@@ -216,7 +216,7 @@ def test_a_correction_is_followed_and_little_is_read_again(
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_whatever_the_target_says_something_or_nothing_is_drafted(
     vocabularies: dict[tuple[str, int], Vocabulary], data: st.DataObject
 ) -> None:

@@ -20,6 +20,10 @@ _LAYER_WEIGHTS = (
     "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
 )  # fmt: skip
 _OPTIONAL = ("self_attn.q_norm", "self_attn.k_norm")
+_SIZES = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+    "max_position_embeddings",
+)  # fmt: skip
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -67,6 +71,8 @@ def _plain_config(raw: dict[str, Any]) -> Any:
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "rms_norm_eps", "model_type")
     if not known or any(name not in raw for name in (*names, "max_position_embeddings")):
         return None
+    if not all(_is_size(raw[name]) for name in _SIZES if raw.get(name) is not None):
+        return None
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
     rope.setdefault("rope_theta", raw.get("rope_theta"))
@@ -80,6 +86,10 @@ def _plain_config(raw: dict[str, Any]) -> Any:
     config.rope_parameters = rope
     config.sliding_window, config.layer_types = None, None
     return config
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value > 0
 
 
 def _weights(directory: Path, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor] | None:

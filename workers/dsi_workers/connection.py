@@ -6,7 +6,6 @@ the main thread computes, without any lock: a ZMQ socket belongs to one thread.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import socket
@@ -21,6 +20,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from dsi_protocol import (
     MAX_FRAME_BYTES,
+    Endpoint,
     FromWorker,
     Goodbye,
     Heartbeat,
@@ -36,6 +36,10 @@ log = structlog.get_logger("dsi.worker")
 _SEND_TIMEOUT_MS = 100
 _RECONNECT_PATIENCE_S = 5.0
 _LINGER_MS = 200  # how long a last message may take to leave at the end
+#: ZeroMQ asks the other process for a sign of life so often, and takes the connection for broken after so long without one.
+_PING_MS, _PING_TIMEOUT_MS = 1_000, 10_000
+#: An orchestrator that is connected may leave heartbeats unanswered for so many times as long as one that is not.
+_BUSY_FACTOR = 12
 
 
 _REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -124,11 +128,12 @@ class WorkSocket:
                 self._refused += 1
                 log.warning("malformed frame dropped", reason=str(error), so_far=self._refused)
 
-    def refused(self) -> bool:
-        """Whether the other end turns us away, before any message: the keys do not fit."""
+    def refused(self, *, hang_ups_count: bool = True) -> bool:
+        """Whether the other end turns us away, before any message: the keys do not fit. `hang_ups_count`: so it is, too, where
+        it hangs up again and again without a reason."""
         while self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)["event"]
-            self._hang_ups += _MOST_HANG_UPS if event & _REFUSED else 1
+            self._hang_ups += _MOST_HANG_UPS if event & _REFUSED else hang_ups_count
         return self._hang_ups >= _MOST_HANG_UPS
 
     def close(self) -> None:
@@ -138,8 +143,13 @@ class WorkSocket:
 
 
 class Heart(threading.Thread):
-    """Beats, and sets `gone` to the reason when nobody has answered for too long, or when the orchestrator does not know
-    us any more. Ends with the ZMQ context."""
+    """Beats, and sets `gone` when there was no connection for `silence_s`, or when the orchestrator does not know this
+    incarnation (any more): then `farewell` is its answer. Ends with the ZMQ context.
+
+    An orchestrator that is connected but does not answer is busy: a program that embeds it may block its event loop for
+    long. ZeroMQ's own heartbeats, which a thread of the library answers, end the connection when its process stops. One that
+    is busy for very long is taken for gone, too: it may not listen to us any more.
+    """
 
     def __init__(
         self,
@@ -156,7 +166,8 @@ class Heart(threading.Thread):
         self._incarnation = incarnation
         self._interval_s = interval_s
         self._silence_s = silence_s
-        self.gone = ""
+        self.gone = False
+        self.farewell: Goodbye | None = None
 
     def run(self) -> None:
         dealer = _dealer(self._context, self._address)
@@ -168,24 +179,28 @@ class Heart(threading.Thread):
             dealer.close(linger=0)
 
     def _beat(self, dealer: zmq.Socket[bytes]) -> None:
-        sequence = unanswered = 0
+        sequence = unsent = unanswered = 0
         next_beat_s = time.monotonic()
-        # Silence is counted in beats, not in seconds: while a library loads, this thread may not run for seconds.
-        while unanswered * self._interval_s <= self._silence_s:
+        # Counted in beats, not in seconds: while a library loads, this thread may not run for seconds.
+        most = self._silence_s / self._interval_s
+        while unsent <= most and unanswered <= _BUSY_FACTOR * most:
             now_s = time.monotonic()
             if now_s >= next_beat_s:
                 sequence += 1
-                unanswered += 1
                 next_beat_s = now_s + self._interval_s
-                with contextlib.suppress(zmq.Again):
+                try:
                     dealer.send(encode(Heartbeat(self._incarnation, sequence)), zmq.NOBLOCK)
+                    unsent = 0
+                    unanswered += 1
+                except zmq.Again:
+                    unsent += 1
             if dealer.poll(max(1, round((next_beat_s - now_s) * 1e3))):
                 answer = _understood(dealer.recv())
                 if isinstance(answer, Goodbye):
-                    self.gone = f"dismissed this worker: {answer.reason}"
-                    return
+                    self.farewell = answer
+                    break
                 unanswered = 0
-        self.gone = "is gone"
+        self.gone = True
 
 
 def watch_parent() -> threading.Event:
@@ -222,11 +237,14 @@ def _dealer(
         dealer.curve_secretkey = address.keys.secret.encode()
     if routing_id is not None:
         dealer.setsockopt(zmq.ROUTING_ID, routing_id)
+    dealer.setsockopt(zmq.IPV6, Endpoint.parse(address.endpoint).ip_version() == 6)
     dealer.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
     dealer.setsockopt(zmq.LINGER, _LINGER_MS)
     dealer.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for an orchestrator that is not there
     dealer.setsockopt(zmq.SNDTIMEO, _SEND_TIMEOUT_MS)
     dealer.setsockopt(zmq.RECONNECT_IVL, 100)
     dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+    dealer.setsockopt(zmq.HEARTBEAT_IVL, _PING_MS)
+    dealer.setsockopt(zmq.HEARTBEAT_TIMEOUT, _PING_TIMEOUT_MS)
     dealer.connect(address.endpoint)
     return dealer

@@ -30,6 +30,7 @@ from dsi_workers.engines.bits import Trial
 from dsi_workers.engines.forward import Forward, Never, Run
 from dsi_workers.engines.load import on_a_gpu
 from dsi_workers.packing import pack
+from dsi_workers.requests import read_requests
 
 _WARM_UP, _COPIES = 5, 5
 #: Generations whose windows are tried together.
@@ -178,6 +179,7 @@ def main() -> int:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--no-graphs", action="store_false", dest="graphs")
     arguments = parser.parse_args()
+    requests = read_requests()
     torch.set_num_threads(1)
     device = torch.device(arguments.device)
     if device.type == "cuda":
@@ -188,8 +190,7 @@ def main() -> int:
     )  # fmt: skip
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     _say({"device": name, "bytes_per_ms": bench._bytes_per_ms})
-    for line in sys.stdin:
-        request = json.loads(line)
+    for request in requests:
         if "forward" in request:
             _say(bench.forward(request["forward"], request.get("repeats", 1), request.get("seconds", 0.0)))
         elif "cancel" in request:

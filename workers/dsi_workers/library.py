@@ -22,6 +22,7 @@ from dsi_workers.attention import attend, mask_of_group
 from dsi_workers.decoder import Decoder
 from dsi_workers.engines.base import EngineError
 from dsi_workers.kv_cache import Pieces, SlotCache, SlotLayer
+from dsi_workers.model_files import first_line
 from dsi_workers.packed import Masks, Packed
 from dsi_workers.packing import PackedLinear
 
@@ -37,12 +38,12 @@ def read_config(directory: Path, reference: str) -> Any:
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except ValueError as error:
-        raise EngineError(f"transformers cannot read the configuration of {reference}: {error}") from None
+        raise EngineError(f"transformers cannot read the configuration of {reference}: {first_line(error)}") from None
 
 
 def read_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, attn_implementation=_ATTENTION, trust_remote_code=False
+        directory, dtype=dtype, attn_implementation=_ATTENTION, trust_remote_code=False, use_safetensors=True
     )
     model = model.eval().requires_grad_(False).to(device)
     for module in list(model.modules()):  # GPT-2's own kind of linear layer, whose weight lies the other way

@@ -69,11 +69,12 @@ class WorkerLoop:
         #: What went wrong in the middle of a step, but not in the engine: a message that could not be handled or answered.
         self._not_of_the_engine: Exception | None = None
         self._draining = False
-        self._dismissed = False
+        #: The orchestrator's last word.
+        self.farewell: Goodbye | None = None
 
     def run(self) -> None:
         """Serve. Returns when there is nothing more to do for this process."""
-        while not self._dismissed and self._still_needed():
+        while self.farewell is None and self._still_needed():
             self._drain(0.0 if self._queue or self._draining else IDLE_S)
             batch = self._pick()
             if batch:
@@ -91,12 +92,19 @@ class WorkerLoop:
         """Take no more work; finish what is here. Safe to call from a signal handler."""
         self._draining = True
 
+    def forget_all(self) -> None:
+        """Close every generation, so that the engine can serve another orchestrator. Call after `run`, however that ended."""
+        self._current = ()
+        for generation in list(self._sessions):
+            self._close(generation)
+        self._forget_closed()
+
     # Interrupt: what the engine asks in the middle of its work
 
     def check(self) -> None:
         self._drain(0.0)
         wanted = any(work.wanted() for work in self._current)
-        if not wanted or self._dismissed or not self._still_needed():
+        if not wanted or self.farewell is not None or not self._still_needed():
             raise Interrupted
 
     def wait_until(self, deadline_s: float) -> None:
@@ -138,7 +146,7 @@ class WorkerLoop:
                 self.drain()
             case Goodbye(reason):
                 log.info("dismissed", reason=reason)
-                self._dismissed = True
+                self.farewell = message
             case Welcome():  # it did not hear of us, or answers an earlier Hello
                 if self._ready is not None:
                     self._socket.send(self._ready)

@@ -22,9 +22,11 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.utils import logging as transformers_logging
 
-from dsi_workers.models import ModelError, resolve_model
+from dsi_workers.model_files import ModelError
+from dsi_workers.models import resolve_model
 from dsi_workers.packing import replace_linear_layers
 from dsi_workers.quantization import int8_dtype, quantize_int8
+from dsi_workers.requests import read_requests
 
 #: Of prompt lookup, as in the library's documentation.
 _LOOKUP_TOKENS = 10
@@ -57,7 +59,9 @@ class Reference:
             self._drafter = self._load(drafter, _DTYPES[dtype])
 
     def _load(self, model: str, dtype: torch.dtype) -> Any:
-        loaded = AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype=dtype, trust_remote_code=False)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            resolve_model(model), dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
         return loaded.eval().to(self._device)
 
     def generate(
@@ -105,6 +109,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu:0")
     arguments = parser.parse_args()
+    requests = read_requests()
     torch.set_num_threads(arguments.threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -115,8 +120,7 @@ def main() -> int:
         return 1
     sys.stdout.write("{}\n")  # ready
     sys.stdout.flush()
-    for line in sys.stdin:
-        request = json.loads(line)
+    for request in requests:
         if "generate" in request:
             answer = reference.generate(
                 request["generate"],

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
+from dsi_workers.model_files import read_tokenizer
 from dsi_workers.session import Session
 
 #: What stands before a piece from the middle of a text, since some tokenizers treat the beginning of a text otherwise:
@@ -31,7 +30,7 @@ class Vocabulary:
     """A tokenizer that may be asked about pieces of texts."""
 
     def __init__(self, directory: Path) -> None:
-        self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        self._tokenizer = read_tokenizer(directory)
         self._tokenizer.no_truncation()  # files keep the settings of the last training run
         self._tokenizer.no_padding()
         self._leads: dict[str, list[int]] = {}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 
 from dsi_protocol import OptionValue
 from dsi_workers.engines.base import Engine, EngineError, EngineInfo, Interrupt, Interrupted, RequestError, Task
+from dsi_workers.model_files import ModelError
 
 ENGINES = ("transformers", "timed", "ngram")
+_LIBRARIES = {"transformers": ("torch", "transformers")}
 
 __all__ = [
     "ENGINES",
@@ -18,6 +21,7 @@ __all__ = [
     "Interrupted",
     "RequestError",
     "Task",
+    "check_installed",
     "load_engine",
 ]
 
@@ -26,6 +30,29 @@ def load_engine(name: str, *, role: str, model: str, device: str, options: Mappi
     """Build and warm up an engine. Imports its libraries only now. Raises EngineError."""
     if role not in ("target", "drafter"):
         raise EngineError(f"unknown role {role!r}: a worker is a target or a drafter")
+    try:
+        return _load(name, role, model, device, options)
+    except ModelError as error:
+        raise EngineError(str(error)) from None
+
+
+def check_installed(name: str) -> None:
+    """Raises EngineError if the engine's libraries are not installed: known at once, without importing them."""
+    missing = [each for each in _LIBRARIES.get(name, ()) if not _is_installed(each)]
+    if missing:
+        raise EngineError(
+            f"a worker that runs a model needs {missing[0]}: pip install 'dsi-actors[torch]' where the worker runs"
+        )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ImportError:
+        return False
+
+
+def _load(name: str, role: str, model: str, device: str, options: Mapping[str, OptionValue]) -> Engine:
     if name == "timed":
         from dsi_workers.engines.timed import TimedEngine
 
@@ -37,6 +64,7 @@ def load_engine(name: str, *, role: str, model: str, device: str, options: Mappi
             raise EngineError("the ngram engine only drafts: give it --role drafter")
         return NgramEngine(options)
     if name == "transformers":
+        check_installed(name)
         from dsi_workers.engines.transformers import TransformersEngine
 
         engine = TransformersEngine(model, device=device, drafter=role == "drafter", options=options)

@@ -14,6 +14,7 @@ from dsi_workers.checkpoint import read_checkpoint
 from dsi_workers.decoder import Decoder
 from dsi_workers.engines.base import EngineError
 from dsi_workers.engines.forward import ComputesLogits, Forward, Run
+from dsi_workers.model_files import first_line
 from dsi_workers.packing import pack, replace_linear_layers
 from dsi_workers.quantization import int8_dtype, quantize_int8
 
@@ -48,6 +49,33 @@ def load_model(
 ) -> Loaded:
     """For products of about `rows` rows; `exact`: its bits matter. On a GPU forwards are recorded as `graphs`.
     Raises EngineError."""
+    try:
+        return _load(
+            directory, device, reference=reference, dtype=dtype, quantization=quantization, rows=rows,
+            most_positions=most_positions, graphs=graphs, exact=exact,
+        )  # fmt: skip
+    except (EngineError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # files from anywhere: there is no end of what can be wrong in them
+        log.debug("the model cannot be read", exc_info=True)
+        raise EngineError(
+            f"the model {reference} cannot be read ({type(error).__name__}: {first_line(error)}): its files are damaged, or of a "
+            "kind that is not known here"
+        ) from error
+
+
+def _load(
+    directory: Path,
+    device: torch.device,
+    *,
+    reference: str,
+    dtype: str,
+    quantization: str,
+    rows: int,
+    most_positions: int,
+    graphs: bool,
+    exact: bool,
+) -> Loaded:
     if quantization not in ("none", "int8"):
         raise EngineError(f"unknown quantization {quantization!r}: choose auto, none, int8")
     int8 = quantization == "int8"

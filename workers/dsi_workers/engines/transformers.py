@@ -23,7 +23,8 @@ from dsi_workers.engines.load import load_model
 from dsi_workers.engines.machine import keep_freed_memory, torch_device
 from dsi_workers.engines.tried import widths_tried
 from dsi_workers.lookup import Lookup
-from dsi_workers.models import ModelError, read_vocabulary_hash, resolve_model
+from dsi_workers.model_files import read_vocabulary_hash
+from dsi_workers.models import resolve_model
 from dsi_workers.sampling import Sampler, log_probability, warm_up
 from dsi_workers.session import Session
 from dsi_workers.slots import Slots
@@ -47,10 +48,8 @@ class TransformersEngine(Engine):
         log.info("imported")
         torch.set_num_threads(_whole(options, "threads", 1))
         self._device = torch_device(device)
-        try:
-            directory = resolve_model(model)
-        except ModelError as error:
-            raise EngineError(str(error)) from None
+        directory = resolve_model(model)
+        vocabulary = read_vocabulary_hash(directory)
         self._exact = not drafter
         self._window = _whole(options, "window", 32 if self._device.type == "cuda" else 8, most=PROMPT_CHUNK)
         loaded = load_model(
@@ -84,7 +83,7 @@ class TransformersEngine(Engine):
         self._lookup = self._make_lookup(options) if not self._exact and options.get("lookup") else None
         latency_us, window_latency_us, batch_latency_us = self._warm_up(options.get("calibrate", True) is not False)
         self.info = EngineInfo(
-            vocabulary=read_vocabulary_hash(directory),
+            vocabulary=vocabulary,
             vocabulary_size=int(self._config.vocab_size),
             max_length=max_length,
             window=self._window,

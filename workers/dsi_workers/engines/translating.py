@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
 
 from dsi_workers.engines.base import Engine, EngineError, Interrupt, Task
-from dsi_workers.models import ModelError, read_vocabulary_hash, resolve_model
+from dsi_workers.model_files import ModelError, read_json, read_vocabulary_hash
+from dsi_workers.models import resolve_model
 from dsi_workers.session import Session
 from dsi_workers.translation import Translation, Vocabulary
 
@@ -117,6 +117,6 @@ class TranslatingEngine(Engine):
 
 def _words(directory: Path) -> int:
     """The target's vocabulary in its model, which may have more tokens than its tokenizer."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 0)
+    config = read_json(directory / "config.json")
+    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size", 0)
     return int(size)

@@ -17,7 +17,7 @@ import torch
 
 from dsi_workers.engines.bits import Widths
 from dsi_workers.engines.forward import Forward
-from dsi_workers.models import cache_directory
+from dsi_workers.model_files import ModelError, cache_directory
 
 #: Variables of the environment that choose kernels begin so.
 _CHOOSE_KERNELS = ("ATEN_", "CUBLAS_", "CUDA_", "DNNL_", "FBGEMM_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "TORCH_")
@@ -27,7 +27,11 @@ def widths_tried(
     forward: Forward, directory: Path, *, window: int, slots: int, try_them: Callable[[], Widths]
 ) -> Widths:
     """Of the model in `directory`. Raises what `try_them` raises; then nothing is kept."""
-    file = cache_directory() / "trials" / f"{_key(forward, directory, window, slots)}.json"
+    try:
+        cache = cache_directory()
+    except ModelError:  # no home
+        return try_them()
+    file = cache / "trials" / f"{_key(forward, directory, window, slots)}.json"
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
         costs_s = {int(width): float(cost_s) for width, cost_s in kept["costs_s"].items()}

@@ -1,0 +1,267 @@
+"""Whether a generation speculates, and with which drafter: a bandit whose arms are measured by the time of a token. Pure.
+
+The arms are plain decoding and each kind of drafter. No model of costs knows what drafting takes from the target
+servers (processors, memory, turns on a GPU), and no number of a drafter's own says what it is worth: one that has no
+idea most of the time may be right whenever it has one. So each arm is judged by milliseconds per committed token,
+measured under like conditions: in the same *context*, which is the load (generations that run at a time) and the
+length of the text, both in powers of two.
+
+One rule holds for all arms. The first WARM_UP tokens after a change are not counted (a drafter reads the text then);
+after TRIAL counted tokens an arm is known; from then on the last MEMORY tokens count. An arm that is not used is
+tried again after a while, and after twice as long whenever it was found to be slower again.
+
+Whether speculation pays is decided for all generations of a context together: one that speculates among plain ones
+may be fast at the others' cost. Which drafter is the fastest depends on the text, so each generation also judges by
+itself (`ArmChoice`)."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+#: The arm that drafts nothing. The others are called what the configuration calls their drafter.
+PLAIN = ""
+#: Tokens, of each generation in the context.
+WARM_UP, TRIAL, MEMORY = 8, 24, 64
+#: Tokens in other arms after which one is tried again: at first, and at most.
+_PATIENCE, _MOST_PATIENCE = 512, 16384
+#: What a drafter is worth in a context where it was not tried is taken from so many tokens elsewhere.
+_ELSEWHERE = 1024.0
+#: Speculation may take so much longer than plain decoding before it is left: measurements scatter.
+_PAYS = 1.05
+#: Another drafter must take so much less time: a change costs the reading of the text.
+_BETTER = 0.93
+#: A token counts as at most so many times plain decoding: more has another reason, such as a worker that died.
+_LONGEST = 4.0
+#: Tokens after which a drafter that could not be had is asked for again.
+_ASK_AGAIN = 128
+#: Texts of fewer tokens than this are alike.
+_SHORT = 256
+
+
+def chooses_arms(algorithm: str, lookahead: int | None) -> bool:
+    """Whether a generation that was asked for so may change between speculation and plain decoding."""
+    return algorithm == "dsi" and lookahead is None
+
+
+class Context(NamedTuple):
+    """What must be alike for times to be compared: powers of two of the load and of the length of the text."""
+
+    load: int
+    length: int
+
+
+@dataclass(slots=True)
+class _Arm:
+    """What a token takes with one arm. In units of the caller: milliseconds, or multiples of plain decoding."""
+
+    tokens: float = 0.0
+    mean: float = 0.0
+    #: Tokens in other arms since this one was used.
+    idle: float = 0.0
+    patience: float = _PATIENCE
+    #: It was not used for so long that it is tried again.
+    due: bool = False
+
+    @property
+    def known(self) -> bool:
+        return self.tokens >= TRIAL
+
+    def add(self, tokens: float, each: float, memory: float) -> None:
+        self.idle = 0.0
+        if tokens > 0:
+            self.tokens += tokens
+            self.mean += (each - self.mean) * min(1.0, tokens / min(self.tokens, memory))
+            self.due = self.due and not self.known
+
+    def add_idle(self, tokens: float) -> None:
+        self.idle += tokens
+        if self.idle > self.patience and not self.due:
+            if self.known:
+                self.patience = min(2 * self.patience, _MOST_PATIENCE)
+            self.tokens, self.mean, self.due = 0.0, 0.0, True
+
+
+@dataclass(slots=True)
+class _Conditions:
+    """What is known in one context."""
+
+    arms: defaultdict[str, _Arm] = field(default_factory=lambda: defaultdict(_Arm))
+    #: What a token of plain decoding should take here: counts until that was tried.
+    promised_ms: float = 0.0
+
+    @property
+    def plain_ms(self) -> float:
+        plain = self.arms[PLAIN]
+        return plain.mean if plain.known else self.promised_ms
+
+    def pays(self, drafter: str) -> bool:
+        arm = self.arms[drafter]
+        return not arm.known or arm.mean <= _PAYS * self.plain_ms
+
+    def is_best(self, name: str) -> bool:
+        """Of the arms that are known."""
+        drafters = {other: arm.mean for other, arm in self.arms.items() if other != PLAIN and arm.known}
+        if name == PLAIN:
+            return not any(map(self.pays, drafters))
+        return self.pays(name) and self.arms[name].mean <= min(drafters.values())
+
+
+class Arms:
+    """What all generations of one orchestrator have learnt. `running` tells how many there are."""
+
+    def __init__(self, running: Callable[[], int] = lambda: 1) -> None:
+        self._running = running
+        #: The average over the last tokens: with four clients there are three for a moment, again and again.
+        self._load = 1.0
+        self._contexts: defaultdict[Context, _Conditions] = defaultdict(_Conditions)
+        #: By drafter, over all contexts: multiples of what plain decoding takes.
+        self._elsewhere: dict[str, _Arm] = {}
+        #: How long the text of each generation is that has committed something.
+        self._lengths: dict[Hashable, int] = {}
+
+    def generation_begins(self) -> None:
+        if not self._running():  # what was before the lull says nothing
+            self._load = 1.0
+
+    def generation_ends(self, who: Hashable) -> None:
+        self._lengths.pop(who, None)
+
+    def context(self, position: int) -> Context:
+        """Of a text of so many tokens, now."""
+        return Context(_band(self._load), _length(position))
+
+    def pays(self, drafter: str, position: int) -> bool:
+        """Whether to speculate with this drafter. True until it is known there."""
+        return self._contexts[self.context(position)].pays(drafter)
+
+    def plain_ms(self, position: int) -> float:
+        """What a token of plain decoding takes there; 0: not known."""
+        return self._contexts[self.context(position)].plain_ms
+
+    def ratio(self, drafter: str, position: int) -> float:
+        """What a token takes with this drafter, as a multiple of plain decoding. 0: it is to be tried."""
+        conditions = self._contexts[self.context(position)]
+        arm = conditions.arms[drafter]
+        if arm.known and conditions.plain_ms > 0:
+            return arm.mean / conditions.plain_ms
+        elsewhere = self._elsewhere.get(drafter)
+        return 0.0 if arm.due or elsewhere is None else elsewhere.mean
+
+    def committed(
+        self, tokens: int, counted: int, took_ms: float, *, arm: str, promised_ms: float, position: int, who: Hashable
+    ) -> None:
+        """Generation `who` committed `tokens` tokens, up to `position`, `took_ms` after the ones before; `counted` of
+        them count, as they did not come just after a change. `promised_ms`: what one should take in plain decoding at
+        this load; 0: nothing was measured, and nothing is judged."""
+        running = max(1, self._running())
+        share = tokens / running
+        self._lengths[who] = _length(position)
+        self._load += (running - self._load) * min(1.0, share / MEMORY)
+        if promised_ms <= 0 or _band(running) != _band(self._load):  # the load changes just now
+            return
+        lengths = list(self._lengths.values())
+        share /= lengths.count(_length(position)) / len(lengths)
+        conditions = self._contexts[self.context(position)]
+        conditions.promised_ms = promised_ms
+        used = conditions.arms[arm]
+        each_ms = min(took_ms / tokens, _LONGEST * max(promised_ms, conditions.plain_ms))
+        used.add(share * counted / tokens, each_ms, MEMORY)
+        for name in {PLAIN, *self._elsewhere, *conditions.arms} - {arm}:
+            conditions.arms[name].add_idle(share)
+        if used.known and conditions.is_best(arm):
+            used.patience = _PATIENCE
+        if arm != PLAIN and counted:
+            self._elsewhere.setdefault(arm, _Arm()).add(counted, each_ms / conditions.plain_ms, _ELSEWHERE)
+
+
+class ArmChoice:
+    """Of one generation: the drafter it has, or should ask for, and whether it speculates.
+
+    `left_to_us`: whether to speculate may be chosen. Where the user fixed how to speculate, drafters are still compared.
+    `never_left`: drafters that are not left for plain decoding, since they take nothing from the target and their drafts come in
+    bursts, of which a trial sees too few.
+    """
+
+    def __init__(
+        self, arms: Arms, drafter: str = "", *, left_to_us: bool = True, never_left: Sequence[str] = ()
+    ) -> None:
+        self.arms = arms
+        #: The drafter in use, or to begin with.
+        self.drafter = drafter
+        self.position = 0
+        self.left_to_us = left_to_us
+        self._never_left = never_left
+        self._here: defaultdict[str, _Arm] = defaultdict(_Arm)
+        self._promised_ms = 0.0
+        self._arm = drafter
+        #: Tokens since the arm changed; and at which of them another drafter was asked for, that did not come yet.
+        self._since = 0
+        self._asked: int | None = None
+
+    def pays(self, drafter: str) -> bool:
+        return not self.left_to_us or drafter in self._never_left or self.arms.pays(drafter, self.position)
+
+    @property
+    def speculates(self) -> bool:
+        return self.pays(self.drafter)
+
+    def first(self, drafters: Sequence[str]) -> str:
+        """Of those that are there the one to begin with, in the order given where they are alike. "": there is none."""
+        return min(drafters, key=self._value, default="")
+
+    def use(self, drafter: str) -> None:
+        """From now on this one drafts."""
+        self.drafter, self._arm, self._since, self._asked = drafter, drafter, 0, None
+
+    def committed(self, tokens: int, took_ms: float, *, arm: str, promised_ms: float) -> None:
+        """`tokens` tokens up to `self.position`, by this arm, `took_ms` after the ones before."""
+        if arm != self._arm:
+            self._arm, self._since = arm, 0
+        counted = max(0, min(tokens, self._since + tokens - WARM_UP))
+        self._since += tokens
+        if promised_ms <= 0:
+            return
+        self._promised_ms = promised_ms
+        self._here[arm].add(counted, min(took_ms / tokens, _LONGEST * promised_ms), MEMORY)
+        if self.left_to_us:
+            self.arms.committed(
+                tokens, counted, took_ms, arm=arm, promised_ms=promised_ms, position=self.position, who=self
+            )
+
+    def another(self, drafters: Sequence[str]) -> str | None:
+        """The drafter to change to, of those that are there. None: the present one is on trial, or the best."""
+        present = self.drafter
+        on_trial = self._arm == present and (self._since < WARM_UP + TRIAL or not self._here[present].known)
+        if self.pays(present) and on_trial:
+            return None
+        if self._asked is not None and self._since < self._asked + _ASK_AGAIN:
+            return None
+        best = min(drafters, key=self._value, default=present)
+        if best == present or not self.pays(best) or self._value(best) >= _BETTER * self._value(present):
+            return None
+        self._asked = self._since
+        return best
+
+    def ended(self) -> None:
+        self.arms.generation_ends(self)
+
+    def _value(self, drafter: str) -> float:
+        """What a token would take, as a multiple of plain decoding, which is what a drafter that does not pay is not used for."""
+        if not self.pays(drafter):
+            return 1.0
+        here, plain_ms = self._here.get(drafter), self.arms.plain_ms(self.position) or self._promised_ms
+        if here is not None and here.known and plain_ms > 0:
+            return here.mean / plain_ms
+        return self.arms.ratio(drafter, self.position)
+
+
+def _length(position: int) -> int:
+    return _band(max(position, _SHORT) / _SHORT)
+
+
+def _band(number: float) -> int:
+    return round(math.log2(number))

@@ -1,0 +1,112 @@
+"""What one generation learns of its workers while it runs, and what it changes by that: its policy and its drafter. Pure.
+
+The tuner plans how to speculate, from latencies and acceptance; the choice of arms says whether to speculate at all,
+and with which drafter, from what tokens took. The orchestrator and the simulator drive this same class, as they do
+the core."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dsi_actors.core import Policy
+from dsi_actors.planning.arms import PLAIN, ArmChoice, Arms, chooses_arms
+from dsi_actors.planning.tuner import Estimates, Tuner
+
+
+@dataclass(frozen=True, slots=True)
+class Guesser:
+    """What the planner must know of a drafter: milliseconds of a token, and of so many judged how many were right."""
+
+    drafter_ms: float
+    accepted: float
+    judged: float
+
+    @staticmethod
+    def of(estimates: Estimates) -> Guesser:
+        return Guesser(estimates.drafter_ms, estimates.accepted, estimates.judged)
+
+    @staticmethod
+    def unjudged(drafter_ms: float) -> Guesser:
+        """Only the latency is known."""
+        return Guesser.of(Estimates(drafter_ms=drafter_ms))
+
+
+class Controller:
+    """Of one generation."""
+
+    def __init__(self, tuner: Tuner, choice: ArmChoice) -> None:
+        self.tuner = tuner
+        self.choice = choice
+        #: Drafts from this position on are the present drafter's own.
+        self._own_from = 0
+        tuner.speculates = choice.speculates
+
+    @staticmethod
+    def with_one_drafter(
+        algorithm: str, sp: int, lookahead: int | None, estimates: Estimates, arms: Arms | None = None
+    ) -> Controller:
+        """Where there is one drafter for all generations, as in the simulator."""
+        choice = ArmChoice(arms or Arms(), "drafter", left_to_us=chooses_arms(algorithm, lookahead))
+        return Controller(Tuner(algorithm, sp, lookahead, estimates), choice)
+
+    @property
+    def drafter(self) -> str:
+        """The kind in use, or to begin with."""
+        return self.choice.drafter
+
+    @property
+    def estimates(self) -> Estimates:
+        return self.tuner.estimates
+
+    def begin(self) -> Policy:
+        return self.tuner.choose()
+
+    def set_servers(self, number: int, *, overlaps: bool) -> None:
+        """So many target servers are there. `overlaps`: the drafter can compute while they do."""
+        self.tuner.servers, self.tuner.overlaps = number, overlaps
+
+    def drafter_joined(self, kind: str, guesser: Guesser, position: int) -> None:
+        """This drafter is there; what is drafted before `position` is another one's. `guesser`: what is known of it, if it is not
+        the one that was planned with."""
+        if kind != self.choice.drafter:
+            self.tuner.another_drafter(guesser.drafter_ms, guesser.accepted, guesser.judged)
+        self.choice.use(kind)
+        self._own_from = position
+        self._decide()
+        self.tuner.look_again()
+
+    def judged(self, accepted: int, judged: int, committed: int) -> None:
+        """So many further drafts were compared with the target's own, which is known up to `committed`."""
+        if committed > self._own_from:
+            self.tuner.judged(accepted, judged)
+        if accepted < judged:  # what had been drafted beyond is dropped, whoever drafted it
+            self._own_from = min(self._own_from, committed)
+
+    def committed(
+        self, tokens: int, took_ms: float, position: int, *, drafts: bool, drafters: Sequence[str] = ()
+    ) -> str | None:
+        """`tokens` tokens, up to `position`, `took_ms` after the ones before (0 where that says nothing). `drafts`: a drafter is
+        there; `drafters`: the kinds that could be had. Returns another kind to ask for, if that is better."""
+        tuner, choice = self.tuner, self.choice
+        choice.position = position
+        if took_ms <= 0 or (tuner.drafting and not drafts):
+            return None  # nobody drafts though somebody should: that is neither arm
+        if not tuner.drafting and choice.left_to_us:
+            tuner.undrafted(tokens)
+        if not tuner.drafting or position > self._own_from:
+            arm = choice.drafter if tuner.drafting else PLAIN
+            choice.committed(tokens, took_ms, arm=arm, promised_ms=self.estimates.promised_ms)
+        another = choice.another(drafters) if drafts and len(drafters) > 1 else None
+        self._decide()
+        return another
+
+    def retune(self) -> Policy | None:
+        """The policy to change to, if another one is better now."""
+        return self.tuner.retune()
+
+    def ended(self) -> None:
+        self.choice.ended()
+
+    def _decide(self) -> None:
+        self.tuner.speculates = self.choice.speculates
