@@ -29,7 +29,7 @@ class DynamicInt8Linear(nn.Module):
     takes time, and is left out for a few rows of what was normed just before, which is all but where an MLP narrows again.
 
     Processors without VNNI add two products in 16 bits, and a sum that does not fit is cut. There weights have 7 bits, so that
-    every sum fits: of what costs the same that agrees most with the target (docs/measured.md).
+    every sum fits: of what costs the same that agrees most with the target (docs/exactness.md).
     """
 
     def __init__(self, linear: nn.Linear) -> None:
