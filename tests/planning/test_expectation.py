@@ -42,7 +42,7 @@ def test_the_expectation_is_what_the_core_does(target_ms: float, drafter_ms: flo
         policies.append(Policy.distributed(3, sp, 2, max_ahead=64, span=4))
     for policy in policies:
         expected = expect(policy, flat(target_ms), drafter_ms, acceptance)
-        run = simulate_once(scenario, Fixed(policy), tokens=20_000, seed=1)
+        run = simulate_once(scenario, Fixed(policy), tokens=10_000, seed=1)
         assert run.ms_per_token == pytest.approx(expected.ms_per_token, rel=0.03), policy
         assert run.target_forwards / run.tokens == pytest.approx(expected.target_forwards, rel=0.1), policy
 
@@ -98,7 +98,7 @@ def test_where_drafter_and_target_take_turns_nothing_overlaps(
     si = best_si(flat(target_ms), drafter_ms, acceptance)
     best_ms = min(target_ms, expect(si, flat(target_ms), drafter_ms, acceptance).ms_per_token)
     scenario = Scenario(target_ms=target_ms, drafter_ms=drafter_ms, acceptance=acceptance)
-    run = simulate_once(scenario, Fixed(policy), tokens=20_000, seed=1)
+    run = simulate_once(scenario, Fixed(policy), tokens=10_000, seed=1)
     assert (policy.algorithm, policy.sp) == ("dsi", 3)
     assert run.ms_per_token == pytest.approx(best_ms, rel=0.03)
     busy_ms = run.target_busy_ms + run.drafter_busy_ms
