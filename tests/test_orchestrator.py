@@ -104,4 +104,6 @@ async def test_workers_are_ended_without_asyncio_losing_sight_of_them(
             patched.setattr(subprocess.Popen, "poll", poll)
             supervisor.fence(next(iter(supervisor._processes)))
             await supervisor.end_all()
-    assert [record for record in caplog.records if record.name == "asyncio" and record.levelno > logging.INFO] == []
+    warnings = [record for record in caplog.records if record.name == "asyncio" and record.levelno > logging.INFO]
+    # On a busy machine a step of the loop is slow, and debug mode says so.
+    assert [record for record in warnings if not record.getMessage().startswith("Executing ")] == []
