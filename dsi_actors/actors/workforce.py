@@ -320,6 +320,9 @@ class Workforce(Actor[WorkforceMessage]):
         log.warning("this process stood still", late_ms=round(late_s * 1e3))
         for member in self._members:
             member.heard_s = min(now_s, member.heard_s + late_s)
+            member.since_s = min(now_s, member.since_s + late_s)
+            if member.unreachable_s is not None:  # the connection could not come back meanwhile
+                member.unreachable_s = min(now_s, member.unreachable_s + late_s)
             member.worker.forgive(late_s, now_s)
 
     def drop_incarnation(self, incarnation: int) -> None:
