@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,21 @@ class Loaded:
     positions: int
 
 
+@contextmanager
+def _one_sentence(reference: str) -> Iterator[None]:
+    """Whatever is wrong with a model's files becomes an EngineError: they come from anywhere, and there is no end of it."""
+    try:
+        yield
+    except (EngineError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        log.debug("the model cannot be read", exc_info=True)
+        raise EngineError(
+            f"the model {reference} cannot be read ({type(error).__name__}: {first_line(error)}): its files are damaged, or of a "
+            "kind that is not known here"
+        ) from error
+
+
 def load_model(
     directory: Path,
     device: torch.device,
@@ -49,33 +66,6 @@ def load_model(
 ) -> Loaded:
     """For products of about `rows` rows; `exact`: its bits matter. On a GPU forwards are recorded as `graphs`.
     Raises EngineError."""
-    try:
-        return _load(
-            directory, device, reference=reference, dtype=dtype, quantization=quantization, rows=rows,
-            most_positions=most_positions, graphs=graphs, exact=exact,
-        )  # fmt: skip
-    except (EngineError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # files from anywhere: there is no end of what can be wrong in them
-        log.debug("the model cannot be read", exc_info=True)
-        raise EngineError(
-            f"the model {reference} cannot be read ({type(error).__name__}: {first_line(error)}): its files are damaged, or of a "
-            "kind that is not known here"
-        ) from error
-
-
-def _load(
-    directory: Path,
-    device: torch.device,
-    *,
-    reference: str,
-    dtype: str,
-    quantization: str,
-    rows: int,
-    most_positions: int,
-    graphs: bool,
-    exact: bool,
-) -> Loaded:
     if quantization not in ("none", "int8"):
         raise EngineError(f"unknown quantization {quantization!r}: choose auto, none, int8")
     int8 = quantization == "int8"
@@ -84,15 +74,16 @@ def _load(
     def lay_out(linear: nn.Linear) -> nn.Module:
         return quantize_int8(linear) if int8 else pack(linear, rows)
 
-    checkpoint = read_checkpoint(directory, number_type, device)
-    if checkpoint is None:
-        loaded = _load_by_library(directory, device, reference, number_type, most_positions, lay_out)
-    else:
-        positions = min(most_positions, int(checkpoint.config.max_position_embeddings))
-        with torch.inference_mode():
-            decoder = Decoder(checkpoint.weights, checkpoint.config, *checkpoint.rope(positions, number_type))
-            decoder.lay_out(lay_out)
-        loaded = Loaded(decoder, checkpoint.config, positions)
+    with _one_sentence(reference):
+        checkpoint = read_checkpoint(directory, number_type, device)
+        if checkpoint is None:
+            loaded = _load_by_library(directory, device, reference, number_type, most_positions, lay_out)
+        else:
+            positions = min(most_positions, int(checkpoint.config.max_position_embeddings))
+            with torch.inference_mode():
+                decoder = Decoder(checkpoint.weights, checkpoint.config, *checkpoint.rope(positions, number_type))
+                decoder.lay_out(lay_out)
+            loaded = Loaded(decoder, checkpoint.config, positions)
     if graphs and device.type == "cuda" and isinstance(loaded.decoder, Decoder):
         return replace(loaded, decoder=on_a_gpu(loaded.decoder, exact=exact))
     return loaded
