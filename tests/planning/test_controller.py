@@ -325,3 +325,12 @@ def test_another_drafter_is_planned_with_what_is_known_of_it() -> None:
     assert controller.estimates.drafter_ms == 2.0, "it was planned with"
     controller.drafter_joined("b", Guesser(5.0, 1.0, 2.0), 0)
     assert (controller.estimates.drafter_ms, controller.estimates.acceptance) == (5.0, 0.5)
+
+
+def test_a_plan_follows_another_drafter_at_once() -> None:
+    """Before any of its drafts is judged."""
+    controller = begun(Arms())
+    controller.drafter_joined("a", GUESSER, 0)
+    controller.retune()
+    controller.drafter_joined("b", Guesser(8.0, 1.0, 6.0), 0)
+    assert controller.retune() is not None

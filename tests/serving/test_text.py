@@ -149,3 +149,11 @@ def test_an_answer_continues_its_prompt(tmp_path_factory: pytest.TempPathFactory
     answer = CommittedTokens(whole[len(prompt) :], [False] * (len(whole) - len(prompt)))
     for after, text in ((prompt, " from hot"), ((), "from hot")):
         assert TextAssembler(tokenizer, [" to"], after=after).add(answer).text == text
+
+
+def test_nothing_follows_a_stop_string() -> None:
+    """Also what the token that completed it says behind it."""
+    assembler = assembler_of(["b"])
+    assert assembler.add(committed([3])).text == ""
+    assert assembler.stopped
+    assert assembler.rest().text == "", "the letter behind it"
