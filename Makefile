@@ -7,6 +7,8 @@ PROMPT ?= Explain in two sentences why the sky is blue.
 # What has libraries use the kernels of a processor with AVX2 only. Each chooses by itself: torch, oneDNN, FBGEMM, MKL, OpenBLAS.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell
 TESTS ?= tests
+# Most tests wait for processes that start: more than one at a time for each core keeps two cores busy.
+JOBS ?= 3
 
 .PHONY: run test test-avx2 check fuzz format clean
 
@@ -14,11 +16,11 @@ run: $(VENV)/ready
 	$(BIN)/dsi-actors generate "$(PROMPT)" --max-tokens 48 --compare
 
 test: check
-	$(BIN)/pytest --numprocesses 2 --dist worksteal
+	$(BIN)/pytest --numprocesses $(JOBS) --dist worksteal
 
 # The tests as on a processor with AVX2 only. TESTS="tests/workers ..." runs some of them, as CI does (.ci/run).
 test-avx2: $(VENV)/ready
-	$(AVX2) $(BIN)/pytest --numprocesses 2 --dist worksteal $(TESTS)
+	$(AVX2) $(BIN)/pytest --numprocesses $(JOBS) --dist worksteal $(TESTS)
 
 # The fast checks: style and types.
 check: $(VENV)/ready

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, SupportsFloat, SupportsIndex
 
-from dsi_actors.devices import device_name, servers_beside_drafters
 from dsi_actors.errors import ConfigError
+from dsi_actors.host.devices import device_name, servers_beside_drafters
 from dsi_protocol import Endpoint, EndpointError, OptionValue, ProtocolError, Welcome, encode
 
 Algorithm = Literal["dsi", "si", "ar"]
@@ -124,6 +124,11 @@ class Config:
         if self.drafter is None:
             return ()
         return (self.drafter,) if isinstance(self.drafter, str) else tuple(self.drafter)
+
+    @property
+    def local_models(self) -> tuple[str, ...]:
+        """What local workers load: nothing where workers connect from elsewhere, or only stand for a model."""
+        return (self.target, *self.drafters) if self.listen is None and self.engine != "timed" else ()
 
     @property
     def local_servers(self) -> int:

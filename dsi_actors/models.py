@@ -11,9 +11,9 @@ from typing import Any
 
 from dsi_actors.config import NGRAM, NGRAM_FOR, RANDOM, SELF_INT8, Config
 from dsi_actors.errors import ConfigError
+from dsi_actors.host.requirements import require
 from dsi_actors.logs import get_logger
 from dsi_actors.progress import ProgressLines, Report
-from dsi_actors.requirements import require
 
 log = get_logger("models")
 
@@ -61,7 +61,8 @@ async def _prepared(reference: str, tokenizer_only: bool, report: Report) -> Pat
         raise ConfigError(f"a model reference has no zero bytes: {reference!r}")
     # In a session of its own, so that the terminal's Ctrl-C reaches us alone. It ends when its standard input does.
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "dsi_workers.preparation", *(["--tokenizer-only"] if tokenizer_only else []), "--", reference,
+        sys.executable, "-m", "dsi_workers.models.preparation", *(["--tokenizer-only"] if tokenizer_only else []),
+        "--", reference,
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True, limit=_LINE_BYTES,
     )  # fmt: skip
     assert process.stdout is not None

@@ -11,12 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, SupportsIndex
 
-from dsi_actors.actors.generation import Generation
-from dsi_actors.actors.knowledge import Knowledge
-from dsi_actors.actors.local import start_local_workers
-from dsi_actors.actors.root import Root
-from dsi_actors.actors.worker_handle import WorkerHandle
-from dsi_actors.advice import worker_command
 from dsi_actors.config import ALGORITHMS, Algorithm, Config, Sampling
 from dsi_actors.core import GenerationCore
 from dsi_actors.core.actions import Action
@@ -28,12 +22,18 @@ from dsi_actors.errors import (
     TooManyGenerations,
     WorkerStartError,
 )
+from dsi_actors.generation.generation import Generation
+from dsi_actors.generation.knowledge import Knowledge
+from dsi_actors.host.advice import worker_command
+from dsi_actors.host.temporary import socket_directory
+from dsi_actors.local_workers import start_local_workers
 from dsi_actors.logs import get_logger
 from dsi_actors.models import prepare_models
 from dsi_actors.planning.tuner import Estimates
 from dsi_actors.progress import Report, unreported
-from dsi_actors.stream import Channel, GenerationStream
-from dsi_actors.temporary import socket_directory
+from dsi_actors.root import Root
+from dsi_actors.stream import Cancel, Channel, GenerationStream
+from dsi_actors.workforce.worker_handle import WorkerHandle
 from dsi_protocol import MAX_TEXT_BYTES, MAX_TOKENS_PER_MESSAGE
 
 log = get_logger("orchestrator")
@@ -145,7 +145,7 @@ class Orchestrator:
     ) -> GenerationStream:
         channel = Channel()
 
-        async def start() -> Generation | None:
+        async def start() -> Cancel | None:
             root = self._running()
             target = await self._first_target(root)
             self._check_prompt(target, prompt_ids, sampling)
@@ -186,7 +186,7 @@ class Orchestrator:
                 observe=self._observer,
             )
             root.start_generation(generation, channel)
-            return generation
+            return generation.cancel
 
         return GenerationStream(channel, start)
 

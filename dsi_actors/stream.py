@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
-from functools import partial
 from types import TracebackType
+from typing import TypeAlias
 
-from dsi_actors.actors.generation import Generation
-from dsi_actors.core.events import CancelRequested
 from dsi_actors.errors import OrchestratorClosed
 from dsi_actors.results import CommittedTokens, GenerationReport
+
+#: Ends a generation whose reader wants no more. Returns at once.
+Cancel: TypeAlias = Callable[[], None]
 
 
 class Channel:
@@ -68,11 +69,12 @@ class Channel:
 class GenerationStream:
     """Async iterator over `CommittedTokens`. Work starts with the first iteration and ends with the last reference."""
 
-    def __init__(self, channel: Channel, start: Callable[[], Awaitable[Generation | None]]) -> None:
+    def __init__(self, channel: Channel, start: Callable[[], Awaitable[Cancel | None]]) -> None:
+        """`start` starts the generation and returns what cancels it; None if the reader was gone before."""
         self._channel = channel
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._start: Callable[[], Awaitable[Generation | None]] | None = start
-        self._generation: Generation | None = None
+        self._start: Callable[[], Awaitable[Cancel | None]] | None = start
+        self._cancel: Cancel | None = None
 
     def __aiter__(self) -> GenerationStream:
         return self
@@ -81,11 +83,11 @@ class GenerationStream:
         if self._start is not None:
             start, self._start = self._start, None
             self._loop = asyncio.get_running_loop()
-            self._generation = await start()
+            self._cancel = await start()
         channel = self._channel
         try:
             while (tokens := channel.take()) is None:
-                if channel.ended or self._generation is None:
+                if channel.ended or self._cancel is None:
                     if channel.error is not None:
                         raise channel.error
                     raise StopAsyncIteration
@@ -99,19 +101,19 @@ class GenerationStream:
         """Nobody wants the rest: cancel all work of this generation. Returns at once."""
         self._start = None
         self._channel.closed = True
-        if self._generation is not None:
-            self._generation.tell(CancelRequested(), control=True)
+        if self._cancel is not None:
+            self._cancel()
 
     async def aclose(self) -> None:
         """Cancel, and wait until no work is left."""
         self.cancel()
-        if self._generation is not None:
+        if self._cancel is not None:
             while not self._channel.concluded:
                 await self._channel.changed()
 
     async def report(self) -> GenerationReport:
         """What the generation cost: known once its last piece of work has ended, shortly after the last token."""
-        if self._generation is None:
+        if self._cancel is None:
             raise OrchestratorClosed("the generation did not run")
         while not self._channel.concluded:
             await self._channel.changed()
@@ -129,6 +131,6 @@ class GenerationStream:
 
     def __del__(self) -> None:
         # The garbage collector may run in any thread, and after the loop was closed.
-        generation, loop = self._generation, self._loop
-        if generation is not None and loop is not None and not self._channel.ended and not loop.is_closed():
-            loop.call_soon_threadsafe(partial(generation.tell, CancelRequested(), control=True))
+        cancel, loop = self._cancel, self._loop
+        if cancel is not None and loop is not None and not self._channel.ended and not loop.is_closed():
+            loop.call_soon_threadsafe(cancel)

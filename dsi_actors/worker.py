@@ -7,11 +7,11 @@ import os
 import sys
 from contextlib import AbstractContextManager
 
-from dsi_actors.devices import device_name
 from dsi_actors.errors import ConfigError
+from dsi_actors.host.devices import device_name
+from dsi_actors.host.standard_streams import complain, prepare_streams
 from dsi_actors.keys import load_worker_key
 from dsi_actors.progress import Report
-from dsi_actors.streams import complain, prepare_streams
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
 _DESCRIPTION = "One worker process: a drafter or a target server on one device."
@@ -77,7 +77,9 @@ def _work(arguments: argparse.Namespace) -> int:
 
 
 def _shown() -> AbstractContextManager[Report]:
-    from dsi_actors.cli.progress import ShownProgress  # which imports what a worker with nothing to fetch does not need
+    from dsi_actors.console.progress import (
+        ShownProgress,  # which imports what a worker with nothing to fetch does not need
+    )
 
     return ShownProgress()
 

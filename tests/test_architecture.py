@@ -19,17 +19,40 @@ PACKAGES = {
     if module.__file__ is not None
 }
 
+#: Each folder, or module beside the folders, may import those that stand before it (docs/architecture.md).
+LAYERS = {
+    "dsi_actors": (
+        "errors logs host config keys progress results core actor stream planning tokenization tokenizer models transport "
+        "workforce supervision generation root local_workers orchestrator __init__ "
+        "simulation tracing serving chaos conformance console benches worker cli"
+    ),
+    "dsi_workers": (
+        "__init__ session engine backend sampling connection models decoding checkpoints drafting engines benches "
+        "work loop prepare_models main"
+    ),
+    "dsi_protocol": "errors checksums fields gumbel messages codec endpoints __init__",
+}
+#: One idea each, so that a module can be read in one sitting.
+MOST_LINES = 400
+MOST_LINES_OF_THE_CORE = 600
+
 
 def imports_of(path: Path) -> set[str]:
-    """Top-level names of everything that the file imports, also inside functions."""
+    """Full names of the modules that the file imports, also inside functions."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found.add((node.module or "").partition(".")[0])
+            assert node.module
+            inside = node.module in PACKAGES  # `from dsi_actors import benches` names a folder
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} if inside else {node.module}
     return found
+
+
+def packages_of(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imports_of(path)}
 
 
 def files(package: str, folder: str = "") -> list[Path]:
@@ -38,42 +61,72 @@ def files(package: str, folder: str = "") -> list[Path]:
     return found
 
 
+def part_of(package: str, path: Path) -> str:
+    """The folder that a module stands in, or its own name beside the folders."""
+    return path.relative_to(PACKAGES[package]).with_suffix("").parts[0]
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_no_import_arrow_runs_up(package: str) -> None:
+    layers = LAYERS[package].split()
+    assert {part_of(package, path) for path in files(package)} <= set(layers), "a new folder needs its place"
+    for path in files(package):
+        own = part_of(package, path)
+        for name in imports_of(path):
+            if name.partition(".")[0] != package or own == "__init__":
+                continue
+            parts = name.split(".")
+            other = parts[1] if parts[1] in layers else "__init__"
+            assert layers.index(other) <= layers.index(own), f"{path} imports {name}"
+
+
 def test_the_protocol_imports_neither_other_package_and_needs_msgpack_only() -> None:
     for path in files("dsi_protocol"):
-        outside = imports_of(path) - set(sys.stdlib_module_names) - {"dsi_protocol"}
+        outside = packages_of(path) - set(sys.stdlib_module_names) - {"dsi_protocol"}
         assert outside <= {"msgpack"}, path
 
 
 def test_workers_import_the_protocol_only() -> None:
     for path in files("dsi_workers"):
-        assert "dsi_actors" not in imports_of(path), path
+        assert "dsi_actors" not in packages_of(path), path
 
 
 def test_only_the_entry_point_starts_workers() -> None:
     for path in files("dsi_actors"):
         if path != PACKAGES["dsi_actors"] / "worker.py":
-            assert "dsi_workers" not in imports_of(path), path
+            assert "dsi_workers" not in packages_of(path), path
 
 
 def test_the_core_is_pure() -> None:
     allowed = {"__future__", "collections", "dataclasses", "typing", "dsi_actors", "enum", "math"}
     for path in files("dsi_actors", "core"):
-        assert imports_of(path) <= allowed, path
-        source = ast.parse(path.read_text(encoding="utf-8"))
-        inner = {node.module for node in ast.walk(source) if isinstance(node, ast.ImportFrom) and node.module}
-        assert all(not name.startswith("dsi_actors") or name.startswith("dsi_actors.core") for name in inner), path
+        assert packages_of(path) <= allowed, path
+        inside = {name for name in imports_of(path) if name.startswith("dsi_actors")}
+        assert all(name.startswith("dsi_actors.core") for name in inside), path
 
 
-def test_only_the_gateway_knows_zmq() -> None:
-    users = {path.name for path in files("dsi_actors") if "zmq" in imports_of(path)}
-    assert users == {"gateway.py", "keys.py", "proxy.py", "strangers.py", "bench_overhead.py"}
+def test_only_the_transport_knows_zmq() -> None:
+    """And those that speak to it as strangers do, or measure what it costs."""
+    users = {path.relative_to(PACKAGES["dsi_actors"]) for path in files("dsi_actors") if "zmq" in packages_of(path)}
+    assert {str(path) for path in users} == {
+        "transport/gateway.py", "keys.py", "chaos/proxy.py", "chaos/strangers.py", "benches/overhead.py"
+    }  # fmt: skip
 
 
 def test_no_module_outgrows_one_idea() -> None:
+    """Lines of code and prose that are not blank: what a reader has to take in."""
     for package in PACKAGES:
         for path in files(package):
-            limit = 600 if "core" in path.parts else 400
-            assert len(path.read_text(encoding="utf-8").splitlines()) <= limit, path
+            limit = MOST_LINES_OF_THE_CORE if part_of(package, path) == "core" else MOST_LINES
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            assert len(lines) <= limit, path
+
+
+def test_each_folder_says_what_it_holds() -> None:
+    for package in PACKAGES:
+        for path in files(package):
+            assert path.stat().st_size == 0 or ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
+            assert path.name != "__init__.py" or path.stat().st_size > 0, path
 
 
 @pytest.mark.parametrize(
@@ -81,7 +134,7 @@ def test_no_module_outgrows_one_idea() -> None:
     [
         "import dsi_actors, dsi_actors.tokenizer, dsi_actors.cli.main",
         "import dsi_actors.serving.app",
-        "import dsi_workers.main, dsi_workers.engines, dsi_workers.models, dsi_workers.loop",
+        "import dsi_workers.main, dsi_workers.engines, dsi_workers.models.resolve, dsi_workers.loop, dsi_workers.backend",
     ],
 )
 def test_torch_is_not_imported_before_it_is_needed(program: str) -> None:

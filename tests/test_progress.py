@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dsi_actors.cli.progress import ShownProgress
+from dsi_actors.console.progress import ShownProgress
 from dsi_actors.progress import ProgressLines
 
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from dsi_actors.config import DEFAULT_TARGET
 from dsi_actors.errors import ConfigError
 from dsi_actors.tokenizer import Tokenizer
-from dsi_workers.models import resolve_model
+from dsi_workers.models.resolve import resolve_model
 from support.engines import make_tiny_model
 from support.tokenizers import byte_level, save
 

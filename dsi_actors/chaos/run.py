@@ -20,13 +20,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dsi_actors.actors.root import Root
 from dsi_actors.chaos.proxy import DISTURBANCES, Proxy
 from dsi_actors.config import Algorithm, Config, Sampling
 from dsi_actors.errors import DsiError
+from dsi_actors.host.temporary import socket_directory
 from dsi_actors.logs import get_logger
 from dsi_actors.orchestrator import Orchestrator
-from dsi_actors.temporary import socket_directory
+from dsi_actors.root import Root
 
 log = get_logger("chaos")
 

@@ -1,0 +1,1 @@
+"""The commands of `dsi-actors`, one in each module. Benchmarks are in dsi_actors/benches."""

@@ -14,10 +14,10 @@ import sys
 from rich.table import Table
 
 from dsi_actors.chaos.run import Chaos, as_dict
-from dsi_actors.cli.machine import describe_machine
-from dsi_actors.cli.options import SubParsers, add_logging_option
-from dsi_actors.cli.terminal import terminal
 from dsi_actors.config import Config
+from dsi_actors.console.machine import describe_machine
+from dsi_actors.console.options import SubParsers, add_logging_option
+from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
 
 

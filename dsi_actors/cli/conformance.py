@@ -9,12 +9,12 @@ import argparse
 import json
 import sys
 
-from dsi_actors.advice import worker_command
-from dsi_actors.cli.options import SubParsers, add_logging_option
-from dsi_actors.cli.terminal import terminal
 from dsi_actors.conformance.checks import COMMON, DRAFTER, JOINING, LEAVING, TARGET, Check, is_drafter
 from dsi_actors.conformance.peer import Nonconformance, Peer
+from dsi_actors.console.options import SubParsers, add_logging_option
+from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
+from dsi_actors.host.advice import worker_command
 
 
 def add_parser(commands: SubParsers) -> None:

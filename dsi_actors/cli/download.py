@@ -6,9 +6,9 @@ import argparse
 import json
 import sys
 
-from dsi_actors.cli.machine import describe_machine
-from dsi_actors.cli.options import SubParsers, add_logging_option
-from dsi_actors.cli.progress import model_directory
+from dsi_actors.console.machine import describe_machine
+from dsi_actors.console.options import SubParsers, add_logging_option
+from dsi_actors.console.progress import model_directory
 
 
 def add_parser(commands: SubParsers) -> None:

@@ -17,8 +17,8 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.table import Table
 
-from dsi_actors.advice import worker_command
-from dsi_actors.cli.options import (
+from dsi_actors.config import ALGORITHMS, Algorithm, Config, Sampling
+from dsi_actors.console.options import (
     SubParsers,
     add_algorithm_options,
     add_sampling_options,
@@ -27,14 +27,14 @@ from dsi_actors.cli.options import (
     sampling_from,
     utf8,
 )
-from dsi_actors.cli.progress import ShownProgress
-from dsi_actors.cli.terminal import can_show, terminal
-from dsi_actors.config import ALGORITHMS, Algorithm, Config, Sampling
+from dsi_actors.console.progress import ShownProgress
+from dsi_actors.console.terminal import can_show, terminal
 from dsi_actors.errors import ConfigError, NoTargetError
+from dsi_actors.host.advice import worker_command
+from dsi_actors.host.requirements import require_models
 from dsi_actors.models import resolve_model
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.planning.tuner import Estimates
-from dsi_actors.requirements import require_models
 from dsi_actors.results import CommittedTokens, GenerationReport
 from dsi_actors.tokenizer import Tokenizer, TokenStream
 from dsi_actors.tracing.record import Recorder, open_recording
@@ -100,7 +100,7 @@ class _Run:
 
 async def run(arguments: argparse.Namespace) -> int:
     config = config_from(arguments, listen=arguments.listen, insecure=arguments.insecure, keys=arguments.keys)
-    require_models(config)
+    require_models(config.local_models)
     resumed = [] if arguments.resume is None else _read_tokens(arguments.resume)
     sampling_from(arguments)  # what cannot be used shows before anything is fetched
     prompt = _prompt(arguments)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dsi_actors.cli.options import SubParsers, add_group, add_logging_option
+from dsi_actors.console.options import SubParsers, add_group, add_logging_option
 from dsi_actors.keys import Keyring, new_keys, revoke
 
 

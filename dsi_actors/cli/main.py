@@ -7,39 +7,14 @@ import errno
 import signal
 import sys
 
-from dsi_actors.cli import (
-    bench_acceptance,
-    bench_exact,
-    bench_exact_cost,
-    bench_flood,
-    bench_gpu,
-    bench_heatmap,
-    bench_http,
-    bench_load,
-    bench_never_slower,
-    bench_overhead,
-    bench_real,
-    bench_soak,
-    bench_start,
-    bench_table2,
-    bench_timed,
-    chaos,
-    conformance,
-    download,
-    generate,
-    keys,
-    plan,
-    serve,
-    simulate,
-    status,
-    trace,
-)
-from dsi_actors.cli.machine import version_of
-from dsi_actors.cli.options import add_group
-from dsi_actors.cli.running import EndedBySignal, run
+from dsi_actors import benches
+from dsi_actors.cli import chaos, conformance, download, generate, keys, plan, serve, simulate, status, trace
+from dsi_actors.console.machine import version_of
+from dsi_actors.console.options import add_group
+from dsi_actors.console.running import EndedBySignal, run
 from dsi_actors.errors import DsiError
+from dsi_actors.host.standard_streams import complain, forget_output, prepare_streams
 from dsi_actors.logs import show_logs
-from dsi_actors.streams import complain, forget_output, prepare_streams
 
 
 def main() -> int:
@@ -90,23 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     keys.add_parser(commands)
     chaos.add_parser(commands)
     conformance.add_parser(commands)
-    bench = commands.add_parser("bench", help="measure this machine")
-    benches = add_group(bench, "benchmarks", "BENCHMARK")
-    bench_overhead.add_parser(benches)
-    bench_real.add_parser(benches)
-    bench_gpu.add_parser(benches)
-    bench_exact.add_parser(benches)
-    bench_exact_cost.add_parser(benches)
-    bench_acceptance.add_parser(benches)
-    bench_timed.add_parser(benches)
-    bench_table2.add_parser(benches)
-    bench_never_slower.add_parser(benches)
-    bench_heatmap.add_parser(benches)
-    bench_flood.add_parser(benches)
-    bench_load.add_parser(benches)
-    bench_http.add_parser(benches)
-    bench_soak.add_parser(benches)
-    bench_start.add_parser(benches)
+    benches.add_parser(commands)
     return parser
 
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from rich.table import Table
 
-from dsi_actors.cli.machine import describe_machine
-from dsi_actors.cli.options import SubParsers, add_logging_option
-from dsi_actors.cli.pictures import check_picture, draw_plan
-from dsi_actors.cli.terminal import terminal
-from dsi_actors.cli.timed_bench import check_sizes, scenario_from
+from dsi_actors.benches.timed_workers import check_sizes, scenario_from
+from dsi_actors.console.machine import describe_machine
+from dsi_actors.console.options import SubParsers, add_logging_option
+from dsi_actors.console.pictures import check_picture, draw_plan
+from dsi_actors.console.terminal import terminal
 from dsi_actors.core import Policy
 from dsi_actors.errors import ConfigError
 from dsi_actors.planning.expectation import Expectation, best_dsi, best_si, equation_1_servers, expect

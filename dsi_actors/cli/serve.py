@@ -7,14 +7,14 @@ import ipaddress
 import os
 from pathlib import Path
 
-from dsi_actors.cli.options import SubParsers, add_worker_options, config_from, utf8
-from dsi_actors.cli.progress import ShownProgress
-from dsi_actors.cli.signals import EndingSignals
-from dsi_actors.cli.terminal import terminal
+from dsi_actors.console.options import SubParsers, add_worker_options, config_from, utf8
+from dsi_actors.console.progress import ShownProgress
+from dsi_actors.console.running import Ending
+from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
+from dsi_actors.host.requirements import require_models
 from dsi_actors.models import resolve_model
 from dsi_actors.orchestrator import Orchestrator
-from dsi_actors.requirements import require_models
 from dsi_actors.tokenizer import Tokenizer
 
 _KEYS_VARIABLE = "DSI_API_KEYS"
@@ -47,19 +47,14 @@ def add_parser(commands: SubParsers) -> None:
 
 
 async def run(arguments: argparse.Namespace) -> int:
-    with EndingSignals() as signals:
-        await _serve(arguments, signals)
-    return signals.status
-
-
-async def _serve(arguments: argparse.Namespace, signals: EndingSignals) -> None:
+    ending: Ending = arguments.ending
     if not 0 <= arguments.port < 1 << 16 or arguments.default_max_tokens < 1 or not 0 <= arguments.drain_s < 1e9:
         raise ConfigError("--port must be a port, --default-max-tokens at least 1, --drain-s at least 0")
     config = config_from(
         arguments, listen=arguments.listen, insecure=arguments.insecure, keys=arguments.keys,
         max_generations=arguments.max_queue,
     )  # fmt: skip
-    require_models(config, "serve", what="a service")
+    require_models(config.local_models, "serve", what="a service")
     from dsi_actors.serving.address import HttpAddress
     from dsi_actors.serving.app import create_app
     from dsi_actors.serving.server import make_server
@@ -83,13 +78,14 @@ async def _serve(arguments: argparse.Namespace, signals: EndingSignals) -> None:
             progress.close()
             app = create_app(orchestrator, tokenizer, service_config)
             server = make_server(app, log_level=arguments.log_level, drain_s=arguments.drain_s)
-            signals.drains(server)
+            ending.drains(server)
             address.listen()
             err.print(
                 f"workers connect to {orchestrator.endpoint}" if config.listen else "workers are ready", soft_wrap=True
             )
             err.print(f"serving {service_config.model} at {address.url}/v1", soft_wrap=True)
             await server.serve(address.sockets)
+    return 128 + ending.hurried_by if ending.hurried_by else 0
 
 
 def _is_loopback(host: str) -> bool:

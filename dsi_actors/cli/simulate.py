@@ -17,14 +17,14 @@ from typing import Any
 
 from rich.table import Table
 
-from dsi_actors.cli.machine import describe_machine
-from dsi_actors.cli.options import SubParsers, add_logging_option, lookahead
-from dsi_actors.cli.pool import process_pool
-from dsi_actors.cli.terminal import terminal
-from dsi_actors.cli.timed_bench import add_scenario_options, check_sizes, scenario_from
+from dsi_actors.benches.timed_workers import add_scenario_options, check_sizes, scenario_from
 from dsi_actors.config import ALGORITHMS
-from dsi_actors.devices import cores
+from dsi_actors.console.machine import describe_machine
+from dsi_actors.console.options import SubParsers, add_logging_option, lookahead
+from dsi_actors.console.pool import process_pool
+from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
+from dsi_actors.host.devices import cores
 from dsi_actors.results import Trace
 from dsi_actors.simulation.run import Scenario, SimulatedRun, mean_of, simulate
 

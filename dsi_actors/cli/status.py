@@ -17,8 +17,8 @@ from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
-from dsi_actors.cli.options import SubParsers, add_logging_option
-from dsi_actors.cli.terminal import terminal
+from dsi_actors.console.options import SubParsers, add_logging_option
+from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
 
 _TIMEOUT_S = 10.0

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from dsi_actors.cli.options import SubParsers, add_logging_option
+from dsi_actors.console.options import SubParsers, add_logging_option
 from dsi_actors.errors import ConfigError
 from dsi_actors.tracing.chrome import chrome_trace
 from dsi_actors.tracing.lanes import draw

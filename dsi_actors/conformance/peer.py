@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
-from dsi_actors.actors.gateway import Gateway, PeerGone
+from dsi_actors.transport.gateway import Gateway, PeerGone
 from dsi_protocol import (
     CloseGeneration,
     Draft,

@@ -1,1 +1,1 @@
-"""From latencies to settings."""
+"""Which plan is fastest: expected times from measured latencies and acceptance, and whether to speculate at all."""

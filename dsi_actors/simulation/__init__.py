@@ -1,0 +1,1 @@
+"""The same core with simulated workers: discrete events instead of processes and clocks."""

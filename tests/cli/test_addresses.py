@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 import dsi_actors
-from dsi_actors.advice import worker_command
+from dsi_actors.host.advice import worker_command
 from support.command import dsi_actors_command, words
 from support.ipv6 import has_ipv6
 from support.patience import limit_s

@@ -202,7 +202,7 @@ async def test_once_they_have_left_other_target_servers_may_come(tmp_path: Path)
     config = timed_config(listen=f"ipc://{tmp_path}/dsi.sock", silence_ms=round(500 * slowness()))
     async with dsi_actors.Orchestrator(config) as orchestrator:
         assert orchestrator._root is not None
-        orchestrator._root.workforce._likeness._memory_s = 0.3
+        orchestrator._root.workforce._compatibility._memory_s = 0.3
         async with running(orchestrator.endpoint, FakeWorker("target", silent, fingerprint=5)):
             await until(lambda: orchestrator.workers)
         await until(lambda: not orchestrator.workers)

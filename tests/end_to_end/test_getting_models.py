@@ -15,9 +15,9 @@ import pytest
 
 import dsi_actors
 from dsi_actors import models
-from dsi_actors.actors.members import Member
-from dsi_actors.actors.worker_handle import WorkerHandle
 from dsi_actors.models import resolve_model
+from dsi_actors.workforce.members import Member
+from dsi_actors.workforce.worker_handle import WorkerHandle
 from dsi_protocol import FromWorker, Hello, Message, Preparing, Welcome
 from support.engines import make_tiny_model
 from support.fake_worker import FakeWorker, running, silent
@@ -57,7 +57,7 @@ def preparations() -> list[psutil.Process]:
     found = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "dsi_workers.preparation" in child.cmdline():
+            if "dsi_workers.models.preparation" in child.cmdline():
                 found.append(child)
     return found
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 import dsi_actors
-from dsi_actors.actors.supervisor import SupervisorMessage, WorkerSpec, WorkerSupervisor
-from dsi_actors.actors.worker_handle import WorkerHandle
-from dsi_actors.actors.workforce import Workforce
 from dsi_actors.core.actions import Action
 from dsi_actors.core.events import DraftsArrived, DraftsLate, Event
+from dsi_actors.supervision.supervisor import SupervisorMessage, WorkerSpec, WorkerSupervisor
+from dsi_actors.workforce.worker_handle import WorkerHandle
+from dsi_actors.workforce.workforce import Workforce
 from dsi_protocol import Draft, Goodbye, Verify
 from support.patience import limit_s, patience, slowness, until
 from support.timed import PROMPT, gone, plain_decoding, start_worker, text_of, timed_config, workers
@@ -158,7 +158,7 @@ async def test_a_worker_that_is_not_like_the_others_is_not_started_again(starts:
     async with dsi_actors.Orchestrator(timed_config()) as orchestrator:
         assert orchestrator._root is not None
         given_up, other = (worker for worker in orchestrator.workers if worker.role == "target")
-        given_up.unlike = True
+        given_up.incompatible = True
         orchestrator._root.workforce._drop(given_up, Goodbye("it is not like the others"))
         os.kill(other.hello.process, signal.SIGKILL)
         for worker in (given_up, other):
@@ -201,7 +201,7 @@ async def test_a_worker_that_was_taken_for_dead_ends_when_it_wakes(tmp_path: Any
 
 async def test_a_connection_that_breaks_costs_a_moment_and_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker reconnects and stays the same; what was lost on the way is sent again."""
-    monkeypatch.setattr("dsi_actors.actors.members._RECONNECT_S", 600.0)  # it comes back in time, however slowly
+    monkeypatch.setattr("dsi_actors.workforce.members._RECONNECT_S", 600.0)  # it comes back in time, however slowly
     config = timed_config(listen="tcp://127.0.0.1:*", silence_ms=detection_ms(), drafter=None)
     async with dsi_actors.Orchestrator(config) as orchestrator:
         host, port = orchestrator.endpoint.removeprefix("tcp://").rsplit(":", 1)

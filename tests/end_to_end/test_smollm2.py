@@ -22,7 +22,7 @@ PROMPTS = (
     'def fibonacci(n: int) -> int:\n    """Return the n-th Fibonacci number."""\n',
     "The three laws of thermodynamics are",
 )
-TOKENS = 24
+TOKENS = 16
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import dsi_actors
-from dsi_actors.actors.workforce import FoundUseless
+from dsi_actors.workforce.workforce import FoundUseless
 from end_to_end.test_worker_processes import start_orchestrator
 from support.patience import limit_s, slowness
 from support.timed import PROMPT, plain_decoding, start_worker, text_of, timed_config

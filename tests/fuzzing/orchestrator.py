@@ -16,10 +16,10 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, cast
 
-from dsi_actors.actors.gateway import PeerGone
-from dsi_actors.actors.workforce import FrameArrived, Workforce
 from dsi_actors.config import Algorithm, Config, Sampling
 from dsi_actors.orchestrator import Orchestrator
+from dsi_actors.transport.gateway import PeerGone
+from dsi_actors.workforce.workforce import FrameArrived, Workforce
 from dsi_protocol import (
     Cancelled,
     Drafted,

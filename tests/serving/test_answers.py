@@ -82,7 +82,7 @@ async def test_what_is_counted_does_not_depend_on_how_it_is_decoded(
         "_LATE_S",
         "_LATE_UNKNOWN_S",
     ):  # SI waits for its drafts, and so has blocks, however slow the machine is
-        monkeypatch.setattr(f"dsi_actors.actors.late_drafts.{name}", 600.0)
+        monkeypatch.setattr(f"dsi_actors.generation.draft_timeout.{name}", 600.0)
     words = {f"w{number}": number for number in range(1000)}
     tokenizer = Tokenizer(save(LibraryTokenizer(WordLevel(words, unk_token="w0")), tmp_path))
     behind = 0

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsi_protocol import Drain, FromWorker, Message
-from dsi_workers.engines.base import Engine, EngineInfo, Interrupt, Interrupted, Task
+from dsi_workers.engine import Engine, EngineInfo, Interrupt, Interrupted, Task
 from dsi_workers.session import Session
+
+if TYPE_CHECKING:
+    from dsi_workers.decoding.torch_backend import TorchBackend
 
 
 class NoInterrupt:
@@ -116,3 +119,13 @@ def make_tiny_model(
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.save(str(directory / "tokenizer.json"))
     return directory
+
+
+def torch_backend(engine: Engine) -> TorchBackend:
+    """The backend of a model engine of our own."""
+    from dsi_workers.decoding.torch_backend import TorchBackend
+    from dsi_workers.engines.model import ModelEngine
+
+    assert isinstance(engine, ModelEngine)
+    assert isinstance(engine._backend, TorchBackend)
+    return engine._backend

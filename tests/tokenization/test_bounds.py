@@ -15,7 +15,7 @@ from dsi_actors.config import DEFAULT_TARGET
 from dsi_actors.tokenization.bounds import UNBOUNDED, max_token_bytes
 from dsi_actors.tokenization.detokenizer import Detokenizer
 from dsi_actors.tokenizer import Tokenizer as OurTokenizer
-from dsi_workers.models import resolve_model
+from dsi_workers.models.resolve import resolve_model
 from support.tokenizers import KINDS, byte_level, llama_2, save
 
 

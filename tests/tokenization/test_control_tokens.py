@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from dsi_actors.config import DEFAULT_TARGET
 from dsi_actors.tokenization.control_tokens import ControlTokens
 from dsi_actors.tokenizer import Tokenizer
-from dsi_workers.models import resolve_model
+from dsi_workers.models.resolve import resolve_model
 from support.tokenizers import CONTROL, KINDS, number_of, save
 
 TEMPLATE = (

@@ -12,7 +12,7 @@ from tokenizers import decoders, models
 
 from dsi_actors.config import DEFAULT_TARGET
 from dsi_actors.tokenization.detokenizer import BYTE_OF, Detokenizer
-from dsi_workers.models import resolve_model
+from dsi_workers.models.resolve import resolve_model
 from support.tokenizers import KINDS, TEXT, number_of
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"

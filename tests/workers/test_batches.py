@@ -23,12 +23,12 @@ from dsi_protocol import (
     Verify,
 )
 from dsi_workers.connection import WorkSocket
+from dsi_workers.decoding.slots import Slots
+from dsi_workers.engine import Answer, Interrupt
 from dsi_workers.engines import Engine, Task, load_engine
-from dsi_workers.engines.base import Answer, Interrupt
-from dsi_workers.engines.transformers import TransformersEngine
+from dsi_workers.engines.model import ModelEngine
 from dsi_workers.loop import WorkerLoop
 from dsi_workers.session import SamplingParameters, Session
-from dsi_workers.slots import Slots
 from support.engines import CountingEngine, NoInterrupt, ScriptedSocket, make_tiny_model, session_of
 
 
@@ -107,7 +107,7 @@ def test_a_drafter_drafts_for_several(tiny_model: Path) -> None:
 
 def test_the_next_turn_does_not_read_the_history_again(tiny_model: Path) -> None:
     engine = load_engine("transformers", role="target", model=str(tiny_model), device="cpu:0", options={"slots": 2})
-    assert isinstance(engine, TransformersEngine)
+    assert isinstance(engine, ModelEngine)
     chance = random.Random(1)
     turn = [chance.randrange(90) for _ in range(300)]
     answer, _ = alone(engine, turn, 1, 20)
@@ -124,7 +124,7 @@ def test_the_next_turn_does_not_read_the_history_again(tiny_model: Path) -> None
 
 def test_the_least_recently_used_goes_first(tiny_model: Path) -> None:
     engine = load_engine("transformers", role="target", model=str(tiny_model), device="cpu:0", options={"slots": 2})
-    assert isinstance(engine, TransformersEngine)
+    assert isinstance(engine, ModelEngine)
     texts = [[number] * 140 for number in range(3)]
     for number, text in enumerate(texts):
         alone(engine, text, number, 1)

@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dsi_workers.checkpoint import read_checkpoint
-from dsi_workers.decoder import Decoder
-from dsi_workers.engines.forward import ComputesLogits, Forward, Run
-from dsi_workers.engines.load import load_model
-from dsi_workers.library import LibraryDecoder
-from dsi_workers.quantization import quantize_int8
+from dsi_workers.backend import Run
+from dsi_workers.checkpoints.checkpoint import read_checkpoint
+from dsi_workers.checkpoints.library import LibraryDecoder
+from dsi_workers.checkpoints.load import load_model
+from dsi_workers.decoding.decoder import Decoder
+from dsi_workers.decoding.forward import ComputesLogits, Forward
+from dsi_workers.decoding.quantization import quantize_int8
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -78,7 +79,7 @@ def test_logits_are_the_librarys(
     model = made(tmp_path, kind, **more)
     expected = model(torch.tensor([TOKENS])).logits[0]
     if without_library:
-        monkeypatch.setattr("dsi_workers.engines.load._load_by_library", None)
+        monkeypatch.setattr("dsi_workers.checkpoints.load._load_by_library", None)
     else:
         assert read_checkpoint(tmp_path, torch.float32, torch.device("cpu")) is None
     decoder, config = loaded(tmp_path)
@@ -102,7 +103,7 @@ def test_a_model_whose_logits_come_out_otherwise_stays_with_the_library(
 ) -> None:
     made(tmp_path, "mistral", sliding_window=8)
     assert isinstance(loaded(tmp_path)[0], Decoder)
-    monkeypatch.setattr("dsi_workers.decoder.root_mean_square_normed", lambda x, weight, epsilon: x * weight)
+    monkeypatch.setattr("dsi_workers.decoding.decoder.root_mean_square_normed", lambda x, weight, epsilon: x * weight)
     assert isinstance(loaded(tmp_path)[0], LibraryDecoder)
 
 
@@ -120,7 +121,7 @@ def test_int8_is_near(kind: str, tmp_path: Path) -> None:
 def test_the_library_is_not_imported_for_a_model_that_does_not_need_it(tmp_path: Path) -> None:
     made(tmp_path, "llama")
     program = (
-        "import sys; from pathlib import Path; import torch; from dsi_workers.engines.load import load_model\n"
+        "import sys; from pathlib import Path; import torch; from dsi_workers.checkpoints.load import load_model\n"
         f"load_model(Path({str(tmp_path)!r}), torch.device('cpu'), reference='made', dtype='auto', quantization='none', rows=8, "
         "most_positions=256)\n"
         "sys.exit(sorted(name for name in sys.modules if name.partition('.')[0] == 'transformers')[:3] or 0)"

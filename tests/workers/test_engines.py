@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
+from dsi_workers.decoding.widths import Trial, Widths
+from dsi_workers.drafting.suffix_index import READ_AT_ONCE
 from dsi_workers.engines import Engine, EngineError, Interrupted, Task, load_engine
-from dsi_workers.engines.bits import Trial, Widths
-from dsi_workers.engines.transformers import TransformersEngine
+from dsi_workers.engines.loading import load_model_engine
+from dsi_workers.engines.model import ModelEngine
 from dsi_workers.engines.translating import TranslatingEngine
 from dsi_workers.session import SamplingParameters, Session
-from dsi_workers.suffix_index import READ_AT_ONCE
-from support.engines import InterruptAfter, NoInterrupt, make_tiny_model, session_of
+from support.engines import InterruptAfter, NoInterrupt, make_tiny_model, session_of, torch_backend
 
 MakeEngine = Callable[[], Engine]
 
@@ -103,7 +104,7 @@ def test_an_interrupt_leaves_no_trace(engine: Engine) -> None:
         session.truncate(len(tokens) - checks % 3)
         tokens = list(session.tokens)
         assert engine.verify(session, len(tokens), NoInterrupt()).tokens == fresh(engine, tokens, len(tokens))
-    if type(engine).__name__ == "TransformersEngine":
+    if type(engine).__name__ == "ModelEngine":
         assert interrupted >= 3, "an interrupt reaches between the layers"
 
 
@@ -153,7 +154,7 @@ def test_the_bits_do_not_depend_on_how_tokens_are_grouped(tiny_model: Path, dtyp
 
 def test_servers_with_other_bits_say_another_fingerprint(tiny_model: Path, sliding_model: Path) -> None:
     def said(model: Path, *, drafter: bool = False, **options: str | int) -> int:
-        return TransformersEngine(str(model), device="cpu", drafter=drafter, options=options).info.fingerprint
+        return load_model_engine(str(model), device="cpu", drafter=drafter, options=options).info.fingerprint
 
     once = said(tiny_model)
     assert once > 0
@@ -200,8 +201,7 @@ def test_a_device_that_sums_by_what_it_reads_has_all_of_the_cache_read(
     monkeypatch.setenv("DSI_CACHE", str(tmp_path / "by length"))
     monkeypatch.setattr(functional, "scaled_dot_product_attention", by_length)
     engine = load_engine("transformers", model=str(tiny_model), **words)
-    assert isinstance(engine, TransformersEngine)
-    assert engine._forward.read_step == 1024
+    assert torch_backend(engine).forward.read_step == 1024
     monkeypatch.setenv("DSI_CACHE", str(tmp_path / "by chance"))
     monkeypatch.setattr(functional, "scaled_dot_product_attention", by_chance)
     with pytest.raises(EngineError, match="gives other bits when it computes the same tokens again"):
@@ -228,8 +228,7 @@ def test_a_device_that_sums_by_place_attends_to_each_position_by_itself(
     )
     wants, found = SamplingParameters(logprobs=True), []
     for engine, groups in ((first, (1,) * 8), (first, (8,)), (again, (3, 5))):
-        assert isinstance(engine, TransformersEngine)
-        assert engine._forward.attends_apart
+        assert torch_backend(engine).forward.attends_apart
         session = Session(1, 2, "", wants)
         session.write(0, [5, 7])
         logprobs: list[float] = []
@@ -247,8 +246,7 @@ def test_a_drafter_on_a_cpu_is_int8_unless_told_otherwise(tiny_model: Path) -> N
     def layers(role: str, **options: Any) -> set[type]:
         words: dict[str, Any] = {"role": role, "device": "cpu:0", "options": {"calibrate": False, **options}}
         engine = load_engine("transformers", model=str(tiny_model), **words)
-        assert isinstance(engine, TransformersEngine)
-        return {type(layer) for layer in engine._forward.products()}
+        return {type(layer) for layer in torch_backend(engine).forward.products()}
 
     assert layers("drafter") == layers("drafter", quantization="int8") != layers("drafter", quantization="none")
     assert layers("target") == layers("drafter", quantization="none")
@@ -258,7 +256,7 @@ def test_a_drafter_translates_only_for_a_target_with_another_vocabulary_that_it_
     tiny_model: Path, tmp_path: Path
 ) -> None:
     other = make_tiny_model(tmp_path, words=64)
-    kinds = {str(tiny_model): TransformersEngine, str(other): TranslatingEngine, "/nowhere/x.gguf": TransformersEngine}
+    kinds = {str(tiny_model): ModelEngine, str(other): TranslatingEngine, "/nowhere/x.gguf": ModelEngine}
     for target, kind in kinds.items():
         words: dict[str, Any] = {"role": "drafter", "device": "cpu:0", "options": {"target": target}}
         engine = load_engine("transformers", model=str(tiny_model), **words)
@@ -280,8 +278,9 @@ def test_widths_are_tried_once_for_all_that_they_depend_on(
     def widths(**options: Any) -> set[int]:
         words: dict[str, Any] = {"role": "target", "device": "cpu:0", "options": {"calibrate": False, **options}}
         engine = load_engine("transformers", model=str(tiny_model), **words)
-        assert isinstance(engine, TransformersEngine)
-        return set(engine._widths.costs_s)
+        widths = torch_backend(engine).widths
+        assert widths is not None
+        return set(widths.costs_s)
 
     monkeypatch.setattr(Trial, "widths", counted)
     monkeypatch.setenv("DSI_CACHE", str(tmp_path))
@@ -446,7 +445,7 @@ def test_what_cannot_be_loaded_is_refused(arguments: dict[str, object], problem:
 def test_models_that_cannot_be_rewound_are_refused(model_type: str) -> None:
     from transformers import AutoConfig
 
-    from dsi_workers.compatibility import refuse_if_not_rewindable
+    from dsi_workers.checkpoints.compatibility import refuse_if_not_rewindable
 
     with pytest.raises(EngineError, match="keeps a running state that cannot be rewound"):
         refuse_if_not_rewindable(AutoConfig.for_model(model_type), "org/model")
@@ -456,7 +455,7 @@ def test_models_that_cannot_be_rewound_are_refused(model_type: str) -> None:
 def test_models_with_other_masks_are_refused(model_type: str, problem: str) -> None:
     from transformers import AutoConfig
 
-    from dsi_workers.compatibility import refuse_if_not_rewindable
+    from dsi_workers.checkpoints.compatibility import refuse_if_not_rewindable
 
     with pytest.raises(EngineError, match=problem):
         refuse_if_not_rewindable(AutoConfig.for_model(model_type), "org/model")
@@ -487,7 +486,7 @@ def test_learned_positions_may_be_used_to_the_last(tiny_model: Path, tmp_path: P
 def test_longrope_models_stay_within_their_original_length() -> None:
     from transformers import AutoConfig
 
-    from dsi_workers.compatibility import position_limit
+    from dsi_workers.checkpoints.compatibility import position_limit
 
     rope = {
         "rope_type": "longrope", "rope_theta": 10000.0, "long_factor": [1.0] * 48, "short_factor": [1.0] * 48,
@@ -510,6 +509,6 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
 def test_models_with_attention_only_are_taken(model_type: str) -> None:
     from transformers import AutoConfig
 
-    from dsi_workers.compatibility import refuse_if_not_rewindable
+    from dsi_workers.checkpoints.compatibility import refuse_if_not_rewindable
 
     refuse_if_not_rewindable(AutoConfig.for_model(model_type), "org/model")

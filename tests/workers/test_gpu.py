@@ -20,27 +20,30 @@ pytest.importorskip("triton", reason="kernels for a GPU need Triton")
 
 from dsi_protocol import OptionValue
 from dsi_protocol.gumbel import stream_key
-from dsi_workers.decoder import Decoder
+from dsi_workers.backend import Run
+from dsi_workers.checkpoints.load import load_model, on_a_gpu
+from dsi_workers.decoding.decoder import Decoder
+from dsi_workers.decoding.forward import Forward
+from dsi_workers.decoding.gpu.decoder import GpuDecoder
+from dsi_workers.decoding.gpu.product import Product
+from dsi_workers.decoding.quantization import Int8Linear
+from dsi_workers.decoding.widths import Trial, Widths
+from dsi_workers.engine import Interrupted
 from dsi_workers.engines import Task, load_engine
-from dsi_workers.engines.base import Interrupted
-from dsi_workers.engines.bits import Trial, Widths
-from dsi_workers.engines.forward import Forward, Run
-from dsi_workers.engines.load import load_model, on_a_gpu
-from dsi_workers.engines.transformers import TransformersEngine
-from dsi_workers.gpu.decoder import GpuDecoder
-from dsi_workers.gpu.product import Product
-from dsi_workers.quantization import Int8Linear
+from dsi_workers.engines.model import ModelEngine
 from dsi_workers.sampling import gumbel_noise
-from support.engines import InterruptAfter, NoInterrupt, make_tiny_model, session_of
+from support.engines import InterruptAfter, NoInterrupt, make_tiny_model, session_of, torch_backend
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if GPU else "cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float32
 #: Of the norm of what is compared.
 NEAR = 0.03 if GPU else 1e-5
-HEADS, KV_HEADS, DIM, HIDDEN, INNER, WORDS, LAYERS = 4, 2, 16, 48, 96, 80, 2
+DIM, HIDDEN, INNER, WORDS, LAYERS = 16, 48, 96, 80, 2
+#: In the interpreter a kernel takes as long as it has programs, and there is one for each row and head.
+KV_HEADS = 1
 WINDOW = 8
-CAPACITY = 512
+CAPACITY = 256
 SLIDES = 12
 
 
@@ -49,16 +52,19 @@ def random_tensor(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
     return made.to(DEVICE, DTYPE)
 
 
-def decoder(*, slides: bool = False, norms: bool = False, biases: bool = False) -> tuple[Decoder, Any]:
+def decoder(
+    *, kv_heads: int = KV_HEADS, slides: bool = False, norms: bool = False, biases: bool = False
+) -> tuple[Decoder, Any]:
+    heads = 2 * kv_heads
     config: Any = SimpleNamespace(
-        rms_norm_eps=1e-5, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS,
+        rms_norm_eps=1e-5, num_hidden_layers=LAYERS, num_attention_heads=heads, num_key_value_heads=kv_heads,
         head_dim=DIM, hidden_size=HIDDEN,
     )  # fmt: skip
     if slides:
         config.sliding_window, config.layer_types = SLIDES, ["sliding_attention", "full_attention"]
     shapes = {
-        "self_attn.q_proj": (HEADS * DIM, HIDDEN), "self_attn.k_proj": (KV_HEADS * DIM, HIDDEN),
-        "self_attn.v_proj": (KV_HEADS * DIM, HIDDEN), "self_attn.o_proj": (HIDDEN, HEADS * DIM),
+        "self_attn.q_proj": (heads * DIM, HIDDEN), "self_attn.k_proj": (kv_heads * DIM, HIDDEN),
+        "self_attn.v_proj": (kv_heads * DIM, HIDDEN), "self_attn.o_proj": (HIDDEN, heads * DIM),
         "mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN), "mlp.down_proj": (HIDDEN, INNER),
     }  # fmt: skip
     weights = {
@@ -82,7 +88,7 @@ def decoder(*, slides: bool = False, norms: bool = False, biases: bool = False) 
     return Decoder(weights, config, angles.cos().to(DTYPE), angles.sin().to(DTYPE)), config
 
 
-def forwards(**more: bool) -> tuple[Forward, Forward]:
+def forwards(**more: Any) -> tuple[Forward, Forward]:
     """By kernels, and by torch's own operations."""
     own, config = decoder(**more)
     by_kernels = GpuDecoder(own)
@@ -112,8 +118,8 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert (found.float() - expected.float()).norm() <= NEAR * expected.float().norm()
 
 
-@pytest.mark.parametrize("more", [{}, {"slides": True}, {"norms": True, "biases": True}])
-def test_logits_are_the_decoders(more: dict[str, bool]) -> None:
+@pytest.mark.parametrize("more", [{"kv_heads": 2}, {"slides": True}, {"norms": True, "biases": True}])
+def test_logits_are_the_decoders(more: dict[str, Any]) -> None:
     """One generation and several, prompts between, windows that are full and not, on both sides of where attention is cut."""
     by_kernels, plain = forwards(**more)
     chance = random.Random(3)
@@ -164,9 +170,7 @@ def test_what_is_beyond_a_text_is_neither_read_nor_written() -> None:
             assert (tensor[1:] == 1e4).all()
 
 
-def engine_on_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, directory: Path, role: str, **options: OptionValue
-) -> TransformersEngine:
+def engine_on_a_gpu(monkeypatch: pytest.MonkeyPatch, directory: Path, role: str, **options: OptionValue) -> ModelEngine:
     """Loaded and warmed up as on a GPU, to see what shares a forward. Without one all widths count as tried, and the decoder
     that kernels stand for computes: the interpreter would take minutes."""
     if not GPU:
@@ -183,17 +187,17 @@ def engine_on_a_gpu(
             logits: torch.Tensor = self._decoder(packed, self.cache, between)
             return logits
 
-        monkeypatch.setattr("dsi_workers.gpu.decoder._Recording.record", lambda self, capture: None)
-        monkeypatch.setattr("dsi_workers.gpu.decoder._Recording.compute", compute)
+        monkeypatch.setattr("dsi_workers.decoding.gpu.decoder._Recording.record", lambda self, capture: None)
+        monkeypatch.setattr("dsi_workers.decoding.gpu.decoder._Recording.compute", compute)
         monkeypatch.setenv("DSI_CACHE", str(directory))
-        monkeypatch.setattr("dsi_workers.engines.load.pack", lambda linear, rows: linear)
-        monkeypatch.setattr("dsi_workers.engines.transformers.load_model", load_by_kernels)
+        monkeypatch.setattr("dsi_workers.checkpoints.load.pack", lambda linear, rows: linear)
+        monkeypatch.setattr("dsi_workers.engines.loading.load_model", load_by_kernels)
         monkeypatch.setattr(Trial, "widths", widths)
     options = {"window": 16, "quantization": "none", "max_length": 256, **options}
     model = str(make_tiny_model(directory / "model"))
     engine = load_engine("transformers", role=role, model=model, device=str(DEVICE), options=options)
-    assert isinstance(engine, TransformersEngine)
-    assert engine._forward.recorded_rows == GpuDecoder.recorded_rows
+    assert isinstance(engine, ModelEngine)
+    assert torch_backend(engine).forward.recorded_rows == GpuDecoder.recorded_rows
     return engine
 
 
@@ -253,7 +257,7 @@ def test_a_worker_starts_and_serves_whatever_its_slots(
 def test_an_interrupt_takes_effect_within_a_forward_and_leaves_no_trace(
     checks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsi_workers.gpu.decoder._LAYERS", 1)
+    monkeypatch.setattr("dsi_workers.decoding.gpu.decoder._LAYERS", 1)
     by_kernels, _ = forwards()
     [expected] = logits_of(by_kernels, [run_of(0, 0, 3)])
     by_kernels.interrupt = InterruptAfter(checks)

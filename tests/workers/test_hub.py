@@ -14,9 +14,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from dsi_workers import hub as fetching
-from dsi_workers.model_files import ModelError
-from dsi_workers.models import resolve_model
+from dsi_workers.models import hub as fetching
+from dsi_workers.models.files import ModelError
+from dsi_workers.models.resolve import resolve_model
 from support.engines import make_tiny_model
 from support.hub import LoopbackHub
 from support.patience import limit_s, wait_until
@@ -96,7 +96,7 @@ def test_what_a_killed_process_had_is_not_fetched_again(
 ) -> None:
     hub.hold_after(50_000)
     environment = {**os.environ, **hub.environment(tmp_path)}
-    command = [sys.executable, "-m", "dsi_workers.preparation", NAME]
+    command = [sys.executable, "-m", "dsi_workers.models.preparation", NAME]
     killed = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     assert hub.held.wait(limit_s())
     wait_until(lambda: any(path.stat().st_size >= 40_000 for path in tmp_path.rglob("*.incomplete")))
@@ -115,7 +115,7 @@ def test_what_a_killed_process_had_is_not_fetched_again(
 def test_a_parent_that_is_gone_ends_the_fetch(hub: LoopbackHub, tmp_path: Path) -> None:
     hub.hold_after(1000)
     process = subprocess.Popen(
-        [sys.executable, "-m", "dsi_workers.preparation", NAME], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        [sys.executable, "-m", "dsi_workers.models.preparation", NAME], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
         env={**os.environ, **hub.environment(tmp_path)},
     )  # fmt: skip
     assert hub.held.wait(limit_s())

@@ -28,12 +28,12 @@ from dsi_protocol import (
     prefix_checksum,
 )
 from dsi_workers.connection import Unreachable, WorkSocket
+from dsi_workers.drafting.lookup import Lookup
 from dsi_workers.engines import Engine, RequestError, load_engine
-from dsi_workers.engines.transformers import TransformersEngine
+from dsi_workers.engines.model import ModelEngine
 from dsi_workers.engines.translating import TranslatingEngine
-from dsi_workers.lookup import Lookup
 from dsi_workers.loop import IDLE_S, MAX_SESSIONS, WorkerLoop
-from support.engines import CountingEngine, ScriptedSocket, make_tiny_model
+from support.engines import CountingEngine, ScriptedSocket, make_tiny_model, torch_backend
 
 #: Numbers that stand for nothing else in an engine.
 ONE, OTHER, THIRD = 987_654_321, 987_654_322, 987_654_323
@@ -110,7 +110,7 @@ def worker(request: pytest.FixtureRequest, model: Path, other_model: Path) -> tu
     if kind == "translating drafter":
         options["target"] = str(other_model)
     made = load_engine("transformers", role=role, model=str(model), device="cpu:0", options=options)
-    assert type(made) is (TranslatingEngine if kind == "translating drafter" else TransformersEngine)
+    assert type(made) is (TranslatingEngine if kind == "translating drafter" else ModelEngine)
     if "lookup" in kind:  # many guesses are worth it, none is copied
         cast("Any", made)._lookup = Lookup({1: 10.0, 8: 11.0}, remember=False, sure=2.0)
     return role, made
@@ -264,13 +264,12 @@ def test_broken_logits_are_answered(model: Path, monkeypatch: pytest.MonkeyPatch
     """With a token, and a log probability that can be said."""
     options = {"calibrate": False}
     engine = load_engine("transformers", role="target", model=str(model), device="cpu:0", options=options)
-    assert isinstance(engine, TransformersEngine)
-    compute = type(engine._forward).__call__
+    compute = type(torch_backend(engine).forward).__call__
 
     def broken(self: Any, *arguments: Any, **more: Any) -> Any:
         return [logits * float("nan") for logits in compute(self, *arguments, **more)]
 
-    monkeypatch.setattr(type(engine._forward), "__call__", broken)
+    monkeypatch.setattr(type(torch_backend(engine).forward), "__call__", broken)
     greedy = replace(OPEN, generation=OTHER, temperature=0.0, repetition_penalty=1.0, logprobs=True)
     sent = served(
         engine, MidStepSocket(), replace(OPEN, logprobs=True), greedy, ask("target", ONE), ask("target", OTHER)

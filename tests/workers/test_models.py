@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from dsi_workers import conversion
 from dsi_workers.engines import EngineError, load_engine
-from dsi_workers.model_files import ModelError, cache_directory, read_vocabulary_hash
-from dsi_workers.models import resolve_model
+from dsi_workers.models import conversion
+from dsi_workers.models.files import ModelError, cache_directory, read_vocabulary_hash
+from dsi_workers.models.resolve import resolve_model
 from support.engines import make_tiny_model
 
 
@@ -37,7 +37,7 @@ def problem_of(reference: str | Path) -> str:
 
 def test_what_an_interrupted_conversion_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSI_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("dsi_workers.models.check_model", lambda directory, **settings: None)
+    monkeypatch.setattr("dsi_workers.models.resolve.check_model", lambda directory, **settings: None)
     gguf = tmp_path / "tiny.gguf"
     gguf.write_bytes(b"GGUF, but no more")
     attempts: list[Path] = []

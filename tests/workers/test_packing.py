@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from dsi_workers import packing
-from dsi_workers.packing import PackedLinear, pack, replace_linear_layers
+from dsi_workers.decoding import packing
+from dsi_workers.decoding.packing import PackedLinear, pack, replace_linear_layers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -32,7 +32,7 @@ avx2 = pytest.mark.skipif(
 @avx2
 def test_kernels_are_those_of_this_setting() -> None:
     """Else the tests of such a processor would test nothing."""
-    from dsi_workers import quantization
+    from dsi_workers.decoding import quantization
 
     if any(os.environ.get(name) != value for name, value in AVX2_ONLY.items()):
         pytest.skip("this run uses whatever the processor has")

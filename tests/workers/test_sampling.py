@@ -310,7 +310,7 @@ assert "transformers" not in sys.modules
     assert all(line.endswith("[]") for line in said), said
 
 
-@settings(max_examples=20)
+@settings(max_examples=6)
 @given(st.integers(0, 10**6))
 def test_two_that_share_the_noise_agree_as_often_as_theory_says(number: int) -> None:
     """Between (1 - TV) / (1 + TV), the guarantee of the coupling, and 1 - TV, the most any coupling reaches."""

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from dsi_workers.drafting.translation import Translation, Vocabulary
 from dsi_workers.engines import Engine, EngineError, EngineInfo, Interrupt, Interrupted, Task
 from dsi_workers.engines.translating import TranslatingEngine
 from dsi_workers.session import Session
-from dsi_workers.translation import Translation, Vocabulary
 from support.engines import InterruptAfter, NoInterrupt, session_of
 
 _WORDS = """

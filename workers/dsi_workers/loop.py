@@ -32,7 +32,7 @@ from dsi_protocol import (
     Welcome,
 )
 from dsi_workers.connection import WorkSocket
-from dsi_workers.engines.base import Answer, Engine, Interrupted, RequestError
+from dsi_workers.engine import Answer, Engine, Interrupted, RequestError
 from dsi_workers.session import SamplingParameters, Session
 from dsi_workers.work import Work, WorkQueue
 

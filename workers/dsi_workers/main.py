@@ -27,8 +27,8 @@ from dsi_protocol import PROTOCOL_VERSION, Endpoint, EndpointError, Failed, Good
 from dsi_workers.connection import Address, CurveKeys, Heart, Unreachable, WorkSocket, host_name, watch_parent
 from dsi_workers.engines import Engine, EngineError, load_engine
 from dsi_workers.loop import WorkerLoop
-from dsi_workers.model_files import ModelError, Report, unreported
-from dsi_workers.own_models import NotNeeded, with_own_models
+from dsi_workers.models.files import ModelError, Report, unreported
+from dsi_workers.prepare_models import NotNeeded, with_own_models
 
 log = structlog.get_logger("dsi.worker")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from dsi_protocol import Draft, Verify
-from dsi_workers.engines.base import Engine, Task
+from dsi_workers.engine import Engine, Task
 from dsi_workers.session import Session
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 
 from dsi_protocol import OptionValue
-from dsi_workers.engines.base import Engine, EngineError, EngineInfo, Interrupt, Interrupted, RequestError, Task
-from dsi_workers.model_files import ModelError
+from dsi_workers.engine import Engine, EngineError, EngineInfo, Interrupt, Interrupted, RequestError, Task
+from dsi_workers.models.files import ModelError
 
 ENGINES = ("transformers", "timed", "ngram")
 _LIBRARIES = {"transformers": ("torch", "transformers")}
@@ -65,9 +65,9 @@ def _load(name: str, role: str, model: str, device: str, options: Mapping[str, O
         return NgramEngine(options)
     if name == "transformers":
         check_installed(name)
-        from dsi_workers.engines.transformers import TransformersEngine
+        from dsi_workers.engines.loading import load_model_engine
 
-        engine = TransformersEngine(model, device=device, drafter=role == "drafter", options=options)
+        engine = load_model_engine(model, device=device, drafter=role == "drafter", options=options)
         if role == "drafter" and options.get("target"):
             from dsi_workers.engines.translating import in_vocabulary_of
 

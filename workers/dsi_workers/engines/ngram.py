@@ -6,9 +6,9 @@ import time
 from collections.abc import Mapping, Sequence
 
 from dsi_protocol import OptionValue
-from dsi_workers.engines.base import Engine, EngineError, EngineInfo, Interrupt, Task
+from dsi_workers.drafting.suffix_index import SuffixIndex, Text, Texts
+from dsi_workers.engine import Engine, EngineError, EngineInfo, Interrupt, Task
 from dsi_workers.session import Session
-from dsi_workers.suffix_index import SuffixIndex, Text, Texts
 
 
 class NgramEngine(Engine):

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 
 from dsi_protocol import OptionValue, prefix_checksum
 from dsi_protocol.gumbel import random_bits, stream_key
-from dsi_workers.engines.base import Engine, EngineError, EngineInfo, Interrupt, Task
+from dsi_workers.engine import Engine, EngineError, EngineInfo, Interrupt, Task
 from dsi_workers.session import Session
 
 WINDOW = 32

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import structlog
 
-from dsi_workers.engines.base import Engine, EngineError, Interrupt, Task
-from dsi_workers.model_files import ModelError, read_json, read_vocabulary_hash
-from dsi_workers.models import resolve_model
+from dsi_workers.drafting.translation import Translation, Vocabulary
+from dsi_workers.engine import Engine, EngineError, Interrupt, Task
+from dsi_workers.models.files import ModelError, read_json, read_vocabulary_hash
+from dsi_workers.models.resolve import resolve_model
 from dsi_workers.session import Session
-from dsi_workers.translation import Translation, Vocabulary
 
 log = structlog.get_logger("dsi.engine")
 

@@ -1,0 +1,139 @@
+"""`dsi-actors bench exact`: is the text the same, whatever the algorithm, the drafter, the servers, the lookahead?
+
+For each dtype and prompt, greedy and sampled, plain decoding (AR) gives the reference. Every other way must give the same
+token ids: AR, SI and DSI × drafters × SP × lookahead, each drafter with worker processes of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rich.table import Table
+
+from dsi_actors.benches.prompts import add_prompt_options, read_prompts
+from dsi_actors.config import NGRAM, RANDOM, SELF_INT8, Algorithm, Config, Sampling
+from dsi_actors.console.machine import describe_machine
+from dsi_actors.console.options import SubParsers, add_logging_option, add_ready_timeout_option, default_of
+from dsi_actors.console.progress import model_directory, prepare_shown
+from dsi_actors.console.terminal import terminal
+from dsi_actors.orchestrator import Orchestrator
+from dsi_actors.tokenizer import Tokenizer
+
+DRAFTERS = (SELF_INT8, NGRAM, RANDOM)
+LOOKAHEADS: tuple[int | Literal["auto"], ...] = (1, 3, 8, "auto")
+SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "top_k": 50, "repetition_penalty": 1.1}
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to get the text."""
+
+    algorithm: Algorithm
+    sp: int
+    lookahead: int | Literal["auto"]
+
+
+def ways(servers: int) -> Iterator[Way]:
+    yield Way("ar", 1, "auto")
+    for lookahead in LOOKAHEADS:
+        yield Way("si", 1, lookahead)
+        for sp in range(1, servers + 1):
+            yield Way("dsi", sp, lookahead)
+
+
+@dataclass(slots=True)
+class Findings:
+    """Counts by (dtype, drafter, algorithm, sp), and the references: by (dtype, prompt id, greedy or sampled)."""
+
+    compared: Counter[tuple[str, str, str, int]] = field(default_factory=Counter)
+    differing: Counter[tuple[str, str, str, int]] = field(default_factory=Counter)
+    tokens: Counter[tuple[str, str, str, int]] = field(default_factory=Counter)
+    references: dict[tuple[str, str, str], list[int]] = field(default_factory=dict)
+
+    def take(self, key: tuple[str, str, str, int], reference: tuple[str, str, str], text: list[int]) -> bool:
+        """Compare with the reference, or become it. Returns whether it is the same."""
+        expected = self.references.setdefault(reference, text)
+        if expected is text:
+            return True
+        self.compared[key] += 1
+        self.tokens[key] += len(text)
+        self.differing[key] += text != expected
+        return text == expected
+
+    def rows(self) -> list[dict[str, Any]]:
+        names = ("dtype", "drafter", "algorithm", "sp")
+        return [
+            {
+                **dict(zip(names, key, strict=True)),
+                "compared": count,
+                "differing": self.differing[key],
+                "tokens": self.tokens[key],
+            }
+            for key, count in sorted(self.compared.items())
+        ]
+
+
+def add_parser(benches: SubParsers) -> None:
+    parser = benches.add_parser("exact", help="the same text in every way?", description=__doc__)
+    parser.add_argument("--target", default=default_of(Config, "target"), metavar="REF")
+    add_prompt_options(parser, limit=2, max_tokens=32)
+    parser.add_argument("--servers", type=int, default=3, metavar="N", help="SP from 1 to this (default %(default)s)")
+    parser.add_argument("--dtypes", default="float32,bfloat16", metavar="LIST", help="default %(default)s")
+    parser.add_argument("--drafters", default=",".join(DRAFTERS), metavar="LIST", help="default %(default)s")
+    parser.add_argument("--gpu", action="append", default=[], metavar="N", dest="devices")
+    parser.add_argument("--json", action="store_true")
+    add_ready_timeout_option(parser)
+    add_logging_option(parser)
+    parser.set_defaults(command=run)
+
+
+async def run(arguments: argparse.Namespace) -> int:
+    prompts = read_prompts(arguments, Tokenizer(await model_directory(arguments.target)))
+    samplings = {
+        "greedy": Sampling(max_tokens=arguments.max_tokens),
+        "sampled": Sampling(max_tokens=arguments.max_tokens, seed=2024, **SAMPLED),
+    }
+    findings = Findings()
+    err = terminal(stderr=True)
+    for dtype in arguments.dtypes.split(","):
+        for drafter in arguments.drafters.split(","):
+            config = Config(
+                target=arguments.target, drafter=drafter, sp=arguments.servers, devices=tuple(arguments.devices),
+                target_options={"dtype": dtype}, ready_timeout_s=arguments.ready_timeout, log_level=arguments.log_level,
+            )  # fmt: skip
+            await prepare_shown(config)
+            async with Orchestrator(config) as orchestrator:
+                for prompt in prompts:
+                    for kind, sampling in samplings.items():
+                        for way in ways(arguments.servers):
+                            stream = orchestrator.generate(
+                                prompt.ids, sampling, algorithm=way.algorithm, sp=way.sp, lookahead=way.lookahead
+                            )
+                            text = [token async for tokens in stream for token in tokens]
+                            await stream.aclose()
+                            if not findings.take(
+                                (dtype, drafter, way.algorithm, way.sp), (dtype, prompt.name, kind), text
+                            ):
+                                err.print(f"DIFFERENT: {dtype} {drafter} {prompt.name} {kind} {way}", style="red")
+                    err.print(f"{dtype} {drafter} {prompt.name}: {findings.compared.total()} compared so far")
+    return _report(findings, as_json=arguments.json)
+
+
+def _report(findings: Findings, *, as_json: bool) -> int:
+    compared, differing = findings.compared.total(), findings.differing.total()
+    if as_json:
+        summary = {"compared": compared, "differing": differing, "results": findings.rows()}
+        sys.stdout.write(json.dumps({"machine": describe_machine(), **summary}) + "\n")
+    else:
+        table = Table("dtype", "drafter", "algorithm", "SP", "compared", "differing", "tokens")
+        for row in findings.rows():
+            table.add_row(*(str(value) for value in row.values()))
+        terminal().print(table)
+        sys.stdout.write(f"{compared} outputs compared, {differing} different\n")
+    return 1 if differing else 0

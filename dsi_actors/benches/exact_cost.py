@@ -1,0 +1,104 @@
+"""`dsi-actors bench exact-cost`: what it costs that the text never depends on how it was computed.
+
+Plain decoding (AR) by one of our target servers, which is exact, against transformers' own greedy `generate`, which is
+not: alternating in one run, each in a process of its own with the same number of threads, the other one idle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from typing import Any
+
+from rich.table import Table
+
+from dsi_actors.benches.prompts import Prompt, add_prompt_options, read_prompts
+from dsi_actors.benches.reference import ReferenceProcess
+from dsi_actors.config import Config, Sampling
+from dsi_actors.console.machine import describe_machine, memory_of
+from dsi_actors.console.options import SubParsers, add_logging_option, add_ready_timeout_option, default_of
+from dsi_actors.console.progress import model_directory
+from dsi_actors.console.terminal import terminal
+from dsi_actors.errors import ConfigError
+from dsi_actors.orchestrator import Orchestrator
+from dsi_actors.tokenizer import Tokenizer
+
+_OURS, _THEIRS = "exact (AR)", "transformers generate"
+
+
+def add_parser(benches: SubParsers) -> None:
+    parser = benches.add_parser("exact-cost", help="what exactness costs", description=__doc__)
+    parser.add_argument("--target", default=default_of(Config, "target"), metavar="REF")
+    add_prompt_options(parser, limit=5, max_tokens=32)
+    parser.add_argument("--repeats", type=int, default=5, metavar="R", help="default %(default)s")
+    parser.add_argument("--dtypes", default="float32,bfloat16", metavar="LIST", help="default %(default)s")
+    parser.add_argument("--threads", type=int, default=1, metavar="T", help="torch threads of each process")
+    parser.add_argument("--json", action="store_true")
+    add_ready_timeout_option(parser)
+    add_logging_option(parser)
+    parser.set_defaults(command=run)
+
+
+async def run(arguments: argparse.Namespace) -> int:
+    if arguments.repeats < 1 or arguments.max_tokens < 2 or arguments.threads < 1:
+        raise ConfigError("--repeats and --threads must be at least 1, --max-tokens at least 2")
+    prompts = read_prompts(arguments, Tokenizer(await model_directory(arguments.target)))
+    rows = [row for dtype in arguments.dtypes.split(",") for row in await _measure(arguments, dtype, prompts)]
+    if arguments.json:
+        sys.stdout.write(json.dumps({"machine": describe_machine(), "results": rows}) + "\n")
+        return 0
+    table = Table("dtype", "", "ms per token", "first token ms", "resident MB", "private MB")
+    for row in rows:
+        memory = [f"{row[name] / 1e6:.0f}" if name in row else "-" for name in ("resident_bytes", "private_bytes")]
+        times = [f"{row['ms_per_token']:.1f}", f"{row['first_token_ms']:.0f}"]
+        table.add_row(row["dtype"], row["path"], *times, *memory)
+    console = terminal()
+    console.print(table)
+    for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
+        ratio, first = (ours[name] / theirs[name] for name in ("ms_per_token", "first_token_ms"))
+        console.print(f"{ours['dtype']}: exact / transformers {ratio:.2f} per token, {first:.2f} to the first token")
+    return 0
+
+
+async def _measure(arguments: argparse.Namespace, dtype: str, prompts: list[Prompt]) -> list[dict[str, Any]]:
+    options = {"dtype": dtype, "threads": arguments.threads}
+    config = Config(
+        target=arguments.target, drafter=None, sp=1, target_options=options, log_level=arguments.log_level,
+        ready_timeout_s=arguments.ready_timeout,
+    )  # fmt: skip
+    times: dict[str, list[list[float]]] = {_OURS: [], _THEIRS: []}
+    reference = ReferenceProcess(arguments.target, dtype=dtype, threads=arguments.threads)
+    async with Orchestrator(config) as orchestrator, reference:
+        for repeat in range(arguments.repeats):
+            for prompt in prompts:
+                for name in (_OURS, _THEIRS) if repeat % 2 else (_THEIRS, _OURS):
+                    if name == _OURS:
+                        times[name].append(await _ours(orchestrator, prompt, arguments.max_tokens))
+                    else:
+                        request = {"generate": prompt.ids, "max_tokens": arguments.max_tokens, "stop": []}
+                        times[name].append((await reference.ask(**request))["times_ms"])
+        memory = {_OURS: memory_of(orchestrator.process_ids[0]), _THEIRS: memory_of(reference.process_id)}
+    return [
+        {
+            "dtype": dtype,
+            "path": name,
+            "threads": arguments.threads,
+            "ms_per_token": statistics.median((run[-1] - run[0]) / (len(run) - 1) for run in runs),
+            "first_token_ms": statistics.median(run[0] for run in runs),
+            "generations": len(runs),
+            **memory[name],
+        }
+        for name, runs in times.items()
+    ]
+
+
+async def _ours(orchestrator: Orchestrator, prompt: Prompt, max_tokens: int) -> list[float]:
+    """When each token was there, in ms from the start."""
+    begun = time.perf_counter()
+    times_ms: list[float] = []
+    async for tokens in orchestrator.generate(prompt.ids, Sampling(max_tokens=max_tokens), algorithm="ar"):
+        times_ms += [(time.perf_counter() - begun) * 1e3] * len(tokens)
+    return times_ms

@@ -1,0 +1,137 @@
+"""`dsi-actors bench gpu`: how near one device comes to what it could do, with models of random weights.
+
+For each shape and width: how long a forward takes, over the time in which the device could read every byte that the forward
+needs once; how soon a device is free after a cancel; which widths give the same bits; and how much processes that compute on
+the same device at the same time slow one another down. `--gpu cpu` runs it on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import statistics
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dsi_actors.benches.line_process import LineProcess
+from dsi_actors.console.machine import describe_machine
+from dsi_actors.console.options import SubParsers, add_logging_option
+from dsi_actors.console.terminal import terminal
+from dsi_actors.errors import ConfigError
+from dsi_actors.host.devices import device_name, local_devices
+
+_SHAPES = ("1b", "3b", "8b", "tiny")
+#: Of cancels and of bits: what a verification has.
+_WINDOW = 8
+
+
+def add_parser(benches: SubParsers) -> None:
+    parser = benches.add_parser("gpu", help="a device against its own limit", description=__doc__)
+    parser.add_argument("--gpu", metavar="N", help="number of a CUDA device, or cpu (default: the first, else cpu)")
+    parser.add_argument("--shapes", default="1b,3b,8b", metavar="LIST", help=f"of {', '.join(_SHAPES)}")
+    parser.add_argument("--widths", default="1,2,4,8,16,32", metavar="LIST", help="default %(default)s")
+    parser.add_argument("--context", type=int, default=512, metavar="L", help="positions before (default %(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--no-graphs", action="store_true", help="launch each kernel by itself")
+    parser.add_argument("--repeats", type=int, default=20, metavar="R", help="default %(default)s")
+    parser.add_argument("--processes", type=int, default=2, metavar="P", help="at the same time (default %(default)s)")
+    parser.add_argument("--json", action="store_true")
+    add_logging_option(parser)
+    parser.set_defaults(command=run)
+
+
+async def run(arguments: argparse.Namespace) -> int:
+    shapes, widths = arguments.shapes.split(","), _widths(arguments.widths)
+    if unknown := [shape for shape in shapes if shape not in _SHAPES]:
+        raise ConfigError(f"--shapes {unknown[0]} is unknown: choose of {', '.join(_SHAPES)}")
+    if arguments.repeats < 1 or arguments.processes < 1 or not 1 <= arguments.context <= 1 << 16:
+        raise ConfigError("--repeats and --processes must be at least 1, --context must lie in [1, 65536]")
+    device = device_name(local_devices([] if arguments.gpu is None else [arguments.gpu])[0])
+    results = []
+    for shape in shapes:
+        words = ["--shape", shape, "--device", device, "--dtype", arguments.dtype]
+        words += ["--context", str(arguments.context), *(["--no-graphs"] if arguments.no_graphs else [])]
+        async with contextlib.AsyncExitStack() as stack:
+            first = await stack.enter_async_context(LineProcess("dsi_workers.benches.device", *words))
+            result = await _alone(first, shape, widths, arguments)
+            others = [
+                await stack.enter_async_context(LineProcess("dsi_workers.benches.device", *words))
+                for _ in range(arguments.processes - 1)
+            ]
+            result["together"] = await _together([first, *others])
+        results.append(result)
+    if arguments.json:
+        sys.stdout.write(json.dumps({"machine": describe_machine(), "results": results}) + "\n")
+        return 0
+    console = terminal()
+    for result in results:
+        _show(console, result)
+    return 0
+
+
+async def _alone(process: LineProcess, shape: str, widths: list[int], arguments: argparse.Namespace) -> dict[str, Any]:
+    forwards = []
+    for width in widths:
+        measured = await process.ask(forward=width, repeats=arguments.repeats)
+        median_ms = statistics.median(measured["ms"])
+        forwards.append(
+            {
+                "width": width, "ms": median_ms, "worst_ms": max(measured["ms"]), "floor_ms": measured["floor_ms"],
+                "over_floor": median_ms / measured["floor_ms"],
+            }
+        )  # fmt: skip
+    cancels = await process.ask(cancel=_WINDOW, repeats=arguments.repeats)
+    return {
+        "shape": shape, **process.greeting, "context": arguments.context, "dtype": arguments.dtype,
+        "graphs": not arguments.no_graphs, "forwards": forwards,
+        "cancel_to_free_ms": statistics.median(cancels["ms"]) if cancels["ms"] else None,
+        "worst_cancel_to_free_ms": max(cancels["ms"], default=None),
+        "same_bits": await process.ask(agree=_WINDOW),
+    }  # fmt: skip
+
+
+async def _together(processes: list[LineProcess]) -> dict[str, Any]:
+    """The same forward in one process, then in all of them at once."""
+    for process in processes:  # what is compiled and recorded at first is none of it
+        await process.ask(forward=_WINDOW, repeats=1)
+    alone = await processes[0].ask(forward=_WINDOW, seconds=1.0)
+    together = await asyncio.gather(*(process.ask(forward=_WINDOW, seconds=2.0) for process in processes))
+    alone_ms = statistics.median(alone["ms"])
+    each_ms = [statistics.median(measured["ms"]) for measured in together]
+    slower = statistics.fmean(each_ms) / alone_ms
+    return {"processes": len(processes), "alone_ms": alone_ms, "each_ms": each_ms, "slower": slower}
+
+
+def _widths(text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.isdecimal() and 1 <= int(word) <= 128 for word in words):
+        raise ConfigError(f"--widths {text} is no list of numbers from 1 to 128: write it as 1,8,32")
+    return [int(word) for word in words]
+
+
+def _show(console: Console, result: dict[str, Any]) -> None:
+    rate = f"moves {result['bytes_per_ms'] / 1e6:.0f} GB/s"
+    table = Table(
+        title=f"{result['shape']} on {result['device']}, {result['dtype']}, {result['context']} positions, {rate}"
+    )
+    for title in ("width", "forward ms", "worst", "floor ms", "forward / floor"):
+        table.add_column(title, justify="right")
+    for row in result["forwards"]:
+        numbers = (f"{row[name]:.2f}" for name in ("ms", "worst_ms", "floor_ms", "over_floor"))
+        table.add_row(str(row["width"]), *numbers)
+    console.print(table)
+    if result["cancel_to_free_ms"] is not None:
+        worst = result["worst_cancel_to_free_ms"]
+        console.print(f"free after a cancel: {result['cancel_to_free_ms']:.2f} ms at the median, {worst:.2f} at worst")
+    bits = result["same_bits"]
+    console.print(bits.get("problem") or f"the bits of width {_WINDOW}: widths {', '.join(map(str, bits['widths']))}")
+    together = result["together"]
+    if together["processes"] > 1:
+        console.print(
+            f"{together['processes']} processes at once: a forward of {_WINDOW} takes {together['slower']:.2f} times as long"
+        )

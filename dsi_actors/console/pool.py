@@ -1,0 +1,50 @@
+"""Processes that compute for a command, and end with it."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+from dsi_actors.console.running import ENDING_SIGNALS
+
+
+@contextlib.contextmanager
+def process_pool(processes: int, *, start: str | None = None) -> Iterator[ProcessPoolExecutor]:
+    """`start` is one of multiprocessing's start methods. Leaving the block by an exception kills what still computes."""
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(
+        processes, mp_context=multiprocessing.get_context(start), initializer=_end_with_the_command
+    )
+    # A copy of this process must not meet a signal before it is told what to do with it, nor this one while it is copied.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+    pool.submit(int)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    try:
+        yield pool
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - before:
+            process.kill()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def _end_with_the_command() -> None:
+    """In each process. The signals of a terminal are for the command: it ends this process, however it ends itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait_for_its_end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_its_end, name="parent", daemon=True).start()

@@ -1,0 +1,122 @@
+"""What a worker's answer means to the generation that asked: an event for its core, or a reason to send the worker away.
+
+All that can be checked of an answer is checked here: nothing that was not asked for gets further.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from dsi_actors.core.events import (
+    DraftEnded,
+    DraftsArrived,
+    VerificationAbandoned,
+    VerificationFinished,
+)
+from dsi_actors.generation.account import Account
+from dsi_actors.planning.tuner import Tuner
+from dsi_actors.workforce.worker_handle import WorkerHandle
+from dsi_protocol import Cancelled, Draft, Drafted, Failed, NeedPrefix, Reply, Verified, Verify
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A verification finished, and this is what came with it."""
+
+    event: VerificationFinished
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """The worker is gone."""
+
+    worker: WorkerHandle
+
+
+@dataclass(frozen=True, slots=True)
+class Misbehaved:
+    """The worker failed, or said something that no working one would say. It is not used here any more."""
+
+    worker: WorkerHandle
+    reason: str
+    #: Whether it is the worker's own fault. It is not that a text is too long for it.
+    fault: bool = True
+
+
+#: Codes of Failed that say what is wrong with a request, not with the worker.
+_OF_THE_REQUEST = ("limit", "request")
+
+Meaning: TypeAlias = Answered | VerificationAbandoned | DraftsArrived | DraftEnded | Withdrawn | Misbehaved
+
+
+class Answers:
+    """Of one generation. What answers tell about costs and latencies goes to `account` and `tuner`."""
+
+    def __init__(self, account: Account, tuner: Tuner, *, vocabulary_size: int, logprobs: bool) -> None:
+        self._account = account
+        self._tuner = tuner
+        self._vocabulary_size = vocabulary_size
+        self._logprobs = logprobs
+
+    def to_verify(self, request: Verify, worker: WorkerHandle, reply: Reply | None, waited_ms: float) -> Meaning:
+        """`waited_ms`: since it was asked."""
+        match reply:
+            case Verified(_, attempt, start, tokens, logprobs, forwards, busy_us):
+                most = request.base + len(request.tokens) - request.start + 1
+                misfit = start != request.start or not 1 <= len(tokens) <= most or max(tokens) >= self._vocabulary_size
+                wanted = len(tokens) if self._logprobs else 0
+                if misfit or len(logprobs) != wanted:
+                    return Misbehaved(
+                        worker, f"{len(tokens)} tokens from {start}, asked for up to {most} from {request.start}"
+                    )
+                self._account.verified(attempt, forwards, busy_us)
+                self._tuner.verified(
+                    request.base + len(request.tokens) - min(request.base, start - 1), busy_us / 1e3,
+                    sharers=max(1, worker.sharers), waited_ms=waited_ms,
+                )  # fmt: skip
+                return Answered(VerificationFinished(attempt, worker.number, start, tokens), logprobs)
+            case Cancelled(_, attempt, forwards, busy_us):
+                self._account.cancelled(forwards, busy_us)
+                return VerificationAbandoned(attempt, worker.number)
+            case NeedPrefix(_, attempt, held) if held < request.base:
+                return VerificationAbandoned(attempt, worker.number, held)
+            case None:
+                return Withdrawn(worker)
+        return _refused(worker, reply)
+
+    def drafted(
+        self, request: Draft, worker: WorkerHandle, block: Drafted, waited_ms: float, *, in_use: bool
+    ) -> Meaning:
+        """A block of drafts, the last one or not. `waited_ms`: since it was asked, or the block before. `in_use`: the drafter
+        was not exchanged for another one meanwhile."""
+        self._account.drafting(block.busy_us, len(block.tokens))
+        if in_use and len(request.tokens) <= 1:  # else it read more than it drafted
+            self._tuner.drafted(len(block.tokens), waited_ms if worker.sharers > 1 else block.busy_us / 1e3)
+        if max(block.tokens) >= self._vocabulary_size:
+            return Misbehaved(worker, f"token {max(block.tokens)} is outside the target's vocabulary")
+        return DraftsArrived(request.attempt, block.start, block.tokens)
+
+    def to_draft(self, request: Draft, worker: WorkerHandle, reply: Reply | None, *, cancelled: bool) -> Meaning:
+        """The terminal reply to a draft request. `cancelled`: we did that."""
+        match reply:
+            case Drafted():
+                complete = reply.start + len(reply.tokens) == request.start + request.count
+                return DraftEnded(request.attempt, complete)
+            case Cancelled(_, attempt, _, busy_us) if cancelled:
+                self._account.drafting(busy_us)
+                return DraftEnded(attempt, complete=False)
+            case Cancelled():  # because it took too long (WorkerHandle.cancel_overdue): do not wait for it again here
+                return Misbehaved(worker, "it did not answer in time", fault=False)
+            case NeedPrefix(_, attempt, held) if held < request.base:
+                return DraftEnded(attempt, complete=False, held=held)
+            case None:
+                return Withdrawn(worker)
+        return _refused(worker, reply)
+
+
+def _refused(worker: WorkerHandle, reply: Reply) -> Misbehaved:
+    if isinstance(reply, Failed):
+        return Misbehaved(worker, reply.message, fault=reply.code not in _OF_THE_REQUEST)
+    return Misbehaved(worker, f"it answered {type(reply).__name__}, which fits nothing")

@@ -1,0 +1,1 @@
+"""What this machine has: devices, installed packages, temporary directories, standard streams."""

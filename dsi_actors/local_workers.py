@@ -1,0 +1,50 @@
+"""The workers that an orchestrator starts itself: what they are, where they run, and that all of them came."""
+
+from __future__ import annotations
+
+import time
+
+from dsi_actors.config import NGRAM, Config
+from dsi_actors.errors import WorkerStartError
+from dsi_actors.host.devices import crowding, local_devices
+from dsi_actors.host.requirements import require_models
+from dsi_actors.logs import get_logger
+from dsi_actors.root import Root
+from dsi_actors.supervision.supervisor import WorkerSpec, WorkerSupervisor
+
+log = get_logger("local")
+
+
+async def start_local_workers(root: Root, config: Config, endpoint: str) -> None:
+    """Returns when all are ready. Raises ConfigError and WorkerStartError."""
+    require_models(config.local_models)
+    # Prompt lookup needs no device: it comes last.
+    drafters = sorted(config.drafters, key=lambda drafter: drafter == NGRAM)
+    roles = [("target", "")] * config.local_servers + [("drafter", drafter) for drafter in drafters]
+    devices = local_devices(config.devices)
+    places = [devices[index % len(devices)] for index in range(len(roles))]
+    models = sum(drafter != NGRAM for drafter in drafters)
+    problem = crowding(places[: config.local_servers], places[config.local_servers :][:models], config.threads)
+    if config.engine != "timed" and problem is not None:
+        log.warning(problem)
+    specs = [WorkerSpec(place, role, model) for place, (role, model) in zip(places, roles, strict=True)]
+    supervisor = WorkerSupervisor(endpoint, config, specs, root.on_exit)
+    root.supervise(supervisor)
+    begun = time.monotonic()
+    root.expected_workers = len(roles)
+    root.report_workers("loading models")
+    all_ready = await root.wait_until(
+        lambda: len(root.ready_workers) == len(roles) or bool(root.exits) or root.ended, config.ready_timeout_s
+    )
+    if root.exits:
+        incarnation, spec, code = root.exits[0]
+        reason = root.workforce.failures.get(incarnation, f"it ended with exit code {code}")
+        raise WorkerStartError(f"the {spec.role} worker on {spec.device} did not start: {reason}")
+    if root.ended:
+        raise WorkerStartError("the orchestrator ended while its workers started")
+    if not all_ready:
+        raise WorkerStartError(
+            f"only {len(root.ready_workers)} of {len(roles)} workers were ready after {config.ready_timeout_s:g} s"
+        )
+    supervisor.restarts = True
+    log.info("local workers ready", number=len(roles), after_s=round(time.monotonic() - begun, 2))

@@ -1,0 +1,101 @@
+"""A generation and the workers lent to it, message by message."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+import dsi_actors
+from dsi_actors.config import Config, Sampling
+from dsi_actors.core import GenerationCore
+from dsi_actors.generation.account import Account
+from dsi_actors.generation.answers import Misbehaved
+from dsi_actors.generation.generation import Generation, Granted
+from dsi_actors.generation.knowledge import Knowledge
+from dsi_actors.planning.controller import Controller
+from dsi_actors.planning.tuner import Estimates
+from dsi_actors.workforce.scheduler import Scheduler
+from dsi_actors.workforce.worker_handle import WorkerHandle
+from dsi_protocol import Cancelled, CloseGeneration, Draft, Failed, FromOrchestrator, Hello, OpenGeneration, Verify
+from support.fake_worker import FakeWorker, running, silent
+from support.patience import limit_s
+from support.timed import PROMPT, timed_config
+
+NOTHING_KNOWN = Knowledge(Config(), lambda role: [], lambda: 0)
+
+
+def lent(number: int, sent: list[FromOrchestrator]) -> WorkerHandle:
+    hello = Hello(1, number, "target", "timed", "", "cpu:0", "host", number)
+    return WorkerHandle(number, bytes([number]), hello, "target", sent.append)
+
+
+async def test_a_worker_that_failed_is_not_used_again_even_if_a_grant_was_on_its_way() -> None:
+    """Reclaimed, and granted anew, while the generation was giving it back: the scheduler took it back after that."""
+    sent: dict[int, list[FromOrchestrator]] = {1: [], 2: []}
+    first, second = (lent(number, sent[number]) for number in sent)
+    controller = Controller.with_one_drafter("dsi", 2, 1, Estimates())
+    generation = Generation(
+        1, GenerationCore((1, 2), policy=controller.begin(), max_tokens=4), Scheduler(), controller, NOTHING_KNOWN,
+        vocabulary_size=1000, sampling=Sampling(max_tokens=4), correlation="g", first_target_wait_s=3600.0,
+        target_wait_s=3600.0, on_tokens=lambda tokens: None, on_end=lambda error: None,
+    )  # fmt: skip
+    task = asyncio.create_task(generation.run())
+    await asyncio.sleep(0)
+    for worker in (first, second):
+        generation.receive(Granted(worker))
+    assert [type(message) for message in sent[1]] == [OpenGeneration, Verify]
+    generation.receive(Misbehaved(first, "its numbers are not finite"))
+    assert isinstance(sent[1][-1], CloseGeneration)
+    before = len(sent[1])
+    generation.receive(Granted(first))
+    assert sent[1][before:] == []
+    generation.stop()
+    await task
+
+
+@pytest.mark.parametrize("code", ["limit", "request"])
+async def test_what_a_drafter_that_was_sent_away_still_owes_is_not_its_fault(code: str) -> None:
+    """A text was too long for it, or parameters had no meaning: what else it was asked is cancelled by us, and it says so."""
+    sent: list[FromOrchestrator] = []
+    useless: list[str] = []
+    hello = Hello(1, 3, "drafter", "timed", "", "cpu:0", "host", 3)
+    drafter = WorkerHandle(3, b"3", hello, "drafter", sent.append, on_useless=useless.append)
+    for number in range(1, 5):
+        controller = Controller.with_one_drafter("dsi", 1, None, Estimates(40.0, 40.0, 8, drafter_ms=2.0))
+        generation = Generation(
+            number, GenerationCore((1, 2), policy=controller.begin(), max_tokens=400), Scheduler(),
+            controller, NOTHING_KNOWN, vocabulary_size=1000, sampling=Sampling(max_tokens=400),
+            correlation="g", first_target_wait_s=3600.0, target_wait_s=3600.0, on_tokens=lambda tokens: None,
+            on_end=lambda error: None,
+        )  # fmt: skip
+        task = asyncio.create_task(generation.run())
+        await asyncio.sleep(0)
+        generation.receive(Granted(drafter))
+        asked = [message for message in sent if isinstance(message, Draft) and message.generation == number]
+        assert len(asked) == 2
+        drafter.on_reply(Failed(number, asked[1].attempt, code, "it cannot be served"))
+        await asyncio.sleep(0)
+        drafter.on_reply(Cancelled(number, asked[0].attempt, 0, 0))
+        await asyncio.sleep(0)
+        generation.stop()
+        await task
+    assert (drafter.faults, useless) == (0, [])
+
+
+async def test_an_exception_at_the_start_ends_the_generation_with_that_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its reader waited for ever: it was raised in a callback of the event loop."""
+
+    def fail(self: Account) -> None:
+        raise LookupError("there is no clock")
+
+    config = timed_config(listen="tcp://127.0.0.1:*")
+    async with (
+        dsi_actors.Orchestrator(config) as orchestrator,
+        running(orchestrator.endpoint, FakeWorker("target", silent)),
+    ):
+        assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=limit_s())
+        monkeypatch.setattr(Account, "begin", fail)
+        with pytest.raises(LookupError, match="there is no clock"):
+            await anext(orchestrator.generate(PROMPT))
+        assert orchestrator.running == 0

@@ -1,0 +1,73 @@
+"""What a worker is told to be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from dsi_actors.config import Config
+from dsi_actors.workforce.assignment import Assignment, assign
+from dsi_protocol import PROTOCOL_VERSION, Hello
+
+
+def hello(model: str = "", role: str = "auto", engine: str = "auto") -> Hello:
+    return Hello(PROTOCOL_VERSION, 1, role, engine, model, "cuda:0", "host", 1)
+
+
+def told(config: Config, said: Hello, targets: int = 1, kinds: Sequence[str] = ()) -> str:
+    """The role, and the kind of a drafter."""
+    assignment = assign(config, said, targets=targets, kinds=kinds)
+    assert isinstance(assignment, Assignment)
+    return f"{assignment.role} {assignment.kind}".strip()
+
+
+BOTH = Config(target="T", drafter=("self-int8", "ngram"))
+ONE = Config(target="T", drafter="self-int8")
+
+
+@pytest.mark.parametrize(
+    ("config", "targets", "kinds", "expected"),
+    [
+        (ONE, 0, (), "target"),
+        (ONE, 1, (), "drafter self-int8"),
+        (ONE, 1, ("self-int8",), "target"),
+        (ONE, 1, ("another",), "target"),
+        (BOTH, 1, (), "drafter self-int8"),
+        (BOTH, 1, ("self-int8",), "drafter ngram"),
+        (BOTH, 1, ("ngram",), "drafter self-int8"),
+        (BOTH, 1, ("ngram", "self-int8"), "target"),
+        (BOTH, 1, ("another", "self-int8"), "target"),
+        (Config(target="T", drafter=None), 1, (), "target"),
+    ],
+)
+def test_who_asks_becomes_what_is_missing(config: Config, targets: int, kinds: tuple[str, ...], expected: str) -> None:
+    assert told(config, hello(), targets, kinds) == expected
+
+
+def test_who_has_a_model_becomes_what_it_is_for() -> None:
+    assert [told(ONE, hello("T"), kinds=["self-int8"] * number) for number in range(3)] == ["target"] * 3
+    assert told(ONE, hello("small")) == "drafter small"
+    assert told(BOTH, hello("self-int8"), kinds=["self-int8", "ngram"]) == "drafter self-int8"
+    assert told(ONE, hello(engine="ngram"), targets=0) == "drafter ngram"
+    refused = assign(
+        ONE, Hello(PROTOCOL_VERSION, 1, "auto", "auto", "small", "cpu:0", "h", 1), targets=1, kinds=("self-int8",)
+    )
+    assert refused == "it has the model 'small', but the target is 'T'"
+
+
+def test_a_target_may_draft_for_itself() -> None:
+    """In int8, say."""
+    config = Config(target="T", drafter="T")
+    assert told(config, hello("T"), targets=0) == "target"
+    assert told(config, hello("T"), targets=1) == "drafter T"
+    assert told(config, hello("T"), targets=1, kinds=["T"]) == "target"
+
+
+def test_only_what_computes_keeps_a_device_busy() -> None:
+    for model, computes in (("self-int8", True), ("ngram", False), ("random", False), ("other", True)):
+        assigned = assign(
+            ONE, Hello(PROTOCOL_VERSION, 1, "drafter", "auto", model, "cuda:0", "h", 1), targets=1, kinds=()
+        )
+        assert isinstance(assigned, Assignment)
+        assert assigned.occupies_device == computes

@@ -1,0 +1,55 @@
+"""Workers that cannot serve beside the others are refused, and only while there are others."""
+
+from __future__ import annotations
+
+from dsi_actors.workforce.compatibility import Compatibility
+from dsi_actors.workforce.worker_handle import WorkerHandle
+from dsi_protocol import Hello, Ready
+
+MEMORY_S = 60.0
+
+
+def ready(fingerprint: int = 0, vocabulary: str = "v") -> Ready:
+    return Ready(vocabulary, 100, 100, 8, 1, 1, 4, 1, 1, fingerprint)
+
+
+def worker(number: int, role: str = "target") -> WorkerHandle:
+    return WorkerHandle(number, b"", Hello(1, number, role, "auto", "", "cpu:0", "host", 1), role, lambda _: None)
+
+
+def begun() -> Compatibility:
+    compatibility = Compatibility(MEMORY_S)
+    assert not compatibility.known
+    compatibility.target_is(ready())
+    return compatibility
+
+
+def test_two_that_say_different_ones_are_never_there_together() -> None:
+    """Also where the first one says nothing."""
+    compatibility = begun()
+    assert compatibility.why_not(worker(1), ready(0), 0.0) is None
+    assert compatibility.why_not(worker(2), ready(5), 0.0) is None
+    assert "other bits" in (compatibility.why_not(worker(3), ready(6), 0.0) or "")
+    assert compatibility.why_not(worker(4), ready(5), 0.0) is None
+    assert compatibility.why_not(worker(5), ready(0), 0.0) is None
+    assert compatibility.why_not(worker(6, "drafter"), ready(6), 0.0) is None
+
+
+def test_once_all_have_left_and_nobody_can_wait_for_them_others_may_come() -> None:
+    compatibility = begun()
+    first, second = worker(1), worker(2)
+    for each in (first, second):
+        assert compatibility.why_not(each, ready(5), 0.0) is None
+    compatibility.left(first, 10.0)
+    assert compatibility.why_not(worker(3), ready(6), 1000.0) is not None
+    compatibility.left(second, 1000.0)
+    assert compatibility.why_not(worker(3), ready(6), 1000.0 + MEMORY_S - 1) is not None
+    assert compatibility.why_not(worker(4), ready(6), 1000.0 + MEMORY_S + 1) is None
+    assert compatibility.why_not(worker(5), ready(5), 1000.0 + MEMORY_S + 1) is not None
+
+
+def test_who_speaks_in_other_tokens_is_refused() -> None:
+    compatibility = begun()
+    for role in ("target", "drafter"):
+        assert f"the {role}'s vocabulary" in (compatibility.why_not(worker(1, role), ready(vocabulary="w"), 0.0) or "")
+        assert compatibility.why_not(worker(1, role), ready(vocabulary=""), 0.0) is None

@@ -1,0 +1,1 @@
+"""Processes that benchmarks measure, or measure against. They read JSON requests from standard input."""

@@ -1,0 +1,210 @@
+"""How near a device comes to its own limit: forwards of models with random weights, for `dsi-actors bench gpu`.
+
+`python -m dsi_workers.benches.device --shape 8b --device cuda:0` reads one JSON request per line and writes one JSON answer
+per line:
+
+    {"forward": width, "repeats": n}  -> {"ms": [each], "floor_ms": bytes that must be read / what the device reads in a ms}
+    {"forward": width, "seconds": s}  -> the same, for so long: to see how processes disturb one another
+    {"cancel": width, "repeats": n}   -> {"ms": [from a cancel in the middle of a forward until the device is free]}
+    {"agree": width}                  -> {"widths": [those that give the bits of this one, alone or as several windows]}
+
+The floor counts each weight once and the keys and values of the context; what a device can move in a ms is measured by copying.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from dsi_workers.backend import Run
+from dsi_workers.benches.requests import read_requests
+from dsi_workers.checkpoints.load import on_a_gpu
+from dsi_workers.decoding.decoder import Decoder
+from dsi_workers.decoding.forward import Forward
+from dsi_workers.decoding.packing import pack
+from dsi_workers.decoding.widths import Trial
+from dsi_workers.engine import EngineError, Interrupted, Never
+
+_WARM_UP, _COPIES = 5, 5
+#: Generations whose windows are tried together.
+_SLOTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of Llama 3's family."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    dim: int
+    words: int = 128_256
+
+
+SHAPES = {
+    "tiny": Shape(64, 128, 5, 4, 2, 16, 256),
+    "1b": Shape(2048, 8192, 16, 32, 8, 64),
+    "3b": Shape(3072, 8192, 28, 24, 8, 128),
+    "8b": Shape(4096, 14336, 32, 32, 8, 128),
+}
+
+
+class DeviceBench:
+    def __init__(self, shape: Shape, device: torch.device, *, dtype: torch.dtype, context: int, graphs: bool) -> None:
+        self._device, self._context, self._window = device, context, 8
+        self._shape = shape
+        weights = _random_weights(shape, device, dtype)
+        #: The embedding is looked up, not read; the head is another matrix of its shape.
+        self._weight_bytes = sum(
+            weight.numel() * weight.element_size() for name, weight in weights.items() if "embed" not in name
+        )
+        self._kv_bytes = 2 * shape.layers * shape.kv_heads * shape.dim * dtype.itemsize
+        positions = context + 512
+        angles = torch.outer(torch.arange(positions), 5e5 ** -torch.linspace(0, 1, shape.dim // 2))
+        angles = torch.cat((angles, angles), dim=-1)
+        config = SimpleNamespace(
+            rms_norm_eps=1e-5, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads, head_dim=shape.dim, hidden_size=shape.hidden, vocab_size=shape.words,
+        )  # fmt: skip
+        with torch.inference_mode():
+            decoder = Decoder(weights, config, angles.cos().to(dtype), angles.sin().to(dtype))
+            weights.clear()
+            decoder.lay_out(lambda linear: pack(linear, self._window))
+        recorded = graphs and device.type == "cuda"
+        decodes = on_a_gpu(decoder) if recorded else decoder
+        self._forward = Forward(decodes, config, device, slots=1, capacity=positions)
+        self._bytes_per_ms = self._copy_rate()
+
+    def forward(self, width: int, repeats: int = 20, seconds: float = 0.0) -> dict[str, Any]:
+        run = [Run(0, [1] * width, self._context, width, self._context)]
+        for _ in range(_WARM_UP):
+            self._forward.timed_s(run, rows=width, logit_rows=width)
+        times_ms, begun = list[float](), time.perf_counter()
+        while len(times_ms) < repeats or time.perf_counter() - begun < seconds:
+            times_ms.append(self._forward.timed_s(run, rows=width, logit_rows=width) * 1e3)
+        read_bytes = self._weight_bytes + self._kv_bytes * (self._context + width)
+        return {"ms": times_ms, "floor_ms": read_bytes / self._bytes_per_ms, "read_bytes": read_bytes}
+
+    def cancel(self, width: int, repeats: int = 20) -> dict[str, Any]:
+        """Cancels come at any moment of a forward."""
+        run = [Run(0, [1] * width, self._context, width, self._context)]
+        whole_s = min(self._forward.timed_s(run, rows=width, logit_rows=width) for _ in range(_WARM_UP))
+        chance, times_ms = random.Random(5), list[float]()
+        for _ in range(100 * repeats):
+            interrupt = _At(time.perf_counter() + chance.random() * whole_s)
+            self._forward.interrupt = interrupt
+            try:
+                self._forward(run, rows=width, logit_rows=width)
+            except Interrupted:
+                self._forward.finish()
+                times_ms.append((time.perf_counter() - interrupt.due_s) * 1e3)
+            self._forward.finish()
+            if len(times_ms) == repeats:
+                break
+        self._forward.interrupt = Never()
+        return {"ms": times_ms, "forward_ms": whole_s * 1e3}
+
+    def agree(self, width: int) -> dict[str, Any]:
+        trial = Trial(self._forward, window=width, words=self._shape.words, name=f"a random model on {self._device}")
+        try:
+            return {"widths": sorted(trial.widths(_SLOTS).costs_s)}
+        except EngineError as error:
+            return {"widths": [], "problem": str(error)}
+
+    def _copy_rate(self) -> float:
+        """Bytes that the device moves in a ms, reading and writing, when it copies."""
+        size = min(1 << 30, max(1 << 24, self._weight_bytes // 8))
+        source = torch.zeros(size, dtype=torch.uint8, device=self._device)
+        target = torch.empty_like(source)
+        times_s = []
+        for _ in range(_COPIES):
+            begun = time.perf_counter()
+            target.copy_(source)
+            self._forward.finish()
+            times_s.append(time.perf_counter() - begun)
+        return 2 * size / (min(times_s) * 1e3)
+
+
+class _At(Never):
+    """Interrupts from a point in time on."""
+
+    def __init__(self, due_s: float) -> None:
+        self.due_s = due_s
+
+    def check(self) -> None:
+        if time.perf_counter() >= self.due_s:
+            raise Interrupted
+
+
+def _random_weights(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    generator = torch.Generator(device=device).manual_seed(7)
+
+    def random(rows: int, columns: int) -> torch.Tensor:
+        made = torch.empty(rows, columns, dtype=dtype, device=device)
+        return made.normal_(0, columns**-0.5, generator=generator)
+
+    def ones() -> torch.Tensor:
+        return torch.ones(shape.hidden, dtype=dtype, device=device)
+
+    heads, kv = shape.heads * shape.dim, shape.kv_heads * shape.dim
+    weights = {"model.embed_tokens.weight": random(shape.words, shape.hidden), "model.norm.weight": ones()}
+    weights["lm_head.weight"] = random(shape.words, shape.hidden)
+    for layer in range(shape.layers):
+        name = f"model.layers.{layer}"
+        weights[f"{name}.input_layernorm.weight"] = ones()
+        weights[f"{name}.post_attention_layernorm.weight"] = ones()
+        for part, size in (("q", heads), ("k", kv), ("v", kv)):
+            weights[f"{name}.self_attn.{part}_proj.weight"] = random(size, shape.hidden)
+        weights[f"{name}.self_attn.o_proj.weight"] = random(shape.hidden, heads)
+        for part in ("gate", "up"):
+            weights[f"{name}.mlp.{part}_proj.weight"] = random(shape.intermediate, shape.hidden)
+        weights[f"{name}.mlp.down_proj.weight"] = random(shape.hidden, shape.intermediate)
+    return weights
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m dsi_workers.benches.device", description=__doc__)
+    parser.add_argument("--shape", required=True, choices=SHAPES)
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--no-graphs", action="store_false", dest="graphs")
+    arguments = parser.parse_args()
+    requests = read_requests()
+    torch.set_num_threads(1)
+    device = torch.device(arguments.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dtype: torch.dtype = getattr(torch, arguments.dtype)
+    bench = DeviceBench(
+        SHAPES[arguments.shape], device, dtype=dtype, context=arguments.context, graphs=arguments.graphs
+    )  # fmt: skip
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    _say({"device": name, "bytes_per_ms": bench._bytes_per_ms})
+    for request in requests:
+        if "forward" in request:
+            _say(bench.forward(request["forward"], request.get("repeats", 1), request.get("seconds", 0.0)))
+        elif "cancel" in request:
+            _say(bench.cancel(request["cancel"], request["repeats"]))
+        else:
+            _say(bench.agree(request["agree"]))
+    return 0
+
+
+def _say(answer: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

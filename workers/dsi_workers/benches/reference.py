@@ -1,0 +1,140 @@
+"""What our figures are held against: transformers itself, in a process of its own.
+
+`python -m dsi_workers.benches.reference --model REF` reads one JSON request per line and writes one JSON answer per line:
+
+    {"generate": [ids], "max_tokens": n, "stop": [ids], "threads": n, "assist": ""}
+        -> {"tokens": [ids], "times_ms": [since the request]}
+    {"distance": [ids], "start": n, "temperature": t}      -> {"total_variation": [one for each token from start on]}
+
+`generate` is the library's own loop, greedy, with its own cache and masks; with `assist` its assisted generation, by "lookup"
+(of what was there before, in the prompt and after it) or by "drafter". `distance` needs --drafter, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers.utils import logging as transformers_logging
+
+from dsi_workers.benches.requests import read_requests
+from dsi_workers.decoding.packing import replace_linear_layers
+from dsi_workers.decoding.quantization import int8_dtype, quantize_int8
+from dsi_workers.models.files import ModelError
+from dsi_workers.models.resolve import resolve_model
+
+#: Of prompt lookup, as in the library's documentation.
+_LOOKUP_TOKENS = 10
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class _Clock(StoppingCriteria):
+    """Stops nothing; notes when tokens were there: assisted generation gives several at once."""
+
+    def __init__(self) -> None:
+        self.begun = time.perf_counter()
+        self.times_ms: list[float] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        self.times_ms.append((time.perf_counter() - self.begun) * 1e3)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
+
+
+class Reference:
+    """A target as transformers runs it, and the drafter whose distributions are compared with it."""
+
+    def __init__(self, model: str, drafter: str, dtype: str, device: torch.device) -> None:
+        self._device = device
+        self._target = self._load(model, _DTYPES[dtype])
+        self._drafter: Any = None
+        if drafter == "self-int8":
+            self._drafter = self._load(model, int8_dtype(device))
+            replace_linear_layers(self._drafter, quantize_int8)
+        elif drafter:
+            self._drafter = self._load(drafter, _DTYPES[dtype])
+
+    def _load(self, model: str, dtype: torch.dtype) -> Any:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            resolve_model(model), dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
+        return loaded.eval().to(self._device)
+
+    def generate(
+        self, prompt_ids: list[int], max_tokens: int, stop: list[int], assist: str = "", threads: int | None = None
+    ) -> dict[str, Any]:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        assistance: dict[str, Any] = {
+            "": {}, "lookup": {"prompt_lookup_num_tokens": _LOOKUP_TOKENS}, "drafter": {"assistant_model": self._drafter},
+        }[assist]  # fmt: skip
+        clock = _Clock()
+        output = self._target.generate(
+            torch.tensor([prompt_ids], device=self._device),
+            attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long, device=self._device),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            eos_token_id=stop or None,
+            pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([clock]),
+            **assistance,
+        )
+        return {"tokens": output[0, len(prompt_ids) :].tolist(), "times_ms": clock.times_ms}
+
+    @torch.inference_mode()
+    def distance(self, tokens: list[int], start: int, temperature: float) -> dict[str, Any]:
+        """Total variation between the distributions that target and drafter give to each token from `start` on."""
+        ids = torch.tensor([tokens], device=self._device)
+        logits = self._target(ids).logits[0, start - 1 : -1], self._drafted_logits(ids, start)
+        target, drafter = ((each.float() / temperature).softmax(dim=-1) for each in logits)
+        return {"total_variation": ((target - drafter).abs().sum(dim=-1) / 2).tolist()}
+
+    def _drafted_logits(self, ids: torch.Tensor, start: int) -> torch.Tensor:
+        """Token after token, as it drafts: a product in int8 gives each row a little of its neighbours."""
+        cache, logits = DynamicCache(), []
+        for begin, end in [(0, start), *((place, place + 1) for place in range(start, ids.shape[1] - 1))]:
+            logits.append(self._drafter(ids[:, begin:end], past_key_values=cache).logits[0, -1:])
+        return torch.cat(logits)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m dsi_workers.benches.reference", description=__doc__)
+    parser.add_argument("--model", required=True, metavar="REF")
+    parser.add_argument("--drafter", default="", metavar="REF")
+    parser.add_argument("--dtype", default="float32", choices=sorted(_DTYPES))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu:0")
+    arguments = parser.parse_args()
+    requests = read_requests()
+    torch.set_num_threads(arguments.threads)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        reference = Reference(arguments.model, arguments.drafter, arguments.dtype, torch.device(arguments.device))
+    except ModelError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    sys.stdout.write("{}\n")  # ready
+    sys.stdout.flush()
+    for request in requests:
+        if "generate" in request:
+            answer = reference.generate(
+                request["generate"],
+                request["max_tokens"],
+                request["stop"],
+                request.get("assist", ""),
+                request.get("threads"),
+            )
+        else:
+            answer = reference.distance(request["distance"], request["start"], request["temperature"])
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

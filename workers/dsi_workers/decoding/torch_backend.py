@@ -1,0 +1,85 @@
+"""The backend of this project: our own layers, or transformers' layers, on torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from dsi_workers.backend import PROMPT_CHUNK, Run
+from dsi_workers.decoding.forward import Forward
+from dsi_workers.decoding.widths import Widths
+from dsi_workers.engine import Interrupt, Never
+
+
+class TorchBackend:
+    """`widths`: the forwards of a target whose bits agree (widths.py). None for a drafter, which computes exactly the rows that
+    it must, since nobody compares its bits."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        widths: Widths | None,
+        *,
+        vocabulary: str,
+        vocabulary_size: int,
+        max_length: int,
+        window: int,
+    ) -> None:
+        self.vocabulary = vocabulary
+        self.vocabulary_size = vocabulary_size
+        self.max_length = max_length
+        self.window = window
+        self.slots = forward.cache.slots
+        self.forward = forward
+        self.widths = widths
+        recorded = max(forward.recorded_rows, default=1 << 30)
+        self.most_rows = recorded if widths is None else min(recorded, widths.most)
+
+    @property
+    def forwards(self) -> int:
+        return self.forward.count
+
+    @forwards.setter
+    def forwards(self, count: int) -> None:
+        self.forward.count = count
+
+    def compute(self, runs: Sequence[Run], interrupt: Interrupt) -> list[torch.Tensor]:
+        self.forward.interrupt = interrupt
+        runs, rows, logit_rows = self._laid_out(runs)
+        return self.forward(runs, rows=rows, logit_rows=logit_rows)
+
+    def time_s(self, runs: Sequence[Run]) -> float:
+        self.forward.interrupt = Never()
+        runs, rows, logit_rows = self._laid_out(runs)
+        return self.forward.timed_s(runs, rows=rows, logit_rows=logit_rows)
+
+    def rows(self, run: Run) -> int:
+        return self.forward.rows_of(self._wide(run, alone=False))
+
+    def warm_up(self) -> None:
+        for rows in self.forward.recorded_rows:
+            self.forward([Run(0, [0] * rows, PROMPT_CHUNK, rows, PROMPT_CHUNK)], rows=rows, logit_rows=rows)
+
+    def release(self) -> None:
+        self.forward.cache.release(0)
+
+    def _laid_out(self, runs: Sequence[Run]) -> tuple[Sequence[Run], int, int]:
+        """The runs with their widths, the rows of the forward, and the rows that it computes logits for."""
+        alone, widths = len(runs) == 1, self.widths
+        runs = [self._wide(run, alone=alone) for run in runs]
+        rows, logit_rows = sum(run.width for run in runs), sum(len(run.wanted) for run in runs)
+        if widths is None:
+            return runs, rows, logit_rows
+        if not alone and rows <= widths.most:  # a chunk of a prompt may be wider: it is by itself
+            rows = widths.cheapest(rows)
+        return runs, rows, widths.cheapest(logit_rows) if logit_rows <= widths.most else logit_rows
+
+    def _wide(self, run: Run, *, alone: bool) -> Run:
+        if run.width:
+            return run
+        length = len(run.tokens)
+        if self.widths is None:
+            return replace(run, width=length)
+        return replace(run, width=self.widths.cheapest(length, self.window) if alone else self.widths.narrowest(length))

@@ -1,0 +1,93 @@
+"""From a model reference and options to a model engine on our own backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import structlog
+import torch
+
+from dsi_protocol import OptionValue
+from dsi_workers.backend import PROMPT_CHUNK, Run
+from dsi_workers.checkpoints.load import load_model
+from dsi_workers.decoding.device import keep_freed_memory, torch_device
+from dsi_workers.decoding.forward import Forward
+from dsi_workers.decoding.torch_backend import TorchBackend
+from dsi_workers.decoding.width_cache import widths_tried
+from dsi_workers.decoding.widths import Trial, Widths
+from dsi_workers.drafting.lookup import Lookup
+from dsi_workers.engine import EngineError, Never
+from dsi_workers.engines.calibration import guess_costs_us
+from dsi_workers.engines.model import ModelEngine
+from dsi_workers.models.files import read_vocabulary_hash
+from dsi_workers.models.resolve import resolve_model
+from dsi_workers.sampling import warm_up
+
+log = structlog.get_logger("dsi.engine")
+
+_MOST_SLOTS = 1024
+
+
+def load_model_engine(model: str, *, device: str, drafter: bool, options: Mapping[str, OptionValue]) -> ModelEngine:
+    """Options: dtype (auto, float32, bfloat16, float16), quantization (none, int8, or auto: int8 for a drafter on a CPU, where
+    nothing is faster), window, max_length, slots, threads, graphs (false: a GPU computes by torch's own operations, whose bits
+    are others), calibrate (false: latencies are not measured); a drafter's: lookup (it checks guesses of prompt lookup on its
+    way), remember (of earlier generations, too), target (the model whose vocabulary it shall speak in).
+
+    Raises EngineError and ModelError.
+    """
+    backend = load_backend(model, device=device, exact=not drafter, options=options)
+    lookup = None
+    if drafter and options.get("lookup"):
+        lookup = Lookup(guess_costs_us(backend), remember=options.get("remember", True) is not False)
+    return ModelEngine(backend, exact=not drafter, lookup=lookup, calibrate=options.get("calibrate", True) is not False)
+
+
+def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, OptionValue]) -> TorchBackend:
+    """Loaded and warmed up; for a target (`exact`), with the widths whose bits agree. Raises EngineError and ModelError."""
+    log.info("imported")
+    torch.set_num_threads(_whole(options, "threads", 1))
+    on = torch_device(device)
+    directory = resolve_model(model)
+    vocabulary = read_vocabulary_hash(directory)
+    window = _whole(options, "window", 32 if on.type == "cuda" else 8, most=PROMPT_CHUNK)
+    loaded = load_model(
+        directory, on, reference=model, dtype=str(options.get("dtype", "auto")),
+        quantization=_quantization(options, on, exact=exact), rows=window,
+        most_positions=_whole(options, "max_length", 2048), graphs=options.get("graphs", True) is not False, exact=exact,
+    )  # fmt: skip
+    log.info("read", model=model)
+    keep_freed_memory()
+    slots = _whole(options, "slots", 8, most=_MOST_SLOTS)
+    forward = Forward(
+        loaded.decoder, loaded.config, on, slots=slots, capacity=loaded.positions + max(PROMPT_CHUNK, window)
+    )
+    words = int(loaded.config.vocab_size)
+    widths: Widths | None = None
+    if exact:
+        trial = Trial(forward, window=window, words=words, name=f"{loaded.config.model_type} on {on}")
+        widths = widths_tried(forward, directory, window=window, slots=slots, try_them=lambda: trial.widths(slots))
+        forward.cache.release(0)
+        log.info("bits tried", widths=sorted(widths.costs_s))
+    elif on.type == "cpu":
+        forward.read_step = 1
+    backend = TorchBackend(
+        forward, widths, vocabulary=vocabulary, vocabulary_size=words, max_length=loaded.positions, window=window
+    )
+    prompt = Run(0, [position % 16 for position in range(PROMPT_CHUNK)], 0, PROMPT_CHUNK, PROMPT_CHUNK - 1)
+    [logits] = backend.compute([prompt], Never())
+    warm_up(logits[0])
+    backend.warm_up()
+    return backend
+
+
+def _quantization(options: Mapping[str, OptionValue], device: torch.device, *, exact: bool) -> str:
+    name = str(options.get("quantization", "auto"))
+    return name if name != "auto" else "int8" if not exact and device.type == "cpu" else "none"
+
+
+def _whole(options: Mapping[str, OptionValue], name: str, default: int, *, most: int = 1 << 24) -> int:
+    value = options.get(name, default)
+    if type(value) is not int or not 1 <= value <= most:
+        raise EngineError(f"option {name} must be a whole number in [1, {most}], not {value!r}")
+    return value

@@ -1,0 +1,138 @@
+"""A language model behind a backend: slots, prompts in chunks, batches, sampling and a drafter's own guesses.
+
+A target reads the prompt in chunks aligned to position 0, and lets the backend compute every later position with the bits of a
+full window, so that a token's logits do not depend on how the tokens around it were grouped into requests, nor on the
+generations that share the forward (docs/exactness.md). A drafter only guesses: it computes exactly the tokens that it must.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from dsi_workers.backend import PROMPT_CHUNK, Backend, Run
+from dsi_workers.decoding.slots import Slots
+from dsi_workers.drafting.lookup import Lookup
+from dsi_workers.engine import Engine, EngineInfo, Interrupt, Task
+from dsi_workers.engines.calibration import measured
+from dsi_workers.engines.choice import Choice
+from dsi_workers.engines.fingerprint import fingerprint_of
+from dsi_workers.session import Session
+
+
+class ModelEngine(Engine):
+    """`exact`: of a target, whose bits matter. `lookup`: of a drafter that checks guesses of prompt lookup on its way."""
+
+    def __init__(self, backend: Backend, *, exact: bool, lookup: Lookup | None = None, calibrate: bool = True) -> None:
+        self._backend = backend
+        self._exact = exact
+        self._lookup = lookup
+        self._choice = Choice()
+        self._slots = Slots(backend.slots, block=PROMPT_CHUNK if exact else None)
+        info = EngineInfo(
+            vocabulary=backend.vocabulary,
+            vocabulary_size=backend.vocabulary_size,
+            max_length=backend.max_length,
+            window=backend.window,
+            latency_us=0,
+            slots=backend.slots,
+            fingerprint=fingerprint_of(backend) if exact else 0,
+        )
+        self.info = measured(backend, info, exact=exact) if calibrate else info
+        backend.release()
+        backend.forwards = 0
+
+    # A step
+
+    def step(self, tasks: Sequence[Task], interrupt: Interrupt) -> None:
+        tasks = [task for task in tasks if not self._copies(task)]
+        counted = self._backend.forwards
+        try:
+            runs = {id(task): self._run_of(task) for task in tasks}
+            for group in self._groups(tasks, runs):
+                self._compute(group, [runs[id(task)] for task in group], interrupt)
+        finally:
+            self.forwards += self._backend.forwards - counted
+
+    def reads_alone(self, task: Task) -> bool:
+        if self._exact:
+            return _position(task) < task.session.prompt_length
+        if self._lookup is not None:
+            self._lookup.recognize(task.session)
+        return len(task.session.tokens) - _position(task) > 1
+
+    def _groups(self, tasks: Sequence[Task], runs: Mapping[int, Run]) -> list[list[Task]]:
+        """Tasks that share a forward: chunks of prompts have one of their own, the others as many as the backend allows."""
+        groups: list[list[Task]] = [[]]
+        for task in tasks:
+            rows = sum(self._backend.rows(runs[id(each)]) for each in (*groups[0], task))
+            if len(tasks) > 1 and self.reads_alone(task):
+                groups.append([task])
+            elif groups[0] and rows > self._backend.most_rows:
+                groups.insert(0, [task])
+            else:
+                groups[0].append(task)
+        return [group for group in groups if group]
+
+    def _compute(self, tasks: Sequence[Task], runs: Sequence[Run], interrupt: Interrupt) -> None:
+        for task, run in zip(tasks, runs, strict=True):
+            # Padding and an interrupt leave what they like from `begin` on: until the forward is done it is not computed.
+            task.session.computed = min(task.session.computed, run.begin)
+        answers = self._backend.compute(runs, interrupt)
+        for task, run, logits in zip(tasks, runs, answers, strict=True):
+            guess = run.tokens[len(task.session.tokens) - run.begin :]
+            task.session.computed = run.begin + len(run.tokens) - len(guess)
+            differs = self._choice.answer(task, logits, guess)
+            task.done = differs or task.session.computed == len(task.session.tokens)
+            if self._lookup is not None and guess:
+                self._lookup.checked(task.session, guess, right=len(task.answer.tokens) - 1)
+
+    def _run_of(self, task: Task) -> Run:
+        """What the next forward for this task computes.
+
+        The token at position p comes out of the input at p - 1, so inputs [start - 1, length) are needed, and before
+        them whatever this worker has not read yet.
+        """
+        session = task.session
+        self._choice.begin(session)
+        slot = self._slots.of(session)
+        if self._lookup is not None:
+            self._lookup.recognize(session)
+        begin, length = _position(task), len(session.tokens)
+        guess: list[int] = []
+        width = 0
+        if not self._exact:
+            end = min(begin + PROMPT_CHUNK, length)
+            guess = self._guess(task) if end == length else []
+        elif begin < session.prompt_length:
+            begin -= begin % PROMPT_CHUNK
+            width = min(PROMPT_CHUNK, session.prompt_length - begin)  # a function of the prompt alone, all here or not
+            end = min(begin + width, length)
+        else:
+            end = min(begin + self._backend.window, length)
+        first_logits = max(task.start - 1 + len(task.answer.tokens), begin)
+        return Run(slot, session.tokens[begin:end] + guess, begin, width, first_logits)
+
+    # A drafter's own drafter
+
+    def _copies(self, task: Task) -> bool:
+        """Whether the task is done by what followed the same tokens before."""
+        if self._lookup is not None and task.count is not None:
+            task.answer.tokens = self._lookup.copy(task.session, task.count)
+            task.done = bool(task.answer.tokens)
+        return task.done
+
+    def _guess(self, task: Task) -> list[int]:
+        if self._lookup is None or task.count is None or len(task.session.tokens) - _position(task) > 1:
+            return []
+        return self._lookup.guess(task.session, task.count - 1)
+
+    def forget(self, session: Session) -> None:
+        self._slots.forget(session)
+        self._choice.forget(session)
+        if self._lookup is not None:
+            self._lookup.forget(session)
+
+
+def _position(task: Task) -> int:
+    """The first input that the next forward for this task must compute."""
+    return min(task.session.computed, task.start - 1 + len(task.answer.tokens))
