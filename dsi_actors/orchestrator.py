@@ -98,6 +98,7 @@ class Orchestrator:
         algorithm: Algorithm = "dsi",
         sp: int | None = None,
         lookahead: int | Literal["auto"] = "auto",
+        rows: int | None = None,
         resumed: Iterable[SupportsIndex] = (),
         correlation: str | None = None,
     ) -> GenerationStream:
@@ -107,8 +108,10 @@ class Orchestrator:
         count among `max_tokens` and are not given again; what follows is what the earlier run would have given.
 
         Iterate over the result: each item is a `CommittedTokens`, a tuple of ids. Leaving the loop, cancelling the task
-        or closing the stream cancels all work, down to the forwards that run. `sp` and `lookahead` are for this
-        generation; `correlation` names it in the logs of the orchestrator and of every worker.
+        or closing the stream cancels all work, down to the forwards that run. `sp`, `lookahead` and `rows` are for this
+        generation. `rows`: the most rows that a step of the drafter may have, one for the main path and the others for
+        alternatives; 1 drafts chains, None lets it be chosen. `correlation` names the generation in the logs of the
+        orchestrator and of every worker.
 
         `prompt_ids` and `resumed` may be any sequence of integers, such as a numpy array or a tensor of one dimension.
 
@@ -125,12 +128,14 @@ class Orchestrator:
             raise ConfigError(f"sp must lie in [1, 1024], not {sp}")
         if lookahead != "auto" and not 1 <= lookahead <= 1024:
             raise ConfigError(f"lookahead must be auto or lie in [1, 1024], not {lookahead}")
+        if rows is not None and not 1 <= rows <= 1024:
+            raise ConfigError(f"rows must lie in [1, 1024], not {rows}")
         _check_resumed(earlier, sampling)
         number = next(self._numbers)
         correlation = f"generation-{number}" if correlation is None else correlation
         if len(correlation.encode(errors="replace")) > MAX_TEXT_BYTES or not correlation.isprintable():
             raise ConfigError(f"correlation must be printable text of at most {MAX_TEXT_BYTES} bytes")
-        return self._stream(number, prompt, sampling, algorithm, sp, lookahead, earlier, correlation)
+        return self._stream(number, prompt, sampling, algorithm, sp, lookahead, rows, earlier, correlation)
 
     def _stream(
         self,
@@ -140,6 +145,7 @@ class Orchestrator:
         algorithm: Algorithm,
         sp: int | None,
         lookahead: int | Literal["auto"],
+        rows: int | None,
         resumed: Sequence[int],
         correlation: str,
     ) -> GenerationStream:
@@ -159,6 +165,7 @@ class Orchestrator:
                 sp,
                 None if lookahead == "auto" else lookahead,
                 position=len(prompt_ids) + len(resumed),
+                rows=rows,
             )
             core = GenerationCore(
                 prompt_ids,
@@ -261,7 +268,7 @@ class Orchestrator:
         """What a token takes in plain decoding: workers on shared processors measured themselves while others started."""
         sampling = Sampling(max_tokens=_MEASURED_TOKENS)
         try:
-            async with self._stream(_CALIBRATION, [0], sampling, "ar", 1, "auto", (), "calibration") as stream:
+            async with self._stream(_CALIBRATION, [0], sampling, "ar", 1, "auto", None, (), "calibration") as stream:
                 async for _ in stream:
                     pass
                 report = await stream.report()

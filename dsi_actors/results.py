@@ -7,18 +7,22 @@ from dataclasses import asdict, dataclass, field
 
 
 class CommittedTokens(tuple[int, ...]):
-    """Token ids that are settled, in order. `accepted[i]` tells whether token i had been drafted."""
+    """Token ids that are settled, in order. `accepted[i]` tells whether token i had been drafted, `by_alternative[i]` whether
+    the draft that had it was an alternative, not the drafter's first choice."""
 
     accepted: tuple[bool, ...]
+    by_alternative: tuple[bool, ...]
     #: The target's log probability of each token, if asked for, else empty.
     logprobs: tuple[float, ...]
 
     def __new__(
-        cls, tokens: Iterable[int], accepted: Iterable[bool], logprobs: Iterable[float] = ()
-    ) -> CommittedTokens:
+        cls, tokens: Iterable[int], accepted: Iterable[bool], logprobs: Iterable[float] = (),
+        by_alternative: Iterable[bool] = (),
+    ) -> CommittedTokens:  # fmt: skip
         self = super().__new__(cls, tokens)
         self.accepted = tuple(accepted)
         self.logprobs = tuple(logprobs)
+        self.by_alternative = tuple(by_alternative) or (False,) * len(self)
         return self
 
 
@@ -49,7 +53,11 @@ class GenerationReport:
     #: The drafter, as the configuration calls it: of several the last one. Empty if nothing was drafted.
     drafter: str
     drafted_tokens: int
+    #: Corrections: the target's token was neither the drafter's first choice nor an alternative.
     rejections: int
+    #: Tokens that came by an alternative; and of rejected first choices with an alternative beside them, the share of these.
+    alternatives: int
+    alternative_rate: float
     target_forwards: int
     #: Target forwards of verifications that committed nothing: cancelled, outrun or lost.
     wasted_target_forwards: int

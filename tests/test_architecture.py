@@ -27,8 +27,8 @@ LAYERS = {
         "simulation tracing serving chaos conformance console benches worker cli"
     ),
     "dsi_workers": (
-        "__init__ session engine backend sampling connection models decoding checkpoints drafting engines benches "
-        "work loop prepare_models main"
+        "__init__ tree draft_tree session engine backend sampling connection models decoding checkpoints drafting "
+        "engines benches work loop prepare_models main"
     ),
     "dsi_protocol": "errors checksums fields gumbel messages codec endpoints __init__",
 }

@@ -1,13 +1,15 @@
 """`dsi-actors bench never-slower`: is DSI ever slower than plain decoding, or than the best SI?
 
 A grid of acceptance rates, drafter latencies (as shares of the target's) and numbers of target servers, with and without
-jitter; on the wall clock, with real processes and messages, and in the simulator. The best SI knows the true acceptance
-rate; DSI must find it out. DSI / AR and DSI / best SI are medians over repeats, each with its own draw.
+jitter, with and without alternatives beside the drafts. Each cell is run with real processes and messages, and in the
+simulator. The best SI knows the true chances; DSI must find them out. DSI / AR and DSI / best SI are medians over repeats, each
+with its own draw.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -35,6 +37,10 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--shares", default="0.05,0.3,0.7,1.2", metavar="LIST", help="drafter / target latency")
     parser.add_argument("--sp", default="1,2,4", metavar="LIST", help="target servers (default %(default)s)")
     parser.add_argument("--jitters", default="0,0.2", metavar="LIST", help="coefficients of variation")
+    parser.add_argument(
+        "--alternatives", default="0", metavar="LIST",
+        help="chances that a second choice is right where the first is not; 0 drafts chains (default %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--tokens", type=int, default=50, metavar="S", help="default %(default)s")
     parser.add_argument("--repeats", type=int, default=5, metavar="R", help="default %(default)s")
     parser.add_argument("--simulations", type=int, default=100, metavar="R", help="runs of each in the simulator")
@@ -50,22 +56,23 @@ async def run(arguments: argparse.Namespace) -> int:
     shares = _numbers(arguments.shares, "--shares", float, 0.0, 100.0)
     servers = _numbers(arguments.sp, "--sp", int, 1, 64)
     jitters = _numbers(arguments.jitters, "--jitters", float, 0.0, 10.0)
+    chances = _numbers(arguments.alternatives, "--alternatives", float, 0.0, 1.0)
     if not 0 < arguments.target_ms < 1e6:
         raise ConfigError(f"--target-ms must be above 0, not {arguments.target_ms:g}")
     rows: list[dict[str, Any]] = []
-    for jitter in jitters:
-        for share in shares:
-            for acceptance in acceptances:
-                scenario = Scenario(
-                    target_ms=arguments.target_ms, drafter_ms=share * arguments.target_ms, acceptance=acceptance,
-                    jitter=jitter,
-                )  # fmt: skip
-                cells = {sp: _simulated(scenario, sp, arguments.simulations) for sp in servers}
-                if not arguments.simulate_only:
-                    for sp, measured in (await _measured(scenario, servers, arguments)).items():
-                        cells[sp] |= measured
-                rows += cells.values()
-                sys.stderr.write(f"jitter {jitter:g}, d/t {share:g}, acceptance {acceptance:g}: done\n")
+    for jitter, share, acceptance, chance in itertools.product(jitters, shares, acceptances, chances):
+        scenario = Scenario(
+            target_ms=arguments.target_ms, drafter_ms=share * arguments.target_ms, acceptance=acceptance,
+            alternatives=chance, jitter=jitter,
+        )  # fmt: skip
+        cells = {sp: _simulated(scenario, sp, arguments.simulations) for sp in servers}
+        if not arguments.simulate_only:
+            for sp, measured in (await _measured(scenario, servers, arguments)).items():
+                cells[sp] |= measured
+        rows += cells.values()
+        sys.stderr.write(
+            f"jitter {jitter:g}, d/t {share:g}, acceptance {acceptance:g}, alternatives {chance:g}: done\n"
+        )
     if arguments.json:
         sys.stdout.write(json.dumps({"machine": describe_machine(), "results": rows}) + "\n")
         return 0
@@ -94,27 +101,31 @@ async def _measured(
 
 def _simulated(scenario: Scenario, sp: int, repeats: int) -> dict[str, Any]:
     """Means over many draws; and in how many runs DSI took longer than AR though Equation 1 holds."""
-    si_lookahead = best_si_way(scenario).lookahead
+    best_si = best_si_way(scenario)
 
-    def simulated(algorithm: str, lookahead: int | None, repeats: int, seed: int) -> list[SimulatedRun]:
+    def simulated(way: Way, repeats: int, seed: int) -> list[SimulatedRun]:
         return simulate(
-            scenario, algorithm, sp=sp, lookahead=lookahead, tokens=_SIMULATED_TOKENS, repeats=repeats, seed=seed
-        )
+            scenario, way.algorithm, sp=sp, lookahead=way.lookahead, rows=way.rows, tokens=_SIMULATED_TOKENS,
+            repeats=repeats, seed=seed,
+        )  # fmt: skip
 
-    ar = simulated("ar", None, repeats, 0)
-    si = simulated("si", si_lookahead, repeats, 0)
-    dsi = simulated("dsi", None, repeats + 1, -1)[1:]  # the first one finds out what the others begin with
+    ar = simulated(Way("ar"), repeats, 0)
+    si = simulated(best_si, repeats, 0)
+    dsi = simulated(Way("dsi", sp), repeats + 1, -1)[1:]  # the first one finds out what the others begin with
     enough = [equation_1_servers(scenario.target_ms, scenario.drafter_ms, run.lookahead) <= sp for run in dsi]
     slower = [run.ms_per_token > plain.ms_per_token * (1 + 1e-9) for run, plain in zip(dsi, ar, strict=True)]
     means = {name: statistics.fmean(run.ms_per_token for run in runs) for name, runs in _named(ar, si, dsi)}
     return {
         "acceptance": scenario.acceptance,
+        "alternatives": scenario.alternatives,
         "drafter_share": scenario.drafter_ms / scenario.target_ms,
         "sp": sp,
         "jitter": scenario.jitter,
         "lookahead": dsi[-1].lookahead,
         "first_wait": dsi[-1].first_wait,
-        "best_si_lookahead": si_lookahead,
+        "rows": dsi[-1].rows,
+        "best_si_lookahead": best_si.lookahead,
+        "best_si_rows": best_si.rows,
         "simulated_ms_per_token": means["dsi"],
         "simulated_ratio_to_ar": means["dsi"] / means["ar"],
         "simulated_ratio_to_best_si": means["dsi"] / means["si"],
@@ -133,7 +144,7 @@ def _named(*runs: Any) -> list[tuple[str, Any]]:
 def _print(rows: list[dict[str, Any]], servers: Sequence[int]) -> None:
     measured = "ratio_to_ar" in rows[0]
     columns = [f"{name} SP={sp}" for name in ("DSI/AR", "DSI/SI") for sp in servers]
-    table = Table("jitter", "d/t", "acceptance", *columns)
+    table = Table("jitter", "d/t", "acceptance", "alternatives", *columns)
     keys = [("ratio_to_ar", sp) for sp in servers] + [("ratio_to_best_si", sp) for sp in servers]
     for first in range(0, len(rows), len(servers)):
         cells = {row["sp"]: row for row in rows[first : first + len(servers)]}
@@ -142,7 +153,13 @@ def _print(rows: list[dict[str, Any]], servers: Sequence[int]) -> None:
             (f"{cells[sp][key]:.3f} " if measured else "") + f"({cells[sp]['simulated_' + key]:.3f})"
             for key, sp in keys
         ]
-        table.add_row(f"{row['jitter']:g}", f"{row['drafter_share']:g}", f"{row['acceptance']:g}", *figures)
+        table.add_row(
+            f"{row['jitter']:g}",
+            f"{row['drafter_share']:g}",
+            f"{row['acceptance']:g}",
+            f"{row['alternatives']:g}",
+            *figures,
+        )
     console = terminal(width=max(120, terminal().width))
     console.print(table)
     console.print("Measured on the wall clock (in the simulator).")

@@ -32,9 +32,10 @@ class Pair:
     acceptance: float
     paper_factor: float
 
-    @property
-    def scenario(self) -> Scenario:
-        return Scenario(target_ms=self.target_ms, drafter_ms=self.drafter_ms, acceptance=self.acceptance)
+    def scenario(self, alternatives: float) -> Scenario:
+        return Scenario(
+            target_ms=self.target_ms, drafter_ms=self.drafter_ms, acceptance=self.acceptance, alternatives=alternatives
+        )
 
 
 PAIRS = (
@@ -54,6 +55,11 @@ PAIRS = (
 def add_parser(benches: SubParsers) -> None:
     parser = benches.add_parser("table2", help="the paper's ten pairs of models", description=__doc__)
     parser.add_argument("--sp", default="1,2,3,7", metavar="LIST", help="target servers (default %(default)s)")
+    parser.add_argument(
+        "--alternatives", type=float, action="append", metavar="H",
+        help="chance that the drafter's second choice is right where its first is not: DSI with trees beside DSI with chains; "
+        "may be repeated (default: 0, chains only)",
+    )  # fmt: skip
     parser.add_argument("--pairs", type=int, default=len(PAIRS), metavar="N", help="only the first N (default all)")
     parser.add_argument("--tokens", type=int, default=50, metavar="S", help="default %(default)s, as in the paper")
     parser.add_argument("--repeats", type=int, default=5, metavar="R", help="default %(default)s")
@@ -66,35 +72,47 @@ def add_parser(benches: SubParsers) -> None:
 async def run(arguments: argparse.Namespace) -> int:
     check_sizes(arguments, "tokens", "repeats", "pairs")
     servers = _servers(arguments.sp)
+    chances = arguments.alternatives or [0.0]
+    if not all(0 <= chance <= 1 for chance in chances):
+        raise ConfigError("--alternatives must lie in [0, 1]")
     rows: list[dict[str, Any]] = []
-    table = Table("", "AR", "SI best", *(f"DSI SP={sp}" for sp in servers), "over SI", "paper")
-    for pair in PAIRS[: arguments.pairs]:
-        si = best_si_way(pair.scenario)
-        ways = [Way("ar"), si, *(Way("si", 1, k) for k in (1, 5, 10)), *(Way("dsi", sp) for sp in servers)]
-        async with TimedBench(pair.scenario, sp=max(servers), log_level=arguments.log_level) as bench:
+    headings = [f"DSI SP={sp}{kind}" for sp in servers for kind in _kinds(max(chances))]
+    table = Table("", "AR", "SI best", *headings, "over SI", "paper")
+    for pair, chance in ((pair, chance) for pair in PAIRS[: arguments.pairs] for chance in chances):
+        scenario = pair.scenario(chance)
+        ar, si = Way("ar"), best_si_way(scenario)
+        dsi = [Way("dsi", sp, rows=rows) for sp in servers for rows in ((1, None) if chance else (None,))]
+        ways = [ar, si, *(Way("si", 1, k) for k in (1, 5, 10)), *dsi]
+        async with TimedBench(scenario, sp=max(servers), log_level=arguments.log_level) as bench:
             runs = await alternate(
                 bench, ways, tokens=arguments.tokens, repeats=arguments.repeats, seed=arguments.seed
             )  # fmt: skip
-        for way in runs:
-            row = row_of(pair.scenario, way, runs[way])
-            row |= {"pair": pair.name, "ratio_to_ar": ratio(runs[way], runs[Way("ar")])}
+        shown = {way: row_of(scenario, way, runs[way]) for way in runs}
+        for way, row in shown.items():
+            row |= {"pair": pair.name, "ratio_to_ar": ratio(runs[way], runs[ar])}
             row |= {"ratio_to_best_si": ratio(runs[way], runs[si]), "paper_factor_over_si": pair.paper_factor}
+            if chance and way.algorithm == "dsi":
+                row |= {"ratio_to_chain": ratio(runs[way], runs[Way("dsi", way.sp, rows=1)])}
             rows.append(row)
-        shown = [next(row for row in reversed(rows) if _is(row, way)) for way in (Way("ar"), si, *ways[5:])]
         table.add_row(
-            f"{pair.name}\n{pair.target_ms:g} / {pair.drafter_ms:g} / {pair.acceptance:g}",
-            *(f"{row['ms_per_token']:.1f}\n{row['ratio_to_ideal']:.3f}" for row in shown),
-            f"{1 / ratio(runs[ways[-1]], runs[si]):.2f}x",
+            f"{pair.name}\n{pair.target_ms:g} / {pair.drafter_ms:g} / {pair.acceptance:g}"
+            + (f" / {chance:g}" if chance else ""),
+            *(
+                f"{row['ms_per_token']:.1f}\n{row['ratio_to_ideal']:.3f}"
+                for row in (shown[way] for way in (ar, si, *dsi))
+            ),
+            f"{1 / ratio(runs[dsi[-1]], runs[si]):.2f}x",
             f"{pair.paper_factor:.2f}x",
         )
-        sys.stderr.write(f"{pair.name}: done\n")
+        sys.stderr.write(f"{pair.name}{f', alternatives {chance:g}' if chance else ''}: done\n")
     if arguments.json:
         sys.stdout.write(json.dumps({"machine": describe_machine(), "results": rows}) + "\n")
         return 0
     console = terminal(width=max(110, terminal().width))
     console.print(table)
     console.print(
-        "Each cell: ms per token, measured / ideal. Under the pair: target ms / drafter ms / acceptance rate."
+        "Each cell: ms per token, measured / ideal. Under the pair: target ms / drafter ms / acceptance rate (/ chance that an "
+        "alternative is right)."
     )
     for sp in servers:
         of_sp = [row for row in rows if row["algorithm"] == "dsi" and row["sp"] == sp]
@@ -104,11 +122,17 @@ async def run(arguments: argparse.Namespace) -> int:
             f"DSI / best SI up to {max(row['ratio_to_best_si'] for row in of_sp):.3f}; "
             f"DSI / AR up to {max(row['ratio_to_ar'] for row in of_sp):.3f}"
         )
+        for chance in filter(None, chances):
+            ratios = [row["ratio_to_chain"] for row in of_sp if row["alternatives"] == chance and row["rows"] is None]
+            console.print(
+                f"  alternatives {chance:g}: tree / chain from {min(ratios):.3f} to {max(ratios):.3f} "
+                f"(median {statistics.median(ratios):.3f})"
+            )
     return 0
 
 
-def _is(row: dict[str, Any], way: Way) -> bool:
-    return bool(row["algorithm"] == way.algorithm and row["sp"] == way.sp and way.lookahead in (None, row["lookahead"]))
+def _kinds(chance: float) -> tuple[str, ...]:
+    return (" chain", " tree") if chance else ("",)
 
 
 def _servers(text: str) -> list[int]:

@@ -43,6 +43,8 @@ async def run(arguments: argparse.Namespace) -> int:
     check_sizes(arguments, "sp", "tokens", "repeats")
     scenario = scenario_from(arguments)
     ways = [Way("ar"), best_si_way(scenario), *(Way("si", 1, k) for k in (1, 5, 10)), Way("dsi", arguments.sp)]
+    if scenario.alternatives:  # beside the tree
+        ways += [best_si_way(scenario, chain=True), Way("dsi", arguments.sp, rows=1)]
     async with TimedBench(scenario, sp=arguments.sp, log_level=arguments.log_level) as bench:
         runs = await alternate(
             bench, ways, tokens=arguments.tokens, repeats=arguments.repeats, seed=arguments.seed

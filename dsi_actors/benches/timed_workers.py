@@ -14,10 +14,10 @@ from dsi_actors.config import Algorithm, Config, Sampling
 from dsi_actors.errors import ConfigError
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.planning.controller import Controller
-from dsi_actors.planning.expectation import best_si
+from dsi_actors.planning.expectation import Branching, best_si
 from dsi_actors.planning.tuner import Estimates, flat
 from dsi_actors.results import GenerationReport
-from dsi_actors.simulation.run import Scenario, simulate_once
+from dsi_actors.simulation.run import MOST_ROWS, Scenario, simulate_once
 
 _PROMPT = (1,)
 _SEED = 7
@@ -31,12 +31,15 @@ class Way:
     algorithm: Algorithm
     sp: int = 1
     lookahead: int | None = None
+    #: The most rows of a drafting step: 1 drafts chains, None lets it be chosen.
+    rows: int | None = None
 
     def __str__(self) -> str:
         if self.algorithm == "ar":
             return "AR"
         servers = f" SP={self.sp}" if self.algorithm == "dsi" else ""
-        return f"{self.algorithm.upper()}{servers}" + (f" k={self.lookahead}" if self.lookahead else "")
+        chain = " chain" if self.rows == 1 and self.lookahead is None else ""
+        return f"{self.algorithm.upper()}{servers}" + (f" k={self.lookahead}" if self.lookahead else "") + chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,8 @@ class TimedBench:
                 engine="timed", sp=sp, devices=("cpu",), log_level=log_level,
                 target_options={"latency_ms": scenario.target_ms, **common},
                 drafter_options={
-                    "latency_ms": scenario.drafter_ms, "acceptance": scenario.acceptance, **common,
+                    "latency_ms": scenario.drafter_ms, "acceptance": scenario.acceptance,
+                    "alternatives": scenario.alternatives, **common,
                 },
             )
         )  # fmt: skip
@@ -80,7 +84,12 @@ class TimedBench:
         lookahead: int | Literal["auto"] = "auto" if way.lookahead is None else way.lookahead
         output: list[int] = []
         async with self._orchestrator.generate(
-            _PROMPT, Sampling(max_tokens=tokens, seed=seed), algorithm=way.algorithm, sp=way.sp, lookahead=lookahead
+            _PROMPT,
+            Sampling(max_tokens=tokens, seed=seed),
+            algorithm=way.algorithm,
+            sp=way.sp,
+            lookahead=lookahead,
+            rows=way.rows,
         ) as stream:
             async for chunk in stream:
                 output += chunk
@@ -93,7 +102,7 @@ class TimedBench:
         runs = 10 if self.scenario.jitter else 1  # latencies are drawn anew each time
         times_ms: list[float] = []
         for latency_seed in range(runs):
-            controller = Controller.with_one_drafter(way.algorithm, way.sp, way.lookahead, known)
+            controller = Controller.with_one_drafter(way.algorithm, way.sp, way.lookahead, known, rows=way.rows)
             scenario = self.scenario
             simulated = simulate_once(
                 scenario, controller, tokens=tokens, seed=latency_seed, prompt_length=len(_PROMPT), draws=_SEED + seed
@@ -102,10 +111,12 @@ class TimedBench:
         return statistics.fmean(times_ms)
 
 
-def best_si_way(scenario: Scenario) -> Way:
-    """SI with the lookahead that is best for this scenario's true latencies and acceptance: known to nobody else."""
-    policy = best_si(flat(scenario.target_ms), scenario.drafter_ms, scenario.acceptance)
-    return Way("si", 1, policy.lookahead)
+def best_si_way(scenario: Scenario, *, chain: bool = False) -> Way:
+    """SI with the lookahead, and the rows of a tree, that are best for this scenario's true latencies and chances: known to
+    nobody else. `chain`: without a tree."""
+    branching = Branching(scenario.alternatives, MOST_ROWS if scenario.alternatives and not chain else 1)
+    policy = best_si(flat(scenario.target_ms), scenario.drafter_ms, scenario.acceptance, branching)
+    return Way("si", 1, policy.lookahead, policy.rows)
 
 
 async def alternate(
@@ -135,6 +146,8 @@ def row_of(scenario: Scenario, way: Way, runs: Sequence[Run]) -> dict[str, Any]:
         "target_ms": scenario.target_ms,
         "drafter_ms": scenario.drafter_ms,
         "acceptance": scenario.acceptance,
+        "alternatives": scenario.alternatives,
+        "rows": way.rows,
         "jitter": scenario.jitter,
         "tokens": reports[0].tokens,
         "repeats": len(runs),
@@ -144,6 +157,7 @@ def row_of(scenario: Scenario, way: Way, runs: Sequence[Run]) -> dict[str, Any]:
         "ideal_ms_per_token": statistics.median(run.ideal_ms_per_token for run in runs),
         "ratio_to_ideal": statistics.median(run.ms_per_token / run.ideal_ms_per_token for run in runs),
         "acceptance_rate": statistics.fmean(report.acceptance_rate for report in reports),
+        "alternative_rate": statistics.fmean(report.alternative_rate for report in reports),
         "target_forwards": statistics.fmean(report.target_forwards for report in reports),
         "wasted_target_forwards": statistics.fmean(report.wasted_target_forwards for report in reports),
         "target_busy_ms": statistics.fmean(report.target_busy_ms for report in reports),
@@ -161,6 +175,10 @@ def add_scenario_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drafter-ms", type=float, default=4.0, metavar="D", help="a drafted token (%(default)s)")
     parser.add_argument("--acceptance", type=float, default=0.8, metavar="A", help="chance that a draft is right")
     parser.add_argument(
+        "--alternatives", type=float, default=0.0, metavar="H",
+        help="chance that the drafter's second choice is right where its first is not; 0 drafts chains (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--jitter", type=float, default=0.0, metavar="CV", help="coefficient of variation of latencies, lognormal"
     )
 
@@ -173,11 +191,12 @@ def scenario_from(arguments: argparse.Namespace, **more: Any) -> Scenario:
             raise ConfigError(f"--{name.replace('_', '-')} must be a number of at least 0, not {value:g}")
     if arguments.target_ms == 0:
         raise ConfigError("--target-ms must be above 0")
-    if not 0 <= arguments.acceptance <= 1:
-        raise ConfigError(f"--acceptance must lie in [0, 1], not {arguments.acceptance:g}")
+    for name in ("acceptance", "alternatives"):
+        if not 0 <= getattr(arguments, name) <= 1:
+            raise ConfigError(f"--{name} must lie in [0, 1], not {getattr(arguments, name):g}")
     return Scenario(
         target_ms=arguments.target_ms, drafter_ms=arguments.drafter_ms, acceptance=arguments.acceptance,
-        jitter=arguments.jitter, **more,
+        alternatives=arguments.alternatives, jitter=arguments.jitter, **more,
     )  # fmt: skip
 
 

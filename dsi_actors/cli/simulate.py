@@ -37,6 +37,9 @@ def add_parser(commands: SubParsers) -> None:
     parser.add_argument("--algorithm", choices=[*ALGORITHMS, "all"], default="all")
     add_scenario_options(parser)
     parser.add_argument("--lookahead", type=lookahead, default="auto", metavar="auto|K")
+    parser.add_argument(
+        "--rows", type=int, metavar="R", help="the most rows of a drafting step; 1 drafts chains (default: chosen)"
+    )
     parser.add_argument("--sp", type=int, default=2, metavar="N", help="target servers (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=100, metavar="S", help="of a generation (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=20, metavar="R", help="generations (default %(default)s)")
@@ -51,6 +54,8 @@ def add_parser(commands: SubParsers) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     check_sizes(arguments, "sp", "tokens", "repeats")
+    if arguments.rows is not None and arguments.rows < 1:
+        raise ConfigError(f"--rows must be at least 1, not {arguments.rows}")
     if not 0 <= arguments.cancel_ms < float("inf"):
         raise ConfigError(f"--cancel-ms must be at least 0, not {arguments.cancel_ms:g}")
     trace = _read_trace(arguments.trace) if arguments.trace else Trace()
@@ -60,12 +65,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         sys.stdout.write(json.dumps({"machine": describe_machine(), "results": rows}) + "\n")
         return 0
-    table = Table("", "SP", "lookahead", "wait", "ms per token", "first token ms", "acceptance", "forwards", "wasted")
+    table = Table(
+        "", "SP", "lookahead", "wait", "rows", "ms per token", "first token ms", "acceptance", "forwards", "wasted"
+    )
     for row in rows:
         drafted = row["algorithm"] != "ar"
         table.add_row(
             str(row["algorithm"]).upper(), str(row["sp"]), str(row["lookahead"]) if drafted else "-",
-            str(row["first_wait"]) if drafted else "-", f"{row['ms_per_token']:.2f}", f"{row['first_token_ms']:.1f}",
+            str(row["first_wait"]) if drafted else "-", str(row["rows"]) if drafted else "-",
+            f"{row['ms_per_token']:.2f}", f"{row['first_token_ms']:.1f}",
             f"{row['acceptance_rate']:.3f}" if drafted else "-", f"{row['target_forwards']:.1f}",
             f"{row['wasted_target_forwards']:.1f}",
         )  # fmt: skip
@@ -81,7 +89,7 @@ def _simulate(scenario: Scenario, algorithm: str, arguments: argparse.Namespace)
     def settings(share: int, first: int) -> dict[str, Any]:
         return {
             "sp": arguments.sp, "lookahead": chosen, "tokens": tokens, "repeats": share, "seed": first,
-            "calibrated": not arguments.no_calibration,
+            "calibrated": not arguments.no_calibration, "rows": arguments.rows,
         }  # fmt: skip
 
     processes = min(cores(), repeats)

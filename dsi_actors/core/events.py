@@ -37,11 +37,17 @@ class DrafterLost:
 
 @dataclass(frozen=True, slots=True)
 class DraftsArrived:
-    """The drafter guessed `tokens` at [start, start + len(tokens)). More may follow from the same attempt."""
+    """The drafter guessed `tokens`. More may follow from the same attempt.
+
+    Drafts are numbered in the order in which they are made; the token before the first one of a request that brings its own
+    prefix has its position as its number. `start` is the number of tokens[0], parents[i] that of the token before tokens[i].
+    `parents` empty: each follows the one before, and in a chain numbers are positions.
+    """
 
     attempt: int
     start: int
     tokens: tuple[int, ...]
+    parents: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,16 +3,16 @@
 Theory of operation
 ===================
 
-A generation is one growing list of tokens::
+A generation is one growing list of tokens, and a tree of guesses behind it::
 
-    tokens:   [ prompt | committed | drafted )
-                       ^           ^         ^
-                 prompt_length  committed   len(tokens)
+    tokens:   [ prompt | committed | drafted: the main path )    and beside the main path its alternatives (tree.py)
+                       ^           ^                        ^
+                 prompt_length  committed              len(tokens)
 
-*Committed* tokens are the target's own and never change. *Drafted* tokens are guesses of the drafter. Target servers
-are asked, several at a time, to *verify*: to read everything not yet committed (or as much of it as the policy's span
-allows) and to answer with the target's own tokens from there on, up to and including the first that differs from the
-guess, or one beyond the last guess.
+*Committed* tokens are the target's own and never change. *Drafted* tokens are guesses of the drafter: the main path, and
+branches that leave it where the drafter was unsure. Target servers are asked, several at a time, to *verify*: to read
+everything not yet committed (or as much of it as the policy allows) and to answer with the target's own tokens from there
+on, along the tree: up to and including the first that no branch has, or one beyond the end of a branch.
 
 Lossless argument. A verification answers with the target's continuation of the prefix before its `start`. When it
 was started, `start` was the committed length, so that prefix was committed, and committed tokens never change. Hence
@@ -21,9 +21,11 @@ answer comes first, however late, whatever was guessed. By induction the committ
 drafts, cancels and lost messages decide only when it grows. Nothing here depends on a cancel being obeyed: an answer
 that is no longer wanted is dropped because its attempt id is dead.
 
-A rejection. The first committed token that differs from the drafted one at its place makes everything after it
-worthless: the drafts are dropped, every live verification (each read that draft, or ends before it) and every live
-draft attempt is cancelled, and both drafter and the server that just answered start again behind the correction.
+A rejection. The first committed token that differs from the main path's at its place makes the rest of the main path
+worthless. If an *alternative* has this token, that branch becomes the main path: live verifications whose tree holds it go
+on, and the drafter goes on from its end. If none has it, the token is a *correction*: all drafts are dropped, every live
+verification and every live draft attempt is cancelled, and both drafter and the server that just answered start again
+behind it.
 
 Never slower than plain decoding. After each commit the server that answered is free and holds the prefix, and if no
 other live verification reaches beyond what is committed it starts at once on everything not yet committed. So there is
@@ -52,6 +54,7 @@ from dsi_actors.core.actions import (
     CancelVerify,
     EmitTokens,
     Finish,
+    Judged,
     StartDraft,
     StartVerify,
 )
@@ -69,10 +72,12 @@ from dsi_actors.core.events import (
     VerificationAbandoned,
     VerificationFinished,
 )
-from dsi_actors.core.policy import Policy
+from dsi_actors.core.policy import Policy, worth_verifying
+from dsi_actors.core.tree import DraftTree, Node, Step
 
 #: What starts work goes first, since telling takes time; each list keeps its order among equals.
-_URGENCY = {StartVerify: 0, CancelDrafts: 1, StartDraft: 2, CancelVerify: 3, EmitTokens: 4, Finish: 5}
+_URGENCY = {StartVerify: 0, CancelDrafts: 1, StartDraft: 2, CancelVerify: 3, EmitTokens: 4, Judged: 5, Finish: 6}
+_NOTHING_JUDGED = Judged()
 
 
 def _urgency(action: Action) -> int:
@@ -87,18 +92,22 @@ class _Server:
     attempt: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Verification:
-    """Checks tokens [start, end) and so can yield the target's tokens at [start, end]."""
+    """Checks main-path tokens [start, end) and some branches, and so can yield the target's tokens at [start, end]."""
 
     server: int
     start: int
     end: int
+    #: The committed token before `start`, and every draft that is checked.
+    nodes: set[Node]
+    #: One past the last position of these.
+    deepest: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """Asked to guess [start, end)."""
+    """Asked to extend the main path to [start, end)."""
 
     start: int
     end: int
@@ -108,10 +117,12 @@ class _Draft:
 class Counters:
     """What happened so far. All count from the start of the generation."""
 
-    drafted: int = 0  #: tokens that arrived from a live draft attempt
-    judged: int = 0  #: drafted tokens that were compared with the target's own
+    drafted: int = 0  #: tokens that arrived from a live draft attempt, branches included
+    judged: int = 0  #: main-path tokens that were compared with the target's own
     accepted: int = 0  #: of those, equal
-    rejections: int = 0  #: corrections that dropped work
+    offered: int = 0  #: of those that differed, those with an alternative beside them
+    alternatives: int = 0  #: of those, the target's token was an alternative
+    rejections: int = 0  #: corrections that dropped work: no draft had the target's token
     verifications: int = 0  #: verifications started
     useful_verifications: int = 0  #: verifications that committed at least one token
     stale_events: int = 0  #: replies of dead attempts
@@ -151,12 +162,22 @@ class GenerationCore:
         self.counters = Counters()
         self._next_attempt = 1
         self._servers: dict[int, _Server] = {}
-        #: Live verifications by attempt. Ends rise strictly with the attempt; each end >= committed.
+        self._tree = DraftTree(self.tokens[-1], self.committed - 1)
+        #: Live verifications by attempt. Ends rise strictly with the attempt; each holds the tree's root.
         self._verifications: dict[int, _Verification] = {}
         self._drafter_present = False
-        #: The drafter's own list starts with tokens[:_drafter_held]; its next draft is for that position.
+        #: The drafter's own main path starts with tokens[:_drafter_held]; it goes on from there.
         self._drafter_held = 0
-        #: Live draft attempts: contiguous, in order; the first one's next token is for position _drafter_held.
+        #: Where the drafter's main path ends, as far as it told us. Not live: it follows a path that is dead.
+        self._drafter_end = self._tree.root
+        #: What it drafted since it was last told a prefix, in order: the n-th has the number _first_number + n.
+        self._numbered: list[Node] = [self._tree.root]
+        self._first_number = 0
+        #: Numbers of those that have a child: the first child is the main path's.
+        self._parents: set[int] = set()
+        #: What was committed when the drafter last heard of it.
+        self._drafter_heard = 0
+        #: Live draft attempts: contiguous, in order; the first one extends the main path at _drafter_held.
         self._drafts: dict[int, _Draft] = {}
         #: The drafter had nothing to offer here. Ask again after the next commit.
         self._drafter_exhausted = False
@@ -165,6 +186,8 @@ class GenerationCore:
         #: The server that answered last: it holds the prefix and its KV cache is warm.
         self._warm_server: int | None = None
         self._actions: list[Action] = []
+        #: Of the event in hand.
+        self._judged = _NOTHING_JUDGED
 
     @property
     def output(self) -> list[int]:
@@ -187,8 +210,8 @@ class GenerationCore:
         match event:
             case VerificationFinished(attempt, server, start, tokens):
                 self._on_verification_finished(attempt, server, start, tokens)
-            case DraftsArrived(attempt, start, tokens):
-                self._on_drafts_arrived(attempt, start, tokens)
+            case DraftsArrived(attempt, start, tokens, parents):
+                self._on_drafts_arrived(attempt, start, tokens, parents)
             case DraftEnded(attempt, complete, held):
                 self._on_draft_ended(attempt, complete, held)
             case VerificationAbandoned(attempt, server, held):
@@ -223,6 +246,9 @@ class GenerationCore:
         if not self.finished:
             self._plan_drafts()
             self._plan_verifications()
+        if self._judged is not _NOTHING_JUDGED:
+            self._actions.append(self._judged)
+            self._judged = _NOTHING_JUDGED
         actions, self._actions = self._actions, []
         if len(actions) > 1:
             actions.sort(key=_urgency)
@@ -237,7 +263,7 @@ class GenerationCore:
         overlap = self.committed - verification.start
         if (
             start != verification.start
-            or not overlap < len(tokens) <= verification.end - verification.start + 1
+            or not overlap < len(tokens) <= verification.deepest - verification.start + 1
             or list(tokens[:overlap]) != self.tokens[start : self.committed]
         ):
             self.counters.disagreements += 1
@@ -246,7 +272,8 @@ class GenerationCore:
             return
         self._warm_server = server
         self.counters.useful_verifications += 1
-        self._commit(tokens[overlap:])
+        self._judged = Judged(attempt)
+        self._commit(tokens[overlap:], verification.nodes)
 
     def _on_verification_abandoned(self, attempt: int, server: int, held: int | None) -> None:
         self._end_verification(attempt, server)
@@ -263,67 +290,85 @@ class GenerationCore:
             self.counters.stale_events += 1
         return verification
 
-    def _commit(self, target_tokens: Sequence[int]) -> None:
-        """Settle the target's own tokens at [committed, committed + len(target_tokens)), or fewer at a stop or the end."""
+    def _commit(self, target_tokens: Sequence[int], verified: set[Node]) -> None:
+        """Settle the target's own tokens at [committed, committed + len(target_tokens)), or fewer at a stop or the end. What
+        follows a token that is not among the `verified` ones does not come from the committed prefix."""
         start = self.committed
         accepted: list[bool] = []
+        alternatives: list[int] = []
         reason: str | None = None
         for token in target_tokens:
-            drafted = self.tokens[self.committed] if self.committed < len(self.tokens) else None
-            accepted.append(drafted == token)
-            if drafted is not None:
-                self._judge(drafted == token)
-            if drafted != token:
-                self._replace_from(self.committed, token)
+            offered = len(self._tree.root.children) > 1
+            step = self._tree.advance(token)
+            accepted.append(step in (Step.ACCEPTED, Step.ALTERNATIVE))
+            if step is Step.ALTERNATIVE:
+                alternatives.append(self.committed)
+            if step is not Step.UNDRAFTED:
+                self._judge(step, offered=offered)
+            if step is not Step.ACCEPTED:
+                self._replace_main_path(self.committed, step)
             self.committed += 1
             if token in self.stop_tokens:
                 reason = "stop"
             elif self.committed == self.end:
                 reason = "length"
-            if reason or drafted != token:
-                break  # nothing that follows a correction comes from the committed prefix
+            if reason or self._tree.root not in verified:
+                break
         self._drafter_exhausted = False
         if reason is None:
             self._cancel_outrun_work()
         else:
             self._finish(reason)
-        self._actions.append(EmitTokens(start, tuple(self.tokens[start : self.committed]), tuple(accepted)))
+        committed = tuple(self.tokens[start : self.committed])
+        self._actions.append(EmitTokens(start, committed, tuple(accepted), tuple(alternatives)))
         if reason is not None:
             self._actions.append(Finish(reason))
 
-    def _replace_from(self, position: int, token: int) -> None:
-        """tokens[position] is `token`. If something else had been drafted there, all that was built on it is dead."""
-        if position < len(self.tokens):
-            self.counters.rejections += 1
-            self._drop_everything_from(position)
-        self.tokens.append(token)
-
-    def _drop_everything_from(self, position: int) -> None:
+    def _replace_main_path(self, position: int, step: Step) -> None:
+        """The root moved to `position` on another way than the main path: that is another one now."""
+        self.counters.rejections += step is Step.CORRECTED
         del self.tokens[position:]
         for server in self._servers.values():
             server.held = min(server.held, position)
         self._drafter_held = min(self._drafter_held, position)
-        self._cancel_verifications(self._verifications)
-        self._cancel_drafts()
+        self.tokens += (node.token for node in (self._tree.root, *self._tree.main))
+        if step is Step.CORRECTED:
+            self._cancel_drafts()
 
     def _cancel_outrun_work(self) -> None:
-        """Work that can yield nothing beyond the committed tokens is not wanted any more."""
-        self._cancel_verifications([a for a, v in self._verifications.items() if v.end < self.committed])
+        """Work that can yield nothing beyond the committed tokens, or no more than earlier work, is not wanted any more."""
+        front, root, outrun = -1, self._tree.root, []
+        for attempt, verification in self._verifications.items():
+            if root in verification.nodes:
+                verification.end = self._tree.reach(verification.nodes)
+                if verification.end > front:
+                    front = verification.end
+                    continue
+            outrun.append(attempt)
+        self._cancel_verifications(outrun)
         if self._drafts and self._draft_front() <= self.committed:
             self._cancel_drafts()  # the drafter fell behind altogether: let it skip ahead
 
-    def _judge(self, accepted: bool) -> None:
-        self.counters.judged += 1
-        self.counters.accepted += accepted
+    def _judge(self, step: Step, *, offered: bool) -> None:
+        """What the drafter thought most probable was compared with the target's own. `offered`: it had an alternative, too."""
+        now, counters = self._judged, self.counters
+        accepted, wrong, hit = step is Step.ACCEPTED, step is not Step.ACCEPTED and offered, step is Step.ALTERNATIVE
+        self._judged = Judged(
+            now.attempt, now.judged + 1, now.accepted + accepted, now.offered + wrong, now.alternatives + hit
+        )
+        counters.judged += 1
+        counters.accepted += accepted
+        counters.offered += wrong
+        counters.alternatives += hit
 
     # What the drafter said
 
-    def _on_drafts_arrived(self, attempt: int, start: int, tokens: tuple[int, ...]) -> None:
+    def _on_drafts_arrived(self, attempt: int, start: int, tokens: Sequence[int], parents: Sequence[int]) -> None:
         draft = self._drafts.get(attempt)
         if draft is None:
             self.counters.stale_events += 1
             return
-        if start != self._drafter_held or start + len(tokens) > draft.end:
+        if start != self._first_number + len(self._numbered) or not self._place(start, tokens, parents, draft.end):
             # A gap or an overrun: what came in between was lost, so what follows stands on nothing we know. Go on
             # without drafts until the next commit, or a drafter that always errs would keep us waiting.
             self._drafter_exhausted = True
@@ -331,15 +376,40 @@ class GenerationCore:
             return
         self._drafts_late = False
         self.counters.drafted += len(tokens)
-        for position, token in enumerate(tokens, start):
-            if position < self.committed:  # the target was faster: compare late
-                self._judge(token == self.tokens[position])
-                if token != self.tokens[position]:
-                    self._cancel_drafts()
-                    return
-            else:
-                self.tokens.append(token)
-            self._drafter_held = position + 1
+        self.tokens += (node.token for node in self._tree.main[len(self.tokens) - self.committed :])
+        if self._drafter_end.live:
+            self._drafter_held = self._drafter_end.position + 1
+        elif self._tree.main_end not in self._numbered:
+            self._cancel_drafts()  # it goes on behind a token that the target has contradicted since
+
+    def _place(self, number: int, tokens: Sequence[int], parents: Sequence[int], end: int) -> bool:
+        """Add drafts to the tree: the first has this number. False if one cannot stand where it says."""
+        for index, token in enumerate(tokens):
+            parent_number = parents[index] if parents else number - 1
+            if not self._first_number <= parent_number < number:
+                return False
+            parent = self._numbered[parent_number - self._first_number]
+            if parent.position + 1 >= end:
+                return False
+            first = parent_number not in self._parents
+            self._parents.add(parent_number)
+            node = self._placed(parent, token, first=first)
+            self._numbered.append(node)
+            if first and parent is self._drafter_end:
+                self._drafter_end = node
+            number += 1
+        return True
+
+    def _placed(self, parent: Node, token: int, *, first: bool) -> Node:
+        """The node of a draft behind `parent`. `first`: it is the drafter's first choice there."""
+        if parent.live and parent.position >= self._tree.root.position:
+            return self._tree.add(parent, token)
+        if not parent.live:
+            return Node(token, parent.position + 1, parent, live=False)
+        own = parent.children[0]  # the target was faster: compare late
+        if first:
+            self._judge(Step.ACCEPTED if own.token == token else Step.CORRECTED, offered=False)
+        return own if own.token == token else Node(token, own.position, parent, live=False)
 
     def _on_draft_ended(self, attempt: int, complete: bool, held: int | None) -> None:
         draft = self._drafts.pop(attempt, None)
@@ -361,22 +431,33 @@ class GenerationCore:
         """Keep the drafter busy, `max_ahead` beyond the committed tokens and never past the last useful position."""
         if not self._drafter_present or self._drafter_exhausted:
             return
-        limit = min(self.committed + self.policy.max_ahead, self.end - 1)
-        front = self._draft_front()
-        if front >= limit:
-            return
         policy = self.policy
+        limit = min(self.committed + policy.max_ahead, self.end - 1)
+        astray = bool(self._drafts) and not self._drafter_end.live
+        front = len(self.tokens) if astray else self._draft_front()
+        if front >= limit:
+            if astray:
+                self._cancel_drafts()
+            return
+        if astray:
+            self._drafts.clear()  # the next request says where it goes on, and ends those before it
         if self._drafts:
             # Extend a running plan well before it runs out, but not by one token at each commit; and not while the
             # drafter is behind, where more of the same plan is of no use.
             remaining = front - self._drafter_held
-            if self._drafter_held < self.committed or remaining > max(policy.lookahead, policy.max_ahead // 2):
+            enough = remaining > max(policy.lookahead, policy.max_ahead // 2)
+            branches_are_dead = policy.rows > 1 and self.committed - self._drafter_heard >= policy.lookahead
+            if self._drafter_held < self.committed or (enough and not branches_are_dead):
                 return
             tokens: tuple[int, ...] = ()
         else:
             tokens = tuple(self.tokens[self._drafter_held :])
         base = self._drafter_held
-        self._drafter_held += len(tokens)
+        if not self._drafts:  # it is told all of the main path, and numbers what it drafts from there on
+            self._drafter_held = len(self.tokens)
+            self._drafter_end = self._tree.main_end
+            self._numbered, self._first_number = [self._drafter_end], len(self.tokens) - 1
+            self._parents.clear()
         wait = self.committed + policy.first_wait
         if front < wait < limit and policy.first_wait != policy.lookahead:
             # What the first verification waits for comes in one block, and no later than it is complete.
@@ -387,7 +468,10 @@ class GenerationCore:
     def _start_draft(self, base: int, tokens: tuple[int, ...], start: int, end: int, block: int) -> None:
         attempt = self._take_attempt()
         self._drafts[attempt] = _Draft(start, end)
-        self._actions.append(StartDraft(attempt, base, tokens, start, end - start, block))
+        self._drafter_heard = self.committed
+        self._actions.append(
+            StartDraft(attempt, base, tokens, start, end - start, block, self.policy.rows, self.committed)
+        )
 
     def _draft_front(self) -> int:
         """One past the last position that the drafter has been asked for."""
@@ -398,22 +482,50 @@ class GenerationCore:
             server = self._idle_server()
             if server is None:
                 return
-            state = self._servers[server]
-            attempt = self._take_attempt()
-            end = min(len(self.tokens), self._verified_front() + self.policy.span)
-            base = min(state.held, end)
-            self._verifications[attempt] = _Verification(server, self.committed, end)
-            state.attempt, state.held = attempt, end
-            self.counters.verifications += 1
-            self._actions.append(StartVerify(attempt, server, base, tuple(self.tokens[base:end]), self.committed))
+            self._start_verification(server, self._servers[server])
+
+    def _start_verification(self, server: int, state: _Server) -> None:
+        attempt, start = self._take_attempt(), self.committed
+        base, end = state.held, min(len(self.tokens), self._verified_front() + self.policy.span)
+        nodes = set(self._tree.main[: end - start])
+        nodes.add(self._tree.root)
+        branches = self._tree.branches(end, self.policy.branches) if self.policy.branches else ()
+        if branches:
+            # A branch may leave the main path before what the server holds: all from the root on is told again, then.
+            base = min(base, start)
+            nodes.update(branches)
+            tokens = (*self.tokens[base:end], *(node.token for node in branches))
+            parents = self._parents_of(base, end, branches)
+        else:
+            base = min(base, end)
+            tokens, parents = tuple(self.tokens[base:end]), ()
+        deepest = max([end, *(node.position + 1 for node in branches)])
+        self._verifications[attempt] = _Verification(server, start, end, nodes, deepest)
+        state.attempt, state.held = attempt, end
+        self.counters.verifications += 1
+        self._actions.append(StartVerify(attempt, server, base, tokens, start, parents))
+
+    def _parents_of(self, base: int, end: int, branches: Sequence[Node]) -> tuple[int, ...]:
+        """For tokens [base, end) and these nodes: the place among them of the token before each, counted from 1. 0 is the token
+        at base - 1."""
+        places = {self._tree.root: self.committed - base}
+        for node in self._tree.main[: end - self.committed]:
+            places[node] = node.position + 1 - base
+        parents = list(range(end - base))
+        for node in branches:
+            assert node.parent is not None
+            parents.append(places[node.parent])
+            places[node] = len(parents)
+        return tuple(parents)
 
     def _worth_verifying(self) -> bool:
-        drafts_coming = self._draft_front() > len(self.tokens)
-        if not self._verifications:
-            enough = len(self.tokens) - self.committed >= self.policy.first_wait
-            return enough or not drafts_coming or self._drafts_late or self._has_much_to_read()
-        wanted = self.policy.lookahead if drafts_coming else 1
-        return self.policy.span > 0 and len(self.tokens) - self._verified_front() >= wanted
+        running = bool(self._verifications)
+        front = len(self.tokens)
+        drafts_coming = bool(self._drafts) and self._draft_front() > front
+        drafted, covered = front - self.committed, self._verified_front() - self.committed
+        if worth_verifying(self.policy, drafted, covered, running=running, drafts_coming=drafts_coming):
+            return True
+        return not running and (self._drafts_late or self._has_much_to_read())
 
     def _has_much_to_read(self) -> bool:
         """Whether the server would read more before the drafts than there may be drafts. Then they come while it reads: DSI
@@ -446,7 +558,13 @@ class GenerationCore:
 
     def _finish(self, reason: str) -> None:
         self.finish_reason = reason
-        self._drop_everything_from(self.committed)
+        self._tree.clear()
+        del self.tokens[self.committed :]
+        for server in self._servers.values():
+            server.held = min(server.held, self.committed)
+        self._drafter_held = min(self._drafter_held, self.committed)
+        self._cancel_verifications(self._verifications)
+        self._cancel_drafts()
 
     def _take_attempt(self) -> int:
         attempt = self._next_attempt
@@ -457,14 +575,20 @@ class GenerationCore:
 
     def check(self) -> None:
         """Assert the invariants: called after every event under test."""
+        tree = self._tree
+        tree.check()
         assert self.prompt_length <= self.committed <= len(self.tokens)
         assert self.committed <= self.end
+        assert (tree.root.token, tree.root.position) == (self.tokens[self.committed - 1], self.committed - 1)
+        assert [node.token for node in tree.main] == self.tokens[self.committed :]
         assert len(self._verifications) <= self.policy.sp
         ends = [v.end for v in self._verifications.values()]
         assert ends == sorted(set(ends)), "a later verification covers more"
         for attempt, verification in self._verifications.items():
             assert self._servers[verification.server].attempt == attempt, "a live verification has its server"
             assert verification.start <= self.committed <= verification.end <= len(self.tokens)
+            assert verification.end == tree.reach(verification.nodes), "and its tree holds the root"
+            assert tree.root in verification.nodes
         for server in self._servers.values():
             assert 0 <= server.held <= len(self.tokens)
         assert self._drafter_held <= max(len(self.tokens), self._draft_front())

@@ -29,12 +29,18 @@ class Policy:
     max_ahead: int
     #: Drafted tokens that a verification may check beyond the one before it. 0 checks none: plain decoding.
     span: int = UNLIMITED
+    #: Rows of a drafting step, >= 1: one for the main path, the others for branches. 1 drafts a chain.
+    rows: int = 1
+    #: Positions on branches that a verification may carry beside the main path.
+    branches: int = 0
 
     def __post_init__(self) -> None:
         if self.sp < 1:
             raise ValueError(f"sp must be at least 1, not {self.sp}")
         if self.lookahead < 1:
             raise ValueError(f"lookahead must be at least 1, not {self.lookahead}")
+        if self.rows < 1 or self.branches < 0:
+            raise ValueError(f"rows must be at least 1 and branches at least 0, not {self.rows} and {self.branches}")
         if self.span < 0:
             raise ValueError(f"span must be at least 0, not {self.span}")
         if self.first_wait < 0 or self.first_wait > self.max_ahead:
@@ -68,3 +74,14 @@ class Policy:
         """
         ahead = min(MOST_AHEAD, max((sp + 1) * lookahead, first_wait + lookahead, max_ahead))
         return Policy("dsi", sp=sp, lookahead=lookahead, first_wait=first_wait, max_ahead=ahead, span=span)
+
+
+def worth_verifying(policy: Policy, drafted: int, covered: int, *, running: bool, drafts_coming: bool = True) -> bool:
+    """Whether a further verification should start: the one rule, for the core and for the planner's arithmetic.
+
+    `drafted`: tokens of the main path behind what is committed; `covered`: of those, tokens that live verifications check.
+    `running`: there are some. `drafts_coming`: the drafter is at work.
+    """
+    if not running:
+        return drafted >= policy.first_wait or not drafts_coming
+    return policy.span > 0 and drafted - covered >= (policy.lookahead if drafts_coming else 1)

@@ -77,6 +77,8 @@ class Account:
             drafter=drafter if counters.drafted else "",
             drafted_tokens=counters.drafted,
             rejections=counters.rejections,
+            alternatives=counters.alternatives,
+            alternative_rate=counters.alternatives / counters.offered if counters.offered else 0.0,
             target_forwards=self._forwards,
             wasted_target_forwards=self._forwards - self._useful_forwards,
             target_busy_ms=self._target_busy_us / 1e3,

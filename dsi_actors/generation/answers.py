@@ -91,19 +91,23 @@ class Answers:
     ) -> Meaning:
         """A block of drafts, the last one or not. `waited_ms`: since it was asked, or the block before. `in_use`: the drafter
         was not exchanged for another one meanwhile."""
+        steps = _steps(block)
         self._account.drafting(block.busy_us, len(block.tokens))
-        if in_use and len(request.tokens) <= 1:  # else it read more than it drafted
-            self._tuner.drafted(len(block.tokens), waited_ms if worker.sharers > 1 else block.busy_us / 1e3)
+        if (
+            in_use and len(request.tokens) <= 1 and block.busy_us
+        ):  # else it read more than it drafted, or knew it before
+            self._tuner.drafted(steps, waited_ms if worker.sharers > 1 else block.busy_us / 1e3)
+        if block.parents and len(block.parents) != len(block.tokens):
+            return Misbehaved(worker, f"{len(block.tokens)} drafts with {len(block.parents)} parents")
         if max(block.tokens) >= self._vocabulary_size:
             return Misbehaved(worker, f"token {max(block.tokens)} is outside the target's vocabulary")
-        return DraftsArrived(request.attempt, block.start, block.tokens)
+        return DraftsArrived(request.attempt, block.start, block.tokens, block.parents)
 
     def to_draft(self, request: Draft, worker: WorkerHandle, reply: Reply | None, *, cancelled: bool) -> Meaning:
         """The terminal reply to a draft request. `cancelled`: we did that."""
         match reply:
-            case Drafted():
-                complete = reply.start + len(reply.tokens) == request.start + request.count
-                return DraftEnded(request.attempt, complete)
+            case Drafted():  # whether it is complete the core sees, which knows where the main path ends
+                return DraftEnded(request.attempt, complete=True)
             case Cancelled(_, attempt, _, busy_us) if cancelled:
                 self._account.drafting(busy_us)
                 return DraftEnded(attempt, complete=False)
@@ -120,3 +124,15 @@ def _refused(worker: WorkerHandle, reply: Reply) -> Misbehaved:
     if isinstance(reply, Failed):
         return Misbehaved(worker, reply.message, fault=reply.code not in _OF_THE_REQUEST)
     return Misbehaved(worker, f"it answered {type(reply).__name__}, which fits nothing")
+
+
+def _steps(block: Drafted) -> int:
+    """Steps of the drafter that a block took: each extends the main path by one token."""
+    if not block.parents:
+        return len(block.tokens)
+    # The main path's tokens are first children, and each follows the one before it; branches may grow as often.
+    end, steps = block.parents[0], 0
+    for number, parent in enumerate(block.parents, block.start):
+        if parent == end:
+            end, steps = number, steps + 1
+    return max(1, steps)

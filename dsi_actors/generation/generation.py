@@ -15,7 +15,16 @@ from typing import TypeAlias
 from dsi_actors.actor import Actor
 from dsi_actors.config import Sampling
 from dsi_actors.core import GenerationCore
-from dsi_actors.core.actions import Action, CancelDrafts, CancelVerify, EmitTokens, Finish, StartDraft, StartVerify
+from dsi_actors.core.actions import (
+    Action,
+    CancelDrafts,
+    CancelVerify,
+    EmitTokens,
+    Finish,
+    Judged,
+    StartDraft,
+    StartVerify,
+)
 from dsi_actors.core.events import (
     CancelRequested,
     DrafterJoined,
@@ -32,7 +41,7 @@ from dsi_actors.errors import NoTargetError
 from dsi_actors.generation.account import Account
 from dsi_actors.generation.answers import Answered, Answers, Meaning, Misbehaved, Withdrawn
 from dsi_actors.generation.draft_timeout import DraftTimeout
-from dsi_actors.generation.knowledge import Knowledge, can_overlap
+from dsi_actors.generation.knowledge import Knowledge, can_overlap, rows_of
 from dsi_actors.generation.prefix_checksums import PrefixChecksums
 from dsi_actors.logs import get_logger
 from dsi_actors.planning.controller import Controller
@@ -189,17 +198,14 @@ class Generation(Actor[GenerationMessage]):
     def _feed(self, event: Event) -> None:
         if self._observe is not None:
             self._observe(self.number, event)
-        counters = self._core.counters
-        useful, accepted, judged = counters.useful_verifications, counters.accepted, counters.judged
+        useful = False
         for action in self._core.handle(event):
             if self._observe is not None:
                 self._observe(self.number, action)
             self._do(action)
+            useful = useful or (isinstance(action, Judged) and action.attempt is not None)
         if isinstance(event, VerificationFinished):
-            self._account.settle(event.attempt, useful=counters.useful_verifications > useful)
-        if counters.judged > judged:
-            self._account.judged(counters.accepted - accepted, counters.judged - judged)
-            self._controller.judged(counters.accepted - accepted, counters.judged - judged, self._core.committed)
+            self._account.settle(event.attempt, useful=useful)
         if not self._core.finished and (policy := self._controller.retune()) is not None:
             self._log.info("policy", wait=policy.first_wait, lookahead=policy.lookahead)
             self._feed(PolicyChanged(policy))
@@ -215,13 +221,16 @@ class Generation(Actor[GenerationMessage]):
 
     def _do(self, action: Action) -> None:
         match action:
-            case StartVerify(attempt, server, base, tokens, start):
-                verify = Verify(self.number, attempt, base, self._checksums.of_first(base), tokens, start)
+            case StartVerify(attempt, server, base, tokens, start, parents):
+                verify = Verify(self.number, attempt, base, self._checksums.of_first(base), tokens, start, parents)
                 self._verify(verify, self._servers[server])
-            case StartDraft(attempt, base, tokens, start, count, block):
+            case StartDraft(attempt, base, tokens, start, count, block, rows, committed):
                 assert self._drafter is not None
                 self._last_draft = attempt
-                draft = Draft(self.number, attempt, base, self._checksums.of_first(base), tokens, start, count, block)
+                if start == base + len(tokens):  # it ends those before it
+                    self._drafts_cancelled_to = attempt - 1
+                checksum = self._checksums.of_first(base)
+                draft = Draft(self.number, attempt, base, checksum, tokens, start, count, block, rows, committed)
                 self._draft(draft, self._drafter)
             case CancelVerify(attempt, server):
                 self._servers[server].cancel(self.number, attempt)
@@ -229,12 +238,15 @@ class Generation(Actor[GenerationMessage]):
                 self._drafts_cancelled_to = attempt
                 if self._drafter is not None:
                     self._drafter.cancel(self.number, attempt)
-            case EmitTokens(start, tokens, accepted):
+            case EmitTokens(start, tokens, accepted, alternatives):
                 self._learn_pace(len(tokens))
                 first, logprobs = self._logprobs
-                self._on_tokens(
-                    CommittedTokens(tokens, accepted, logprobs[start - first : start - first + len(tokens)])
-                )
+                logprobs = logprobs[start - first : start - first + len(tokens)]
+                by_alternative = tuple(position in alternatives for position in range(start, start + len(tokens)))
+                self._on_tokens(CommittedTokens(tokens, accepted, logprobs, by_alternative))
+            case Judged():
+                self._account.judged(action.accepted, action.judged)
+                self._controller.judged(action, self._core.committed)
             case Finish(reason):
                 self._log.info("finished", reason=reason, tokens=len(self._core.output))
                 self._end_stream()
@@ -293,7 +305,10 @@ class Generation(Actor[GenerationMessage]):
 
     def _count_servers(self) -> None:
         drafters = [] if self._drafter is None else [self._drafter]
-        self._controller.set_servers(len(self._servers), overlaps=can_overlap(self._servers.values(), drafters))
+        self._controller.set_servers(
+            len(self._servers), overlaps=can_overlap(self._servers.values(), drafters),
+            rows=rows_of([*self._servers.values(), *drafters]),
+        )  # fmt: skip
 
     def _wait_for_target(self, patience_s: float) -> None:
         self._waits += 1

@@ -12,8 +12,8 @@ from typing import TypeVar
 
 from dsi_actors.config import NGRAM, Algorithm, Config
 from dsi_actors.planning.arms import ArmChoice, Arms, Context, chooses_arms
-from dsi_actors.planning.controller import Controller, Guesser
-from dsi_actors.planning.tuner import Estimates, Tuner
+from dsi_actors.planning.controller import Controller
+from dsi_actors.planning.tuner import Estimates, Guesser, Tuner
 from dsi_actors.workforce.worker_handle import WorkerHandle
 from dsi_protocol import Ready
 
@@ -46,8 +46,10 @@ class Knowledge:
         choice.position = position
         return self._of_drafter(choice.first(self._kinds()), self._arms.context(position))
 
-    def controller(self, algorithm: Algorithm, sp: int | None, lookahead: int | None, *, position: int) -> Controller:
-        """Of a generation that begins now, at the end of its prompt; `lookahead` None lets it be chosen."""
+    def controller(
+        self, algorithm: Algorithm, sp: int | None, lookahead: int | None, *, position: int, rows: int | None = None
+    ) -> Controller:
+        """Of a generation that begins now, at the end of its prompt; `lookahead` None lets it be chosen. `rows`: see Tuner."""
         self._arms.generation_begins()
         choice = ArmChoice(self._arms, left_to_us=chooses_arms(algorithm, lookahead), never_left=(NGRAM,))
         choice.position = position
@@ -56,7 +58,9 @@ class Knowledge:
         targets = self._of_role("target")
         sp = sp or self._config.sp or len(targets)
         known = self._of_drafter(kind, self._arms.context(position))
-        tuner = Tuner(algorithm, sp, lookahead, known, overlaps=can_overlap(targets, self._drafters(kind)))
+        known.rows = rows_of([*targets, *self._drafters(kind)])
+        overlaps = can_overlap(targets, self._drafters(kind))
+        tuner = Tuner(algorithm, sp, lookahead, known, rows=rows, overlaps=overlaps)
         tuner.servers = min(sp, max(1, len(targets)))
         tuner.estimates.sharers = -(-(self._running() + 1) // max(1, len(targets)))
         return Controller(tuner, choice)
@@ -95,7 +99,19 @@ class Knowledge:
         if not latencies_us:
             return estimates
         guesser = _nearest(self._guessers.get(kind, {}), context) or Guesser.unjudged(latencies_us[0] / 1e3)
-        return replace(estimates, drafter_ms=guesser.drafter_ms, accepted=guesser.accepted, judged=guesser.judged)
+        return replace(
+            estimates, drafter_ms=guesser.drafter_ms, accepted=guesser.accepted, judged=guesser.judged,
+            alternatives=guesser.alternatives, offered=guesser.offered, drafter_row=self._row_share(kind),
+        )  # fmt: skip
+
+    def _row_share(self, kind: str) -> float:
+        """What a further row adds to a step of this drafter, as a share of the step."""
+        shares = [
+            max(0.0, (ready.batch_latency_us - ready.latency_us) / ready.latency_us / (ready.slots - 1))
+            for worker in self._drafters(kind)
+            if (ready := worker.ready) is not None and ready.latency_us and ready.slots > 1
+        ]
+        return max(shares, default=0.0)
 
     def _kinds(self) -> list[str]:
         """Of the drafters that are there, in the order of the configuration."""
@@ -111,6 +127,11 @@ def can_overlap(targets: Collection[WorkerHandle], drafters: Collection[WorkerHa
     """Whether some drafter can compute while these targets do. Processes on one GPU take turns, and lose time by it."""
     taken = {worker.gpu for worker in targets} - {""}
     return not drafters or any(worker.gpu not in taken for worker in drafters)
+
+
+def rows_of(workers: Collection[WorkerHandle]) -> int:
+    """Rows of a tree that all of these take: 1 is a chain."""
+    return max(1, min((worker.ready.rows for worker in workers if worker.ready is not None), default=1))
 
 
 def _nearest(by_context: dict[Context, Learnt], context: Context) -> Learnt | None:

@@ -7,29 +7,11 @@ the core."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from dsi_actors.core import Policy
+from dsi_actors.core.actions import Judged
 from dsi_actors.planning.arms import PLAIN, ArmChoice, Arms, chooses_arms
-from dsi_actors.planning.tuner import Estimates, Tuner
-
-
-@dataclass(frozen=True, slots=True)
-class Guesser:
-    """What the planner must know of a drafter: milliseconds of a token, and of so many judged how many were right."""
-
-    drafter_ms: float
-    accepted: float
-    judged: float
-
-    @staticmethod
-    def of(estimates: Estimates) -> Guesser:
-        return Guesser(estimates.drafter_ms, estimates.accepted, estimates.judged)
-
-    @staticmethod
-    def unjudged(drafter_ms: float) -> Guesser:
-        """Only the latency is known."""
-        return Guesser.of(Estimates(drafter_ms=drafter_ms))
+from dsi_actors.planning.tuner import Estimates, Guesser, Tuner
 
 
 class Controller:
@@ -44,11 +26,12 @@ class Controller:
 
     @staticmethod
     def with_one_drafter(
-        algorithm: str, sp: int, lookahead: int | None, estimates: Estimates, arms: Arms | None = None
-    ) -> Controller:
+        algorithm: str, sp: int, lookahead: int | None, estimates: Estimates, arms: Arms | None = None,
+        *, rows: int | None = None,
+    ) -> Controller:  # fmt: skip
         """Where there is one drafter for all generations, as in the simulator."""
         choice = ArmChoice(arms or Arms(), "drafter", left_to_us=chooses_arms(algorithm, lookahead))
-        return Controller(Tuner(algorithm, sp, lookahead, estimates), choice)
+        return Controller(Tuner(algorithm, sp, lookahead, estimates, rows=rows), choice)
 
     @property
     def drafter(self) -> str:
@@ -62,25 +45,27 @@ class Controller:
     def begin(self) -> Policy:
         return self.tuner.choose()
 
-    def set_servers(self, number: int, *, overlaps: bool) -> None:
-        """So many target servers are there. `overlaps`: the drafter can compute while they do."""
+    def set_servers(self, number: int, *, overlaps: bool, rows: int) -> None:
+        """So many target servers are there. `overlaps`: the drafter can compute while they do. `rows`: of a tree, that all of
+        these workers take."""
         self.tuner.servers, self.tuner.overlaps = number, overlaps
+        self.tuner.estimates.rows = rows
 
     def drafter_joined(self, kind: str, guesser: Guesser, position: int) -> None:
         """This drafter is there; what is drafted before `position` is another one's. `guesser`: what is known of it, if it is not
         the one that was planned with."""
         if kind != self.choice.drafter:
-            self.tuner.another_drafter(guesser.drafter_ms, guesser.accepted, guesser.judged)
+            self.tuner.another_drafter(guesser)
         self.choice.use(kind)
         self._own_from = position
         self._decide()
         self.tuner.look_again()
 
-    def judged(self, accepted: int, judged: int, committed: int) -> None:
-        """So many further drafts were compared with the target's own, which is known up to `committed`."""
+    def judged(self, what: Judged, committed: int) -> None:
+        """Drafts were compared with the target's own tokens, which are known up to `committed`."""
         if committed > self._own_from:
-            self.tuner.judged(accepted, judged)
-        if accepted < judged:  # what had been drafted beyond is dropped, whoever drafted it
+            self.tuner.judged(what)
+        if what.accepted < what.judged:  # what had been drafted beyond is dropped, whoever drafted it
             self._own_from = min(self._own_from, committed)
 
     def committed(

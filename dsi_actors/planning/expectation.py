@@ -8,6 +8,9 @@ rejected gives T(r) for all r, and the time per token is E[T] / E[r] (renewal th
 
 With enough servers, lookahead 1 and no wait this is a d + (1-a) t (arXiv 2405.14105); `simulation` runs the core itself
 through time, and tests hold the two together.
+
+With alternatives beside the main path a wrong draft whose alternative is right ends no cycle. The branch that it becomes was
+drafted without alternatives, so until the target has passed what was drafted by then, each wrong draft ends the cycle.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from dsi_actors.core import Policy
-from dsi_actors.core.policy import UNLIMITED
+from dsi_actors.core.policy import UNLIMITED, worth_verifying
 
 #: Milliseconds of a verification that reads so many positions.
 CostMs = Callable[[int], float]
@@ -37,6 +40,28 @@ _LATE = 1e-4
 #: Blocks of drafts in the time of one target forward, if it has not more servers than half as many.
 _MOST_BLOCKS = 32
 _CANDIDATES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
+#: Rows of a drafting step that are considered. A tree must be this much faster than a chain: what it costs is known less well.
+_ROWS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
+_TREE_MARGIN = 0.98
+
+
+@dataclass(frozen=True, slots=True)
+class Branching:
+    """What a tree of drafts could bring and cost."""
+
+    #: The chance that an alternative is right where the first choice is wrong.
+    alternatives: float = 0.0
+    #: The most rows that a step of the drafter may have. 1: chains only.
+    rows: int = 1
+    #: What each further row adds to a step of the drafter, as a share of it.
+    row_share: float = 0.0
+
+    def drafter_ms(self, policy: Policy, drafter_ms: float) -> float:
+        """A step with the policy's rows."""
+        return drafter_ms * (1 + self.row_share * (policy.rows - 1))
+
+
+CHAIN = Branching()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +80,39 @@ def equation_1_servers(target_ms: float, drafter_ms: float, lookahead: int = 1) 
     return max(1, math.ceil(target_ms / (lookahead * drafter_ms) - 1e-9)) if drafter_ms > 0 else MAX_LOOKAHEAD
 
 
-def expect(policy: Policy, cost_ms: CostMs, drafter_ms: float, acceptance: float) -> Expectation:
+def limit(target_ms: float, drafter_ms: float, acceptance: float, alternatives: float = 0.0) -> float:
+    """Milliseconds per token that no number of servers can beat: d + (1-a) (t-d) / (1+h); of a chain a d + (1-a) t.
+
+    Between two corrections, each of which costs t, 1 / (1-a) tokens are right on the main path, and with the chance h as many
+    again on the branch of an alternative, which has no alternatives of its own.
+    """
+    drafter_ms = min(drafter_ms, target_ms)
+    return drafter_ms + (1 - acceptance) * (target_ms - drafter_ms) / (1 + alternatives)
+
+
+def expect(
+    policy: Policy, cost_ms: CostMs, drafter_ms: float, acceptance: float, branching: Branching = CHAIN
+) -> Expectation:
     """Of any policy."""
     if policy.max_ahead == 0:
         return Expectation(cost_ms(1), 1.0, cost_ms(1), 0.0)
     if policy.span == 0:
         return Expectation(cost_ms(1), 1.0, cost_ms(1), cost_ms(1))
+    drafter_ms = branching.drafter_ms(policy, drafter_ms)
     if policy.algorithm == "si" or policy.first_wait == policy.max_ahead:  # nothing is drafted during a verification
-        return _expect_si(cost_ms, drafter_ms, acceptance, policy.lookahead)
-    return _expect_dsi(policy, cost_ms, drafter_ms, acceptance)
+        return _expect_si(policy, cost_ms, drafter_ms, acceptance, branching.alternatives)
+    return _expect_dsi(policy, cost_ms, drafter_ms, acceptance, branching.alternatives)
 
 
-def best_si(cost_ms: CostMs, drafter_ms: float, acceptance: float, *, most: int = MAX_LOOKAHEAD) -> Policy:
-    """The lookahead that makes SI fastest."""
+def best_si(
+    cost_ms: CostMs, drafter_ms: float, acceptance: float, branching: Branching = CHAIN, *, most: int = MAX_LOOKAHEAD
+) -> Policy:
+    """The lookahead, and the rows of a tree, that make SI fastest."""
+    expected = functools.cache(lambda policy: expect(policy, cost_ms, drafter_ms, acceptance, branching))
     policies = [Policy.speculative(lookahead) for lookahead in range(1, most + 1)]
-    return _best(policies, lambda policy: expect(policy, cost_ms, drafter_ms, acceptance))
+    best = _best(policies, expected)
+    trees = [with_rows(policy, rows) for rows in _rows(branching) for policy in policies if policy.lookahead > 1]
+    return _better_tree(best, trees, expected)
 
 
 def best_dsi(
@@ -77,11 +120,12 @@ def best_dsi(
     drafter_ms: float,
     acceptance: float,
     sp: int,
+    branching: Branching = CHAIN,
     *,
     most: int = MAX_LOOKAHEAD,
     queued: int | None = None,
 ) -> Policy:
-    """The wait after a rejection and the stagger between verifications that make DSI fastest on `sp` servers.
+    """The wait after a rejection, the stagger between verifications and the rows of a tree that make DSI fastest.
 
     The family contains AR (span 0), SI itself (`best_in_turns`), and SI that drafts on while it verifies (wait and span of k).
     Where servers are shared, a verification waits for the forward of others to end, in which time `queued` tokens are drafted:
@@ -111,34 +155,64 @@ def best_dsi(
     if cost_ms(most + 1) <= target_ms:
         spans = [UNLIMITED] if cost_ms(8 * most) <= target_ms else [most]
 
-    def policy(wait: int, k: int, span: int) -> Policy:
+    def policy(wait: int, k: int, span: int, rows: int) -> Policy:
         ahead = drafts_ahead(target_ms, drafter_ms, k, wait)
-        return Policy.distributed(k, sp, min(wait, span), max_ahead=ahead, span=span)
+        return with_rows(Policy.distributed(k, sp, min(wait, span), max_ahead=ahead, span=span), rows)
 
-    expected = functools.cache(lambda policy: expect(policy, cost_ms, drafter_ms, acceptance))
-    # One at a time, until nothing gets better: they hardly depend on one another.
-    best = policy(0, lookaheads[0], spans[0])
+    expected = functools.cache(lambda policy: expect(policy, cost_ms, drafter_ms, acceptance, branching))
+
+    def fastest(best: Policy, rows: int) -> Policy:
+        """One setting at a time, until nothing gets better: they hardly depend on one another."""
+        for _ in range(_MOST_ROUNDS):
+            before, wait, span = best, best.first_wait, best.span
+            best = _best([policy(wait, k, span, rows) for k in lookaheads], expected)
+            best = _best([policy(wait, best.lookahead, span, rows) for wait in waits], expected)
+            best = _best([policy(best.first_wait, best.lookahead, span, rows) for span in spans], expected)
+            if best == before:
+                break
+        return best
+
+    start = policy(0, lookaheads[0], spans[0], 1)
     if spans != [UNLIMITED]:
         si = best_si(cost_ms, drafter_ms, acceptance, most=most)
-        best = policy(min(si.lookahead, waits[-1]), lookaheads[0], si.lookahead)
-    for _ in range(_MOST_ROUNDS):
-        before, wait, span = best, best.first_wait, best.span
-        best = _best([policy(wait, k, span) for k in lookaheads], expected)
-        best = _best([policy(wait, best.lookahead, span) for wait in waits], expected)
-        best = _best([policy(best.first_wait, best.lookahead, span) for span in spans], expected)
-        if best == before:
-            break
+        start = policy(min(si.lookahead, waits[-1]), lookaheads[0], si.lookahead, 1)
+    best = fastest(start, 1)
     plain = Policy.distributed(best.lookahead, sp, max_ahead=best.max_ahead, span=0)
-    others = [plain] if queued is not None else [plain, best_in_turns(cost_ms, drafter_ms, acceptance, sp, most=most)]
-    return _best([best, *others], expected)
+    others = [plain]
+    if queued is None:
+        others.append(best_in_turns(cost_ms, drafter_ms, acceptance, sp, branching, most=most))
+    trees = [with_rows(best, rows) for rows in _rows(branching)]
+    if trees:
+        rows = _best(trees, expected).rows
+        trees = [fastest(with_rows(best, rows), rows)]
+    return _better_tree(_best([best, *others], expected), trees, expected)
+
+
+def with_rows(policy: Policy, rows: int) -> Policy:
+    """The policy with trees of which a step of the drafter has so many rows, and every branch of which is verified."""
+    return replace(policy, rows=rows, branches=UNLIMITED if rows > 1 else 0)
+
+
+def _rows(branching: Branching) -> list[int]:
+    return [rows for rows in _ROWS if rows <= branching.rows] if branching.alternatives > 0 else []
+
+
+def _better_tree(chain: Policy, trees: list[Policy], expected: Callable[[Policy], Expectation]) -> Policy:
+    """The best tree, if it is clearly better than the best chain."""
+    if not trees:
+        return chain
+    tree = _best(trees, expected)
+    faster = expected(tree).ms_per_token <= _TREE_MARGIN * expected(chain).ms_per_token
+    return tree if faster else chain
 
 
 def best_in_turns(
-    cost_ms: CostMs, drafter_ms: float, acceptance: float, sp: int, *, most: int = MAX_LOOKAHEAD
-) -> Policy:
+    cost_ms: CostMs, drafter_ms: float, acceptance: float, sp: int, branching: Branching = CHAIN,
+    *, most: int = MAX_LOOKAHEAD,
+) -> Policy:  # fmt: skip
     """Where drafter and targets cannot compute at the same time: SI as a policy of DSI, or plain decoding."""
-    si = best_si(cost_ms, drafter_ms, acceptance, most=most)
-    if expect(si, cost_ms, drafter_ms, acceptance).ms_per_token >= cost_ms(1):
+    si = best_si(cost_ms, drafter_ms, acceptance, branching, most=most)
+    if expect(si, cost_ms, drafter_ms, acceptance, branching).ms_per_token >= cost_ms(1):
         return Policy.undrafted(sp)
     return replace(si, algorithm="dsi", sp=sp)
 
@@ -155,13 +229,31 @@ def _best(policies: Iterable[Policy], expected: Callable[[Policy], Expectation])
     return min(ties, key=lambda pair: (pair[1].target_busy_ms, pair[1].ms_per_token))[0]
 
 
-def _expect_si(cost_ms: CostMs, drafter_ms: float, acceptance: float, lookahead: int) -> Expectation:
-    """(k d + t) (1 - a) / (1 - a^(k+1)) (Leviathan et al., 2023)."""
-    tokens = sum(acceptance**i for i in range(lookahead + 1))
-    target_ms = cost_ms(lookahead + 1)
+def _expect_si(
+    policy: Policy, cost_ms: CostMs, drafter_ms: float, acceptance: float, alternatives: float
+) -> Expectation:
+    """(k d + t) (1 - a) / (1 - a^(k+1)) (Leviathan et al., 2023); with a tree an alternative that is right adds its token, and
+    those of its branch as far as they are right."""
+    lookahead = policy.lookahead
+    right = [acceptance**i for i in range(lookahead + 1)]
+    tokens = sum(right)
+    if policy.rows > 1:
+        for place in range(lookahead):
+            behind = lookahead - place if place < policy.rows - 1 else 1
+            tokens += right[place] * (1 - acceptance) * alternatives * sum(right[:behind])
+    target_ms = cost_ms(lookahead + 1 + branch_positions(policy, lookahead))
     return Expectation(
         (lookahead * drafter_ms + target_ms) / tokens, 1 / tokens, target_ms / tokens, lookahead * drafter_ms / tokens
     )
+
+
+def branch_positions(policy: Policy, drafts: int) -> int:
+    """On all branches beside so many drafts of the main path: an alternative for each, and what continues those that left
+    first."""
+    if policy.rows == 1:
+        return 0
+    continued = min(drafts, policy.rows - 1)
+    return min(policy.branches, drafts + continued * drafts - continued * (continued + 1) // 2)
 
 
 class _Cycle:
@@ -202,13 +294,9 @@ class _Cycle:
     def _start_what_is_due(self) -> None:
         policy = self._policy
         while len(self._live) < policy.sp:
-            drafted = self._drafted()
-            front = max((covers for _, covers, _ in self._live), default=self._committed)
-            if self._live:
-                due = policy.span > 0 and drafted - front >= policy.lookahead
-            else:
-                due = drafted - self._committed >= policy.first_wait or policy.first_wait == 0
-            if not due:
+            drafted, known = self._drafted(), self._committed
+            front = max((covers for _, covers, _ in self._live), default=known)
+            if not worth_verifying(policy, drafted - known, front - known, running=bool(self._live)):
                 return
             running = {server for _, _, server in self._live}
             server = max(
@@ -217,7 +305,7 @@ class _Cycle:
             )
             covers = min(max(drafted, self._committed), front + policy.span)
             begin = min(self._servers[server][1] + 1, self._committed)
-            took_ms = self._cost_ms(covers - begin + 1)
+            took_ms = self._cost_ms(covers - begin + 1 + branch_positions(policy, covers - self._committed))
             self.started += 1
             self.busy_ms += took_ms
             self._live.append((self.now_ms + took_ms - _LATE * self._drafter_ms, covers, server))
@@ -227,32 +315,77 @@ class _Cycle:
     def _drafted(self) -> int:
         """Drafts that have arrived by now: the first block has `first_wait` tokens, the others `lookahead`."""
         wait, block = self._policy.first_wait, self._policy.lookahead
-        made = self._made()
+        made = self.made()
         arrived = made // block * block if not wait else (wait + (made - wait) // block * block if made >= wait else 0)
         return min(arrived, self._committed + self._policy.max_ahead)
 
     def _next_arrival(self) -> float:
         wait, block = self._policy.first_wait, self._policy.lookahead
-        made = self._made()
+        made = self.made()
         if wait and made < wait:
             return (wait + _LATE) * self._drafter_ms
         if made - self._committed > 2 * self._policy.max_ahead and self._live:
             return math.inf  # the drafter has stopped until something is committed
         return (wait + ((made - wait) // block + 1) * block + _LATE) * self._drafter_ms
 
-    def _made(self) -> int:
+    def made(self) -> int:
+        """Drafts that the drafter has made by now."""
         return max(0, int(self.now_ms / self._drafter_ms - _LATE + 1e-9))
 
 
-def _expect_dsi(policy: Policy, cost_ms: CostMs, drafter_ms: float, acceptance: float) -> Expectation:
+class _Survival:
+    """The chance that a cycle lasts until so many drafts are judged, and what it gains by alternatives without a branch."""
+
+    def __init__(self, policy: Policy, acceptance: float, alternatives: float) -> None:
+        self._acceptance = acceptance
+        self._hit = (1 - acceptance) * alternatives if policy.rows > 1 else 0.0
+        self._continued = policy.rows - 1
+        #: The chance to be on a main path with alternatives, and that to be on a branch whose next n drafts have none, by n.
+        self._main = 1.0
+        self._branch: dict[int, float] = {}
+        self._judged = 0
+        #: Tokens that alternatives are expected to have brought that nothing was drafted behind.
+        self.gained = 0.0
+
+    @property
+    def chance(self) -> float:
+        return self._main + sum(self._branch.values())
+
+    def judge(self, until: int, made: int) -> None:
+        """Drafts up to number `until` are judged while so many are made."""
+        a = self._acceptance
+        if not self._hit:
+            self._main *= a ** (until - self._judged)
+            self._judged = until
+            return
+        for number in range(self._judged + 1, until + 1):
+            branch = {left - 1: a * chance for left, chance in self._branch.items() if left > 1}
+            main = a * (self._main + self._branch.get(1, 0.0))
+            hit = self._main * self._hit
+            if number > self._continued:
+                self.gained += hit
+            else:
+                bare = max(1, made - number)
+                branch[bare] = branch.get(bare, 0.0) + hit
+            self._main, self._branch = main, branch
+        self._judged = until
+
+
+def _expect_dsi(
+    policy: Policy, cost_ms: CostMs, drafter_ms: float, acceptance: float, alternatives: float
+) -> Expectation:
     cycle = _Cycle(policy, cost_ms, drafter_ms)
+    survival = _Survival(policy, acceptance, alternatives)
     known = 0
-    survived = 1.0  # the chance that the first `known` drafts are right
-    time_ms = forwards = busy_ms = 0.0  # expectations over what ends within the walk
+    survived = 1.0  # the chance that the cycle has not ended with the first `known` tokens
+    time_ms = forwards = busy_ms = tokens = 0.0  # expectations over what ends within the walk
     marks: list[tuple[int, float, int, float]] = [(0, 0.0, 0, 0.0)]
     for _ in range(_MOST_STEPS):
         now_known, now_ms = cycle.next_end()
-        left = acceptance**now_known
+        for number in range(known + 1, now_known + 1):
+            tokens += survival.chance
+            survival.judge(number, cycle.made())
+        left = survival.chance
         chance = survived - left
         time_ms += chance * now_ms
         forwards += chance * cycle.started
@@ -263,11 +396,12 @@ def _expect_dsi(policy: Policy, cost_ms: CostMs, drafter_ms: float, acceptance: 
             break
     # What is left goes on at the pace of the second half of the walk.
     half, last = marks[len(marks) // 2], marks[-1]
-    tokens = max(1, last[0] - half[0])
-    pace = [(late - early) / tokens for early, late in zip(half[1:], last[1:], strict=True)]
-    rejection = 1 - acceptance
+    walked = max(1, last[0] - half[0])
+    pace = [(late - early) / walked for early, late in zip(half[1:], last[1:], strict=True)]
+    more = 1 / max(1e-9, 1 - acceptance)  # tokens that the rest of a cycle has
+    tokens += survived * more + survival.gained
     time_ms, forwards, busy_ms = (
-        rejection * expected + survived * (rejection * at_end + slope)
+        (expected + survived * (at_end + slope * more)) / tokens
         for expected, at_end, slope in zip((time_ms, forwards, busy_ms), last[1:], pace, strict=True)
     )
     return Expectation(time_ms, forwards, busy_ms, time_ms)

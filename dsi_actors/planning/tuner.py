@@ -10,10 +10,22 @@ import math
 from dataclasses import dataclass, replace
 
 from dsi_actors.core import Policy
-from dsi_actors.planning.expectation import MAX_LOOKAHEAD, CostMs, best_dsi, best_in_turns, best_si
+from dsi_actors.core.actions import Judged
+from dsi_actors.planning.expectation import (
+    MAX_LOOKAHEAD,
+    Branching,
+    CostMs,
+    best_dsi,
+    best_in_turns,
+    best_si,
+    with_rows,
+)
 
 #: Before anything was judged. Int8 copies of a target agree with it about so often, and more.
 ASSUMED_ACCEPTANCE = 0.8
+#: How often an alternative is right where the first choice is not, before any was seen: between what SpecInfer (arXiv 2305.09781,
+#: Table 1) found for two choices and for five.
+ASSUMED_ALTERNATIVES = 0.4
 _PRIOR_WEIGHT = 6.0
 #: Of what was judged, the share that is forgotten with each further token: what counts are the last hundred or so.
 _FORGOTTEN = 0.01
@@ -28,6 +40,8 @@ _UNJUDGED = 1024
 #: Judged tokens between two looks at the policy, and how much must have changed for another one.
 _LOOK_EVERY = 4
 _ACCEPTANCE_STEP = 0.04
+_ALTERNATIVES_STEP = 0.1
+_ROW_STEP = 0.05
 _RATIO_STEP = 1.1
 
 
@@ -50,10 +64,22 @@ class Estimates:
     shared_ms: float = 0.0
     accepted: float = ASSUMED_ACCEPTANCE * _PRIOR_WEIGHT
     judged: float = _PRIOR_WEIGHT
+    #: Of rejected drafts with an alternative beside them, those whose alternative was right.
+    alternatives: float = ASSUMED_ALTERNATIVES * _PRIOR_WEIGHT
+    offered: float = _PRIOR_WEIGHT
+    #: What each further row adds to a step of the drafter, as a share of the step.
+    drafter_row: float = 0.0
+    #: Rows of a tree that drafter and target servers take: 1 is a chain.
+    rows: int = 1
 
     @property
     def acceptance(self) -> float:
         return self.accepted / self.judged
+
+    @property
+    def alternative_rate(self) -> float:
+        """The chance that an alternative is right where the first choice is wrong."""
+        return self.alternatives / self.offered
 
     def moved_to(self, later: Estimates, share: float) -> Estimates:
         """These, changed by a share of what differs in later ones."""
@@ -108,14 +134,37 @@ class Estimates:
         return self.shared_ms, self.shared_ms + self.position_ms * self.sharers * (self.window - 1)
 
 
+@dataclass(frozen=True, slots=True)
+class Guesser:
+    """What the planner must know of a drafter: milliseconds of a token, and of so many judged how many were right."""
+
+    drafter_ms: float
+    accepted: float
+    judged: float
+    #: Of rejected drafts with an alternative beside them, those whose alternative was right, and how many there were.
+    alternatives: float
+    offered: float
+
+    @staticmethod
+    def of(estimates: Estimates) -> Guesser:
+        return Guesser(
+            estimates.drafter_ms, estimates.accepted, estimates.judged, estimates.alternatives, estimates.offered
+        )
+
+    @staticmethod
+    def unjudged(drafter_ms: float) -> Guesser:
+        """Only the latency is known."""
+        return Guesser.of(Estimates(drafter_ms=drafter_ms))
+
+
 def flat(target_ms: float) -> CostMs:
     """A target whose verifications take the same time however long they are."""
     return lambda positions: target_ms
 
 
 class Tuner:
-    """Plans how one generation speculates. `lookahead` fixes it; None lets it be chosen. `overlaps`: the drafter can compute
-    while targets do."""
+    """Plans how one generation speculates. `lookahead` fixes it; None lets it be chosen. `rows`: the most rows of a drafting
+    step, with a fixed lookahead just these (None: 1); 1 is a chain. `overlaps`: the drafter can compute while targets do."""
 
     def __init__(
         self,
@@ -124,6 +173,7 @@ class Tuner:
         lookahead: int | None,
         estimates: Estimates,
         *,
+        rows: int | None = None,
         overlaps: bool = True,
     ) -> None:
         #: Our own copy: it changes with every observation.
@@ -133,6 +183,7 @@ class Tuner:
         #: Servers that are there now, of the `sp` that may be used.
         self.servers = sp
         self._fixed = lookahead
+        self._most_rows = rows
         #: Whether to speculate at all: decided elsewhere (arms.py).
         self.speculates = True
         self._drafted = _DRAFTED_PRIOR if known.drafter_ms > 0 else 0.0
@@ -147,8 +198,8 @@ class Tuner:
         return self._policy is not None and self._policy.max_ahead > 0
 
     @property
-    def _circumstances(self) -> tuple[int, bool, bool]:
-        return self.servers, self.speculates, self.overlaps
+    def _circumstances(self) -> tuple[int, bool, bool, int]:
+        return self.servers, self.speculates, self.overlaps, self.estimates.rows
 
     def choose(self) -> Policy:
         """The policy to begin with."""
@@ -189,19 +240,24 @@ class Tuner:
         self._drafted = min(self._drafted + tokens, max(_DRAFTED, tokens))
         known.drafter_ms += (took_ms / max(1, tokens) - known.drafter_ms) * tokens / max(1.0, self._drafted)
 
-    def another_drafter(self, drafter_ms: float, accepted: float, judged: float) -> None:
-        """Of which this is known."""
-        known = self.estimates
-        known.drafter_ms, known.accepted, known.judged = drafter_ms, accepted, judged
-        self._drafted = _DRAFTED_PRIOR if drafter_ms > 0 else 0.0
+    def another_drafter(self, guesser: Guesser) -> None:
+        """Another drafter is in use, of which this is known."""
+        self.estimates = replace(
+            self.estimates, drafter_ms=guesser.drafter_ms, accepted=guesser.accepted, judged=guesser.judged,
+            alternatives=guesser.alternatives, offered=guesser.offered,
+        )  # fmt: skip
+        self._drafted = _DRAFTED_PRIOR if guesser.drafter_ms > 0 else 0.0
 
-    def judged(self, accepted: int, judged: int) -> None:
-        """So many further drafts were compared with the target's own, and so many of them were equal."""
-        if judged:
-            known, kept = self.estimates, (1 - _FORGOTTEN) ** judged
-            known.accepted = known.accepted * kept + accepted
-            known.judged = known.judged * kept + judged
-            self._since_look += judged
+    def judged(self, what: Judged) -> None:
+        """Further drafts were compared with the target's own tokens."""
+        if what.judged:
+            known, kept = self.estimates, (1 - _FORGOTTEN) ** what.judged
+            known.accepted = known.accepted * kept + what.accepted
+            known.judged = known.judged * kept + what.judged
+            kept = (1 - _FORGOTTEN) ** what.offered
+            known.alternatives = known.alternatives * kept + what.alternatives
+            known.offered = known.offered * kept + what.offered
+            self._since_look += what.judged
 
     def look_again(self) -> None:
         """Circumstances changed: the next `retune` looks at them."""
@@ -221,7 +277,13 @@ class Tuner:
     def carry_over(self) -> Estimates:
         """For later generations: the latencies, and the acceptance rate as a guess of little weight."""
         known = self.estimates
-        return replace(known, accepted=known.acceptance * _PRIOR_WEIGHT, judged=_PRIOR_WEIGHT)
+        return replace(
+            known,
+            accepted=known.acceptance * _PRIOR_WEIGHT,
+            judged=_PRIOR_WEIGHT,
+            alternatives=known.alternative_rate * _PRIOR_WEIGHT,
+            offered=_PRIOR_WEIGHT,
+        )
 
     def _best(self) -> Policy:
         if self._algorithm == "ar":
@@ -229,7 +291,8 @@ class Tuner:
         known, sp, fixed = self.estimates, self._sp, self._fixed
         target_ms, window_ms = known.latencies_ms
         if fixed is not None:
-            return Policy.speculative(fixed) if self._algorithm == "si" else Policy.distributed(fixed, sp)
+            policy = Policy.speculative(fixed) if self._algorithm == "si" else Policy.distributed(fixed, sp)
+            return with_rows(policy, min(self._most_rows or 1, known.rows))
         if self._algorithm == "dsi" and not self.speculates:
             return Policy.undrafted(sp)
         if target_ms <= 0 or known.drafter_ms <= 0:  # not calibrated: begin as plain decoding does, and measure
@@ -238,6 +301,11 @@ class Tuner:
             self._algorithm, max(1, min(sp, self.servers)), known.window,
             _rounded(target_ms / known.drafter_ms), _rounded(max(target_ms, window_ms) / known.drafter_ms),
             round(known.acceptance / _ACCEPTANCE_STEP) * _ACCEPTANCE_STEP, known.queued, self.overlaps,
+            Branching(
+                round(known.alternative_rate / _ALTERNATIVES_STEP) * _ALTERNATIVES_STEP,
+                min(self._most_rows or known.rows, known.rows),
+                round(known.drafter_row / _ROW_STEP) * _ROW_STEP,
+            ),
         )  # fmt: skip
         return replace(policy, sp=1 if self._algorithm == "si" else sp)
 
@@ -247,6 +315,8 @@ def _differ(left: Estimates, right: Estimates) -> bool:
         return True
     lefts, rights = ((*known.latencies_ms, known.drafter_ms) for known in (left, right))
     if min(*lefts, *rights) <= 0 or abs(left.acceptance - right.acceptance) > _ACCEPTANCE_STEP:
+        return True
+    if left.rows > 1 and abs(left.alternative_rate - right.alternative_rate) > _ALTERNATIVES_STEP:
         return True
     changes = [now / lefts[-1] * rights[-1] / before for now, before in zip(lefts[:-1], rights[:-1], strict=True)]
     return not all(1 / _RATIO_STEP < change < _RATIO_STEP for change in changes)
@@ -260,13 +330,13 @@ def _rounded(ratio: float) -> float:
 @functools.lru_cache(maxsize=1024)
 def _planned(
     algorithm: str, sp: int, window: int, target: float, full_window: float, acceptance: float, queued: int | None,
-    overlaps: bool,
+    overlaps: bool, branching: Branching,
 ) -> Policy:  # fmt: skip
     """Latencies in units of the drafter's: the policy depends on nothing else."""
     cost_ms = Estimates(target, full_window, window).cost_ms
     most = max(1, min(MAX_LOOKAHEAD, window - 1))  # one forward verifies one window
     if algorithm == "si":
-        return best_si(cost_ms, 1.0, acceptance, most=most)
+        return best_si(cost_ms, 1.0, acceptance, branching, most=most)
     if not overlaps:
-        return best_in_turns(cost_ms, 1.0, acceptance, sp, most=most)
-    return best_dsi(cost_ms, 1.0, acceptance, sp, most=most, queued=queued)
+        return best_in_turns(cost_ms, 1.0, acceptance, sp, branching, most=most)
+    return best_dsi(cost_ms, 1.0, acceptance, sp, branching, most=most, queued=queued)

@@ -9,10 +9,19 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from dsi_actors.core.actions import Action, CancelDrafts, CancelVerify, EmitTokens, Finish, StartDraft, StartVerify
+from dsi_actors.core.actions import (
+    Action,
+    CancelDrafts,
+    CancelVerify,
+    EmitTokens,
+    Finish,
+    Judged,
+    StartDraft,
+    StartVerify,
+)
 from dsi_actors.core.events import (
     DraftEnded,
     DrafterJoined,
@@ -25,21 +34,26 @@ from dsi_actors.core.events import (
 )
 from dsi_actors.core.generation import GenerationCore
 from dsi_actors.planning.controller import Controller
-from dsi_actors.simulation.scripts import LatencyMs, Script
+from dsi_actors.simulation.drafter import SimulatedDrafter
+from dsi_actors.simulation.scripts import LatencyMs, Script, walk
 
 
 @dataclass(slots=True)
 class _Drafting:
-    """What the simulated drafter does: its own list of tokens, and the requests in order."""
+    """What the simulated drafter is asked, in order, and how far it is."""
 
-    tokens: list[int] = field(default_factory=list)
+    drafter: SimulatedDrafter
     queue: list[StartDraft] = field(default_factory=list)
-    #: Tokens before this position were reported.
+    #: Tokens of the main path before this position were reported.
     reported: int = 0
-    #: What the tokens after them took.
+    #: What the steps after them took.
     block_ms: float = 0.0
-    #: Counts the tokens begun: one that was dropped finds another number here when its time comes.
+    #: Tokens before this position are committed, as far as the drafter heard.
+    committed: int = 0
+    #: Counts the steps begun: one that was dropped finds another number here when its time comes.
     ticket: int = 0
+    #: Whether a step is under way.
+    steps: bool = False
 
 
 @dataclass(slots=True)
@@ -86,7 +100,7 @@ class DiscreteEventDriver:
         #: How far each server has read its list.
         self._read = [0] * servers
         self._running: dict[int, _Verifying] = {}
-        self._drafting = _Drafting()
+        self._drafting = _Drafting(SimulatedDrafter(script))
 
     def run(self) -> None:
         if self._drafter_ms is not None:
@@ -112,15 +126,21 @@ class DiscreteEventDriver:
 
     def _do(self, action: Action) -> None:
         match action:
-            case StartVerify(attempt, server, base, tokens, start):
+            case StartVerify(attempt, server, base, tokens, start, parents):
                 held = self._held[server]
                 assert base <= len(held)
-                held[base:] = tokens
-                positions = len(held) - min(self._read[server], base, start - 1)
+                if parents:
+                    answer = walk(self._script.truth, held[:base], tokens, parents, start)
+                    main = _main_path_length(parents)
+                    held[base:] = tokens[:main]
+                else:
+                    main = len(tokens)
+                    held[base:] = tokens
+                    answer = self._script.answer(held, start)
+                positions = len(held) - min(self._read[server], base, start - 1) + len(tokens) - main
                 self._read[server] = len(held)
                 took_ms = self._target_ms(positions)
                 self._running[server] = _Verifying(attempt, self.now_ms, took_ms, positions)
-                answer = self._script.answer(held, start)
                 self._at(took_ms, lambda: self._verified(attempt, server, start, answer))
             case CancelVerify(attempt, server):
                 running = self._running[server]
@@ -130,21 +150,23 @@ class DiscreteEventDriver:
                 left_ms = running.since_ms + running.took_ms - self.now_ms
                 self._at(min(delay_ms, left_ms), lambda: self._abandon(attempt, server))
             case StartDraft():
-                self._drafting.queue.append(action)
-                if len(self._drafting.queue) == 1:
-                    self._begin_draft()
+                self._start_draft(action)
             case CancelDrafts(attempt):
-                alive = [request for request in self._drafting.queue if request.attempt > attempt]
-                if len(alive) != len(self._drafting.queue):
-                    self._drafting.queue = alive
-                    self._drafting.ticket += 1  # the token in progress is dropped
-                    if alive:
-                        self._begin_draft()
-            case EmitTokens(start, tokens, _):
+                drafting = self._drafting
+                alive = [request for request in drafting.queue if request.attempt > attempt]
+                if len(alive) != len(drafting.queue):
+                    drafting.queue = alive
+                    drafting.ticket += 1  # the step in progress is dropped
+                    drafting.steps = False
+                    assert not alive
+            case EmitTokens(start, tokens):
                 if self._controller is not None and self.commits:
                     took_ms = self.now_ms - self.commits[-1][0]
                     self._controller.committed(len(tokens), took_ms, self.core.committed, drafts=True)
                 self.commits.append((self.now_ms, start + len(tokens)))
+            case Judged():
+                if self._controller is not None:
+                    self._controller.judged(action, self.core.committed)
             case Finish():
                 pass
 
@@ -152,13 +174,9 @@ class DiscreteEventDriver:
         running = self._running.get(server)
         if running is not None and running.attempt == attempt:
             self._stop(server)
-            counters = self.core.counters
-            accepted, judged = counters.accepted, counters.judged
             self._feed(VerificationFinished(attempt, server, start, answer))
             if self._controller is not None:
                 self._controller.tuner.verified(running.positions, running.took_ms)
-                judged, accepted = counters.judged - judged, counters.accepted - accepted
-                self._controller.judged(accepted, judged, self.core.committed)
                 if (policy := self._controller.retune()) is not None:
                     self._feed(PolicyChanged(policy))
 
@@ -171,46 +189,70 @@ class DiscreteEventDriver:
     def _stop(self, server: int) -> None:
         self.target_busy_ms += self.now_ms - self._running.pop(server).since_ms
 
-    def _begin_draft(self) -> None:
+    def _start_draft(self, request: StartDraft) -> None:
         drafting = self._drafting
-        request = drafting.queue[0]
-        if request.start <= request.base + len(request.tokens):
-            drafting.tokens[request.base :] = request.tokens
-        assert len(drafting.tokens) == request.start
-        drafting.reported = request.start
-        drafting.block_ms = 0.0
-        self._next_draft(request)
+        drafting.committed = max(drafting.committed, request.committed)
+        if request.start <= request.base + len(request.tokens):  # it ends the requests before it
+            drafting.queue.clear()
+            known = drafting.drafter.go_on(request.base, request.tokens, request.start + request.count)
+            drafting.reported = request.start
+            if not known and drafting.steps:
+                drafting.ticket += 1
+                drafting.steps = False
+                drafting.block_ms = 0.0
+            if len(drafting.drafter.tokens) > drafting.reported:
+                self._at(0.0, self._report_what_is_known)
+        drafting.queue.append(request)
+        if not drafting.steps and len(drafting.queue) == 1:
+            self._next_step()
 
-    def _next_draft(self, request: StartDraft) -> None:
+    def _next_step(self) -> None:
         assert self._drafter_ms is not None
-        self._drafting.ticket += 1
-        ticket = self._drafting.ticket
-        took_ms = self._drafter_ms(1)
+        drafting = self._drafting
+        drafting.ticket += 1
+        drafting.steps = True
+        ticket, took_ms = drafting.ticket, self._drafter_ms(1)
         self.drafter_busy_ms += took_ms
-        self._drafting.block_ms += took_ms
-        self._at(took_ms, lambda: self._drafted(request, ticket))
+        drafting.block_ms += took_ms
+        self._at(took_ms, lambda: self._stepped(ticket))
 
-    def _drafted(self, request: StartDraft, ticket: int) -> None:
+    def _stepped(self, ticket: int) -> None:
         drafting = self._drafting
         if ticket != drafting.ticket:
             return
-        tokens = drafting.tokens
-        tokens.append(self._script.draft(tokens))
-        done = len(tokens) == request.start + request.count
-        first = drafting.reported
-        report = done or len(tokens) - first == request.block
-        if report:
-            drafting.reported = len(tokens)
-            if self._controller is not None:
-                self._controller.tuner.drafted(len(tokens) - first, drafting.block_ms)
-            drafting.block_ms = 0.0
+        drafting.steps = False
+        if not drafting.queue:
+            return
+        request, drafter = drafting.queue[0], drafting.drafter
+        if len(drafter.tokens) < request.start + request.count:
+            drafter.step(request.rows, drafting.committed)
+        done = len(drafter.tokens) >= request.start + request.count
         if done:
             drafting.queue.pop(0)
-            if drafting.queue:
-                self._begin_draft()
-        else:
-            self._next_draft(request)
-        if report:
-            self._feed(DraftsArrived(request.attempt, first, tuple(tokens[first : request.start + request.count])))
+        if drafting.queue:
+            self._next_step()
+        if done or len(drafter.tokens) - drafting.reported >= request.block:
+            self._report(request)
         if done:
             self._feed(DraftEnded(request.attempt, complete=True))
+
+    def _report_what_is_known(self) -> None:
+        if self._drafting.queue:
+            self._report(self._drafting.queue[0])
+
+    def _report(self, request: StartDraft) -> None:
+        drafting = self._drafting
+        first, tokens, parents = drafting.drafter.report()
+        if not tokens:
+            return
+        made = len(drafting.drafter.tokens) - drafting.reported
+        drafting.reported = len(drafting.drafter.tokens)
+        if self._controller is not None and drafting.block_ms:
+            self._controller.tuner.drafted(made, drafting.block_ms)
+        drafting.block_ms = 0.0
+        self._feed(DraftsArrived(request.attempt, first, tokens, parents))
+
+
+def _main_path_length(parents: Sequence[int]) -> int:
+    """Of a verification's tokens, how many the main path has: it comes first."""
+    return next((place for place, parent in enumerate(parents) if parent != place), len(parents))

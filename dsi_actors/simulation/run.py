@@ -15,6 +15,9 @@ from dsi_actors.results import Trace
 from dsi_actors.simulation.discrete_events import DiscreteEventDriver
 from dsi_actors.simulation.scripts import AcceptanceScript, LatencyMs, independent, lognormal, recorded, replayed
 
+#: Rows that a simulated drafter's step may have.
+MOST_ROWS = 32
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
@@ -23,6 +26,8 @@ class Scenario:
     target_ms: float
     drafter_ms: float
     acceptance: float
+    #: The chance that the drafter's second choice is the target's where its first is not. 0: it drafts chains.
+    alternatives: float = 0.0
     #: Coefficient of variation of both latencies, lognormal.
     jitter: float = 0.0
     #: A cancelled verification goes on to the next multiple of this.
@@ -33,8 +38,9 @@ class Scenario:
     def estimates(self) -> Estimates:
         """What workers would have measured when they started."""
         return Estimates(
-            self.target_ms, self.target_ms, window=1 << 20, drafter_ms=self.drafter_ms, calibrated_ms=self.target_ms
-        )  # the timed engine and the paper: a verification takes t, however long it is
+            self.target_ms, self.target_ms, window=1 << 20, drafter_ms=self.drafter_ms, calibrated_ms=self.target_ms,
+            rows=MOST_ROWS if self.alternatives else 1,
+        )  # fmt: skip  # the timed engine and the paper: a verification takes t, however long it is
 
     def latencies(self, seed: int) -> tuple[LatencyMs, LatencyMs]:
         """Each from a generator of its own: the n-th verification meets the same draw in every algorithm."""
@@ -44,6 +50,10 @@ class Scenario:
             recorded(trace.drafter_ms) if trace.drafter_ms else lognormal(self.drafter_ms, self.jitter, of_drafter)
         )
         return target, drafter
+
+    def script(self, seed: int, first: int) -> AcceptanceScript:
+        """What target and drafter say, drawn from `seed`; positions before `first` are the prompt."""
+        return AcceptanceScript(self.accepted(seed, first), independent(self.alternatives, seed, draw=1))
 
     def accepted(self, seed: int, first: int) -> Callable[[int], bool]:
         return replayed(self.trace.accepted, first) if self.trace.accepted else independent(self.acceptance, seed)
@@ -57,10 +67,12 @@ class SimulatedRun:
     sp: int
     lookahead: int
     first_wait: int
+    rows: int
     tokens: int
     ms_per_token: float
     first_token_ms: float
     acceptance_rate: float
+    alternative_rate: float
     target_forwards: int
     wasted_target_forwards: int
     target_busy_ms: float
@@ -76,7 +88,7 @@ def simulate_once(
     target_ms, drafter_ms = scenario.latencies(seed)
     driver = DiscreteEventDriver(
         core,
-        AcceptanceScript(scenario.accepted(seed if draws is None else draws, prompt_length)),
+        scenario.script(seed if draws is None else draws, prompt_length),
         target_ms=target_ms,
         drafter_ms=drafter_ms if core.policy.algorithm != "ar" else None,
         servers=core.policy.sp,
@@ -91,10 +103,12 @@ def simulate_once(
         sp=policy.sp,
         lookahead=policy.lookahead if policy.max_ahead else 0,
         first_wait=policy.first_wait,
+        rows=policy.rows,
         tokens=tokens,
         ms_per_token=driver.now_ms / tokens,
         first_token_ms=driver.commits[0][0],
         acceptance_rate=counters.accepted / counters.judged if counters.judged else 0.0,
+        alternative_rate=counters.alternatives / counters.offered if counters.offered else 0.0,
         target_forwards=counters.verifications,
         wasted_target_forwards=counters.verifications - counters.useful_verifications,
         target_busy_ms=driver.target_busy_ms,
@@ -104,17 +118,17 @@ def simulate_once(
 
 def simulate(
     scenario: Scenario, algorithm: str, *, sp: int, lookahead: int | None, tokens: int, repeats: int, seed: int,
-    calibrated: bool = True,
+    calibrated: bool = True, rows: int | None = None,
 ) -> list[SimulatedRun]:  # fmt: skip
-    """Generation after generation, each beginning with what the last one taught. `lookahead` None: chosen.
+    """Generation after generation, each beginning with what the last one taught. `lookahead` None: chosen. `rows`: see Tuner.
 
     Seeds are seed, seed + 1, ...; `calibrated` False begins without any latency known."""
-    estimates = scenario.estimates if calibrated else Estimates(window=1 << 20)
+    estimates = scenario.estimates if calibrated else Estimates(window=1 << 20, rows=scenario.estimates.rows)
     runs: list[SimulatedRun] = []
     arms = Arms()
     for repeat in range(repeats):
         servers = 1 if algorithm in ("ar", "si") else sp
-        controller = Controller.with_one_drafter(algorithm, servers, lookahead, estimates, arms)
+        controller = Controller.with_one_drafter(algorithm, servers, lookahead, estimates, arms, rows=rows)
         runs.append(simulate_once(scenario, controller, tokens=tokens, seed=seed + repeat))
         estimates = controller.tuner.carry_over()
     return runs
@@ -124,7 +138,7 @@ def mean_of(runs: Sequence[SimulatedRun]) -> dict[str, float | int | str]:
     """One row for all: means of what varies."""
     row = asdict(runs[-1])
     for name, value in row.items():
-        if name not in ("algorithm", "sp", "lookahead", "first_wait"):
+        if name not in ("algorithm", "sp", "lookahead", "first_wait", "rows"):
             row[name] = (
                 statistics.fmean(getattr(run, name) for run in runs) if isinstance(value, float | int) else value
             )

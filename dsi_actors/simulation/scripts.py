@@ -22,20 +22,38 @@ class Script(Protocol):
     """What target and drafter say. `tokens` is the whole text before; it may be looked at, not kept."""
 
     def draft(self, tokens: Sequence[int]) -> int:
-        """The drafter's guess after `tokens`."""
+        """The drafter's first choice after `tokens`."""
+
+    def alternative(self, tokens: Sequence[int]) -> int:
+        """The drafter's second choice, another token."""
+
+    def truth(self, tokens: Sequence[int]) -> int:
+        """The target's own token after `tokens`."""
 
     def answer(self, tokens: list[int], start: int) -> tuple[int, ...]:
-        """A target server's answer to a verification of `tokens` from `start` on (Verified in SPEC.md)."""
+        """A target server's answer to a verification of the chain `tokens` from `start` on (Verified in SPEC.md)."""
 
 
 class AcceptanceScript:
-    """A drafter that is right where `accepted` says so. Nothing depends on the text."""
+    """A drafter whose first choice is right where `accepted` says so, and its second choice, where the first is not, where
+    `alternative` says so. Nothing depends on the text: the truth is 0 everywhere."""
 
-    def __init__(self, accepted: Callable[[int], bool]) -> None:
+    def __init__(
+        self, accepted: Callable[[int], bool], alternative: Callable[[int], bool] = lambda position: False
+    ) -> None:
         self._accepted = accepted
+        self._alternative = alternative
 
     def draft(self, tokens: Sequence[int]) -> int:
         return 0 if self._accepted(len(tokens)) else 1
+
+    def alternative(self, tokens: Sequence[int]) -> int:
+        if self._accepted(len(tokens)):
+            return 1
+        return 0 if self._alternative(len(tokens)) else 2
+
+    def truth(self, tokens: Sequence[int]) -> int:
+        return 0
 
     def answer(self, tokens: list[int], start: int) -> tuple[int, ...]:
         try:
@@ -45,10 +63,10 @@ class AcceptanceScript:
         return (0,) * (first_wrong - start + 1)
 
 
-def independent(acceptance: float, seed: int) -> Callable[[int], bool]:
-    """Right with this chance at each position, independently."""
-    threshold = acceptance * 2**64
-    return lambda position: random_bits(stream_key(seed, position), 0) < threshold
+def independent(chance: float, seed: int, *, draw: int = 0) -> Callable[[int], bool]:
+    """True with this chance at each position, independently. Another `draw` is independent of the first."""
+    threshold = chance * 2**64
+    return lambda position: random_bits(stream_key(seed, position), draw) < threshold
 
 
 def replayed(accepted: Sequence[bool], first: int) -> Callable[[int], bool]:
@@ -73,3 +91,30 @@ def recorded(latencies_ms: Sequence[float]) -> LatencyMs:
     """What was measured, in order, over and over."""
     endless = itertools.cycle(latencies_ms)
     return lambda positions: next(endless)
+
+
+def walk(
+    truth: Callable[[list[int]], int], held: Sequence[int], tokens: Sequence[int], parents: Sequence[int], start: int
+) -> tuple[int, ...]:
+    """What a target server answers to a verification of a tree: its own tokens from `start` on, along the tree.
+
+    `truth` gives the target's token after a text; `held` is the text before `tokens`, `parents` as in StartVerify.
+    """
+    if start < len(held):  # of what it holds, too, some is checked
+        assert not parents
+        held, tokens = held[:start], [*held[start:], *tokens]
+    children: dict[int, dict[int, int]] = {}
+    for place, token in enumerate(tokens, 1):
+        children.setdefault(parents[place - 1] if parents else place - 1, {}).setdefault(token, place)
+    text, place = list(held), 0
+    while len(text) < start:
+        [(token, place)] = children[place].items()
+        text.append(token)
+    answer: list[int] = []
+    while True:
+        answer.append(truth(text))
+        text.append(answer[-1])
+        found = children.get(place, {}).get(answer[-1])
+        if found is None:
+            return tuple(answer)
+        place = found

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import UnionType
 from typing import TypeAlias, TypeVar
 
 from dsi_actors.config import Sampling
@@ -224,6 +225,8 @@ class WorkerHandle:
             on_reply(None)
             return
         now_s = self._clock()
+        if isinstance(request, Draft) and request.rows > 1 and request.start == request.base + len(request.tokens):
+            self._mark_cancelled(request.generation, request.attempt - 1, Draft)  # by this request itself
         cancelled = request.attempt <= self._cuts.get(request.generation, 0)
         self._in_flight[key] = _Flight(
             request, on_reply, on_drafted, now_s, self._patience_s, now_s if cancelled else None
@@ -234,11 +237,14 @@ class WorkerHandle:
             self._in_flight.pop(key, None)
             raise
 
-    def _mark_cancelled(self, generation: int, attempt: int | None) -> None:
+    def _mark_cancelled(
+        self, generation: int, attempt: int | None, kind: type[Draft | Verify] | UnionType = Draft | Verify
+    ) -> None:
         """The cut: attempts of this generation up to `attempt` (None: all)."""
         now_s = self._clock()
         for (number, asked), flight in self._in_flight.items():
-            if number == generation and (attempt is None or asked <= attempt) and flight.cancelled_s is None:
+            meant = number == generation and (attempt is None or asked <= attempt) and isinstance(flight.request, kind)
+            if meant and flight.cancelled_s is None:
                 flight.cancelled_s = now_s
                 flight.patience_s = now_s - flight.since_s + self._patience_s  # the cancel may be lost, too
 
@@ -287,8 +293,10 @@ class WorkerHandle:
         request = flight.request
         if isinstance(request, Draft):
             flight.drafted += max(1, len(block.tokens))
-            beyond = block.start + len(block.tokens) > request.start + request.count
-            if not beyond and flight.drafted <= 4 * request.count + _DRAFTED_SLACK:
+            # In a tree drafts are numbered, and each step may have as many as its rows, and an alternative.
+            beyond = not block.parents and request.rows == 1
+            beyond = beyond and block.start + len(block.tokens) > request.start + request.count
+            if not beyond and flight.drafted <= 4 * request.count * (request.rows + 1) + _DRAFTED_SLACK:
                 return False
         self.fault(f"it drafted up to {block.start + len(block.tokens)}, {flight.drafted} tokens so far, for {request}")
         return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, get_type_hints
 
 import msgpack
@@ -29,6 +29,11 @@ def _schema(message: type[Message]) -> tuple[tuple[str, Kind], ...]:
 _SCHEMAS = {message: _schema(message) for message in MESSAGES}
 _PACKERS = {message: tuple((name, kind.pack) for name, kind in schema) for message, schema in _SCHEMAS.items()}
 _UNPACKERS = {message: tuple((name, kind.unpack) for name, kind in schema) for message, schema in _SCHEMAS.items()}
+#: Fields that may be absent, and what they are then. They are sent only where they say something else.
+_DEFAULTS = {
+    message: {field.name: field.default for field in fields(message) if field.default is not MISSING}
+    for message in MESSAGES
+}
 _BY_TYPE: dict[int, type[Message]] = {message.TYPE: message for message in MESSAGES}
 assert len(_BY_TYPE) == len(MESSAGES)
 
@@ -37,9 +42,12 @@ def encode(message: Message) -> bytes:
     """The frame of `message`. Raises InvalidField if a value does not fit its wire kind."""
     wire: dict[str, object] = {_TYPE_KEY: message.TYPE}
     name = ""
+    defaults = _DEFAULTS[type(message)]
     try:
         for name, pack in _PACKERS[type(message)]:
-            wire[name] = pack(getattr(message, name))
+            value = getattr(message, name)
+            if name not in defaults or value != defaults[name]:
+                wire[name] = pack(value)
     except ValueError as error:
         raise InvalidField(type(message).__name__, name, str(error)) from None
     frame: bytes = msgpack.packb(wire, use_bin_type=True, buf_size=_BUFFER_BYTES)
@@ -67,15 +75,19 @@ def decode(frame: bytes) -> Message:
     if message is None:
         raise UnknownMessage(message_type)
     values: list[Any] = []
-    name = ""
+    name, defaults, absent = "", _DEFAULTS[message], 0
     try:
         for name, unpack in _UNPACKERS[message]:
-            values.append(unpack(wire[name]))
+            if name in wire or name not in defaults:
+                values.append(unpack(wire[name]))
+            else:
+                values.append(defaults[name])
+                absent += 1
     except KeyError:
         raise InvalidField(message.__name__, name, "missing") from None
     except ValueError as error:
         raise InvalidField(message.__name__, name, str(error)) from None
-    if len(wire) > len(values) + 1:
+    if len(wire) > len(values) - absent + 1:
         _refuse_deep(wire)
     return message(*values)
 

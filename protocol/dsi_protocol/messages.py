@@ -61,6 +61,7 @@ class Ready:
     batch_latency_us: U32  # a forward for all slots, each with a full window (a drafter: one token); 0: not measured
     load_ms: U32
     fingerprint: U32  # of the bits of a target server's logits; 0: it does not say
+    rows: U32 = 1  # positions of a tree, or rows of a drafting step, that it takes; 1: chains only
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +115,19 @@ class Draft:
     tokens: Tokens
     start: U32
     count: U32
-    block: U32  # send a Drafted at the latest each `block` tokens
+    block: U32  # send a Drafted at the latest each `block` tokens of the main path
+    rows: U32 = 1  # the most rows that a drafting step may have: one for the main path, the others for branches
+    committed: U32 = 0  # tokens before this position are committed: branches that left the main path before it are dead
 
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
-    """W→O. `tokens` were drafted at [start, start + len(tokens)). The last one of a request is `done`."""
+    """W→O. What was drafted since the last Drafted. The last one of a request is `done`.
+
+    In a chain (`parents` empty) `tokens` stand at [start, start + len(tokens)). In a tree drafts are numbered in the order in
+    which they are made. The token before the `start` of a Draft that brings its own prefix has its position as its number.
+    tokens[0] has the number `start`, and parents[i] is the number of the token before tokens[i].
+    """
 
     TYPE: ClassVar[int] = 8
     generation: U64
@@ -128,13 +136,16 @@ class Drafted:
     tokens: Tokens
     done: Bool
     busy_us: U32  # compute time since the last reply to this request
+    parents: Tokens = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Verify:
     """O→W, request. Give the target's own tokens from position `start` on; prefix as in Draft.
 
-    With n = base + len(tokens) the worker checks the tokens at [start, n): see Verified.
+    With n = base + len(tokens) the worker checks the tokens at [start, n): see Verified. With `parents` the tokens are a tree:
+    tokens[i] follows tokens[parents[i] - 1], or the token at base - 1 where parents[i] is 0. The main path comes first: a token
+    for each position from `base` on, each following the one before.
     """
 
     TYPE: ClassVar[int] = 9
@@ -144,6 +155,7 @@ class Verify:
     base_crc: U32
     tokens: Tokens
     start: U32
+    parents: Tokens = ()
 
 
 @dataclass(frozen=True, slots=True)

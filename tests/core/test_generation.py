@@ -17,6 +17,7 @@ from dsi_actors.core.actions import (
     CancelVerify,
     EmitTokens,
     Finish,
+    Judged,
     StartDraft,
     StartVerify,
 )
@@ -35,6 +36,7 @@ from dsi_actors.core.events import (
     VerificationFinished,
 )
 from dsi_actors.simulation.discrete_events import DiscreteEventDriver
+from dsi_actors.simulation.scripts import walk
 
 VOCABULARY = 5
 #: What may become of a verification's answer.
@@ -58,13 +60,15 @@ class PrefixScript:
     def draft(self, tokens: Sequence[int]) -> int:
         return drafter(tokens)
 
+    def alternative(self, tokens: Sequence[int]) -> int:
+        """Right where the first choice is wrong, two times in three."""
+        return (drafter(tokens) + (VOCABULARY - 1 if zlib.crc32(bytes(tokens), 9) % 3 else 2)) % VOCABULARY
+
+    def truth(self, tokens: Sequence[int]) -> int:
+        return target(tokens)
+
     def answer(self, tokens: list[int], start: int) -> tuple[int, ...]:
-        answer: list[int] = []
-        for position in range(start, len(tokens) + 1):
-            answer.append(target(tokens[:position]))
-            if position < len(tokens) and answer[-1] != tokens[position]:
-                break
-        return tuple(answer)
+        return walk(target, tokens[:start], tokens[start:], (), start)
 
 
 def plain_decoding(prompt: Sequence[int], max_tokens: int, stop: frozenset[int] = frozenset()) -> list[int]:
@@ -76,13 +80,21 @@ def plain_decoding(prompt: Sequence[int], max_tokens: int, stop: frozenset[int] 
     return tokens[len(prompt) :]
 
 
-policies = st.one_of(
+chains = st.one_of(
     st.just(Policy.autoregressive()),
     st.builds(Policy.speculative, st.integers(1, 6)),
     st.builds(Policy.distributed, st.integers(1, 5), st.integers(1, 4), st.integers(0, 9)),
     st.builds(
         lambda sp, lookahead, ahead, wait, span: Policy("any", sp, lookahead, min(wait, ahead), ahead, span),
         st.integers(1, 4), st.integers(1, 4), st.integers(0, 9), st.integers(0, 9), st.integers(0, 5),
+    ),
+)  # fmt: skip
+#: Half of them with branches.
+policies = st.one_of(
+    chains,
+    st.builds(
+        lambda policy, rows, branches: replace(policy, rows=rows, branches=branches),
+        chains, st.integers(2, 4), st.sampled_from([0, 1, 3, 100]),
     ),
 )  # fmt: skip
 
@@ -101,6 +113,18 @@ def test_a_server_that_left_and_came_back_is_not_taken_for_warm() -> None:
     assert again.server == 2, "it has read the text, and server 1 has forgotten it"
 
 
+def main_path(tokens: Sequence[int], parents: Sequence[int]) -> list[int]:
+    """The first children of a request's tree, from its first token on."""
+    if not parents:
+        return list(tokens)
+    found, place = list[int](), 0
+    for number, (token, parent) in enumerate(zip(tokens, parents, strict=True), 1):
+        if parent == place:
+            found.append(token)
+            place = number
+    return found
+
+
 class Adversary:
     """Holds every reply that is owed and lets hypothesis choose which comes next, is lost, or comes twice."""
 
@@ -112,6 +136,8 @@ class Adversary:
         self.owed: list[Event] = []
         self.next_server = 0
         self.servers: dict[int, list[int]] = {}
+        #: What was verified last, for answers that go on where they should stop: the tokens before, and the request.
+        self.asked: dict[int, tuple[list[int], StartVerify]] = {}
         self.drafter_tokens: list[int] | None = None
 
     def feed(self, event: Event) -> None:
@@ -124,28 +150,28 @@ class Adversary:
 
     def do(self, action: Action) -> None:
         match action:
-            case StartVerify(attempt, server, base, tokens, start):
+            case StartVerify(attempt, server, base, tokens, start, parents):
                 held = self.servers[server]
                 assert base <= len(held), "the core assumed more than the server was ever told"
-                held[base:] = tokens
+                main = main_path(tokens, parents)
+                before = held[:base]
+                held[base:] = main
                 assert held == self.core.tokens[: len(held)], "a verification reads the current text"
                 assert len(held) >= self.core.committed, "and all that is committed"
-                answer = PrefixScript().answer(held, start)
-                self.owed.append(VerificationFinished(attempt, server, start, answer))
-            case StartDraft(attempt, base, tokens, start, count, block):
+                assert not parents or all(0 <= parent <= place for place, parent in enumerate(parents))
+                self.asked[attempt] = (before, action)
+                self.owed.append(
+                    VerificationFinished(attempt, server, start, walk(target, before, tokens, parents, start))
+                )
+            case StartDraft(attempt, base, tokens, start, count, block, rows, _):
                 assert self.drafter_tokens is not None
                 if start <= base + len(tokens):
                     self.drafter_tokens[base:] = tokens
+                    self.numbered = {start - 1: self.drafter_tokens[:start]}
+                    self.main_number = start - 1
+                assert len(self.drafter_tokens) >= start
                 del self.drafter_tokens[start:]
-                assert len(self.drafter_tokens) == start
-                while count:
-                    taken = min(block, count)
-                    first = len(self.drafter_tokens)
-                    for _ in range(taken):
-                        self.drafter_tokens.append(drafter(self.drafter_tokens))
-                    self.owed.append(DraftsArrived(attempt, first, tuple(self.drafter_tokens[first:])))
-                    count -= taken
-                self.owed.append(DraftEnded(attempt, complete=True))
+                self.draft(attempt, count, block, rows)
             case CancelVerify(attempt, server):
                 # The cancel may come too late, so the answer stays possible; or it turns into an abandonment.
                 if self.data.draw(st.booleans(), label="cancel obeyed"):
@@ -157,12 +183,41 @@ class Adversary:
                     ]
             case CancelDrafts():
                 pass  # the worst drafter: never stops
-            case EmitTokens(start, tokens, accepted):
+            case EmitTokens(start, tokens, accepted, _):
                 assert start == self.core.prompt_length + len(self.emitted)
                 assert len(tokens) == len(accepted) > 0
                 self.emitted.extend(tokens)
+            case Judged():
+                assert 0 <= action.alternatives <= action.offered <= action.judged - action.accepted
             case Finish(reason):
                 self.reasons.append(reason)
+
+    def draft(self, attempt: int, count: int, block: int, rows: int) -> None:
+        """Everything at once, in blocks: the main path, and beside it branches as chance has it."""
+        assert self.drafter_tokens is not None
+        front = len(self.drafter_tokens) + count
+        while count:
+            first, tokens, parents = len(self.numbered) + min(self.numbered), list[int](), list[int]()
+            for _ in range(min(block, count)):
+                grow = [self.main_number]
+                if rows > 1:
+                    numbers = [number for number, text in self.numbered.items() if len(text) < front]
+                    grow += self.data.draw(st.lists(st.sampled_from(numbers), max_size=rows), label="branches")
+                for place, parent in enumerate(grow):
+                    text = self.numbered[parent]
+                    token = (
+                        drafter(text) if place == 0 else self.data.draw(st.integers(0, VOCABULARY - 1), label="branch")
+                    )
+                    number = first + len(tokens)
+                    tokens.append(token)
+                    parents.append(parent)
+                    self.numbered[number] = [*text, token]
+                    if place == 0:
+                        self.main_number = number
+            count -= min(block, count)
+            self.owed.append(DraftsArrived(attempt, first, tuple(tokens), tuple(parents) if rows > 1 else ()))
+        self.drafter_tokens[:] = self.numbered[self.main_number]
+        self.owed.append(DraftEnded(attempt, complete=True))
 
     def join_server(self) -> None:
         self.servers[self.next_server] = []
@@ -221,9 +276,11 @@ class Adversary:
                 elif fate == "elsewhere":
                     event = VerificationFinished(attempt, server, event.start + 1, (*event.tokens[1:], 0))
                 elif fate == "beyond the difference":  # what the target says behind a wrong guess is worth nothing
-                    beyond = [
-                        target(self.servers[server][:end]) for end in range(event.start, len(self.servers[server]) + 1)
-                    ]
+                    before, asked = self.asked[attempt]
+                    text = [*before, *asked.tokens]
+                    beyond = [target(text[:end]) for end in range(event.start, len(text) + 1)]
+                    if asked.parents:
+                        beyond = [*event.tokens, 0]
                     event = VerificationFinished(attempt, server, event.start, tuple(beyond))
             case DraftsArrived() if self.data.draw(st.integers(0, 5), label="lost") == 0:
                 return  # lost drafts cost time only
@@ -311,7 +368,7 @@ def test_a_rejection_cancels_all_that_was_built_on_it_and_starts_again_at_once()
     core.handle(DraftsArrived(2, 2, (wrong,)))
     actions = core.handle(VerificationFinished(3, 1, 1, tuple(truth[:2])))
     assert [type(action).__name__ for action in actions] == [
-        "StartVerify", "CancelDrafts", "StartDraft", "CancelVerify", "CancelVerify", "EmitTokens",
+        "StartVerify", "CancelDrafts", "StartDraft", "CancelVerify", "CancelVerify", "EmitTokens", "Judged",
     ]  # fmt: skip
     verify = actions[0]
     assert isinstance(verify, StartVerify)
@@ -342,7 +399,7 @@ def test_a_draft_that_comes_after_its_position_was_committed_is_judged_late() ->
     core = joined(Policy.distributed(1, sp=1), 1)
     core.handle(VerificationFinished(2, 0, 1, (5,)))
     actions = core.handle(DraftsArrived(1, 1, (6,)))
-    assert [type(action) for action in actions] == [CancelDrafts, StartDraft]
+    assert [type(action) for action in actions] == [CancelDrafts, StartDraft, Judged]
     restart = actions[1]
     assert isinstance(restart, StartDraft)
     assert (restart.base, restart.tokens, restart.start) == (1, (5,), 2)
@@ -403,7 +460,7 @@ def test_drafts_that_nobody_will_verify_are_cancelled() -> None:
     [cancel] = core.handle(PolicyChanged(Policy.undrafted(1)))
     assert cancel == CancelDrafts(1)
     actions = core.handle(VerificationFinished(2, 0, 1, (5,)))
-    assert {type(action) for action in actions} == {EmitTokens, StartVerify}
+    assert {type(action) for action in actions} == {EmitTokens, Judged, StartVerify}
     [draft] = core.handle(PolicyChanged(Policy.distributed(1, sp=1)))
     assert isinstance(draft, StartDraft)
     assert draft.start == 2, "after what is committed"
@@ -414,7 +471,7 @@ def test_a_drafter_without_an_idea_is_asked_again_after_the_next_commit() -> Non
     core = joined(Policy.distributed(1, sp=1), 1)
     assert core.handle(DraftEnded(1, complete=False)) == []
     actions = core.handle(VerificationFinished(2, 0, 1, (5,)))
-    assert {type(action) for action in actions} == {EmitTokens, StartDraft, StartVerify}
+    assert {type(action) for action in actions} == {EmitTokens, Judged, StartDraft, StartVerify}
 
 
 def test_an_end_that_comes_before_the_end_of_an_earlier_attempt_settles_both() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dsi_actors.config import Config
+from dsi_actors.core.actions import Judged
 from dsi_actors.generation.knowledge import Knowledge, can_overlap
 from dsi_actors.planning.controller import Controller
 from dsi_actors.planning.tuner import Estimates
@@ -67,7 +68,7 @@ def test_each_drafter_begins_with_what_was_learnt_of_it() -> None:
     assert controller.tuner.servers == 2
     for _ in range(100):
         controller.tuner.drafted(1, 25.0)
-        controller.tuner.judged(1, 2)
+        controller.tuner.judged(Judged(accepted=1, judged=2))
     workers.knowledge.learn(controller.tuner.carry_over(), "a", 110, 100)
     after = workers.knowledge.estimates()
     assert after.drafter_ms == pytest.approx(25.0, rel=0.05)

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from dsi_actors.core import Policy
+from dsi_actors.core.actions import Judged
 from dsi_actors.planning.arms import ArmChoice, Arms, chooses_arms
-from dsi_actors.planning.controller import Controller, Guesser
-from dsi_actors.planning.tuner import Estimates, Tuner
+from dsi_actors.planning.controller import Controller
+from dsi_actors.planning.tuner import Estimates, Guesser, Tuner
 
 KINDS = ["a", "b"]
 LOOKUP = "ngram"
@@ -40,7 +41,7 @@ def looks(controller: Controller, tokens: int, each_ms: float) -> Policy | None:
     for _ in range(tokens):
         tuner.verified(1, 30.0, sharers=tuner.estimates.sharers, waited_ms=60.0)
         commit(controller, 1, each_ms)
-        tuner.judged(4, 5)
+        tuner.judged(Judged(accepted=4, judged=5))
         policy = controller.retune() or policy
     return policy
 
@@ -98,7 +99,7 @@ def test_a_lone_generation_leaves_speculation_where_it_is_slower_than_what_the_w
         controller.tuner.verified(4, 90.0)
         controller.tuner.drafted(4, 160.0)
         commit(controller, 1, 60.0)
-        controller.tuner.judged(1, 1)
+        controller.tuner.judged(Judged(accepted=1, judged=1))
         policy = controller.retune() or policy
     assert policy == Policy.undrafted(2)
 
@@ -127,7 +128,7 @@ def drafted_share(plain_ms: float, drafted_ms: float, noise: float, tokens: int 
         tuner.verified(1, draw * plain_ms)
         commit(controller, 1, took_ms)
         if tuner.drafting:
-            tuner.judged(4, 5)
+            tuner.judged(Judged(accepted=4, judged=5))
         controller.retune()
     return drafted / tokens, total_ms / tokens
 
@@ -154,8 +155,8 @@ def test_speculation_that_does_not_pay_is_left_whatever_was_promised() -> None:
 
 def test_where_nothing_overlaps_a_bad_text_does_not_end_speculation_for_ever() -> None:
     controller = with_one_drafter(Estimates(10.0, 10.0, 32, drafter_ms=2.0, calibrated_ms=10.0))
-    controller.set_servers(1, overlaps=False)
-    controller.tuner.judged(0, 300)
+    controller.set_servers(1, overlaps=False, rows=1)
+    controller.tuner.judged(Judged(accepted=0, judged=300))
     assert controller.retune() == Policy.undrafted(1)
     tokens = 0
     while not controller.tuner.drafting:
@@ -200,7 +201,7 @@ def run(
         total_ms += took_ms
         another = controller.committed(1, took_ms, position, drafts=True, drafters=drafters)
         if drafts:
-            controller.judged(1, 1, position)
+            controller.judged(Judged(accepted=1, judged=1), position)
         controller.retune()
         if another is not None and granted(position):
             exchanges += 1
@@ -225,10 +226,10 @@ def test_what_the_drafter_before_has_left_is_not_the_new_ones() -> None:
     controller.drafter_joined("b", GUESSER, 100)
     for position in range(1, 100):
         assert controller.committed(1, SLOW_MS, position, drafts=True, drafters=KINDS) is None
-    controller.judged(0, 50, 100)
+    controller.judged(Judged(accepted=0, judged=50), 100)
     assert arms.ratio("b", 0) == 0
     assert controller.estimates.judged == Estimates().judged
-    controller.judged(0, 50, 101)
+    controller.judged(Judged(accepted=0, judged=50), 101)
     assert controller.estimates.acceptance < 0.3
 
 
@@ -237,9 +238,9 @@ def test_after_a_rejection_all_drafts_are_the_new_ones() -> None:
     controller = begun(Arms())
     controller.drafter_joined("a", GUESSER, 0)
     controller.drafter_joined("b", GUESSER, 270)
-    controller.judged(2, 3, 5)
+    controller.judged(Judged(accepted=2, judged=3), 5)
     assert controller.estimates.judged == Estimates().judged, "they were the other one's"
-    controller.judged(0, 50, 6)
+    controller.judged(Judged(accepted=0, judged=50), 6)
     assert controller.estimates.acceptance < 0.3
 
 
@@ -321,9 +322,9 @@ def test_a_drafter_that_was_busy_is_asked_for_again() -> None:
 
 def test_another_drafter_is_planned_with_what_is_known_of_it() -> None:
     controller = begun(Arms())
-    controller.drafter_joined("a", Guesser(5.0, 1.0, 2.0), 0)
+    controller.drafter_joined("a", Guesser(5.0, 1.0, 2.0, 2.4, 6.0), 0)
     assert controller.estimates.drafter_ms == 2.0, "it was planned with"
-    controller.drafter_joined("b", Guesser(5.0, 1.0, 2.0), 0)
+    controller.drafter_joined("b", Guesser(5.0, 1.0, 2.0, 2.4, 6.0), 0)
     assert (controller.estimates.drafter_ms, controller.estimates.acceptance) == (5.0, 0.5)
 
 
@@ -332,5 +333,5 @@ def test_a_plan_follows_another_drafter_at_once() -> None:
     controller = begun(Arms())
     controller.drafter_joined("a", GUESSER, 0)
     controller.retune()
-    controller.drafter_joined("b", Guesser(8.0, 1.0, 6.0), 0)
+    controller.drafter_joined("b", Guesser(8.0, 1.0, 6.0, 2.4, 6.0), 0)
     assert controller.retune() is not None

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 
+from dsi_actors.core.actions import Judged
 from dsi_actors.planning.expectation import best_dsi, expect
-from dsi_actors.planning.tuner import Estimates, Tuner, flat
+from dsi_actors.planning.tuner import Estimates, Guesser, Tuner, flat
 
 
 def feed(tuner: Tuner, target_ms: float, drafter_ms: float, acceptance: float, tokens: int = 400) -> None:
     for token in range(tokens):
         tuner.verified(1, target_ms)
         tuner.drafted(1, drafter_ms)
-        tuner.judged(round((token + 1) * acceptance) - round(token * acceptance), 1)
+        tuner.judged(Judged(accepted=round((token + 1) * acceptance) - round(token * acceptance), judged=1))
         tuner.retune()
 
 
@@ -42,7 +43,7 @@ def test_what_is_fixed_stays() -> None:
     tuner = Tuner("dsi", 2, 3, Estimates(20, 20, 32, 1))
     assert tuner.choose().lookahead == 3
     for token in range(200):
-        tuner.judged(token % 2, 1)
+        tuner.judged(Judged(accepted=token % 2, judged=1))
         assert tuner.retune() is None
 
 
@@ -56,7 +57,7 @@ def test_fewer_servers_change_the_plan() -> None:
     tuner = Tuner("dsi", 4, None, Estimates(20, 20, 32, 1))
     before = tuner.choose()
     tuner.servers = 1
-    tuner.judged(8, 10)
+    tuner.judged(Judged(accepted=8, judged=10))
     after = tuner.retune()
     assert after is not None
     assert after.sp == before.sp == 4, "more may come back"
@@ -69,12 +70,12 @@ def test_estimates_stay_numbers_whatever_workers_say(lie_ms: float) -> None:
     for _ in range(20_000):
         tuner.drafted(1, lie_ms)
         tuner.verified(1, 20.0)
-    tuner.judged(8, 9)
+    tuner.judged(Judged(accepted=8, judged=9))
     tuner.retune()
     for _ in range(200):
         for _ in range(100):
             tuner.verified(1, lie_ms)
-        tuner.judged(8, 9)
+        tuner.judged(Judged(accepted=8, judged=9))
         tuner.retune()
     assert tuner.estimates.target_ms > 1e-6
     assert Tuner("dsi", 2, None, tuner.carry_over()).choose().sp == 2
@@ -85,14 +86,14 @@ def test_who_shares_a_server_plans_with_the_time_that_it_waits_and_with_the_othe
     alone = tuner.choose()
     for _ in range(60):
         tuner.verified(5, 5.0, sharers=32, waited_ms=26.0 + 0.2 * 32 * 4)
-    tuner.judged(8, 10)
+    tuner.judged(Judged(accepted=8, judged=10))
     assert tuner.estimates.latencies_ms == pytest.approx((26.0, 26.0 + 0.2 * 32 * 31))
     crowded = tuner.retune()
     assert crowded is not None
     assert crowded.span < alone.span  # what each adds costs all
     tuner.verified(5, 20.0)
     assert tuner.estimates.latencies_ms == (20.0, 20.0)
-    tuner.judged(8, 10)
+    tuner.judged(Judged(accepted=8, judged=10))
     again = tuner.retune()
     assert again is not None
     assert again.span == alone.span
@@ -103,7 +104,7 @@ def test_what_the_forward_of_others_lasts_is_time_to_draft() -> None:
     assert tuner.choose().first_wait == 0  # it was answered as if alone: waiting for drafts would miss a forward
     for _ in range(60):
         tuner.verified(1, 5.0, sharers=4, waited_ms=30.0)
-    tuner.judged(8, 10)
+    tuner.judged(Judged(accepted=8, judged=10))
     policy = tuner.retune()
     assert policy is not None
     assert policy.first_wait in (4, 5)  # ten milliseconds, at two for each draft
@@ -124,7 +125,7 @@ def test_a_promise_is_what_was_measured_or_what_the_target_takes_if_that_is_less
 
 def test_what_is_not_known_of_a_drafter_is_not_taken_for_nothing() -> None:
     tuner = Tuner("dsi", 1, None, Estimates(26.0, 30.0, 8, 8.0))
-    tuner.another_drafter(0.0, 4.8, 6.0)
+    tuner.another_drafter(Guesser(0.0, 4.8, 6.0, 2.4, 6.0))
     tuner.drafted(1, 20.0)
     assert tuner.estimates.drafter_ms == 20.0
 

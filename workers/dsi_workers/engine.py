@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from dsi_workers.session import Session
+from dsi_workers.tree import Branch
 
 
 class EngineError(Exception):
@@ -60,6 +61,7 @@ class EngineInfo:
     slots: int = 1  # generations that are served side by side
     batch_latency_us: int = 0  # a forward for all slots, a full window each (a drafter: one token each)
     fingerprint: int = 0  # of a target: of the bits of its logits
+    rows: int = 1  # positions of a tree that it verifies, or rows of a drafting step; 1: chains only
 
 
 @dataclass(slots=True)
@@ -68,6 +70,9 @@ class Answer:
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    #: Of a draft with `rows`: a second choice for each of `tokens`, and a token for each branch of the task.
+    alternatives: list[int] = field(default_factory=list)
+    continued: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -79,6 +84,10 @@ class Task:
     start: int
     #: Draft: at most so many tokens that may follow session.tokens (then `start` is their number). None: verify.
     count: int | None = None
+    #: Verify: what is checked beside session.tokens. Draft: what is continued by a token each.
+    branches: Sequence[Branch] = ()
+    #: Draft: whether second choices are wanted.
+    alternatives: bool = False
     answer: Answer = field(default_factory=Answer)
     done: bool = False
 
@@ -95,11 +104,16 @@ class Engine(ABC):
         """One forward for all `tasks` (1 to `info.slots`, of different sessions), each of which gets on by it.
 
         A task that is complete becomes `done`. The answer of a verification has the model's own tokens from `start` on,
-        given session.tokens: up to and including the first that differs from them, or one beyond them if none does. That
+        given session.tokens: up to and including the first that differs from them, or one beyond them if none does. With
+        `branches` it goes on along whichever branch has the model's token. That
         of a draft has between 0 and `count` tokens; none means 'no idea'. What else is in the batch changes no answer.
 
         Raises Interrupted; then a new task for the same session still gets what a fresh session would get. Raises RequestError.
         """
+
+    def promote(self, session: Session, branch: Branch) -> None:
+        """A branch that was drafted beside session.tokens takes the place of their end."""
+        session.write(branch.fork, branch.tokens)
 
     def reads_alone(self, task: Task) -> bool:
         """Whether the next step for this task is a piece of a long text, for which nothing can be added to the batch."""

@@ -34,6 +34,7 @@ from dsi_protocol import (
 from dsi_workers.connection import WorkSocket
 from dsi_workers.engine import Answer, Engine, Interrupted, RequestError
 from dsi_workers.session import SamplingParameters, Session
+from dsi_workers.tree import read_tree
 from dsi_workers.work import Work, WorkQueue
 
 log = structlog.get_logger("dsi.worker")
@@ -205,7 +206,16 @@ class WorkerLoop:
         elif session.sampling.problem:
             self._fail(request, "request", session.sampling.problem)
         else:
+            if isinstance(request, Draft):
+                self._hear_of_commits(request, session)
             self._queue.add(Work(request, session))
+
+    def _hear_of_commits(self, request: Draft, session: Session) -> None:
+        session.drafts.drop_dead_branches(request.committed)
+        if request.rows > 1 and request.start == request.base + len(request.tokens):
+            for work in self._queue:
+                if work.session is session and isinstance(work.request, Draft):
+                    work.superseded = True
 
     def _answer_again(self, request: Draft | Verify, session: Session) -> None:
         answered = session.reply_to(request.attempt)
@@ -229,6 +239,8 @@ class WorkerLoop:
         match request:
             case Verify() if not 1 <= request.start <= end:
                 return f"start {request.start} lies outside [1, {end}]"
+            case Verify() if request.parents:
+                return _problem_with_tree(request, info.rows)
             case Draft() if request.start < max(end, 1) or request.count < 1 or request.block < 1:
                 return "a draft starts at or after its prefix, with count and block of at least 1"
         return None
@@ -243,7 +255,7 @@ class WorkerLoop:
                 continue
             if work.task is None and not self._prepare(work):
                 self._queue.remove(work)
-            elif not work.wanted():
+            elif not work.wanted() or work.superseded:
                 self._queue.remove(work)
                 request = work.request
                 self._send(Cancelled(request.generation, request.attempt, work.forwards, work.take_busy_us()))
@@ -275,14 +287,38 @@ class WorkerLoop:
             held = len(session.tokens) if request.base > len(session.tokens) else 0
             self._send(NeedPrefix(request.generation, request.attempt, held))
             return False
-        session.write(request.base, request.tokens)
-        end = request.base + len(request.tokens)
-        session.truncate(end if isinstance(request, Verify) else max(end, request.start))
+        if isinstance(request, Verify):
+            tokens, work.branches = read_tree(request.base, request.tokens, request.parents)
+            session.write(request.base, tokens)
+            session.truncate(request.base + len(tokens))
+        else:
+            self._prepare_draft(request, session)
         if not session.tokens:
             self._fail(request, "limit", "there is nothing to continue: a generation begins with at least one token")
             return False
         work.begin_task()
         return True
+
+    def _prepare_draft(self, request: Draft, session: Session) -> None:
+        start = request.base + len(request.tokens)
+        if start < request.start:  # it continues what was drafted
+            if len(session.tokens) > request.start:
+                session.truncate(request.start)
+                session.drafts.restart(session.tokens, request.start)
+            return
+        path = [*session.tokens[: request.base], *request.tokens]
+        if request.rows == 1:
+            session.write(request.base, request.tokens)
+            session.truncate(start)
+        elif session.tokens[:start] != path:
+            branch = session.drafts.leading_to(path, session.tokens)
+            if branch is not None:
+                self._engine.promote(session, branch)
+            else:
+                session.write(request.base, request.tokens)
+                session.truncate(start)
+        session.truncate(request.start + request.count)
+        session.drafts.restart(session.tokens, start)
 
     def _step(self, batch: Sequence[Work]) -> None:
         tasks = [work.task for work in batch if work.task is not None]
@@ -335,17 +371,19 @@ class WorkerLoop:
                 )
             )  # fmt: skip
             return
+        branches = work.task.branches if work.task is not None else ()
+        session.drafts.add(len(session.tokens), tokens, answer.alternatives, branches, answer.continued)
         session.write(len(session.tokens), tokens)
-        work.unsent.extend(tokens)
-        done = not tokens or len(session.tokens) == request.start + request.count
+        if work.superseded:
+            return  # the next _pick answers Cancelled
+        done = not tokens or len(session.tokens) >= request.start + request.count
         if done:
             self._queue.remove(work)
         else:
             work.begin_task()
-        if done or len(work.unsent) >= request.block:
-            start = len(session.tokens) - len(work.unsent)
-            block, work.unsent = tuple(work.unsent), []
-            self._send(Drafted(request.generation, request.attempt, start, block, done, work.take_busy_us()))
+        if done or session.drafts.unsent >= request.block:
+            start, block, parents = session.drafts.take()
+            self._send(Drafted(request.generation, request.attempt, start, block, done, work.take_busy_us(), parents))
 
     def _fail(self, request: Draft | Verify, code: str, message: str) -> None:
         self._send(Failed(request.generation, request.attempt, code, message))
@@ -355,3 +393,16 @@ class WorkerLoop:
         if session is not None and not (isinstance(reply, Drafted) and not reply.done):
             session.remember(reply.attempt, reply)
         self._socket.send(reply)
+
+
+def _problem_with_tree(request: Verify, most: int) -> str | None:
+    """`most`: positions of a tree that the engine verifies."""
+    try:
+        _, branches = read_tree(request.base, request.tokens, request.parents)
+    except ValueError as error:
+        return str(error)
+    if len(request.tokens) > most and branches:
+        return f"a tree of {len(request.tokens)} positions is over this worker's limit of {most}"
+    if any(branch.fork < request.start for branch in branches):
+        return f"a branch leaves the main path before position {request.start}, from which on tokens are wanted"
+    return None

@@ -271,6 +271,7 @@ def _serve(socket: WorkSocket, heart: Heart, config: WorkerConfig, loaded: _Load
     ready = Ready(
         info.vocabulary, info.vocabulary_size, info.max_length, info.window, info.latency_us, info.window_latency_us,
         info.slots, info.batch_latency_us, loaded.load_ms, info.fingerprint,
+        info.rows,
     )  # fmt: skip
     loop = WorkerLoop(socket, loaded.engine, lambda: still_needed() and not heart.gone, ready)
     before = signal.signal(signal.SIGTERM, lambda *_: loop.drain())

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsi_protocol import FromWorker, prefix_checksum
+from dsi_workers.draft_tree import DraftTree
 
 #: More than can be queued: see loop.py.
 _REMEMBERED_ATTEMPTS = 8192
@@ -100,6 +101,8 @@ class Session:
         self.occurrences: Occurrences | None = None
         #: The engine has computed positions [0, computed): for a transformer, its KV cache is right that far.
         self.computed = 0
+        #: Of a drafter: what was drafted and not told yet.
+        self.drafts = DraftTree()
         #: Requests of this attempt or an earlier one are not wanted.
         self.cancelled_to = 0
         #: _checksums[n] is the checksum of tokens[:n], as far as it was asked for.
@@ -129,7 +132,7 @@ class Session:
 
     def holds(self, length: int, checksum: int) -> bool:
         """Whether the first `length` tokens here are those that the peer means."""
-        return length <= len(self.tokens) and self._checksum(length) == checksum
+        return length <= len(self.tokens) and self.checksum(length) == checksum
 
     def write(self, base: int, tokens: Sequence[int]) -> None:
         """Let `tokens` stand at [base, base + len(tokens)). What is here beyond stays only if nothing changed before it.
@@ -150,7 +153,8 @@ class Session:
             del self._checksums[length + 1 :]
             self.computed = min(self.computed, length)
 
-    def _checksum(self, length: int) -> int:
+    def checksum(self, length: int) -> int:
+        """Of the first `length` tokens, which must be here."""
         known = len(self._checksums) - 1
         while known < length:
             self._checksums.append(prefix_checksum((self.tokens[known],), self._checksums[known]))

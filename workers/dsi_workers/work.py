@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from dsi_protocol import Draft, Verify
 from dsi_workers.engine import Engine, Task
 from dsi_workers.session import Session
+from dsi_workers.tree import Branch
 
 
 @dataclass(slots=True, eq=False)
@@ -21,8 +22,10 @@ class Work:
     forwards: int = 0
     #: Its share of the steps that it was in.
     busy_s: float = 0.0
-    #: Draft: the last tokens of the session, not sent yet.
-    unsent: list[int] = field(default_factory=list)
+    #: Verify: what is checked beside the session's tokens.
+    branches: Sequence[Branch] = ()
+    #: Draft: a later one brought its own prefix. The step that runs is finished, since its drafts may be of use to that one.
+    superseded: bool = False
     #: The number of the last step that worked on it.
     turn: int = 0
 
@@ -32,10 +35,12 @@ class Work:
     def begin_task(self) -> None:
         session, request = self.session, self.request
         if isinstance(request, Verify):
-            self.task = Task(session, request.start)
-        else:
-            length = len(session.tokens)
-            self.task = Task(session, length, request.start + request.count - length)
+            self.task = Task(session, request.start, branches=self.branches)
+            return
+        length = len(session.tokens)
+        self.task = Task(session, length, request.start + request.count - length, alternatives=request.rows > 1)
+        if request.rows > 1:
+            self.task.branches = session.drafts.branches[: request.rows - 1]
 
     def take_busy_us(self) -> int:
         busy_s, self.busy_s = self.busy_s, 0.0

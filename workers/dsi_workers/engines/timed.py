@@ -21,8 +21,11 @@ from dsi_protocol import OptionValue, prefix_checksum
 from dsi_protocol.gumbel import random_bits, stream_key
 from dsi_workers.engine import Engine, EngineError, EngineInfo, Interrupt, Task
 from dsi_workers.session import Session
+from dsi_workers.tree import Branch, Walk
 
 WINDOW = 32
+#: Positions of a tree, and rows of a drafting step.
+MOST_ROWS = 1024
 #: A step that begins within this of when the one before was due follows it at once.
 _AT_ONCE_S = 0.002
 
@@ -30,6 +33,7 @@ _AT_ONCE_S = 0.002
 class TimedEngine(Engine):
     """A target takes `latency_ms` for a verification, however long; a drafter takes it for each token.
 
+    Where a drafter's first choice is wrong, its second is the target's token with the chance `alternatives`; 0 drafts chains.
     With `jitter` latencies are lognormal with that coefficient of variation and `latency_ms` as their mean. Each position
     that a forward computes beyond the first adds `position_ms`, whichever generation it is for, up to `slots` of them. A
     text of more than `chunk` tokens is read in steps of so many.
@@ -45,6 +49,7 @@ class TimedEngine(Engine):
         self.latency_s = number("latency_ms", 0.0) / 1e3
         self.acceptance = number("acceptance", 1.0)
         self._jitter = number("jitter", 0.0)
+        self._alternatives = number("alternatives", 0.0)
         self.vocabulary_size = int(number("vocabulary_size", 1000))
         self.seed = int(number("seed", 0))
         self._position_s = number("position_ms", 0.0) / 1e3
@@ -72,6 +77,7 @@ class TimedEngine(Engine):
             window_latency_us=0 if drafter else round(latency_us + position_us * (WINDOW - 1)),
             slots=slots,
             batch_latency_us=round(latency_us + position_us * (slots * (1 if drafter else WINDOW) - 1)),
+            rows=MOST_ROWS if self._alternatives or not drafter else 1,
         )
 
     def step(self, tasks: Sequence[Task], interrupt: Interrupt) -> None:
@@ -79,7 +85,11 @@ class TimedEngine(Engine):
         ends = {id(task): self._end(task) for task in tasks}
         for task in tasks:
             if ends[id(task)] == len(task.session.tokens):
-                task.answer.tokens = self._own_tokens(task.session, task.start)
+                task.answer.tokens = self._own_tokens(
+                    task.session, task.start, task.branches if task.count is None else ()
+                )
+                if task.alternatives:
+                    self._draft_branches(task)
         self.forwards += 1
         if begun - self._due_s < _AT_ONCE_S and any(
             (task.session.generation, len(task.session.tokens)) in self._due_for for task in tasks
@@ -87,6 +97,8 @@ class TimedEngine(Engine):
             begun = self._due_s
         self._due_for = set()
         positions = sum(ends[id(task)] - self._begin(task) for task in tasks)
+        for task in tasks:
+            positions += len(task.branches) if task.count else sum(len(branch.tokens) for branch in task.branches)
         first, length = tasks[0], ends[id(tasks[0])]
         self._due_s = begun + self._latency_for(first.session.sampling.seed, first.start, length)
         self._due_s += self._position_s * (positions - 1)
@@ -115,18 +127,31 @@ class TimedEngine(Engine):
     def _begin(self, task: Task) -> int:
         return min(task.session.computed, task.start - 1)
 
-    def _own_tokens(self, session: Session, start: int) -> list[int]:
-        tokens: list[int] = []
-        checksum = prefix_checksum(session.tokens[:start])
-        for position in range(start, len(session.tokens) + 1):
-            token = self._truth(checksum)
-            if self._drafter and not self._agrees(session.sampling.seed, position):
-                token = (token + 1) % self.vocabulary_size
-            tokens.append(token)
-            if position == len(session.tokens) or session.tokens[position] != token:
-                break
-            checksum = prefix_checksum((token,), checksum)
-        return tokens
+    def _own_tokens(self, session: Session, start: int, branches: Sequence[Branch]) -> list[int]:
+        walk, tokens = Walk(session.tokens, branches, start), list[int]()
+        checksum = session.checksum(start)
+        while True:
+            tokens.append(self._own_token(session, checksum, walk.position))
+            if not walk.takes(tokens[-1]):
+                return tokens
+            checksum = prefix_checksum(tokens[-1:], checksum)
+
+    def _own_token(self, session: Session, prefix: int, position: int) -> int:
+        token = self._truth(prefix)
+        wrong = self._drafter and not self._agrees(session.sampling.seed, position)
+        return (token + 1) % self.vocabulary_size if wrong else token
+
+    def _draft_branches(self, task: Task) -> None:
+        """A second choice for the token that was drafted, and a token for each branch."""
+        session, position = task.session, len(task.session.tokens)
+        truth = self._truth(session.checksum(position))
+        wrong = task.answer.tokens[0] != truth
+        bits = random_bits(stream_key(self.seed + session.sampling.seed, position), 1)
+        hit = wrong and bits < self._alternatives * 2**64
+        task.answer.alternatives = [truth if hit else (truth + 2) % self.vocabulary_size]
+        for branch in task.branches:
+            prefix = prefix_checksum(branch.tokens, session.checksum(branch.fork))
+            task.answer.continued.append(self._own_token(session, prefix, branch.end))
 
     def _truth(self, prefix: int) -> int:
         return self._draw(b"truth", prefix) % self.vocabulary_size
