@@ -416,7 +416,10 @@ def test_jitter_is_drawn_for_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        ({"name": "nonsense"}, "unknown engine 'nonsense': choose one of transformers, timed, ngram"),
+        (
+            {"name": "nonsense"},
+            "unknown engine 'nonsense': choose one of transformers, timed, ngram, or pip install the package that brings it",
+        ),
         ({"name": "ngram", "role": "target"}, "only drafts"),
         ({"name": "timed", "options": {"acceptance": 1.5}}, r"acceptance .* must lie in \[0, 1\], not 1.5"),
         ({"name": "timed", "options": {"latency_ms": -1}}, "latency_ms .* must be a number of at least 0, not -1"),

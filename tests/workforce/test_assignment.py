@@ -64,6 +64,19 @@ def test_a_target_may_draft_for_itself() -> None:
     assert told(config, hello("T"), targets=1, kinds=["T"]) == "target"
 
 
+def test_who_has_another_engine_than_target_servers_drafts_with_it() -> None:
+    for role in ("drafter", "auto"):
+        assigned = assign(ONE, hello("small", role, "their-own"), targets=0, kinds=())
+        assert assigned == Assignment("drafter", "their-own", "small", {"target": "T"}, "small")
+    refused = assign(ONE, hello(role="target", engine="their-own"), targets=0, kinds=())
+    assert refused == "it has the engine 'their-own', but target servers here run 'transformers'"
+    theirs = Config(target="T", drafter="D", engine="their-own")
+    assert assign(theirs, hello(), targets=0, kinds=()) == Assignment("target", "their-own", "T", {})
+    assert assign(theirs, hello("D"), targets=0, kinds=()) == Assignment(
+        "drafter", "their-own", "D", {"target": "T"}, "D"
+    )
+
+
 def test_only_what_computes_keeps_a_device_busy() -> None:
     for model, computes in (("self-int8", True), ("ngram", False), ("random", False), ("other", True)):
         assigned = assign(
