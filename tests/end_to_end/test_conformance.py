@@ -44,10 +44,13 @@ def results(process: subprocess.Popen[str]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("role", "engine"), [("target", "timed"), ("drafter", "timed"), ("drafter", "ngram")])
-def test_our_workers_conform(tmp_path: Path, role: str, engine: str) -> None:
+@pytest.mark.parametrize(
+    ("role", "engine"), [("target", "timed"), ("drafter", "timed"), ("drafter", "ngram"), ("target", "trigrams")]
+)
+def test_our_workers_conform(tmp_path: Path, role: str, engine: str, example_model: Path) -> None:
     endpoint = f"ipc://{tmp_path}/dsi.sock"
-    with examination(endpoint) as process, workers(endpoint, ["--role", role, "--engine", engine]):
+    model = ["--model", str(example_model)] if engine == "trigrams" else []
+    with examination(endpoint) as process, workers(endpoint, ["--role", role, "--engine", engine, *model]):
         found = results(process)
     assert [result for result in found["results"] if not result["passed"]] == []
     assert len(found["results"]) >= 16

@@ -37,10 +37,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture(params=["float32", "bfloat16", "timed"])
+@pytest.fixture(params=["float32", "bfloat16", "timed", "trigrams"])
 def target(request: pytest.FixtureRequest, tiny_model: Path) -> Engine:
     if request.param == "timed":
         return load_engine("timed", role="target", model="", device="cpu:0", options={"chunk": 16, "seed": 4})
+    if request.param == "trigrams":
+        model = str(request.getfixturevalue("example_model"))
+        return load_engine("trigrams", role="target", model=model, device="cpu:0", options={})
     options = {"max_length": 384, "slots": 5, "dtype": request.param}
     return load_engine("transformers", role="target", model=str(tiny_model), device="cpu:0", options=options)
 
