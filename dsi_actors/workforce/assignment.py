@@ -54,6 +54,16 @@ def _drafts(config: Config, hello: Hello, targets: int, kinds: Sequence[str]) ->
 
 
 def _assign_drafter(config: Config, hello: Hello, kinds: Sequence[str]) -> Assignment | str:
+    assigned = _configured_drafter(config, hello, kinds)
+    engine = config.engine if isinstance(assigned, str) else assigned.engine
+    if hello.engine in ("auto", engine):
+        return assigned
+    # It has another engine than ours, as a worker in another language has. It could not become what is configured.
+    return Assignment("drafter", hello.engine, hello.model, config.drafter_options, hello.model or hello.engine)
+
+
+def _configured_drafter(config: Config, hello: Hello, kinds: Sequence[str]) -> Assignment | str:
+    """A drafter of the configuration, or of the model that the worker names."""
     lacking = [kind for kind in config.drafters if kind not in kinds]
     kind = reference = hello.model or next(iter([*lacking, *config.drafters]), "")
     if hello.engine == NGRAM or (reference == NGRAM and hello.engine == "auto"):
