@@ -56,7 +56,7 @@ class NextTokenEngine(CountingEngine):
     [("target", {33: 7, 7: 5, 5: 6}), ("drafter", {33: 7, 7: 8, 8: 9, 9: 10, 10: 11, 5: 6, 6: 7})],
 )
 def test_our_loop_says_what_a_worker_says_in_the_worked_exchange(role: str, following: Mapping[int, int]) -> None:
-    """But for the times."""
+    """In every field but the times and the number of forwards, which depend on the model."""
     socket, replies = ScriptedSocket(), 0
     loop = WorkerLoop(cast(WorkSocket, socket), NextTokenEngine(following), lambda: True, role=role)
     for line in load("exchange.json")["cases"]:
