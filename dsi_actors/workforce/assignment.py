@@ -54,6 +54,10 @@ def _drafts(config: Config, hello: Hello, targets: int, kinds: Sequence[str]) ->
 
 
 def _assign_drafter(config: Config, hello: Hello, kinds: Sequence[str]) -> Assignment | str:
+    """A drafter of the configuration, or of the model that the worker names. A worker with an engine of its own, as one in
+    another language has, keeps that engine; without a model it is told none, since ours need not mean anything to it."""
+    if hello.engine not in ("auto", NGRAM, config.engine) and not hello.model:
+        return Assignment("drafter", hello.engine, "", config.drafter_options, hello.engine)
     lacking = [kind for kind in config.drafters if kind not in kinds]
     kind = reference = hello.model or next(iter([*lacking, *config.drafters]), "")
     engine = config.engine if hello.engine == "auto" else hello.engine

@@ -1,4 +1,4 @@
-// The wire format of SPEC.md sections 2 to 4: messages as plain objects, frames as bytes.
+// The wire format: encodes messages (plain objects) as frames (bytes) and decodes them. SPEC.md sections 3 and 4.
 
 import { crc32 } from "node:zlib";
 import { decode as unpack, encode as pack } from "@msgpack/msgpack";
@@ -47,7 +47,7 @@ const options = (value) => {
   return value;
 };
 
-// What each kind of field becomes when it is read, and when it is written (a token list is packed again).
+// For each kind of field: `read` checks a decoded value and converts it, `write` prepares a value for msgpack.
 const KINDS = {
   u32: { read: unsigned(32), write: Number },
   u64: { read: unsigned(64), write: (value) => (BigInt(value) < 1n << 32n ? Number(value) : BigInt(value)) },
@@ -85,7 +85,7 @@ const MESSAGES = {
 };
 const BY_NUMBER = new Map(Object.entries(MESSAGES).map(([name, [number, words]]) => [number, [name, fields(words)]]));
 
-/** The frame of a message: an object with its name as `type`, and its fields. */
+/** The frame of `message`, an object with the message's name as `type` and its fields. */
 export function encode(message) {
   const [number, words] = MESSAGES[message.type];
   const wire = { type: number };
@@ -93,7 +93,7 @@ export function encode(message) {
   return pack(wire, { useBigInt64: true });
 }
 
-/** The message in a frame. Throws ProtocolError, and nothing else, whatever the bytes. */
+/** The message in `frame`. Throws ProtocolError for every frame that the specification forbids, and nothing else. */
 export function decode(frame) {
   if (frame.length > MAX_FRAME_BYTES) refuse("the frame is too large");
   const wire = unpackWithinLimits(frame);
@@ -107,7 +107,7 @@ export function decode(frame) {
   return message;
 }
 
-/** CRC-32 over tokens as little-endian u32; `before` is the checksum of the tokens before them. */
+/** CRC-32 over `tokens` as little-endian u32. `before` is the checksum of the tokens that come before them. */
 export function prefixChecksum(tokens, before = 0) {
   return crc32(new Uint8Array(Uint32Array.from(tokens).buffer), before);
 }
@@ -122,7 +122,7 @@ function unpackWithinLimits(frame) {
   try {
     const wire = unpack(frame, limits);
     refuseDeepOrStrange(wire);
-    // The library reads bytes that are no UTF-8 as some text or other: read once more, and look at the bytes.
+    // The library turns invalid UTF-8 into replacement characters. To find it, decode again and look at the raw bytes.
     if (!isAscii(wire)) refuseInvalidText(wire, unpack(frame, { ...limits, rawStrings: true, mapKeyConverter: (key) => (typeof key === "string" ? key : utf8.decode(key)) }), utf8);
     return wire;
   } catch (error) {

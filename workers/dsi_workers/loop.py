@@ -53,10 +53,18 @@ class WorkerLoop:
     """Serves one engine over one socket until it is drained, dismissed, or `still_needed` says no."""
 
     def __init__(
-        self, socket: WorkSocket, engine: Engine, still_needed: Callable[[], bool], ready: Ready | None = None
+        self,
+        socket: WorkSocket,
+        engine: Engine,
+        still_needed: Callable[[], bool],
+        ready: Ready | None = None,
+        *,
+        role: str,
     ) -> None:
+        """`role` is `target` or `drafter`: a target answers Verify only, a drafter Draft only."""
         self._socket = socket
         self._engine = engine
+        self._role = role
         self._still_needed = still_needed
         #: What was told already; told again to an orchestrator that asks again.
         self._ready = ready
@@ -198,12 +206,8 @@ class WorkerLoop:
         self._sessions[request.generation] = self._sessions.pop(request.generation)
         if not session.is_new(request.attempt):
             self._answer_again(request, session)
-        elif self._draining:
-            self._fail(request, "draining", "this worker takes no more work")
-        elif (problem := self._problem_with(request)) is not None:
-            self._fail(request, "limit", problem)
-        elif session.sampling.problem:
-            self._fail(request, "request", session.sampling.problem)
+        elif (refusal := self._refusal(request, session)) is not None:
+            self._fail(request, *refusal)
         else:
             self._queue.add(Work(request, session))
 
@@ -216,7 +220,20 @@ class WorkerLoop:
         ):  # it had its reply long ago
             self._socket.send(Cancelled(request.generation, request.attempt, 0, 0))
 
-    def _problem_with(self, request: Draft | Verify) -> str | None:
+    def _refusal(self, request: Draft | Verify, session: Session) -> tuple[str, str] | None:
+        """The code and message of the Failed that answers `request`; None if this worker can serve it.
+
+        What the worker holds does not matter here, and a refused request changes nothing of it.
+        """
+        if self._draining:
+            return "draining", "this worker takes no more work"
+        if isinstance(request, Verify) != (self._role == "target"):
+            return "request", f"this worker is a {self._role}: it does not answer {type(request).__name__}"
+        if (problem := self._out_of_range(request)) is not None:
+            return "limit", problem
+        return ("request", session.sampling.problem) if session.sampling.problem else None
+
+    def _out_of_range(self, request: Draft | Verify) -> str | None:
         info = self._engine.info
         end = request.base + len(request.tokens)
         last = end if isinstance(request, Verify) else request.start + request.count
@@ -229,8 +246,10 @@ class WorkerLoop:
         match request:
             case Verify() if not 1 <= request.start <= end:
                 return f"start {request.start} lies outside [1, {end}]"
-            case Draft() if request.start < max(end, 1) or request.count < 1 or request.block < 1:
-                return "a draft starts at or after its prefix, with count and block of at least 1"
+            case Draft() if request.start < max(end, 1):
+                return f"a draft starts at position {max(end, 1)} or later, not at {request.start}"
+            case Draft() if request.count < 1 or request.block < 1:
+                return f"count and block must be at least 1, not {request.count} and {request.block}"
         return None
 
     # Work

@@ -272,7 +272,8 @@ def _serve(socket: WorkSocket, heart: Heart, config: WorkerConfig, loaded: _Load
         info.vocabulary, info.vocabulary_size, info.max_length, info.window, info.latency_us, info.window_latency_us,
         info.slots, info.batch_latency_us, loaded.load_ms, info.fingerprint,
     )  # fmt: skip
-    loop = WorkerLoop(socket, loaded.engine, lambda: still_needed() and not heart.gone, ready)
+    role = loaded.welcome.role
+    loop = WorkerLoop(socket, loaded.engine, lambda: still_needed() and not heart.gone, ready, role=role)
     before = signal.signal(signal.SIGTERM, lambda *_: loop.drain())
     try:
         socket.send(ready)
