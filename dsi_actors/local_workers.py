@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from dsi_actors.config import NGRAM, Config
+from dsi_actors.config import NGRAM, TIMED, Config
 from dsi_actors.errors import WorkerStartError
 from dsi_actors.host.devices import crowding, local_devices
 from dsi_actors.host.requirements import require_models
@@ -25,7 +25,7 @@ async def start_local_workers(root: Root, config: Config, endpoint: str) -> None
     places = [devices[index % len(devices)] for index in range(len(roles))]
     models = sum(drafter != NGRAM for drafter in drafters)
     problem = crowding(places[: config.local_servers], places[config.local_servers :][:models], config.threads)
-    if config.engine != "timed" and problem is not None:
+    if config.engine != TIMED and problem is not None:
         log.warning(problem)
     specs = [WorkerSpec(place, role, model) for place, (role, model) in zip(places, roles, strict=True)]
     supervisor = WorkerSupervisor(endpoint, config, specs, root.on_exit)

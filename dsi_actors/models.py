@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dsi_actors.config import NGRAM, NGRAM_FOR, RANDOM, SELF_INT8, Config
+from dsi_actors.config import NGRAM, NGRAM_FOR, RANDOM, SELF_INT8, TRANSFORMERS, Config
 from dsi_actors.errors import ConfigError
 from dsi_actors.host.requirements import require
 from dsi_actors.logs import get_logger
@@ -39,8 +39,10 @@ async def resolve_model(reference: str, *, tokenizer_only: bool = False, report:
 
 
 async def prepare_models(config: Config, report: Report | None = None) -> None:
-    """Make ready what local workers will load: the target and every drafter. Raises ConfigError."""
-    if config.engine == "timed":
+    """Make ready what local workers will load: the target and every drafter. Raises ConfigError.
+
+    Does nothing for an engine other than transformers: such an engine gets its models itself."""
+    if config.engine != TRANSFORMERS:
         return
     for reference in dict.fromkeys((config.target, *(drafter.removeprefix(NGRAM_FOR) for drafter in config.drafters))):
         if reference not in (SELF_INT8, NGRAM, RANDOM):

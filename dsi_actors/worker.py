@@ -25,7 +25,10 @@ def main() -> int:
     )
     parser.add_argument("--connect", default=DEFAULT_ENDPOINT, help="the orchestrator (default %(default)s)")
     parser.add_argument("--role", choices=["auto", "target", "drafter"], default="auto")
-    parser.add_argument("--engine", choices=["auto", "transformers", "timed", "ngram"], default="auto")
+    parser.add_argument(
+        "--engine", type=_engine, default="auto", metavar="NAME",
+        help="auto (the orchestrator decides), transformers, timed, ngram, or an engine that an installed package brings",
+    )  # fmt: skip
     parser.add_argument("--model", default="", metavar="REF", help="directory, .gguf file, package:NAME or hub name")
     parser.add_argument("--key", metavar="FILE", help="the key that dsi-actors keys new made for this worker")
     parser.add_argument(
@@ -89,6 +92,18 @@ def _device(text: str) -> str:
         return device_name(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _engine(text: str) -> str:
+    if text == "auto":
+        return text
+    from dsi_workers.engines import EngineError, check_known
+
+    try:
+        check_known(text)
+    except EngineError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 from hypothesis import HealthCheck, settings
 
-from support import patience
+from support import packages, patience
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
@@ -12,3 +15,16 @@ settings.load_profile("any machine")
 
 def pytest_runtest_setup() -> None:
     patience.measure()
+
+
+@pytest.fixture(scope="session")
+def example_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the package in examples/custom-engine is installed."""
+    return packages.install_example(tmp_path_factory.mktemp("example"))
+
+
+@pytest.fixture
+def example_model(example_site: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The model of the engine `trigrams`, which is installed here for as long as the test runs."""
+    packages.put_on_path(example_site, monkeypatch)
+    return packages.EXAMPLE / "model"

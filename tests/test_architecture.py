@@ -28,7 +28,7 @@ LAYERS = {
     ),
     "dsi_workers": (
         "__init__ tree draft_tree session engine backend sampling connection models decoding checkpoints drafting "
-        "engines benches work loop prepare_models main"
+        "engines benches refusal work loop prepare_models main"
     ),
     "dsi_protocol": "errors checksums fields gumbel messages codec endpoints __init__",
 }

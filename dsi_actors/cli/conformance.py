@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import asdict
 
-from dsi_actors.conformance.checks import COMMON, DRAFTER, JOINING, LEAVING, TARGET, Check, is_drafter
-from dsi_actors.conformance.peer import Nonconformance, Peer
+from dsi_actors.conformance.checks import COMMON, DRAFTER, FOREIGN_ENGINE, JOINING, LEAVING, TARGET, Check
+from dsi_actors.conformance.differences import Difference, Nonconformance
+from dsi_actors.conformance.peer import Peer
 from dsi_actors.console.options import SubParsers, add_logging_option
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
@@ -22,6 +24,11 @@ def add_parser(commands: SubParsers) -> None:
     parser.add_argument("endpoint", metavar="ENDPOINT", help="where to listen, such as tcp://127.0.0.1:5555")
     parser.add_argument(
         "--patience", type=float, default=1.0, metavar="F", help="multiplies every time limit (default %(default)s)"
+    )
+    parser.add_argument(
+        "--foreign-engine",
+        action="store_true",
+        help="instead of all other checks: welcome the worker with an engine that it does not have",
     )
     parser.add_argument("--json", action="store_true")
     add_logging_option(parser)
@@ -38,27 +45,36 @@ async def run(arguments: argparse.Namespace) -> int:
     async def examine(*checks: Check) -> None:
         for check in checks:
             name = (check.__doc__ or check.__name__).strip().splitlines()[0]
+            problem, summary, differences = "", "", tuple[Difference, ...]()
             try:
                 peer.close_generations()
                 await check(peer)
-                problem = ""
             except Nonconformance as found:
-                problem = str(found)
-            results.append({"check": name, "passed": not problem, "problem": problem})
+                problem, summary, differences = str(found), found.summary, found.differences
+            results.append(
+                {
+                    "check": name,
+                    "passed": not problem,
+                    "problem": problem,
+                    "differences": [asdict(difference) for difference in differences],
+                }
+            )
             if not arguments.json:
                 out.print("FAIL" if problem else "pass", style="red" if problem else "green", end="  ")
                 out.print(name)
-                if problem:
-                    out.print(f"      {problem}")
+                for line in (summary, *map(str, differences)) if problem else ():
+                    out.print(f"      {line}")
 
     try:
         err.print(f"waiting for a worker: {worker_command(peer.endpoint, keys=None)}", soft_wrap=True)
-        for check in JOINING:
+        joining = FOREIGN_ENGINE if arguments.foreign_engine else JOINING
+        for check in joining:
             await examine(check)
             if not results[-1]["passed"]:
-                break  # nobody is there of whom the rest could be asked
+                break  # without a worker that has joined nothing else can be examined
         else:
-            await examine(*COMMON, *(DRAFTER if is_drafter(peer) else TARGET), *LEAVING)
+            if not arguments.foreign_engine:
+                await examine(*COMMON, *(DRAFTER if peer.drafts else TARGET), *LEAVING)
     finally:
         peer.close()
     failed = sum(not result["passed"] for result in results)

@@ -105,7 +105,8 @@ async def run(arguments: argparse.Namespace) -> int:
     sampling_from(arguments)  # what cannot be used shows before anything is fetched
     prompt = _prompt(arguments)
     with ShownProgress() as progress:
-        tokenizer = Tokenizer(await resolve_model(config.target, tokenizer_only=bool(config.listen), report=progress))
+        directory = await resolve_model(config.target, tokenizer_only=not config.local_models, report=progress)
+        tokenizer = Tokenizer(directory)
     stop = () if arguments.ignore_eos else tokenizer.stop_token_ids
     sampling = sampling_from(arguments, stop_token_ids=stop, logprobs=arguments.logprobs)
     prompt_ids = _encode(prompt, arguments, tokenizer)

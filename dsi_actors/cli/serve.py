@@ -73,7 +73,8 @@ async def run(arguments: argparse.Namespace) -> int:
             soft_wrap=True,
         )
     with ShownProgress() as progress:
-        tokenizer = Tokenizer(await resolve_model(config.target, tokenizer_only=bool(config.listen), report=progress))
+        directory = await resolve_model(config.target, tokenizer_only=not config.local_models, report=progress)
+        tokenizer = Tokenizer(directory)
         async with Orchestrator(config, report=progress) as orchestrator:
             progress.close()
             app = create_app(orchestrator, tokenizer, service_config)

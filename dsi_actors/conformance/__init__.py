@@ -1,1 +1,1 @@
-"""Does a worker keep protocol/SPEC.md? We play the orchestrator, and it is asked all that the standard promises."""
+"""Examines a worker: plays the orchestrator of protocol/SPEC.md against it and checks what the worker answers."""

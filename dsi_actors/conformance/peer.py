@@ -1,4 +1,4 @@
-"""The worker under examination: what it says is kept in order, and each check takes from it what it waits for."""
+"""The worker under examination: its messages are kept in order, and each check takes the ones that it waits for."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
+from dsi_actors.conformance.differences import Nonconformance, require, require_kind
 from dsi_actors.transport.gateway import Gateway, PeerGone
 from dsi_protocol import (
+    PROTOCOL_VERSION,
     CloseGeneration,
     Draft,
     Drafted,
@@ -28,31 +30,31 @@ from dsi_protocol import (
     prefix_checksum,
 )
 
-M = TypeVar("M")
+M = TypeVar("M", bound=Message)
+
+#: A text that repeats itself, so that a drafter that looks for repetitions has guesses.
+PROMPT = (1, 2, 3, 4, 1, 2, 3, 4, 1, 2)
+#: How often the worker under examination sends a heartbeat, and the time after which it may give up the connection.
+HEARTBEAT_MS, SILENCE_MS = 100, 5000
 _ANSWER_S = 10.0
 
 
-class Nonconformance(Exception):
-    """What the worker did that the standard does not allow, or did not do that it demands."""
-
-
 class Peer:
-    """One worker on one socket. Heartbeats are answered and noted; all else waits to be taken."""
+    """One worker on one socket. Its heartbeats are answered and noted; its other messages wait until a check takes them."""
 
     def __init__(self, endpoint: str, patience: float = 1.0) -> None:
-        """`patience` multiplies what the worker has for an answer: for a machine on which everything takes longer."""
+        """Listens on `endpoint`. `patience` multiplies every time limit, for a slow or busy machine."""
         self._patience = patience
         self._gateway = Gateway(endpoint, self._on_message)
         self.endpoint = self._gateway.endpoint
         self.identity: bytes | None = None
         self.hello: Hello | None = None
         self.ready: Ready | None = None
-        #: Whether its heartbeats are answered.
-        self.answers_heartbeats = True
         self.heartbeats: list[Heartbeat] = []
+        #: When the first Welcome was sent, by time.monotonic().
         self.welcomed_s = 0.0
         self._said: deque[Message] = deque()
-        #: When it last said that it prepares its model: it is waited for from then on.
+        #: When the last Preparing came: the time limit for the next message counts from then on.
         self._prepared_s = 0.0
         self._news = asyncio.Event()
         self._generations = itertools.count(1)
@@ -60,20 +62,21 @@ class Peer:
         self._attempts = itertools.count(1)
 
     def close(self) -> None:
+        """Close the socket."""
         self._gateway.close()
 
     @property
-    def malformed_frames(self) -> int:
-        return self._gateway.malformed_frames
+    def drafts(self) -> bool:
+        """Whether this worker is examined as a drafter. One that leaves its role to the orchestrator is."""
+        return self.hello is not None and self.hello.role != "target"
 
-    # What it says
+    # Messages of the worker
 
     def _on_message(self, identity: bytes, message: Message) -> None:
         if isinstance(message, Heartbeat):
             self.heartbeats.append(message)
-            if self.answers_heartbeats:
-                with contextlib.suppress(PeerGone):
-                    self._gateway.send(identity, message)
+            with contextlib.suppress(PeerGone):
+                self._gateway.send(identity, message)
         elif isinstance(message, Hello) and self.identity is None:
             self.identity, self.hello = identity, message
         if identity == self.identity and isinstance(message, Preparing):
@@ -82,11 +85,14 @@ class Peer:
             self._said.append(message)
         self._news.set()
 
-    async def take(self, kind: type[M], *, within_s: float = _ANSWER_S, what: str = "") -> M:
-        """The next message, which must be of this kind. Hellos that come again are passed over."""
-        message = await self._next(within_s * self._patience, what or kind.__name__)
-        if not isinstance(message, kind):
-            raise Nonconformance(f"{kind.__name__} was due{f' ({what})' if what else ''}, it said {_words(message)}")
+    async def take(self, kind: type[M], why: str = "", *, within_s: float = _ANSWER_S) -> M:
+        """The next message, which must be of this kind. Repeated Hellos are passed over.
+
+        `why` says what the message is for. Raises Nonconformance.
+        """
+        message = await self._next(within_s * self._patience, kind.__name__)
+        require_kind(message, kind, why or f"{kind.__name__} was expected")
+        assert isinstance(message, kind)
         return message
 
     async def _next(self, within_s: float, what: str) -> Message:
@@ -106,28 +112,41 @@ class Peer:
             except TimeoutError:
                 pass
 
-    async def silence(self, for_s: float, what: str) -> None:
-        """It must say nothing for so long."""
+    async def silence(self, for_s: float, why: str) -> None:
+        """The worker must send nothing but heartbeats for `for_s` seconds."""
         try:
-            message = await self._next(for_s, what)
+            message = await self._next(for_s, "message")
         except Nonconformance:
             return
-        raise Nonconformance(f"{what}: it said {_words(message)}")
+        raise Nonconformance(f"{why}: it sent {str(message)[:200]}")
 
-    async def until(self, condition: Callable[[], bool], within_s: float, what: str) -> None:
+    async def until(self, condition: Callable[[], bool], within_s: float, otherwise: str) -> None:
+        """Wait until `condition` is true. Raises Nonconformance with the sentence `otherwise` if it is not within the time."""
         deadline_s = time.monotonic() + within_s * self._patience
         while not condition():
             if time.monotonic() > deadline_s:
-                raise Nonconformance(what)
+                raise Nonconformance(otherwise)
             await asyncio.sleep(0.01)
 
-    # What it is told
+    # Messages to the worker
 
     def tell(self, message: FromOrchestrator) -> None:
+        """Send a message."""
         self._send(lambda identity: self._gateway.send(identity, message))
 
     def tell_frame(self, frame: bytes) -> None:
+        """Send bytes as they are, whether they are a message or not."""
         self._send(lambda identity: self._gateway.send_frame(identity, frame))
+
+    def is_connected(self) -> bool:
+        """Whether the worker's connection is open. Sends a heartbeat to find out."""
+        assert self.identity is not None
+        assert self.hello is not None
+        try:
+            self._gateway.send(self.identity, Heartbeat(self.hello.incarnation, 0))
+        except PeerGone:
+            return False
+        return True
 
     def _send(self, send: Callable[[bytes], None]) -> None:
         assert self.identity is not None
@@ -136,74 +155,100 @@ class Peer:
         except PeerGone:
             raise Nonconformance("it has closed its connection") from None
 
-    def welcome(self, role: str, engine: str, model: str, *, heartbeat_ms: int, silence_ms: int) -> None:
+    def welcome(self, *, engine: str | None = None) -> None:
+        """Send Welcome. The worker is told to be what its Hello says, unless `engine` names another engine."""
+        assert self.hello is not None
+        role = "drafter" if self.drafts else "target"
+        own = self.hello.engine if self.hello.engine != "auto" else "timed"
         self.welcomed_s = self.welcomed_s or time.monotonic()
-        self.tell(Welcome(1, role, engine, model, {}, heartbeat_ms, silence_ms))
+        self.tell(
+            Welcome(
+                PROTOCOL_VERSION,
+                role,
+                own if engine is None else engine,
+                self.hello.model,
+                {},
+                HEARTBEAT_MS,
+                SILENCE_MS,
+            )
+        )
 
-    def open(self, prompt_length: int, *, temperature: float = 0.0, seed: int = 0, logprobs: bool = False) -> int:
-        """A new generation's number."""
+    def open(self, *, temperature: float = 0.0, seed: int = 0, logprobs: bool = False) -> int:
+        """Open a new generation and return its number. Its prompt is PROMPT."""
         generation = next(self._generations)
         self._open.append(generation)
-        self.tell(
-            OpenGeneration(generation, prompt_length, "conformance", temperature, 0, 1.0, 0.0, 1.0, seed, logprobs)
-        )
+        self.tell(OpenGeneration(generation, len(PROMPT), "conformance", temperature, 0, 1.0, 0.0, 1.0, seed, logprobs))
         return generation
 
     def close_generations(self) -> None:
-        """What a check has opened is of no use to the next one."""
+        """Close every generation that a check has opened."""
         for generation in self._open:
             self.tell(CloseGeneration(generation))
         self._open.clear()
-
-    def attempt(self) -> int:
-        return next(self._attempts)
 
     def draft(
         self, generation: int, tokens: tuple[int, ...], count: int, block: int, *, held: tuple[int, ...] = (),
         start: int | None = None,
     ) -> Draft:  # fmt: skip
-        """A draft request, not sent yet: the worker holds `held`, `tokens` follow."""
-        end = len(held) + len(tokens) if start is None else start
-        return Draft(generation, self.attempt(), len(held), prefix_checksum(held), tokens, end, count, block)
+        """A Draft request, not sent yet: the worker holds `held`, `tokens` follow. Without `start` it starts behind them."""
+        at = len(held) + len(tokens) if start is None else start
+        return Draft(generation, next(self._attempts), len(held), prefix_checksum(held), tokens, at, count, block)
 
     def verify(self, generation: int, tokens: tuple[int, ...], start: int, *, held: tuple[int, ...] = ()) -> Verify:
-        return Verify(generation, self.attempt(), len(held), prefix_checksum(held), tokens, start)
+        """A Verify request, not sent yet: the worker holds `held`, `tokens` follow."""
+        return Verify(generation, next(self._attempts), len(held), prefix_checksum(held), tokens, start)
+
+    def request(
+        self, generation: int | None = None, *, held: tuple[int, ...] = (), tokens: tuple[int, ...] | None = None,
+        count: int = 3,
+    ) -> Draft | Verify:  # fmt: skip
+        """The simplest request that this worker serves, not sent yet. It opens a generation unless one is given."""
+        number = self.open() if generation is None else generation
+        new = tokens if tokens is not None else (PROMPT if not held else (3,))
+        if self.drafts:
+            return self.draft(number, new, count, 1, held=held)
+        return self.verify(number, new, len(held) + len(new), held=held)
+
+    # Replies
 
     async def reply(self, kind: type[M], request: Draft | Verify) -> M:
-        """The next message, which must be of this kind and answer this request."""
-        reply = await self.take(kind, what=f"in answer to {type(request).__name__} {request.attempt}")
-        assert isinstance(reply, Reply)
-        if (reply.generation, reply.attempt) != (request.generation, request.attempt):
-            raise Nonconformance(f"{_words(reply)} answers another request than attempt {request.attempt}")
+        """The next message, which must be of this kind and answer this request. Raises Nonconformance."""
+        asked = f"the answer to {type(request).__name__} {request.attempt}"
+        reply = await self.take(kind, f"{kind.__name__} was expected as {asked}")
+        self._require_answer(reply, request)
         return reply
 
     async def terminal(self, request: Draft | Verify) -> Reply:
-        """The terminal reply to this request. Blocks of drafts before it are passed over."""
+        """The terminal reply to this request. Blocks of guesses that come before it are passed over. Raises Nonconformance."""
+        asked = f"{type(request).__name__} {request.attempt}"
         while True:
-            reply = await self._next(_ANSWER_S * self._patience, f"reply to {type(request).__name__} {request.attempt}")
+            reply = await self._next(_ANSWER_S * self._patience, f"reply to {asked}")
             if not isinstance(reply, Reply):
-                raise Nonconformance(f"a reply to attempt {request.attempt} was due, it said {_words(reply)}")
-            if (reply.generation, reply.attempt) != (request.generation, request.attempt):
-                raise Nonconformance(f"{_words(reply)} answers another request than attempt {request.attempt}")
+                raise Nonconformance(f"a reply to {asked} was expected, it sent {str(reply)[:200]}")
+            self._require_answer(reply, request)
             if not isinstance(reply, Drafted) or reply.done:
                 return reply
 
-    async def drafted(self, request: Draft) -> tuple[int, ...]:
-        """All blocks of a draft, checked against the request."""
+    def _require_answer(self, reply: Message, request: Draft | Verify) -> None:
+        require(
+            reply, f"a reply names the request that it answers, here {type(request).__name__} {request.attempt}",
+            generation=request.generation, attempt=request.attempt,
+        )  # fmt: skip
+
+    async def drafted(self, request: Draft, *, first: int | None = None) -> tuple[int, ...]:
+        """All guesses for a draft request. Their blocks must follow one another from `first` (else from its start) on."""
+        due, end = request.start if first is None else first, request.start + request.count
         guesses: tuple[int, ...] = ()
         while True:
             block = await self.reply(Drafted, request)
-            first = request.start + len(guesses)
-            if block.tokens and block.start != first:
-                raise Nonconformance(f"a block of a draft begins at {block.start}, {first} was due")
-            if len(block.tokens) < request.block and not block.done:
-                raise Nonconformance(f"a block of {len(block.tokens)} where blocks of {request.block} were asked for")
+            require(block, "each block of guesses begins where the one before ended", start=due + len(guesses))
             guesses += block.tokens
-            if len(guesses) > request.count:
-                raise Nonconformance(f"{len(guesses)} tokens were drafted where {request.count} were asked for")
+            what = f"{len(block.tokens)} tokens up to position {due + len(guesses)}"
+            if not block.done and len(block.tokens) < request.block:
+                raise Nonconformance(
+                    f"a block has at least {request.block} tokens unless it is the last one, not {what}"
+                )
+            if due + len(guesses) > end:
+                raise Nonconformance(f"guesses end at position {end} at the latest, not with {what}")
             if block.done:
                 return guesses
-
-
-def _words(message: Message) -> str:
-    return str(message)[:200]

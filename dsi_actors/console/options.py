@@ -58,6 +58,10 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
         "--gpu", action="append", default=[], metavar="N", dest="devices",
         help="device of the local workers, in turn; may be repeated; cpu is one (default: all CUDA devices, else cpu)",
     )  # fmt: skip
+    parser.add_argument(
+        "--engine", default=default_of(Config, "engine"), metavar="NAME",
+        help="what runs the models: transformers, or an engine that an installed package brings (default %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--window", type=int, metavar="W", help="positions in one verification forward")
     parser.add_argument("--max-length", type=int, metavar="L", help="positions that a generation may have")
@@ -144,6 +148,7 @@ def config_from(
         insecure=insecure,
         keys=keys,
         max_generations=max_generations,
+        engine=arguments.engine,
         target_options={**engine, "dtype": arguments.dtype},
         drafter_options=dict(engine),
         calibrate=arguments.calibrate,

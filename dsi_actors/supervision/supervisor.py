@@ -25,7 +25,7 @@ log = get_logger("supervisor")
 _GRACE_S = 10.0
 #: By this a worker knows which incarnation its supervisor takes it for. In its environment: no other user sees that.
 INCARNATION_VARIABLE = "DSI_INCARNATION"
-#: Models were fetched before workers start: they load what is here, and all of them the same.
+#: For workers whose models were made ready before they start: all of them load the same files, those that are here.
 _NOTHING_TO_FETCH = {"HF_HUB_OFFLINE": "1"}
 
 
@@ -132,6 +132,7 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
     async def _start(self, slot: _Slot, delay_s: float = 0.0) -> SupervisorMessage:
         await asyncio.sleep(delay_s)
         incarnation = secrets.randbits(64)
+        fetched = _NOTHING_TO_FETCH if self._config.local_models else {}
         # A session of its own keeps the terminal's Ctrl-C from it: we are told, and we tell it. The pipe on its
         # standard input closes with us, however we end, and then it ends too.
         try:
@@ -141,7 +142,7 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
                 *(["--model", slot.spec.model] if slot.spec.model else []),
                 "--log-level", self._config.log_level, "--log-format", self._config.log_format, "--supervised",
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL, start_new_session=True,
-                env={**os.environ, INCARNATION_VARIABLE: str(incarnation), **_NOTHING_TO_FETCH},
+                env={**os.environ, INCARNATION_VARIABLE: str(incarnation), **fetched},
             )  # fmt: skip
         except OSError as error:
             return NotStarted(slot, incarnation, error.strerror or str(error))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dsi_actors.config import NGRAM, NGRAM_FOR, RANDOM, SELF_INT8, Config
+from dsi_actors.config import NGRAM, NGRAM_FOR, RANDOM, SELF_INT8, TIMED, Config
 from dsi_protocol import PROTOCOL_VERSION, Hello, OptionValue
 
 
@@ -23,7 +23,7 @@ class Assignment:
     @property
     def occupies_device(self) -> bool:
         """Whether it keeps a device busy."""
-        return self.engine not in (NGRAM, "timed")
+        return self.engine not in (NGRAM, TIMED)
 
 
 def assign(config: Config, hello: Hello, *, targets: int, kinds: Sequence[str]) -> Assignment | str:
@@ -46,7 +46,7 @@ def assign(config: Config, hello: Hello, *, targets: int, kinds: Sequence[str]) 
 
 def _drafts(config: Config, hello: Hello, targets: int, kinds: Sequence[str]) -> bool:
     """Whether a worker that leaves its role to us shall draft: if it can do nothing else, or drafters are missing."""
-    if hello.engine == NGRAM:
+    if hello.engine not in ("auto", config.engine):  # target servers run another one
         return True
     if hello.model == config.target:  # which may draft for itself, in int8
         return hello.model in config.drafters and hello.model not in kinds and targets > 0
@@ -54,15 +54,20 @@ def _drafts(config: Config, hello: Hello, targets: int, kinds: Sequence[str]) ->
 
 
 def _assign_drafter(config: Config, hello: Hello, kinds: Sequence[str]) -> Assignment | str:
+    """A drafter of the configuration, or of the model that the worker names. A worker with an engine of its own, as one in
+    another language has, keeps that engine; without a model it is told none, since ours need not mean anything to it."""
+    if hello.engine not in ("auto", NGRAM, config.engine) and not hello.model:
+        return Assignment("drafter", hello.engine, "", config.drafter_options, hello.engine)
     lacking = [kind for kind in config.drafters if kind not in kinds]
     kind = reference = hello.model or next(iter([*lacking, *config.drafters]), "")
+    engine = config.engine if hello.engine == "auto" else hello.engine
     if hello.engine == NGRAM or (reference == NGRAM and hello.engine == "auto"):
         return Assignment("drafter", NGRAM, "", config.drafter_options, NGRAM)
     if reference == RANDOM:
         options: dict[str, OptionValue] = {"vocabulary_size": 256, "any_vocabulary": True, "acceptance": 0.0}
-        return Assignment("drafter", "timed", "", options, kind)
-    if config.engine == "timed":
-        return Assignment("drafter", "timed", "", config.drafter_options, kind)
+        return Assignment("drafter", TIMED, "", options, kind)
+    if engine == TIMED:
+        return Assignment("drafter", TIMED, "", config.drafter_options, kind)
     if not reference:
         return "no drafter is wanted here"
     options = dict(config.drafter_options)
@@ -74,4 +79,4 @@ def _assign_drafter(config: Config, hello: Hello, kinds: Sequence[str]) -> Assig
         options["quantization"] = "int8"
     elif config.target:
         options["target"] = config.target  # its vocabulary may be another one
-    return Assignment("drafter", config.engine, reference, options, kind)
+    return Assignment("drafter", engine, reference, options, kind)

@@ -4,7 +4,7 @@ An answer comes by a callback, not by a future: an awaiting task for each reques
 loop and half of the orchestrator's time (docs/limit.md).
 
 A request without a reply is sent again, later and later: it or its reply may be lost with a connection. The worker does
-nothing twice, and gives its terminal reply again (SPEC.md section 4).
+nothing twice, and gives its terminal reply again (SPEC.md section 5.15).
 """
 
 from __future__ import annotations

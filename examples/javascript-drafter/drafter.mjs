@@ -1,5 +1,5 @@
-// A drafter in JavaScript: prompt lookup. It guesses that what followed the last few tokens earlier in the text follows
-// them again. It needs no model and works with any vocabulary.
+// A drafter in JavaScript that guesses by prompt lookup: it looks for an earlier place in the text with the same last few
+// tokens, and guesses that the text continues as it did there. It needs no model and works with any vocabulary.
 //
 //   node drafter.mjs tcp://127.0.0.1:5555
 
@@ -9,13 +9,14 @@ import { pathToFileURL } from "node:url";
 import { Dealer } from "zeromq";
 import { ProtocolError, VERSION, decode, encode, prefixChecksum } from "./protocol.mjs";
 
+const ENGINE = "ngram";
 const MAX_LENGTH = 1 << 20;
 const MAX_GENERATIONS = 256;
 const REMEMBERED_REPLIES = 64;
 const LONGEST_RUN = 3;
 const HELLO_MS = 500;
 
-/** What may follow `tokens`: at most `count` of them, none if nothing like their end was there before. */
+/** Guesses at most `count` tokens that may follow `tokens`; none if their last token never occurred before. */
 export function lookUp(tokens, count) {
   for (let run = Math.min(LONGEST_RUN, tokens.length - 1); run > 0; run--) {
     const end = tokens.slice(-run);
@@ -26,7 +27,7 @@ export function lookUp(tokens, count) {
   return [];
 }
 
-/** What is held of one generation. */
+/** What the drafter keeps of one open generation. */
 class Session {
   tokens = [];
   cancelledTo = 0n;
@@ -38,11 +39,12 @@ class Session {
   }
 }
 
+/** Answers requests. It knows nothing of sockets: `react` takes a message and gives the replies to it. */
 export class Drafter {
   #sessions = new Map();
   #draining = false;
 
-  /** The replies to a message of the orchestrator, in order. */
+  /** Yields the replies to one message of the orchestrator, in order. */
   *react(message) {
     switch (message.type) {
       case "OpenGeneration":
@@ -68,7 +70,7 @@ export class Drafter {
 
   #open(generation) {
     if (this.#sessions.has(generation)) return;
-    // The one that was used last comes last.
+    // A Map keeps its order, and each request moves its generation to the end: the first one was idle longest.
     if (this.#sessions.size >= MAX_GENERATIONS) this.#sessions.delete(this.#sessions.keys().next().value);
     this.#sessions.set(generation, new Session());
   }
@@ -101,16 +103,17 @@ export class Drafter {
     const { base, tokens, start, count, block } = request;
     const end = base + tokens.length;
     if (this.#draining) return yield fail("draining", "this worker takes no more work");
-    if (request.type === "Verify") return yield fail("limit", "this worker only drafts");
+    if (request.type === "Verify") return yield fail("request", "this worker is a drafter: it does not answer Verify");
     if (start < Math.max(end, 1) || count < 1 || block < 1) return yield fail("limit", "start, count or block is out of range");
     if (start + count > MAX_LENGTH) return yield fail("limit", `position ${start + count} is beyond ${MAX_LENGTH}`);
     if (!session.holds(base, request.base_crc)) {
       return yield { type: "NeedPrefix", held: base > session.tokens.length ? session.tokens.length : 0 };
     }
-    // What is held beyond stays only if it continues the same text.
+    // Tokens behind `end` stay only if nothing before them changes, and only up to `start`.
     const same = tokens.every((token, index) => session.tokens[base + index] === token);
     if (!same || start === end) session.tokens = session.tokens.slice(0, base).concat(tokens);
     session.tokens.length = Math.min(session.tokens.length, start);
+    if (session.tokens.length === 0) return yield fail("limit", "there is no token to continue");
     if (request.attempt <= session.cancelledTo) return yield { type: "Cancelled", forwards: 0, busy_us: busy() };
     let from = session.tokens.length;
     const guesses = lookUp(session.tokens, start + count - from);
@@ -123,16 +126,24 @@ export class Drafter {
   }
 }
 
-/** Serve until the orchestrator says goodbye, or is silent for too long. */
+/** Why this worker cannot be what `welcome` asks for; an empty text if it can. */
+export function problemWith(welcome) {
+  if (welcome.version !== VERSION) return `the orchestrator speaks version ${welcome.version} of the protocol, this worker version ${VERSION}`;
+  if (welcome.role !== "drafter") return `this worker only drafts: it cannot take the role "${welcome.role}"`;
+  if (welcome.engine !== ENGINE) return `this worker has the engine "${ENGINE}", not the engine "${welcome.engine}"`;
+  return "";
+}
+
+/** Serves one orchestrator until it says Goodbye or Drain, or is silent for `silence_ms`. */
 export async function serve(endpoint) {
   const incarnation = randomBytes(8).readBigUInt64LE();
   const socket = new Dealer({ routingId: `j${incarnation.toString(16)}`, linger: 200, maxMessageSize: 1_114_112 });
   socket.connect(endpoint);
-  // One send at a time: the socket takes no second one before the first is gone.
+  // The socket refuses a second send while the first one waits, so each send waits for the one before.
   let sending = Promise.resolve();
   const say = (message) => (sending = sending.then(() => socket.send(encode(message))).catch(() => {}));
   const hello = {
-    type: "Hello", version: VERSION, incarnation, role: "drafter", engine: "ngram", model: "", device: "cpu:0",
+    type: "Hello", version: VERSION, incarnation, role: "drafter", engine: ENGINE, model: "", device: "cpu:0",
     host: hostname(), process: process.pid,
   };
   say(hello);
@@ -167,9 +178,10 @@ export async function serve(endpoint) {
     }
     if (message.type === "Goodbye") return leave(welcome ? 0 : 1, `dismissed: ${message.reason}`);
     if (message.type === "Welcome") {
-      if (message.version !== VERSION || message.role !== "drafter") {
-        say({ type: "Failed", generation: 0, attempt: 0, code: "load", message: `this worker drafts, in version ${VERSION}` });
-        return leave(1, "the orchestrator wants something else");
+      const problem = problemWith(message);
+      if (problem) {
+        say({ type: "Failed", generation: 0, attempt: 0, code: "load", message: problem });
+        return leave(1, problem);
       }
       if (!welcome) {
         welcome = message;

@@ -1,4 +1,4 @@
-// The wire format of SPEC.md sections 2 to 4: messages as plain objects, frames as bytes.
+// The wire format: encodes messages (plain objects) as frames (bytes) and decodes them. SPEC.md sections 3 and 4.
 
 import { crc32 } from "node:zlib";
 import { decode as unpack, encode as pack } from "@msgpack/msgpack";
@@ -47,7 +47,7 @@ const options = (value) => {
   return value;
 };
 
-// What each kind of field becomes when it is read, and when it is written (a token list is packed again).
+// For each kind of field: `read` checks a decoded value and converts it, `write` prepares a value for msgpack.
 const KINDS = {
   u32: { read: unsigned(32), write: Number },
   u64: { read: unsigned(64), write: (value) => (BigInt(value) < 1n << 32n ? Number(value) : BigInt(value)) },
@@ -62,52 +62,59 @@ const KINDS = {
   options: { read: options, write: options },
 };
 
-const fields = (words) => words.split(", ").filter(Boolean).map((word) => word.split(" "));
+// [name, kind, optional] of each field. An optional field, marked by a question mark, may be left out.
+const fields = (words) =>
+  words.split(", ").filter(Boolean).map((word) => {
+    const [name, kind] = word.split(" ");
+    return [name, kind.replace("?", ""), kind.endsWith("?")];
+  });
 const REQUEST = "generation u64, attempt u64, ";
 const MESSAGES = {
   Hello: [1, "version u32, incarnation u64, role text, engine text, model text, device text, host text, process u32"],
   Welcome: [2, "version u32, role text, engine text, model text, options options, heartbeat_ms u32, silence_ms u32"],
-  Ready: [3, "vocabulary text, vocabulary_size u32, max_length u32, window u32, latency_us u32, window_latency_us u32, slots u32, batch_latency_us u32, load_ms u32, fingerprint u32"],
+  Ready: [3, "vocabulary text, vocabulary_size u32, max_length u32, window u32, latency_us u32, window_latency_us u32, slots u32, batch_latency_us u32, load_ms u32, fingerprint u32, rows u32?"],
   Heartbeat: [4, "incarnation u64, sequence u64"],
   OpenGeneration: [5, "generation u64, prompt_length u32, correlation text, temperature f64, top_k u32, top_p f64, min_p f64, repetition_penalty f64, seed u64, logprobs bool"],
   CloseGeneration: [6, "generation u64"],
-  Draft: [7, REQUEST + "base u32, base_crc u32, tokens tokens, start u32, count u32, block u32"],
-  Drafted: [8, REQUEST + "start u32, tokens tokens, done bool, busy_us u32"],
-  Verify: [9, REQUEST + "base u32, base_crc u32, tokens tokens, start u32"],
+  Draft: [7, REQUEST + "base u32, base_crc u32, tokens tokens, start u32, count u32, block u32, rows u32?, committed u32?"],
+  Drafted: [8, REQUEST + "start u32, tokens tokens, done bool, busy_us u32, parents tokens?"],
+  Verify: [9, REQUEST + "base u32, base_crc u32, tokens tokens, start u32, parents tokens?"],
   Verified: [10, REQUEST + "start u32, tokens tokens, logprobs floats, forwards u32, busy_us u32"],
   Cancel: [11, "generation u64, attempt u64"],
   Cancelled: [12, REQUEST + "forwards u32, busy_us u32"],
   NeedPrefix: [13, REQUEST + "held u32"],
   Failed: [14, REQUEST + "code text, message text"],
   Drain: [15, ""],
-  Goodbye: [16, "reason text, again bool"],
+  Goodbye: [16, "reason text, again bool?"],
   Preparing: [17, "what text, done_permille u32"],
 };
 const BY_NUMBER = new Map(Object.entries(MESSAGES).map(([name, [number, words]]) => [number, [name, fields(words)]]));
 
-/** The frame of a message: an object with its name as `type`, and its fields. */
+/** The frame of `message`, an object with the message's name as `type` and its fields. */
 export function encode(message) {
   const [number, words] = MESSAGES[message.type];
   const wire = { type: number };
-  for (const [name, kind] of fields(words)) wire[name] = KINDS[kind].write(message[name]);
+  for (const [name, kind, optional] of fields(words)) {
+    if (!optional || message[name] !== undefined) wire[name] = KINDS[kind].write(message[name]);
+  }
   return pack(wire, { useBigInt64: true });
 }
 
-/** The message in a frame. Throws ProtocolError, and nothing else, whatever the bytes. */
+/** The message in `frame`. Throws ProtocolError for every frame that the specification forbids, and nothing else. */
 export function decode(frame) {
   if (frame.length > MAX_FRAME_BYTES) refuse("the frame is too large");
   const wire = unpackWithinLimits(frame);
   if (!isMap(wire)) refuse("a frame is one map");
   const [name, words] = (["number", "bigint"].includes(typeof wire.type) && BY_NUMBER.get(Number(wire.type))) || refuse("unknown type");
   const message = { type: name };
-  for (const [field, kind] of words) {
-    if (!Object.hasOwn(wire, field)) refuse(`${field} is missing`);
-    message[field] = KINDS[kind].read(wire[field]);
+  for (const [field, kind, optional] of words) {
+    if (Object.hasOwn(wire, field)) message[field] = KINDS[kind].read(wire[field]);
+    else if (!optional) refuse(`${field} is missing`);
   }
   return message;
 }
 
-/** CRC-32 over tokens as little-endian u32; `before` is the checksum of the tokens before them. */
+/** CRC-32 over `tokens` as little-endian u32. `before` is the checksum of the tokens that come before them. */
 export function prefixChecksum(tokens, before = 0) {
   return crc32(new Uint8Array(Uint32Array.from(tokens).buffer), before);
 }
@@ -122,7 +129,7 @@ function unpackWithinLimits(frame) {
   try {
     const wire = unpack(frame, limits);
     refuseDeepOrStrange(wire);
-    // The library reads bytes that are no UTF-8 as some text or other: read once more, and look at the bytes.
+    // The library turns invalid UTF-8 into replacement characters. To find it, decode again and look at the raw bytes.
     if (!isAscii(wire)) refuseInvalidText(wire, unpack(frame, { ...limits, rawStrings: true, mapKeyConverter: (key) => (typeof key === "string" ? key : utf8.decode(key)) }), utf8);
     return wire;
   } catch (error) {

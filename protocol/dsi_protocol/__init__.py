@@ -1,4 +1,7 @@
-"""The DSI wire protocol: messages, codec, errors, endpoints. Needs msgpack only. The standard is SPEC.md beside this package."""
+"""The DSI wire protocol in Python: messages, codec, errors and endpoints. SPEC.md beside this package is the standard.
+
+The package depends on msgpack only.
+"""
 
 from dsi_protocol.checksums import prefix_checksum, vocabulary_hash
 from dsi_protocol.codec import MAX_FRAME_BYTES, MAX_REPLY_FRAME_BYTES, decode, encode

@@ -1,4 +1,4 @@
-"""The two checks that both sides of the protocol compute, so that they can name a prefix and a vocabulary."""
+"""Computes the two checksums of the protocol: of a prefix of tokens, and of a vocabulary. SPEC.md section 1.2."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from collections.abc import Mapping, Sequence
 
 
 def prefix_checksum(tokens: Sequence[int], previous: int = 0) -> int:
-    """CRC-32 (zlib's) of the tokens as little-endian u32, continued from `previous`.
+    """Returns the CRC-32 (as in zlib) of the tokens as little-endian u32, continued from the checksum `previous`.
 
-    A request names the prefix it builds on by length and by this: a worker that missed a message, or got them in
-    another order, then asks for the prefix instead of answering for another text. CRC-32 finds every difference that
-    lies within one token, and any other with chance 1 - 2^-32.
+    A request names the prefix that it builds on by its length and this checksum. A worker that missed a message, or got
+    messages in another order, then asks for the prefix instead of answering about another text. CRC-32 finds every
+    difference within one token, and any other difference with probability 1 - 2^-32.
     """
     return zlib.crc32(struct.pack(f"<{len(tokens)}I", *tokens), previous)
 
 
 def vocabulary_hash(vocabulary: Mapping[str, int]) -> str:
-    """SHA-256 (hex) over the tokens in the order of their ids: each as id (u32), length in bytes (u32), UTF-8 bytes."""
+    """Returns the SHA-256, in lower-case hex, over all tokens in the order of their ids.
+
+    `vocabulary` maps each token's text to its id. A token is hashed as its id (u32, little-endian), the length of its text
+    in bytes (u32, little-endian), and its text in UTF-8.
+    """
     digest = hashlib.sha256()
     for token, token_id in sorted(vocabulary.items(), key=lambda item: (item[1], item[0])):
         text = token.encode("utf-8", "surrogatepass")

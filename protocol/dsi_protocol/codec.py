@@ -1,4 +1,4 @@
-"""Frames to messages and back. `decode` returns one of MESSAGES or raises a ProtocolError; nothing else, whatever the bytes."""
+"""Encodes messages as frames and decodes frames. For any bytes, `decode` returns one of MESSAGES or raises a ProtocolError."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from dsi_protocol.errors import FrameTooLarge, InvalidField, MalformedFrame, Unk
 from dsi_protocol.fields import MAX_TOKENS_PER_MESSAGE, Kind
 from dsi_protocol.messages import MESSAGES, Message
 
+#: The largest frame that a worker accepts: a full list of tokens, and room for the other fields.
 MAX_FRAME_BYTES = 4 * MAX_TOKENS_PER_MESSAGE + 64 * 1024
-#: What a worker sends is short: an orchestrator takes no longer frames.
+#: The largest frame that an orchestrator accepts. Replies are short.
 MAX_REPLY_FRAME_BYTES = 128 * 1024
-MAX_ARRAY_ITEMS = 1024  # arrays and maps occur only in fields that a later version may add
+#: Arrays, and maps beside the options of Welcome, occur only in fields that a later version may add.
+MAX_ARRAY_ITEMS = 1024
 MAX_NESTING = 8
 
 _TYPE_KEY = "type"
-_BUFFER_BYTES = 1024  # to begin with; the library's own choice of 256 KiB is more than all messages in flight need
+#: The first size of msgpack's buffer. Its default of 256 KiB is more than all messages in flight need.
+_BUFFER_BYTES = 1024
 
 
 def _schema(message: type[Message]) -> tuple[tuple[str, Kind], ...]:
@@ -39,7 +42,7 @@ assert len(_BY_TYPE) == len(MESSAGES)
 
 
 def encode(message: Message) -> bytes:
-    """The frame of `message`. Raises InvalidField if a value does not fit its wire kind."""
+    """Returns the frame of `message`. Raises InvalidField if a value does not fit the type of its field."""
     wire: dict[str, object] = {_TYPE_KEY: message.TYPE}
     name = ""
     defaults = _DEFAULTS[type(message)]
@@ -55,10 +58,9 @@ def encode(message: Message) -> bytes:
 
 
 def decode(frame: bytes) -> Message:
-    """The message in `frame`.
+    """Returns the message in `frame`. Raises FrameTooLarge, MalformedFrame, UnknownMessage or InvalidField.
 
-    Raises FrameTooLarge, MalformedFrame, UnknownMessage or InvalidField. Fields that the message does not have are
-    ignored, so that a newer peer may add some.
+    Fields that this version does not know are ignored, so that a newer peer may add some.
     """
     if len(frame) > MAX_FRAME_BYTES:
         raise FrameTooLarge(len(frame), MAX_FRAME_BYTES)
@@ -104,7 +106,7 @@ def _unpack(frame: bytes) -> object:
             max_map_len=MAX_ARRAY_ITEMS,
             ext_hook=_refuse_extension,
         )
-    except Exception as error:  # msgpack raises a dozen kinds, ValueError and RecursionError among them
+    except Exception as error:  # msgpack raises many types, ValueError and RecursionError among them
         raise MalformedFrame(f"not msgpack within the limits: {type(error).__name__}: {str(error)[:200]}") from None
 
 

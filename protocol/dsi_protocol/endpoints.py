@@ -1,6 +1,7 @@
-"""Where an orchestrator listens and where its workers connect: tcp://HOST:PORT or ipc://PATH.
+"""Reads endpoints: the addresses where an orchestrator listens and workers connect, tcp://HOST:PORT or ipc://PATH.
 
-An endpoint is checked here before ZeroMQ sees it: ZeroMQ would take a port modulo 65536, and wait for a host without a name.
+An endpoint is checked here before ZeroMQ gets it. ZeroMQ itself takes a port modulo 65536, and waits without an error for a
+host name that does not exist.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 from dataclasses import dataclass
 
 MAX_PORT = 65535
-#: Of a Unix socket: sizeof(sockaddr_un.sun_path) less the final zero byte.
+#: The longest path of a Unix socket: sizeof(sockaddr_un.sun_path) without the final zero byte.
 MAX_PATH_BYTES = 107 if sys.platform == "linux" else 103
 
 _TCP = re.compile(r"tcp://(\[[^\[\]]*\]|[^:;/\[\]\s]+):(\d{1,9}|\*)")
@@ -23,25 +24,25 @@ _FORM = "write it as tcp://127.0.0.1:5555 or ipc:///path"
 
 
 class EndpointError(ValueError):
-    """The text is no endpoint: it begins with the text, and says what is wrong with it and what to write."""
+    """The text is not an endpoint. The message begins with the text, and says what is wrong and what to write."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Read one with `parse`."""
+    """An endpoint that was checked. Make one with `Endpoint.parse`."""
 
-    #: As ZeroMQ takes it.
+    #: The endpoint as ZeroMQ takes it.
     text: str
-    #: Of tcp: an address without brackets, a name, the name of an interface (to listen), or * (all of this machine's).
+    #: tcp: an IP address without brackets, a host name, a network interface (to listen), or * for all addresses of this machine.
     host: str = ""
-    #: Of tcp; 0 is any free one.
+    #: tcp: the port. 0 stands for any free port.
     port: int = 0
-    #: Of ipc. One that begins with @ is Linux's abstract namespace, which has no files.
+    #: ipc: the path of the socket. A path that begins with @ is in Linux's abstract namespace, which has no files.
     path: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Endpoint:
-        """Raises EndpointError."""
+        """Returns the endpoint that `text` names. Raises EndpointError."""
         if not text.isprintable():
             raise EndpointError(f"{text!r} is no endpoint: {_FORM}")
         if path := text.removeprefix("ipc://") if text.startswith("ipc://") else "":
@@ -70,12 +71,12 @@ class Endpoint:
 
     @property
     def everywhere(self) -> bool:
-        """Whether it stands for all addresses of the machine."""
+        """Whether the endpoint stands for all addresses of the machine."""
         return self.host in _EVERYWHERE
 
     @property
     def local(self) -> bool:
-        """Whether only this machine reaches it."""
+        """Whether only processes of this machine can reach the endpoint."""
         if self.path or self.host == "localhost":
             return True
         try:
@@ -86,8 +87,11 @@ class Endpoint:
         return (mapped or address).is_loopback
 
     def ip_version(self) -> int | None:
-        """4 or 6: over which it is reached. A name that has an address of each is reached over 4: most that listen, listen
-        there. None: a name that no address belongs to, now; or no tcp. May wait for a name server."""
+        """Returns the IP version (4 or 6) over which a tcp endpoint is reached. May wait for a name server.
+
+        A host name with addresses of both versions is reached over IPv4, where most services listen. Returns None for an ipc
+        endpoint, and for a host name without an address.
+        """
         if self.path:
             return None
         if ":" in self.host:

@@ -1,7 +1,7 @@
-"""The wire kinds of message fields: what a Python value becomes in msgpack, and what is refused on the way back.
+"""The types of message fields (SPEC.md section 3): how each is packed for msgpack, and checked when it is unpacked.
 
-`kind.pack(value)` gives a msgpack-able object, `kind.unpack(object)` the value or ValueError with one clause that
-says what is wrong. Nothing else may come over the wire, so nothing else needs checking further in.
+`kind.pack(value)` returns an object that msgpack can write. `kind.unpack(object)` returns the value, or raises ValueError
+with a clause that says what is wrong. What `unpack` returns needs no further check of its type.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ MAX_OPTIONS = 64
 
 
 class Kind(Protocol):
+    """The type of a field. `pack` and `unpack` raise ValueError."""
+
     def pack(self, value: object) -> object: ...
     def unpack(self, wire: object) -> object: ...
 
 
 class Unsigned:
-    """An unsigned integer of `bits` bits; msgpack picks its own width. A boolean is not an integer."""
+    """An unsigned integer of `bits` bits. msgpack chooses the width on the wire. A bool is not accepted as an integer."""
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
@@ -39,6 +41,8 @@ class Unsigned:
 
 
 class Boolean:
+    """True or false."""
+
     def pack(self, value: object) -> object:
         return self.unpack(value)
 
@@ -49,7 +53,7 @@ class Boolean:
 
 
 class Double:
-    """A finite number: float 32, float 64, or an integer that a double holds."""
+    """A finite number of at most 2^53 in size: float 32, float 64 or an integer on the wire."""
 
     def pack(self, value: object) -> object:
         return self.unpack(value)
@@ -64,7 +68,7 @@ class Double:
 
 
 class PackedFloats:
-    """Single-precision numbers, little-endian, one after another, in a msgpack bin."""
+    """A list of finite single-precision numbers, packed little-endian into a msgpack bin."""
 
     def pack(self, value: object) -> bytes:
         if type(value) is not tuple or len(value) > MAX_TOKENS_PER_MESSAGE:
@@ -88,7 +92,7 @@ class PackedFloats:
 
 
 class ShortText:
-    """UTF-8 of at most MAX_TEXT_BYTES."""
+    """A text of at most MAX_TEXT_BYTES bytes in UTF-8."""
 
     def pack(self, value: object) -> object:
         return self.unpack(value)
@@ -101,7 +105,7 @@ class ShortText:
 
 
 class PackedTokens:
-    """Token ids as little-endian u32, one after another, in a msgpack bin."""
+    """A list of token ids, packed as little-endian u32 into a msgpack bin."""
 
     def pack(self, value: object) -> bytes:
         if type(value) is not tuple:
@@ -124,7 +128,7 @@ class PackedTokens:
 
 
 class OptionMap:
-    """A flat map from text to text, integer, float or boolean."""
+    """A map from text to text, integer, float or bool. It is not nested."""
 
     def pack(self, value: object) -> object:
         return self.unpack(value)

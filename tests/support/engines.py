@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsi_protocol import Drain, FromWorker, Message
+from dsi_protocol import Draft, Drain, FromWorker, Message
 from dsi_workers.engine import Engine, EngineInfo, Interrupt, Interrupted, Task
 from dsi_workers.session import Session
 
@@ -51,6 +51,11 @@ class ScriptedSocket:
         if self.inbox:
             return self.inbox.popleft()
         return Drain() if timeout_s > 0 else None
+
+
+def role_for(messages: Iterable[Message]) -> str:
+    """The role of the worker to which one would send these messages."""
+    return "drafter" if any(isinstance(message, Draft) for message in messages) else "target"
 
 
 class CountingEngine(Engine):

@@ -17,11 +17,13 @@ from dsi_protocol import (
     Cancel,
     Cancelled,
     Draft,
+    Drain,
     FromWorker,
     Goodbye,
     Heartbeat,
     Hello,
     Message,
+    ProtocolError,
     Ready,
     Verify,
     Welcome,
@@ -46,6 +48,8 @@ class FakeWorker:
         self.fingerprint = fingerprint
         self.heard: list[Message] = []
         self.obeys_cancel = True
+        #: Until it is answered.
+        self.repeats_hello = False
         self._open: dict[tuple[int, int], None] = {}
 
     def dismissed(self) -> str:
@@ -57,11 +61,15 @@ class FakeWorker:
             socket.setsockopt(zmq.LINGER, 0)
             socket.connect(endpoint)
             incarnation = secrets.randbits(64)
-            await socket.send(encode(Hello(1, incarnation, self.role, "auto", "", "cpu:0", "fake", os.getpid())))
-            beating = asyncio.create_task(self._beat(socket, incarnation))
+            hello = Hello(1, incarnation, self.role, "auto", "", "cpu:0", "fake", os.getpid())
+            await socket.send(encode(hello))
+            beating = asyncio.create_task(self._beat(socket, hello))
             try:
                 while True:
-                    message = decode(await socket.recv())
+                    try:
+                        message = decode(await socket.recv())
+                    except ProtocolError:
+                        continue
                     self.heard.append(message)
                     if isinstance(message, Draft):
                         async for reply in self.react_slowly(message):
@@ -71,9 +79,11 @@ class FakeWorker:
             finally:
                 beating.cancel()
 
-    async def _beat(self, socket: zmq.asyncio.Socket, incarnation: int) -> None:
+    async def _beat(self, socket: zmq.asyncio.Socket, hello: Hello) -> None:
         for sequence in itertools.count(1):
-            await socket.send(encode(Heartbeat(incarnation, sequence)))
+            await socket.send(encode(Heartbeat(hello.incarnation, sequence)))
+            if self.repeats_hello and not any(isinstance(message, Welcome) for message in self.heard):
+                await socket.send(encode(hello))
             await asyncio.sleep(0.05)
 
     async def react_slowly(self, message: Draft) -> AsyncIterator[FromWorker]:
@@ -85,7 +95,9 @@ class FakeWorker:
         match message:
             case Welcome():
                 size = 1000 if self.vocabulary else 0
-                return (Ready(self.vocabulary, size, 1 << 16, 8, 1000, 1000, 4, 0, 1, self.fingerprint),)
+                return (Ready(self.vocabulary, size, 1 << 16, 8, 1000, 1000, 4, 0, 0, self.fingerprint),)
+            case Drain():
+                return (Goodbye("done"),)
             case Draft() | Verify():
                 replies = tuple(self.answer(message))
                 if not replies:

@@ -29,7 +29,7 @@ from dsi_workers.engines import Engine, Task, load_engine
 from dsi_workers.engines.model import ModelEngine
 from dsi_workers.loop import WorkerLoop
 from dsi_workers.session import SamplingParameters, Session
-from support.engines import CountingEngine, NoInterrupt, ScriptedSocket, make_tiny_model, session_of
+from support.engines import CountingEngine, NoInterrupt, ScriptedSocket, make_tiny_model, role_for, session_of
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +37,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture(params=["float32", "bfloat16", "timed"])
+@pytest.fixture(params=["float32", "bfloat16", "timed", "trigrams"])
 def target(request: pytest.FixtureRequest, tiny_model: Path) -> Engine:
     if request.param == "timed":
         return load_engine("timed", role="target", model="", device="cpu:0", options={"chunk": 16, "seed": 4})
+    if request.param == "trigrams":
+        model = str(request.getfixturevalue("example_model"))
+        return load_engine("trigrams", role="target", model=model, device="cpu:0", options={})
     options = {"max_length": 384, "slots": 5, "dtype": request.param}
     return load_engine("transformers", role="target", model=str(tiny_model), device="cpu:0", options=options)
 
@@ -172,7 +175,7 @@ def serve(engine: CountingEngine, *messages: Message) -> ScriptedSocket:
     socket = ScriptedSocket()
     engine.socket = socket
     socket.inbox.extend(messages)
-    WorkerLoop(cast(WorkSocket, socket), engine, still_needed=lambda: True).run()
+    WorkerLoop(cast(WorkSocket, socket), engine, still_needed=lambda: True, role=role_for(messages)).run()
     return socket
 
 
@@ -220,7 +223,7 @@ def test_who_was_answered_together_is_waited_for(monkeypatch: pytest.MonkeyPatch
     engine, socket = Busy(), Slow()
     engine.socket = socket
     socket.inbox.extend([opened(1), opened(2), verify(1), verify(2)])
-    WorkerLoop(cast(WorkSocket, socket), engine, still_needed=lambda: True).run()
+    WorkerLoop(cast(WorkSocket, socket), engine, still_needed=lambda: True, role="target").run()
     assert engine.batches == [[1, 2], [1, 2]]
 
 

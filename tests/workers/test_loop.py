@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 from typing import cast
@@ -33,19 +34,25 @@ from dsi_protocol import (
 )
 from dsi_workers.connection import WorkSocket
 from dsi_workers.loop import MAX_SESSIONS, WorkerLoop
-from support.engines import CountingEngine, ScriptedSocket
+from support.engines import CountingEngine, ScriptedSocket, role_for
 
 OPEN = OpenGeneration(1, 3, "test", 0.0, 0, 1.0, 0.0, 1.0, 0, False)
 PROMPT = (10, 11, 12)
 
 
-def serve(*messages: Message, during: list[list[Message]] | None = None) -> list[FromWorker]:
-    """Everything the worker says to `messages` (and to `during`, which arrive inside the engine's calls)."""
+def loop_of(socket: ScriptedSocket, engine: CountingEngine, role: str = "target") -> WorkerLoop:
+    return WorkerLoop(cast(WorkSocket, socket), engine, still_needed=lambda: True, role=role)
+
+
+def serve(*messages: Message, during: list[list[Message]] | None = None, role: str = "") -> list[FromWorker]:
+    """Everything the worker says to `messages` (and to `during`, which arrive inside the engine's calls).
+
+    Its role is the one to which one would send these messages, unless `role` says which."""
     socket, engine = ScriptedSocket(), CountingEngine()
     engine.socket = socket
     engine.during.extend(during or [])
     socket.inbox.extend(messages)
-    WorkerLoop(cast(WorkSocket, socket), engine, still_needed=lambda: True).run()
+    loop_of(socket, engine, role or role_for([*messages, *itertools.chain(*(during or []))])).run()
     return socket.sent
 
 
@@ -66,8 +73,8 @@ def without_time(reply: FromWorker) -> FromWorker:
     return reply
 
 
-def served(*messages: Message, during: list[list[Message]] | None = None) -> list[FromWorker]:
-    return [without_time(reply) for reply in serve(*messages, during=during)]
+def served(*messages: Message, during: list[list[Message]] | None = None, role: str = "") -> list[FromWorker]:
+    return [without_time(reply) for reply in serve(*messages, during=during, role=role)]
 
 
 def test_verify_gives_the_own_tokens_up_to_the_first_difference() -> None:
@@ -133,27 +140,35 @@ def test_a_request_that_comes_twice_is_computed_once() -> None:
     assert served(OPEN, verify(1, PROMPT), verify(1, PROMPT)) == [Verified(1, 1, 3, (13,), (), 1, 0)]
 
 
-def test_a_request_that_comes_again_after_its_reply_gets_that_again() -> None:
+def test_a_verification_that_comes_again_after_its_reply_gets_that_again() -> None:
     socket, engine = ScriptedSocket(), CountingEngine()
-    loop = WorkerLoop(cast(WorkSocket, socket), engine, still_needed=lambda: True)
-    loop._on_message(OPEN)
-    loop._on_message(verify(1, PROMPT))
-    draft = Draft(1, 2, 3, prefix_checksum(PROMPT), (), 3, 2, 1)
-    socket.inbox.extend([draft])
+    loop = loop_of(socket, engine)
+    socket.inbox.extend([OPEN, verify(1, PROMPT)])
     loop.run()
-    verified, first, last = socket.sent
-    assert [isinstance(reply, Drafted) and reply.done for reply in socket.sent] == [False, False, True]
+    [verified] = socket.sent
     loop._on_message(verify(1, PROMPT))
+    assert socket.sent == [verified, verified]
+    assert engine.forwards == 1
+
+
+def test_a_draft_that_comes_again_after_its_last_block_gets_that_block_again_and_no_other() -> None:
+    socket, engine = ScriptedSocket(), CountingEngine()
+    loop = loop_of(socket, engine, "drafter")
+    draft = Draft(1, 2, 0, 0, PROMPT, 3, 2, 1)
+    socket.inbox.extend([OPEN, draft])
+    loop.run()
+    first, last = socket.sent
+    assert [isinstance(reply, Drafted) and reply.done for reply in socket.sent] == [False, True]
     loop._on_message(draft)
-    assert socket.sent == [verified, first, last, verified, last]
-    assert engine.forwards == 3
+    assert socket.sent == [first, last, last]
+    assert engine.forwards == 2
 
 
 def test_a_worker_that_is_greeted_again_says_again_that_it_is_ready() -> None:
     socket = ScriptedSocket()
     ready = Ready("count", 1000, 64, 8, 1, 1, 8, 1, 5, 0)
     socket.inbox.extend([Welcome(1, "target", "timed", "", {}, 500, 2000)])
-    WorkerLoop(cast(WorkSocket, socket), CountingEngine(), lambda: True, ready).run()
+    WorkerLoop(cast(WorkSocket, socket), CountingEngine(), lambda: True, ready, role="target").run()
     assert socket.sent == [ready]
 
 
@@ -167,7 +182,7 @@ def test_the_generation_that_was_idle_longest_makes_room() -> None:
     socket.inbox.extend(opened)
     socket.inbox.extend([replace(verify(1, PROMPT), generation=1), replace(OPEN, generation=1000)])
     socket.inbox.extend([replace(verify(1, PROMPT), generation=number) for number in (2, 1000)])
-    WorkerLoop(cast(WorkSocket, socket), engine, still_needed=lambda: True).run()
+    loop_of(socket, engine).run()
     assert engine.forgotten == [2]
     assert [type(reply) for reply in socket.sent] == [Failed, Verified, Verified]
 
@@ -187,9 +202,11 @@ def test_closing_cancels_and_forgets() -> None:
         (verify(1, (1000,)), "token 1000 is outside the vocabulary of 1000"),
         (verify(1, (1,) * 65), "position 65 is beyond this worker's limit of 64"),
         (Draft(1, 1, 0, 0, PROMPT, 3, 62, 1), "position 65 is beyond"),
-        (Draft(1, 1, 0, 0, PROMPT, 2, 2, 1), "a draft starts at or after its prefix"),
-        (Draft(1, 1, 0, 0, PROMPT, 3, 0, 1), "count and block of at least 1"),
-        (Draft(1, 1, 0, 0, PROMPT, 3, 1, 0), "count and block of at least 1"),
+        (Draft(1, 1, 0, 0, PROMPT, 2, 2, 1), "a draft starts at position 3 or later, not at 2"),
+        (Draft(1, 1, 0, 0, (), 0, 2, 1), "a draft starts at position 1 or later, not at 0"),
+        (Draft(1, 1, 0, 0, (), 1, 2, 1), "there is nothing to continue"),
+        (Draft(1, 1, 0, 0, PROMPT, 3, 0, 1), "count, block and rows must be at least 1, not 0, 1 and 1"),
+        (Draft(1, 1, 0, 0, PROMPT, 3, 1, 0), "count, block and rows must be at least 1, not 1, 0 and 1"),
     ],
 )
 def test_impossible_requests_fail_with_a_reason(request_: Verify | Draft, problem: str) -> None:
@@ -203,7 +220,7 @@ def test_an_engine_that_breaks_fails_one_request() -> None:
     socket, engine = ScriptedSocket(), CountingEngine()
     engine.step = lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory"))  # type: ignore[method-assign]
     socket.inbox.extend([OPEN, verify(1, PROMPT), verify(2, PROMPT)])
-    WorkerLoop(cast(WorkSocket, socket), engine, still_needed=lambda: True).run()
+    loop_of(socket, engine).run()
     assert socket.sent == [Failed(1, attempt, "engine", "RuntimeError: out of memory") for attempt in (1, 2)]
 
 
@@ -235,14 +252,20 @@ anything: st.SearchStrategy[Message] = st.one_of(
 
 
 @settings(max_examples=600)
-@given(st.lists(anything, max_size=30), st.lists(st.lists(anything, max_size=3), max_size=8))
-def test_whatever_comes_every_request_has_its_reply(messages: list[Message], during: list[list[Message]]) -> None:
+@given(
+    st.lists(anything, max_size=30),
+    st.lists(st.lists(anything, max_size=3), max_size=8),
+    st.sampled_from(["target", "drafter"]),
+)
+def test_whatever_comes_every_request_has_its_reply(
+    messages: list[Message], during: list[list[Message]], role: str
+) -> None:
     """The fuzzer of the worker's loop: any messages in any order, before and in the middle of its work."""
     socket, engine = ScriptedSocket(), CountingEngine()
     engine.socket = socket
     engine.during.extend(during)
     socket.inbox.extend([OPEN, *messages])
-    WorkerLoop(cast(WorkSocket, socket), engine, still_needed=lambda: True).run()
+    loop_of(socket, engine, role).run()
     asked: Counter[tuple[int, int]] = Counter()
     arrived = [OPEN, *messages, *(message for each in during[: len(during) - len(engine.during)] for message in each)]
     for message in arrived:

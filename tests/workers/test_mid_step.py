@@ -33,7 +33,7 @@ from dsi_workers.engines import Engine, RequestError, load_engine
 from dsi_workers.engines.model import ModelEngine
 from dsi_workers.engines.translating import TranslatingEngine
 from dsi_workers.loop import IDLE_S, MAX_SESSIONS, WorkerLoop
-from support.engines import CountingEngine, ScriptedSocket, make_tiny_model, torch_backend
+from support.engines import CountingEngine, ScriptedSocket, make_tiny_model, role_for, torch_backend
 
 #: Numbers that stand for nothing else in an engine.
 ONE, OTHER, THIRD = 987_654_321, 987_654_322, 987_654_323
@@ -65,7 +65,8 @@ class MidStepSocket(ScriptedSocket):
 
 def served(engine: Engine, socket: MidStepSocket, *messages: Message) -> list[FromWorker]:
     socket.inbox.extend(messages)
-    socket.loop = WorkerLoop(cast(WorkSocket, socket), engine, lambda: True, READY)
+    role = role_for([*messages, *(message for _, message in socket.mid_step)])
+    socket.loop = WorkerLoop(cast(WorkSocket, socket), engine, lambda: True, READY, role=role)
     socket.loop.run()
     assert not socket.mid_step, "it all came"
     return socket.sent
@@ -145,7 +146,7 @@ def test_a_generation_that_is_closed_in_the_middle_of_a_step_harms_no_other(
     second = [(2, go_on(role, ONE)), (2, go_on(role, OTHER))]  # so that both go on together
     socket = MidStepSocket(*sorted([*second, (at, CloseGeneration(ONE))], key=lambda each: each[0]))
     socket.inbox.extend([OPEN, replace(OPEN, generation=OTHER), ask(role, ONE), ask(role, OTHER)])
-    socket.loop = WorkerLoop(cast(WorkSocket, socket), engine, lambda: True)
+    socket.loop = WorkerLoop(cast(WorkSocket, socket), engine, lambda: True, role=role)
     socket.loop.run()
     assert "failed" not in capsys.readouterr().out
     if not socket.mid_step:  # there were so many steps

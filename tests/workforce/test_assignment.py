@@ -64,6 +64,34 @@ def test_a_target_may_draft_for_itself() -> None:
     assert told(config, hello("T"), targets=1, kinds=["T"]) == "target"
 
 
+def test_who_has_another_engine_than_target_servers_drafts_with_it() -> None:
+    for role in ("drafter", "auto"):
+        assigned = assign(ONE, hello("small", role, "their-own"), targets=0, kinds=())
+        assert assigned == Assignment("drafter", "their-own", "small", {"target": "T"}, "small")
+    refused = assign(ONE, hello(role="target", engine="their-own"), targets=0, kinds=())
+    assert refused == "it has the engine 'their-own', but target servers here run 'transformers'"
+    theirs = Config(target="T", drafter="D", engine="their-own")
+    assert assign(theirs, hello(), targets=0, kinds=()) == Assignment("target", "their-own", "T", {})
+    assert assign(theirs, hello("D"), targets=0, kinds=()) == Assignment(
+        "drafter", "their-own", "D", {"target": "T"}, "D"
+    )
+
+
+@pytest.mark.parametrize("config", [ONE, BOTH, Config(engine="timed"), Config(target="T", drafter=None)])
+def test_a_drafter_with_an_engine_of_its_own_is_told_that_engine(config: Config) -> None:
+    """As one in another language has. It was told to run ours, which it could only refuse."""
+    assigned = assign(config, hello(role="drafter", engine="rust-lookup"), targets=1, kinds=())
+    assert assigned == Assignment("drafter", "rust-lookup", "", config.drafter_options, "rust-lookup")
+    assigned = assign(config, hello("its-model", role="drafter", engine="rust-llm"), targets=1, kinds=())
+    options = {**config.drafter_options, "target": config.target}
+    assert assigned == Assignment("drafter", "rust-llm", "its-model", options, "its-model")
+
+
+def test_a_target_with_an_engine_of_its_own_is_refused() -> None:
+    refused = assign(ONE, hello(role="target", engine="rust-llm"), targets=1, kinds=())
+    assert refused == "it has the engine 'rust-llm', but target servers here run 'transformers'"
+
+
 def test_only_what_computes_keeps_a_device_busy() -> None:
     for model, computes in (("self-int8", True), ("ngram", False), ("random", False), ("other", True)):
         assigned = assign(

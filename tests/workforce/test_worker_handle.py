@@ -6,7 +6,19 @@ import pytest
 
 from dsi_actors.config import Sampling
 from dsi_actors.workforce.worker_handle import WorkerHandle
-from dsi_protocol import Cancel, Cancelled, Draft, Drafted, Failed, FromOrchestrator, Hello, Reply, Verified, Verify
+from dsi_protocol import (
+    Cancel,
+    Cancelled,
+    CloseGeneration,
+    Draft,
+    Drafted,
+    Failed,
+    FromOrchestrator,
+    Hello,
+    Reply,
+    Verified,
+    Verify,
+)
 
 VERIFY = Verify(1, 7, 0, 0, (1, 2), 2)
 DRAFT = Draft(1, 8, 0, 0, (1, 2), 2, 3, 1)
@@ -149,6 +161,42 @@ def test_what_was_cancelled_is_not_opened_again(handle: WorkerHandle, sent: list
     handle.close(1)
     handle.on_reply(Failed(1, 7, "unknown_generation", "?"))
     assert answers == [Cancelled(1, 7, 0, 0)]
+
+
+@pytest.mark.parametrize("last", [Verified(1, 7, 2, (5,), (), 1, 20), Cancelled(1, 7, 1, 20)])
+def test_what_is_in_flight_when_its_generation_closes_has_one_terminal_reply(
+    handle: WorkerHandle, sent: list[FromOrchestrator], clock: Clock, last: Reply
+) -> None:
+    answers: list[Reply | None] = []
+    handle.open(1, 2, "test", Sampling())
+    handle.verify(VERIFY, answers.append)
+    handle.close(1)
+    assert sent[-1] == CloseGeneration(1)
+    handle.on_reply(last)
+    assert answers == [last]
+    handle.on_reply(Failed(1, 7, "unknown_generation", "?"))  # it was asked again meanwhile
+    assert answers == [last]
+    assert (handle.repeated_replies, handle.unasked_replies, handle.faults) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        [Drafted(1, 8, 3, (5,), False, 1), Drafted(1, 8, 4, (6,), True, 1)],  # the first block was lost
+        [
+            Drafted(1, 8, 1, (9, 4), False, 1),
+            Drafted(1, 8, 3, (5, 6), True, 1),
+        ],  # the drafter held less than was thought
+    ],
+)
+def test_guesses_that_begin_elsewhere_are_no_fault(handle: WorkerHandle, blocks: list[Drafted]) -> None:
+    """The core finds the gap (tests/core/test_generation.py). The network may be to blame."""
+    came: list[Drafted] = []
+    handle.draft(DRAFT, lambda reply: None, came.append)
+    for block in blocks:
+        handle.on_reply(block)
+    assert came == blocks
+    assert handle.faults == 0
 
 
 def observed() -> tuple[WorkerHandle, list[str]]:

@@ -1,33 +1,35 @@
-"""What a model engine computes with: logits for runs of positions, and nothing about requests, sampling or drafts.
+"""What a model library must offer so that ModelEngine can run it: logits for runs of positions.
 
-`engines/model.py` is the engine over a backend. `decoding/torch_backend.py` is our own; another library can be put behind the
-same protocol (docs/extending.md).
+A backend knows nothing of requests, sampling or drafts: `engines/model.py` does that on top of any backend.
+`decoding/torch_backend.py` is our own backend. docs/extending.md shows how to add another.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from dsi_workers.engine import Interrupt
+from dsi_workers.engine import Interrupt, Never
 
 if TYPE_CHECKING:
     import torch
 
-#: A target reads a prompt in chunks of this many positions, aligned to position 0. Their bits are a function of the prompt
-#: alone, however many of its tokens have arrived.
+#: A target reads a prompt in chunks of this many positions, aligned to position 0. So the bits of a prompt's keys and values
+#: depend on the prompt alone, and not on how many of its tokens came with which request.
 PROMPT_CHUNK = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Inputs [begin, begin + len(tokens)) of the generation in `slot`."""
+    """Successive tokens of one generation: the inputs at positions [begin, begin + len(tokens))."""
 
+    #: Which part of the KV cache holds the generation.
     slot: int
     tokens: Sequence[int]
     begin: int
-    #: Rows that the run is computed as, padding included. 0: the backend chooses.
+    #: Rows to compute for this run; those beyond `tokens` are padding. 0: the backend chooses.
     width: int
     #: Logits are wanted after each input from this position on.
     first_logits: int
@@ -40,41 +42,57 @@ class Run:
 
 
 class Backend(Protocol):
-    """A loaded model. Calls come from one thread.
+    """A loaded and warm model. All calls come from one thread. A class that inherits from this one must only add the attributes
+    and `compute`.
 
-    For a target the logits after a position must have the same bits whatever the other runs are and however the inputs were
-    grouped into runs, from the end of the prompt on. A run of a prompt names its width: there the bits may depend on it.
+    A target's backend must keep one promise. Beyond the prompt, the logits after a position have the same bits for the same
+    tokens before it, whatever the other runs are and however the tokens were grouped into runs. The runs of a prompt name
+    their `width`, which depends on the prompt alone: the bits may depend on that width.
+
+    A drafter's backend makes no promise: wrong drafts cost time, and never change the text.
     """
 
     #: Hash of the vocabulary (dsi_protocol.vocabulary_hash).
     vocabulary: str
+    #: Logits of one position.
     vocabulary_size: int
-    #: Positions of one generation.
+    #: Most positions of one generation, prompt included.
     max_length: int
-    #: Generations whose keys and values are held side by side.
+    #: Generations whose keys and values are held side by side. Runs name them 0 to slots - 1.
     slots: int
-    #: Positions of one verification.
+    #: Most positions of one run beyond the prompt: a longer verification takes several forwards.
     window: int
-    #: Rows that runs of several generations may have together in one `compute`.
+    #: Most rows of a `compute` for several generations. A generation by itself may take more.
     most_rows: int
-    #: Forwards so far.
+    #: Calls of the model so far. ModelEngine sets it to 0 when it is built.
     forwards: int
 
     def compute(self, runs: Sequence[Run], interrupt: Interrupt) -> list[torch.Tensor]:
-        """One forward. Writes the keys and values of each run and returns its logits, [len(run.wanted), vocabulary_size].
+        """Do one forward, store the keys and values of each run, and return the logits of each run.
 
-        Positions before `run.begin` were computed by earlier runs of the same slot. Raises Interrupted; then no run counts as
-        computed.
+        The logits of a run are [len(run.wanted), vocabulary_size]. Positions before `run.begin` were computed by earlier runs
+        of the same slot. What the slot holds from `run.begin` on is out of date and must not be read.
+
+        Call `interrupt.check()` now and then, such as between layers: it raises Interrupted when nobody wants the logits any
+        more. After that no run counts as computed, so that `compute` may stop anywhere.
+
+        Runs of the fingerprint and of `time_s` lie at positions [0, PROMPT_CHUNK + window), even where `max_length` is less.
         """
 
     def rows(self, run: Run) -> int:
-        """How many of `most_rows` the run takes."""
+        """How many of `most_rows` the run takes in a forward for several generations."""
+        return max(run.width, len(run.tokens))
 
     def time_s(self, runs: Sequence[Run]) -> float:
-        """How long `compute` takes for these runs, in seconds, to the end of the work on the device."""
+        """Do `compute` for these runs and return the seconds until the device has finished.
 
-    def warm_up(self) -> None:
-        """Do now what the first forwards would do once: record graphs, compile, allocate."""
+        Positions before the runs may never have been computed: only the time is of interest. Override this where `compute`
+        returns before the device has finished.
+        """
+        begun = time.perf_counter()
+        self.compute(runs, Never())
+        return time.perf_counter() - begun
 
     def release(self) -> None:
-        """Give back the memory of slot 0, which warm-up and calibration have used."""
+        """Free what only fingerprint and calibration have used of slot 0."""
+        return None

@@ -1,7 +1,10 @@
-"""What an engine is: small, synchronous, token ids only. One file per engine beside this one; one contract test for all.
+"""What an engine is: a synchronous object that turns a batch of tasks into tokens, one forward at a time.
 
-An engine never talks: the loop (loop.py) gives it a session and takes tokens. It looks up from its work at every layer
-or every millisecond to ask whether that work is still wanted.
+The loop (loop.py) gives an engine the tokens of each generation and takes the answers. An engine knows nothing of messages,
+sockets or text. During a forward it asks at every layer, or every millisecond, whether the work is still wanted.
+
+The engines of this package are in engines/. Other packages can bring more: docs/extending.md. tests/workers/test_engines.py
+holds the tests that every engine must pass.
 """
 
 from __future__ import annotations
@@ -17,29 +20,29 @@ from dsi_workers.tree import Branch
 
 
 class EngineError(Exception):
-    """The engine cannot be built as asked: one sentence that names what is wrong and what to do."""
+    """The engine cannot be built as asked. The message is one sentence that names what is wrong and what to do."""
 
 
 class RequestError(Exception):
-    """A request cannot be served because of what it asks, and no other worker could: the engine is as good as before."""
+    """The request asks for something that no worker could give. The engine itself is fine and serves on."""
 
 
 class Interrupted(Exception):
-    """The work in hand is not wanted any more. The session is as good as before the call: nothing needs repair."""
+    """Nobody wants the running work any more. The session is valid as it is: nothing needs repair."""
 
 
 class Interrupt(Protocol):
-    """How an engine learns, in the middle of its work, that this work is not wanted."""
+    """Tells an engine, during its work, whether the work is still wanted."""
 
     def check(self) -> None:
-        """Raise Interrupted if the work in hand is not wanted. Costs microseconds."""
+        """Raise Interrupted if the running work is not wanted any more. Takes microseconds."""
 
     def wait_until(self, deadline_s: float) -> None:
-        """Sleep until time.perf_counter() reaches `deadline_s`; raise Interrupted as soon as the work is not wanted."""
+        """Sleep until time.perf_counter() reaches `deadline_s`. Raise Interrupted as soon as the work is not wanted."""
 
 
 class Never:
-    """An Interrupt for work that is always wanted, such as warm-up."""
+    """An Interrupt that never interrupts, for work that is always wanted, such as warm-up."""
 
     def check(self) -> None:
         pass
@@ -50,23 +53,23 @@ class Never:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What the orchestrator must know about a loaded engine (the message Ready)."""
+    """What the orchestrator must know about a loaded engine. The worker sends it in the message Ready."""
 
-    vocabulary: str  # vocabulary_hash, "" if any vocabulary will do
-    vocabulary_size: int
-    max_length: int  # positions of a generation
-    window: int  # positions in one verification forward
-    latency_us: int  # measured after warm-up: a verification of one position, or one drafted token
+    vocabulary: str  # dsi_protocol.vocabulary_hash; "" if the engine works with any vocabulary
+    vocabulary_size: int  # token ids are below this; 0 if the engine works with any vocabulary
+    max_length: int  # most positions of a generation, prompt included
+    window: int  # positions of one verification forward; 0 for a drafter that does not say
+    latency_us: int  # a verification of one position, or one drafted token; measured after warm-up, 0 if not measured
     window_latency_us: int = 0  # a verification of a full window
-    slots: int = 1  # generations that are served side by side
-    batch_latency_us: int = 0  # a forward for all slots, a full window each (a drafter: one token each)
-    fingerprint: int = 0  # of a target: of the bits of its logits
-    rows: int = 1  # positions of a tree that it verifies, or rows of a drafting step; 1: chains only
+    slots: int = 1  # generations that the engine serves side by side
+    batch_latency_us: int = 0  # a forward for all slots: a full window each, or one drafted token each
+    fingerprint: int = 0  # of a target: a checksum that differs where the bits of the logits differ; 0 if not known
+    rows: int = 1  # positions of a tree that a target verifies, or rows of a drafter's step; 1: chains only
 
 
 @dataclass(slots=True)
 class Answer:
-    """The model's own tokens, and their log probabilities if the session wants them."""
+    """The model's own tokens. `logprobs` has a log probability for each token if the session asks for them."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -77,38 +80,46 @@ class Answer:
 
 @dataclass(slots=True)
 class Task:
-    """What one generation wants to know: a row of the batch that a step works on."""
+    """A verification or a draft for one generation. A step works on a batch of tasks."""
 
     session: Session
-    #: The model's own tokens from this position (>= 1) on are wanted.
+    #: The answer begins with the token at this position (at least 1).
     start: int
-    #: Draft: at most so many tokens that may follow session.tokens (then `start` is their number). None: verify.
+    #: Of a draft: the most tokens wanted; `start` is then len(session.tokens). None: this is a verification.
     count: int | None = None
     #: Verify: what is checked beside session.tokens. Draft: what is continued by a token each.
     branches: Sequence[Branch] = ()
     #: Draft: whether second choices are wanted.
     alternatives: bool = False
     answer: Answer = field(default_factory=Answer)
+    #: The answer is complete.
     done: bool = False
 
 
 class Engine(ABC):
-    """A loaded model, or what stands for one. Calls come from one thread."""
+    """A loaded model, or a substitute for one. All calls come from one thread."""
 
     info: EngineInfo
-    #: Forwards of the model since the start. The loop reports differences.
+    #: Calls of the model since the start. The loop reports how many each request took.
     forwards: int = 0
 
     @abstractmethod
     def step(self, tasks: Sequence[Task], interrupt: Interrupt) -> None:
-        """One forward for all `tasks` (1 to `info.slots`, of different sessions), each of which gets on by it.
+        """Do one forward that advances every task.
 
-        A task that is complete becomes `done`. The answer of a verification has the model's own tokens from `start` on,
-        given session.tokens: up to and including the first that differs from them, or one beyond them if none does. With
-        `branches` it goes on along whichever branch has the model's token. That
-        of a draft has between 0 and `count` tokens; none means 'no idea'. What else is in the batch changes no answer.
+        `tasks` are 1 to `info.slots` tasks of different sessions. A step adds tokens to `task.answer` and sets `task.done` when
+        the answer is complete. A task that is not done comes again in a later step, as after a piece of a long prompt.
 
-        Raises Interrupted; then a new task for the same session still gets what a fresh session would get. Raises RequestError.
+        The answer to a verification is the model's own tokens from `start` on, given session.tokens. It ends with the first
+        token that differs from session.tokens, or, if none differs, with the token that follows session.tokens. With
+        `task.branches` the answer goes on along whichever branch has the model's token. For a target
+        every token must be a function of the tokens before it, the sampling parameters and the seed alone: neither the other
+        tasks nor earlier steps may change it.
+
+        The answer to a draft is 0 to `count` tokens that may follow session.tokens. No token means that the engine has no idea.
+
+        Raises Interrupted if no task of the batch is wanted any more; a new task for the same session must then get the
+        answer that a fresh session would get. Raises RequestError.
         """
 
     def promote(self, session: Session, branch: Branch) -> None:
@@ -116,15 +127,15 @@ class Engine(ABC):
         session.write(branch.fork, branch.tokens)
 
     def reads_alone(self, task: Task) -> bool:
-        """Whether the next step for this task is a piece of a long text, for which nothing can be added to the batch."""
+        """Return whether the next step for this task reads a piece of a long text. Such a step is not shared with others."""
         return False
 
     def verify(self, session: Session, start: int, interrupt: Interrupt) -> Answer:
-        """One verification by itself, from beginning to end."""
+        """Do one verification from beginning to end, without a batch."""
         return self._alone(Task(session, start), interrupt)
 
     def draft(self, session: Session, count: int, interrupt: Interrupt) -> list[int]:
-        """One draft by itself: what comes at once, so one token of a model."""
+        """Return the next drafts, at most `count`: one token of a model, or all that the engine guesses at once."""
         return self._alone(Task(session, len(session.tokens), count), interrupt).tokens
 
     def _alone(self, task: Task, interrupt: Interrupt) -> Answer:
@@ -133,4 +144,4 @@ class Engine(ABC):
         return task.answer
 
     def forget(self, session: Session) -> None:  # noqa: B027  an engine may hold nothing
-        """The session is closed: give back what is held for it."""
+        """Free what is held for this session: its generation is closed."""

@@ -33,6 +33,7 @@ from dsi_protocol import (
 )
 from dsi_workers.connection import WorkSocket
 from dsi_workers.engine import Answer, Engine, Interrupted, RequestError
+from dsi_workers.refusal import refusal
 from dsi_workers.session import SamplingParameters, Session
 from dsi_workers.tree import read_tree
 from dsi_workers.work import Work, WorkQueue
@@ -54,10 +55,18 @@ class WorkerLoop:
     """Serves one engine over one socket until it is drained, dismissed, or `still_needed` says no."""
 
     def __init__(
-        self, socket: WorkSocket, engine: Engine, still_needed: Callable[[], bool], ready: Ready | None = None
+        self,
+        socket: WorkSocket,
+        engine: Engine,
+        still_needed: Callable[[], bool],
+        ready: Ready | None = None,
+        *,
+        role: str,
     ) -> None:
+        """`role` is `target` or `drafter`: a target answers Verify only, a drafter Draft only."""
         self._socket = socket
         self._engine = engine
+        self._role = role
         self._still_needed = still_needed
         #: What was told already; told again to an orchestrator that asks again.
         self._ready = ready
@@ -199,12 +208,8 @@ class WorkerLoop:
         self._sessions[request.generation] = self._sessions.pop(request.generation)
         if not session.is_new(request.attempt):
             self._answer_again(request, session)
-        elif self._draining:
-            self._fail(request, "draining", "this worker takes no more work")
-        elif (problem := self._problem_with(request)) is not None:
-            self._fail(request, "limit", problem)
-        elif session.sampling.problem:
-            self._fail(request, "request", session.sampling.problem)
+        elif (refusal := self._refusal(request, session)) is not None:
+            self._fail(request, *refusal)
         else:
             if isinstance(request, Draft):
                 self._hear_of_commits(request, session)
@@ -226,24 +231,13 @@ class WorkerLoop:
         ):  # it had its reply long ago
             self._socket.send(Cancelled(request.generation, request.attempt, 0, 0))
 
-    def _problem_with(self, request: Draft | Verify) -> str | None:
-        info = self._engine.info
-        end = request.base + len(request.tokens)
-        last = end if isinstance(request, Verify) else request.start + request.count
+    def _refusal(self, request: Draft | Verify, session: Session) -> tuple[str, str] | None:
+        """The code and message of the Failed that answers `request`; None if this worker can serve it."""
+        if self._draining:
+            return "draining", "this worker takes no more work"
         if len(self._queue) >= MAX_QUEUED_REQUESTS:
-            return f"over {MAX_QUEUED_REQUESTS} requests are queued"
-        if last > info.max_length:
-            return f"position {last} is beyond this worker's limit of {info.max_length}"
-        if info.vocabulary_size and max(request.tokens, default=0) >= info.vocabulary_size:
-            return f"token {max(request.tokens)} is outside the vocabulary of {info.vocabulary_size}"
-        match request:
-            case Verify() if not 1 <= request.start <= end:
-                return f"start {request.start} lies outside [1, {end}]"
-            case Verify() if request.parents:
-                return _problem_with_tree(request, info.rows)
-            case Draft() if request.start < max(end, 1) or request.count < 1 or request.block < 1:
-                return "a draft starts at or after its prefix, with count and block of at least 1"
-        return None
+            return "limit", f"over {MAX_QUEUED_REQUESTS} requests are queued"
+        return refusal(request, session, self._role, self._engine.info)
 
     # Work
 
@@ -302,9 +296,10 @@ class WorkerLoop:
     def _prepare_draft(self, request: Draft, session: Session) -> None:
         start = request.base + len(request.tokens)
         if start < request.start:  # it continues what was drafted
-            if len(session.tokens) > request.start:
-                session.truncate(request.start)
-                session.drafts.restart(session.tokens, request.start)
+            session.write(request.base, request.tokens)
+            session.truncate(request.start)
+            if request.rows == 1 or len(session.tokens) < request.start:
+                session.drafts.restart(session.tokens, len(session.tokens))
             return
         path = [*session.tokens[: request.base], *request.tokens]
         if request.rows == 1:
@@ -393,16 +388,3 @@ class WorkerLoop:
         if session is not None and not (isinstance(reply, Drafted) and not reply.done):
             session.remember(reply.attempt, reply)
         self._socket.send(reply)
-
-
-def _problem_with_tree(request: Verify, most: int) -> str | None:
-    """`most`: positions of a tree that the engine verifies."""
-    try:
-        _, branches = read_tree(request.base, request.tokens, request.parents)
-    except ValueError as error:
-        return str(error)
-    if len(request.tokens) > most and branches:
-        return f"a tree of {len(request.tokens)} positions is over this worker's limit of {most}"
-    if any(branch.fork < request.start for branch in branches):
-        return f"a branch leaves the main path before position {request.start}, from which on tokens are wanted"
-    return None

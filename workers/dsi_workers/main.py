@@ -273,7 +273,8 @@ def _serve(socket: WorkSocket, heart: Heart, config: WorkerConfig, loaded: _Load
         info.slots, info.batch_latency_us, loaded.load_ms, info.fingerprint,
         info.rows,
     )  # fmt: skip
-    loop = WorkerLoop(socket, loaded.engine, lambda: still_needed() and not heart.gone, ready)
+    role = loaded.welcome.role
+    loop = WorkerLoop(socket, loaded.engine, lambda: still_needed() and not heart.gone, ready, role=role)
     before = signal.signal(signal.SIGTERM, lambda *_: loop.drain())
     try:
         socket.send(ready)

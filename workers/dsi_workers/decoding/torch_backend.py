@@ -59,6 +59,7 @@ class TorchBackend:
         return self.forward.rows_of(self._wide(run, alone=False))
 
     def warm_up(self) -> None:
+        """Record the graphs of the forwards that are recorded on a GPU."""
         for rows in self.forward.recorded_rows:
             self.forward([Run(0, [0] * rows, PROMPT_CHUNK, rows, PROMPT_CHUNK)], rows=rows, logit_rows=rows)
 

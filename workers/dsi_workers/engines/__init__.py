@@ -1,4 +1,4 @@
-"""The engines, and the one place that knows their names."""
+"""The engines by name: those of this package, and those that other installed packages bring (installed.py)."""
 
 from __future__ import annotations
 
@@ -7,42 +7,73 @@ from importlib.util import find_spec
 
 from dsi_protocol import OptionValue
 from dsi_workers.engine import Engine, EngineError, EngineInfo, Interrupt, Interrupted, RequestError, Task
+from dsi_workers.engines.installed import EngineFactory, installed_factory, installed_names
 from dsi_workers.models.files import ModelError
 
-ENGINES = ("transformers", "timed", "ngram")
-_LIBRARIES = {"transformers": ("torch", "transformers")}
-
 __all__ = [
-    "ENGINES",
     "Engine",
     "EngineError",
+    "EngineFactory",
     "EngineInfo",
     "Interrupt",
     "Interrupted",
     "RequestError",
     "Task",
     "check_installed",
+    "check_known",
+    "engine_names",
     "load_engine",
 ]
 
+_LIBRARIES = {"transformers": ("torch", "transformers")}
 
-def load_engine(name: str, *, role: str, model: str, device: str, options: Mapping[str, OptionValue]) -> Engine:
-    """Build and warm up an engine. Imports its libraries only now. Raises EngineError."""
-    if role not in ("target", "drafter"):
-        raise EngineError(f"unknown role {role!r}: a worker is a target or a drafter")
-    try:
-        return _load(name, role, model, device, options)
-    except ModelError as error:
-        raise EngineError(str(error)) from None
+
+def engine_names() -> list[str]:
+    """The names of all engines that can be loaded here: the engines of this package first. Imports none of them."""
+    return [*_OWN, *(name for name in installed_names() if name not in _OWN)]
+
+
+def check_known(name: str) -> None:
+    """Raises EngineError if no engine of this name is installed here. Imports no engine."""
+    if name not in _OWN and name not in installed_names():
+        raise _unknown(name)
 
 
 def check_installed(name: str) -> None:
-    """Raises EngineError if the engine's libraries are not installed: known at once, without importing them."""
+    """Raises EngineError if the engine's libraries are not installed. Does not import the libraries."""
     missing = [each for each in _LIBRARIES.get(name, ()) if not _is_installed(each)]
     if missing:
         raise EngineError(
             f"a worker that runs a model needs {missing[0]}: pip install 'dsi-actors[torch]' where the worker runs"
         )
+
+
+def load_engine(name: str, *, role: str, model: str, device: str, options: Mapping[str, OptionValue]) -> Engine:
+    """Build and warm up the engine `name`. The engine's libraries are imported only now. Raises EngineError.
+
+    Every argument may have come over the wire.
+    """
+    if role not in ("target", "drafter"):
+        raise EngineError(f"unknown role {role!r}: a worker is a target or a drafter")
+    factory = _OWN.get(name) or installed_factory(name)
+    if factory is None:
+        raise _unknown(name)
+    try:
+        engine: object = factory(role=role, model=model, device=device, options=options)
+    except ModelError as error:
+        raise EngineError(str(error)) from None
+    if not isinstance(engine, Engine):
+        raise EngineError(
+            f"the factory of the engine {name!r} gives a {type(engine).__name__}: it must give a dsi_workers.engine.Engine"
+        )
+    return engine
+
+
+def _unknown(name: str) -> EngineError:
+    return EngineError(
+        f"unknown engine {name!r}: choose one of {', '.join(engine_names())}, or pip install the package that brings it "
+        "where the worker runs"
+    )
 
 
 def _is_installed(module: str) -> bool:
@@ -52,25 +83,30 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def _load(name: str, role: str, model: str, device: str, options: Mapping[str, OptionValue]) -> Engine:
-    if name == "timed":
-        from dsi_workers.engines.timed import TimedEngine
+def _transformers(*, role: str, model: str, device: str, options: Mapping[str, OptionValue]) -> Engine:
+    check_installed("transformers")
+    from dsi_workers.engines.loading import load_model_engine
 
-        return TimedEngine(options, drafter=role == "drafter")
-    if name == "ngram":
-        from dsi_workers.engines.ngram import NgramEngine
+    engine = load_model_engine(model, device=device, drafter=role == "drafter", options=options)
+    if role == "drafter" and options.get("target"):
+        from dsi_workers.engines.translating import in_vocabulary_of
 
-        if role != "drafter":
-            raise EngineError("the ngram engine only drafts: give it --role drafter")
-        return NgramEngine(options)
-    if name == "transformers":
-        check_installed(name)
-        from dsi_workers.engines.loading import load_model_engine
+        return in_vocabulary_of(str(options["target"]), engine, model)
+    return engine
 
-        engine = load_model_engine(model, device=device, drafter=role == "drafter", options=options)
-        if role == "drafter" and options.get("target"):
-            from dsi_workers.engines.translating import in_vocabulary_of
 
-            return in_vocabulary_of(str(options["target"]), engine, model)
-        return engine
-    raise EngineError(f"unknown engine {name!r}: choose one of {', '.join(ENGINES)}")
+def _timed(*, role: str, model: str, device: str, options: Mapping[str, OptionValue]) -> Engine:
+    from dsi_workers.engines.timed import TimedEngine
+
+    return TimedEngine(options, drafter=role == "drafter")
+
+
+def _ngram(*, role: str, model: str, device: str, options: Mapping[str, OptionValue]) -> Engine:
+    from dsi_workers.engines.ngram import NgramEngine
+
+    if role != "drafter":
+        raise EngineError("the ngram engine only drafts: give it --role drafter")
+    return NgramEngine(options)
+
+
+_OWN: dict[str, EngineFactory] = {"transformers": _transformers, "timed": _timed, "ngram": _ngram}

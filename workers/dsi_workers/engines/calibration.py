@@ -1,4 +1,4 @@
-"""What a backend's forwards cost, measured when a worker starts."""
+"""Measures how long a backend's forwards take when a worker starts."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from dataclasses import replace
 from dsi_workers.backend import PROMPT_CHUNK, Backend, Run
 from dsi_workers.engine import EngineInfo
 
-#: Of a forward that takes long, one or two measurements are enough: what disturbs it is a small part of it.
+#: No further repetition after so many seconds: disturbances are a small part of a forward that takes long.
 _LONG_S = 0.2
 _REPETITIONS = 3
-#: How often the forwards of a drafter that checks guesses are timed.
+#: How often each forward of `guess_costs_us` is timed.
 _ROUNDS = 4
-#: Rows of forwards that check guesses.
+#: Rows of the forwards that `guess_costs_us` times.
 _GUESS_ROWS = (1, 2, 4, 8)
 
 
 def measured(backend: Backend, info: EngineInfo, *, exact: bool) -> EngineInfo:
-    """`info` with latencies in µs: of a target, for a verification of one position, of a window, and of windows for all
-    slots; of a drafter, for one token and for a token of each slot."""
+    """Return `info` with measured latencies in µs.
+
+    For a target (`exact`): of a verification of one position, of a full window, and of full windows for all slots. For a
+    drafter: of one token, and of one token for each slot.
+    """
     one_us = _median_us(backend, 1)
     if not exact:
         return replace(info, latency_us=one_us, batch_latency_us=_median_us(backend, 1, backend.slots))
@@ -34,9 +37,9 @@ def measured(backend: Backend, info: EngineInfo, *, exact: bool) -> EngineInfo:
 
 
 def guess_costs_us(backend: Backend) -> dict[int, float]:
-    """What a forward takes that computes this many rows of one generation: a token and guesses that follow it."""
+    """The time in µs of a drafter's forward for one generation, by its rows: the last token and the guesses that it checks."""
     costs_us = dict.fromkeys(_GUESS_ROWS, math.inf)
-    # In turn, the least of each: what disturbs the machine for a moment must not make one of them dear for ever.
+    # All in turn, and the least of each: a short disturbance must not make one number of rows look slow for ever.
     for _ in range(_ROUNDS):
         for rows, known_us in costs_us.items():
             costs_us[rows] = min(known_us, backend.time_s([_run(rows)]) * 1e6)
@@ -44,8 +47,10 @@ def guess_costs_us(backend: Backend) -> dict[int, float]:
 
 
 def _median_us(backend: Backend, positions: int, generations: int = 1) -> int:
-    """Of a forward for so many generations, or of as many forwards as they need. All use slot 0: what is computed does not
-    matter, only how long it takes."""
+    """The median time in µs for `positions` positions of each of so many generations, in as many forwards as they need.
+
+    All runs use slot 0: only the time is of interest.
+    """
     run = _run(positions)
     together = min(generations, max(1, backend.most_rows // backend.rows(run)))
     return max(1, round(_median_s(backend, [run] * together) * 1e6)) * generations // together

@@ -1,4 +1,4 @@
-"""From logits to the tokens of an answer: greedy, or as the generation samples."""
+"""Turns logits into the tokens of an answer, greedily or by the generation's sampling parameters."""
 
 from __future__ import annotations
 
@@ -12,25 +12,28 @@ from dsi_workers.session import Session
 
 
 class Choice:
-    """Chooses for all generations of one engine."""
+    """Chooses the tokens of all generations of one engine."""
 
     def __init__(self) -> None:
-        #: Of generations that are not plainly greedy.
+        #: By generation. Plainly greedy generations have none.
         self._samplers: dict[int, Sampler] = {}
 
     def begin(self, session: Session) -> None:
-        """Call before the session's logits are computed: what is wrong with its parameters shows here."""
+        """Prepare to choose tokens for the session. Call this before its logits are computed, so that errors show early."""
         if not session.sampling.plain_greedy and session.generation not in self._samplers:
             self._samplers[session.generation] = Sampler(session)
 
     def forget(self, session: Session) -> None:
+        """Free what is held for the session."""
         self._samplers.pop(session.generation, None)
 
     def answer(self, task: Task, logits: torch.Tensor, guess: Sequence[int]) -> bool:
-        """Add the tokens that `logits` [n, vocabulary] give to the answer. Returns whether one differs from the session's
-        token at its position, or from the guess that follows the session's tokens; the rest is then left out.
+        """Choose a token from each row of `logits` [n, vocabulary] and add the tokens to the task's answer.
 
-        Raises RequestError if the request's own parameters let no token be chosen.
+        `guess` is what a drafter's own drafter expects after session.tokens; empty for a target. Stops at the first token that
+        differs from the session's token at its position, or from the guess, and then returns True.
+
+        Raises RequestError if the request's parameters let no token be chosen.
         """
         session, answer = task.session, task.answer
         length = len(session.tokens)
@@ -53,13 +56,13 @@ class Choice:
 
 
 def _sampled(sampler: Sampler, logits: torch.Tensor, position: int, guess: Sequence[int]) -> int:
-    """Raises RequestError: parameters that nobody foresaw are no fault of the model."""
+    """The sampler's token. Any error but one of the device is the request's fault, not the model's: raises RequestError."""
     try:
         return sampler.choose(logits, position, guess)
     except (
         torch.OutOfMemoryError,
         torch.AcceleratorError,
-    ):  # of a forward before, too: it shows where results are read
+    ):  # may come from the forward before: a device reports errors when results are read
         raise
     except Exception as error:
         raise RequestError(f"no token can be chosen: {type(error).__name__}: {error}") from error

@@ -1,4 +1,4 @@
-"""Whether two target servers compute the same bits: a checksum of the logits that a fixed text gets."""
+"""A checksum of the logits of a fixed text: it differs where two target servers compute other bits."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import zlib
 from dsi_workers.backend import PROMPT_CHUNK, Backend, Run
 from dsi_workers.engine import Never
 
-#: Token ids below this are known to every model.
+#: The text has token ids below this, which every model knows.
 _WORDS = 97
 
 
 def fingerprint_of(backend: Backend) -> int:
-    """Of the last prompt position and of a window after it. Never 0, which stands for unknown."""
+    """The CRC-32 of the logits after a prompt of one chunk and after each position of the window that follows.
+
+    Never 0, which stands for unknown. Overwrites slot 0.
+    """
     words = min(_WORDS, backend.vocabulary_size)
     text = [position * 31 % words for position in range(PROMPT_CHUNK + backend.window)]
     prompt = Run(0, text[:PROMPT_CHUNK], 0, PROMPT_CHUNK, PROMPT_CHUNK - 1)

@@ -1,4 +1,4 @@
-"""From a model reference and options to a model engine on our own backend."""
+"""Loads a model from its reference: a ModelEngine on our own torch backend."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from dsi_workers.engines.calibration import guess_costs_us
 from dsi_workers.engines.model import ModelEngine
 from dsi_workers.models.files import read_vocabulary_hash
 from dsi_workers.models.resolve import resolve_model
-from dsi_workers.sampling import warm_up
 
 log = structlog.get_logger("dsi.engine")
 
@@ -29,10 +28,13 @@ _MOST_SLOTS = 1024
 
 
 def load_model_engine(model: str, *, device: str, drafter: bool, options: Mapping[str, OptionValue]) -> ModelEngine:
-    """Options: dtype (auto, float32, bfloat16, float16), quantization (none, int8, or auto: int8 for a drafter on a CPU, where
-    nothing is faster), window, max_length, slots, threads, graphs (false: a GPU computes by torch's own operations, whose bits
-    are others), calibrate (false: latencies are not measured); a drafter's: lookup (it checks guesses of prompt lookup on its
-    way), remember (of earlier generations, too), target (the model whose vocabulary it shall speak in).
+    """Load a model and return its engine, warmed up.
+
+    Options: dtype (auto, float32, bfloat16, float16); quantization (none, int8, or auto, which is int8 for a drafter on a CPU,
+    where nothing is faster); window, max_length, slots, threads (whole numbers); graphs (false: a GPU computes with torch's own
+    operations, whose bits differ from those of our kernels); calibrate (false: latencies are not measured). For a drafter also:
+    lookup (true: it checks guesses of prompt lookup in its forwards); remember (false: prompt lookup does not look at earlier
+    generations); target (the model whose vocabulary the drafter must answer in; see translating.py).
 
     Raises EngineError and ModelError.
     """
@@ -44,7 +46,10 @@ def load_model_engine(model: str, *, device: str, drafter: bool, options: Mappin
 
 
 def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, OptionValue]) -> TorchBackend:
-    """Loaded and warmed up; for a target (`exact`), with the widths whose bits agree. Raises EngineError and ModelError."""
+    """Load a model and return its backend, warmed up. For a target (`exact`) it computes with widths whose bits agree.
+
+    Raises EngineError and ModelError.
+    """
     log.info("imported")
     torch.set_num_threads(_whole(options, "threads", 1))
     on = torch_device(device)
@@ -75,18 +80,19 @@ def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, 
         forward, widths, vocabulary=vocabulary, vocabulary_size=words, max_length=loaded.positions, window=window
     )
     prompt = Run(0, [position % 16 for position in range(PROMPT_CHUNK)], 0, PROMPT_CHUNK, PROMPT_CHUNK - 1)
-    [logits] = backend.compute([prompt], Never())
-    warm_up(logits[0])
+    backend.compute([prompt], Never())
     backend.warm_up()
     return backend
 
 
 def _quantization(options: Mapping[str, OptionValue], device: torch.device, *, exact: bool) -> str:
+    """int8 or none. `exact`: for a target."""
     name = str(options.get("quantization", "auto"))
     return name if name != "auto" else "int8" if not exact and device.type == "cpu" else "none"
 
 
 def _whole(options: Mapping[str, OptionValue], name: str, default: int, *, most: int = 1 << 24) -> int:
+    """The option `name`, a whole number in [1, most]. Raises EngineError."""
     value = options.get(name, default)
     if type(value) is not int or not 1 <= value <= most:
         raise EngineError(f"option {name} must be a whole number in [1, {most}], not {value!r}")

@@ -1,8 +1,8 @@
-"""A language model behind a backend: slots, prompts in chunks, batches, sampling and a drafter's own guesses.
+"""The engine for language models: on top of a backend's logits it does slots, prompts in chunks, batches and sampling.
 
-A target reads the prompt in chunks aligned to position 0, and lets the backend compute every later position with the bits of a
-full window, so that a token's logits do not depend on how the tokens around it were grouped into requests, nor on the
-generations that share the forward (docs/exactness.md). A drafter only guesses: it computes exactly the tokens that it must.
+A target's logits must not depend on how tokens were grouped into requests, nor on the generations that share a forward
+(docs/exactness.md). So a target reads the prompt in chunks aligned to position 0, and relies on the backend's promise for
+every later position (backend.py). A drafter only guesses: it computes no more rows than it needs.
 """
 
 from __future__ import annotations
@@ -12,15 +12,20 @@ from collections.abc import Mapping, Sequence
 from dsi_workers.backend import PROMPT_CHUNK, Backend, Run
 from dsi_workers.decoding.slots import Slots
 from dsi_workers.drafting.lookup import Lookup
-from dsi_workers.engine import Engine, EngineInfo, Interrupt, Task
+from dsi_workers.engine import Engine, EngineInfo, Interrupt, Never, Task
 from dsi_workers.engines.calibration import measured
 from dsi_workers.engines.choice import Choice
 from dsi_workers.engines.fingerprint import fingerprint_of
+from dsi_workers.sampling import warm_up
 from dsi_workers.session import Session
 
 
 class ModelEngine(Engine):
-    """`exact`: of a target, whose bits matter. `lookup`: of a drafter that checks guesses of prompt lookup on its way."""
+    """`exact`: the engine is a target, whose bits matter. `lookup`: the engine is a drafter that checks guesses of prompt lookup
+    in its forwards. `calibrate`: measure latencies now.
+
+    Uses slot 0 of the backend for warm-up and measurements.
+    """
 
     def __init__(self, backend: Backend, *, exact: bool, lookup: Lookup | None = None, calibrate: bool = True) -> None:
         self._backend = backend
@@ -28,6 +33,8 @@ class ModelEngine(Engine):
         self._lookup = lookup
         self._choice = Choice()
         self._slots = Slots(backend.slots, block=PROMPT_CHUNK if exact else None)
+        [logits] = backend.compute([Run(0, [0], 0, 0, 0)], Never())
+        warm_up(logits[0])
         info = EngineInfo(
             vocabulary=backend.vocabulary,
             vocabulary_size=backend.vocabulary_size,
@@ -61,7 +68,8 @@ class ModelEngine(Engine):
         return len(task.session.tokens) - _position(task) > 1
 
     def _groups(self, tasks: Sequence[Task], runs: Mapping[int, Run]) -> list[list[Task]]:
-        """Tasks that share a forward: chunks of prompts have one of their own, the others as many as the backend allows."""
+        """Split the tasks into groups that share a forward. A chunk of a prompt has a forward of its own; other tasks share one
+        up to the backend's `most_rows`."""
         groups: list[list[Task]] = [[]]
         for task in tasks:
             rows = sum(self._backend.rows(runs[id(each)]) for each in (*groups[0], task))
@@ -75,7 +83,7 @@ class ModelEngine(Engine):
 
     def _compute(self, tasks: Sequence[Task], runs: Sequence[Run], interrupt: Interrupt) -> None:
         for task, run in zip(tasks, runs, strict=True):
-            # Padding and an interrupt leave what they like from `begin` on: until the forward is done it is not computed.
+            # Padding or an interrupt may leave anything in the cache from `begin` on.
             task.session.computed = min(task.session.computed, run.begin)
         answers = self._backend.compute(runs, interrupt)
         for task, run, logits in zip(tasks, runs, answers, strict=True):
@@ -87,10 +95,10 @@ class ModelEngine(Engine):
                 self._lookup.checked(task.session, guess, right=len(task.answer.tokens) - 1)
 
     def _run_of(self, task: Task) -> Run:
-        """What the next forward for this task computes.
+        """The inputs that the next forward computes for this task.
 
-        The token at position p comes out of the input at p - 1, so inputs [start - 1, length) are needed, and before
-        them whatever this worker has not read yet.
+        The logits for position p follow the input at p - 1. So the task needs the inputs [start - 1, length), and before them
+        those that this worker has not computed yet.
         """
         session = task.session
         self._choice.begin(session)
@@ -105,23 +113,24 @@ class ModelEngine(Engine):
             guess = self._guess(task) if end == length else []
         elif begin < session.prompt_length:
             begin -= begin % PROMPT_CHUNK
-            width = min(PROMPT_CHUNK, session.prompt_length - begin)  # a function of the prompt alone, all here or not
+            width = min(PROMPT_CHUNK, session.prompt_length - begin)  # the same if some tokens have not arrived yet
             end = min(begin + width, length)
         else:
             end = min(begin + self._backend.window, length)
         first_logits = max(task.start - 1 + len(task.answer.tokens), begin)
         return Run(slot, session.tokens[begin:end] + guess, begin, width, first_logits)
 
-    # A drafter's own drafter
+    # Prompt lookup for a drafter
 
     def _copies(self, task: Task) -> bool:
-        """Whether the task is done by what followed the same tokens before."""
+        """Answer the task with what followed the same tokens before, where that is sure enough. Returns whether it is done."""
         if self._lookup is not None and task.count is not None:
             task.answer.tokens = self._lookup.copy(task.session, task.count)
             task.done = bool(task.answer.tokens)
         return task.done
 
     def _guess(self, task: Task) -> list[int]:
+        """Guesses that the next forward checks, to stand after the session's tokens."""
         if self._lookup is None or task.count is None or len(task.session.tokens) - _position(task) > 1:
             return []
         return self._lookup.guess(task.session, task.count - 1)
@@ -134,5 +143,5 @@ class ModelEngine(Engine):
 
 
 def _position(task: Task) -> int:
-    """The first input that the next forward for this task must compute."""
+    """The position of the first input that the next forward for this task must compute."""
     return min(task.session.computed, task.start - 1 + len(task.answer.tokens))

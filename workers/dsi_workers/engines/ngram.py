@@ -1,4 +1,4 @@
-"""Prompt lookup as a drafter of its own: it needs no model and no vocabulary."""
+"""A drafter by prompt lookup: it guesses what followed the same tokens earlier. It needs no model and no vocabulary."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from dsi_workers.session import Session
 
 
 class NgramEngine(Engine):
-    """Drafts only. `block` is the most that it guesses at once; unless `remember` is false it learns from all generations."""
+    """Options: block (the most tokens of one guess), remember (false: look only at the generation's own text, not at earlier
+    generations). It cannot verify."""
 
     def __init__(self, options: Mapping[str, OptionValue]) -> None:
         self._block = int(options.get("block", 8))

@@ -1,8 +1,8 @@
-"""An engine with exact latencies, a scripted truth and a scripted acceptance rate: for tests, planning, the paper's tables.
+"""An engine without a model: it waits for exact latencies and says scripted tokens. For tests, planning and benchmarks.
 
-The truth depends on the whole prefix, so text that was built on a wrong prefix differs from the truth and is noticed.
-It also depends on the seed alone: every timed target with one seed is a replica of every other. Whether the drafter is
-right at a position is drawn from its seed, the generation's seed and the position: the simulator draws the same.
+A target's next token is a hash of its seed and all tokens before. So all timed targets with one seed are replicas, and a text
+that was built on a wrong prefix is noticed. A drafter is right at a position with the chance `acceptance`. This is drawn from
+its seed, the generation's seed and the position; the simulator draws the same.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from dsi_workers.tree import Branch, Walk
 WINDOW = 32
 #: Positions of a tree, and rows of a drafting step.
 MOST_ROWS = 1024
-#: A step that begins within this of when the one before was due follows it at once.
+#: A step that begins at most so long after the last one was due counts as its immediate successor.
 _AT_ONCE_S = 0.002
 
 
 class TimedEngine(Engine):
-    """A target takes `latency_ms` for a verification, however long; a drafter takes it for each token.
+    """Options: latency_ms (of a target's verification, or a drafter's token), position_ms (added for each position of a forward
+    beyond the first), jitter (latencies are lognormal with this coefficient of variation and the mean latency_ms), acceptance,
+    alternatives (the chance that a drafter's second choice is right where its first is not; 0 drafts chains),
+    seed, vocabulary_size, any_vocabulary (true: the engine says that it works with any), slots (generations side by side),
+    chunk (a longer text is read in steps of so many tokens), calibrate (false: Ready reports no latencies).
 
-    Where a drafter's first choice is wrong, its second is the target's token with the chance `alternatives`; 0 drafts chains.
-    With `jitter` latencies are lognormal with that coefficient of variation and `latency_ms` as their mean. Each position
-    that a forward computes beyond the first adds `position_ms`, whichever generation it is for, up to `slots` of them. A
-    text of more than `chunk` tokens is read in steps of so many.
+    Raises EngineError.
     """
 
     def __init__(self, options: Mapping[str, OptionValue], *, drafter: bool) -> None:
@@ -56,8 +57,9 @@ class TimedEngine(Engine):
         self._chunk = int(number("chunk", 1 << 20))
         slots = int(number("slots", 64))
         self._drafter = drafter
-        #: A token drafted right after another one begins when that one was due, so that oversleeping does not add up.
+        #: When the last step was due. A token drafted right after another counts from then, so that oversleeping does not add up.
         self._due_s = 0.0
+        #: The drafts that would be such successors: generation, and number of tokens before the draft.
         self._due_for: set[tuple[int, int]] = set()
         _sleep_precisely()
         if self.acceptance > 1:
@@ -116,7 +118,7 @@ class TimedEngine(Engine):
         return self._end(task) < len(task.session.tokens)
 
     def _end(self, task: Task) -> int:
-        """Only what lies before the first answer is read in pieces."""
+        """One past the last position that the next step reads. Only the text before the first answer is read in pieces."""
         begin, length = self._begin(task), len(task.session.tokens)
         return (
             length
@@ -125,6 +127,7 @@ class TimedEngine(Engine):
         )
 
     def _begin(self, task: Task) -> int:
+        """The first position that the next step reads."""
         return min(task.session.computed, task.start - 1)
 
     def _own_tokens(self, session: Session, start: int, branches: Sequence[Branch]) -> list[int]:
@@ -154,14 +157,17 @@ class TimedEngine(Engine):
             task.answer.continued.append(self._own_token(session, prefix, branch.end))
 
     def _truth(self, prefix: int) -> int:
+        """The target's token after the prefix with this checksum."""
         return self._draw(b"truth", prefix) % self.vocabulary_size
 
     def _agrees(self, generation_seed: int, position: int) -> bool:
+        """Whether a drafter says the target's token at this position."""
         bits = random_bits(stream_key(self.seed + generation_seed, position), 0)
         return bits < self.acceptance * 2**64
 
     def _latency_for(self, generation_seed: int, start: int, length: int) -> float:
-        """Drawn for what is asked, so that algorithms that are compared meet the same jitter for the same verification."""
+        """The latency in seconds of a verification of [start, length). Jitter is a function of the request: so all algorithms
+        of a benchmark meet the same jitter."""
         if not self._jitter or not self.latency_s:
             return self.latency_s
         variance = math.log1p(self._jitter**2)
@@ -169,13 +175,13 @@ class TimedEngine(Engine):
         return draw.lognormvariate(math.log(self.latency_s) - variance / 2, math.sqrt(variance))
 
     def _draw(self, purpose: bytes, prefix: int) -> int:
-        """64 uniform bits that depend on nothing but the seed, the purpose and the prefix."""
+        """64 uniform bits: a hash of the seed, the purpose and the checksum of the prefix."""
         digest = hashlib.blake2b(struct.pack("<QI", self.seed, prefix), digest_size=8, person=purpose)
         return int.from_bytes(digest.digest(), "little")
 
 
 def _sleep_precisely() -> None:
-    """Linux may end each sleep 50 microseconds late to save wake-ups. Not for this thread."""
+    """Let sleeps of this thread end on time. By default Linux may end each 50 µs late, to save wake-ups."""
     if os.uname().sysname == "Linux":
         with contextlib.suppress(OSError):
             pr_set_timerslack = 29

@@ -1,4 +1,4 @@
-"""A drafter for a target of another family: an engine that thinks in its own vocabulary and speaks in the target's."""
+"""A drafter whose model has another vocabulary than the target: it drafts in its own tokens and answers in the target's."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from dsi_workers.session import Session
 
 log = structlog.get_logger("dsi.engine")
 
-#: A text that is no token of the target's after so many of the drafter's will not become one.
+#: Steps without a draft after which an incomplete word is given as a draft: it will not become complete.
 _PATIENCE = 16
 
 
 def in_vocabulary_of(target: str, drafter: Engine, model: str) -> Engine:
-    """The drafter, whose model is `model`, as one that speaks in the tokens of the model `target`.
+    """Return the drafter, wrapped if its model `model` has another vocabulary than the model `target`.
 
-    Where the target's tokenizer cannot be read, as on another machine, it stays what it is: its vocabulary may be the same,
-    and if it is not, the orchestrator refuses it."""
+    Where the target's tokenizer cannot be read, as on another machine, the drafter is returned as it is. If its vocabulary is
+    not the target's, the orchestrator refuses it.
+    """
     try:
         directory, own = resolve_model(target, tokenizer_only=True), resolve_model(model, tokenizer_only=True)
     except ModelError as error:
@@ -37,7 +38,7 @@ def in_vocabulary_of(target: str, drafter: Engine, model: str) -> Engine:
 
 
 class TranslatingEngine(Engine):
-    """Drafts greedily, whatever the sampling: the target's noise belongs to the target's tokens."""
+    """Wraps a drafter. It drafts greedily even where the target samples: the shared noise belongs to the target's token ids."""
 
     def __init__(
         self, drafter: Engine, own: Vocabulary, target: Vocabulary, vocabulary: str, vocabulary_size: int
@@ -47,7 +48,7 @@ class TranslatingEngine(Engine):
             drafter.info, vocabulary=vocabulary, vocabulary_size=max(vocabulary_size, target.size)
         )
         self._translations: dict[int, Translation] = {}
-        #: Steps since a generation had its last draft.
+        #: By generation: steps since its last draft.
         self._silent: dict[int, int] = {}
 
     def step(self, tasks: Sequence[Task], interrupt: Interrupt) -> None:
@@ -84,6 +85,7 @@ class TranslatingEngine(Engine):
             self._drafter.forget(translation.session)
 
     def _follow(self, session: Session) -> Translation:
+        """The generation's translation, brought up to the session's tokens."""
         translation = self._translations.get(session.generation)
         if translation is None:
             translation = Translation(self._target, self._own, session.generation, session.correlation)
@@ -92,13 +94,14 @@ class TranslatingEngine(Engine):
         return translation
 
     def _own_task(self, task: Task, translation: Translation) -> Task | None:
-        """The drafter's task; none where it has nothing to go on from, or no room."""
+        """The task for the wrapped drafter, in its own tokens. None: it has no token to continue from, or no position left."""
         length, most = len(translation.session.tokens), self.info.max_length
         if length == 0 or length >= most:
             return None
         return Task(translation.session, length, min((task.count or 0) + 1, most - length))
 
     def _go_on(self, task: Task, translation: Translation, own: Task) -> None:
+        """Take the wrapped drafter's answer `own` and answer the task, if there is a complete token of the target by now."""
         session = translation.session
         silent = self._silent[session.generation] = self._silent.get(session.generation, 0) + 1
         ends = self._own.says_nothing(own.answer.tokens)
@@ -108,6 +111,8 @@ class TranslatingEngine(Engine):
             task.done = ends or silent > _PATIENCE
 
     def _answer(self, task: Task, translation: Translation, *, whole: bool) -> bool:
+        """Answer the task with what is translated so far. `whole`: the last word counts as complete. Returns whether there
+        was a draft."""
         drafts = translation.drafts(whole=whole)[: task.count]
         if drafts:
             task.answer.tokens, task.done = drafts, True
@@ -116,7 +121,7 @@ class TranslatingEngine(Engine):
 
 
 def _words(directory: Path) -> int:
-    """The target's vocabulary in its model, which may have more tokens than its tokenizer."""
+    """The size of the vocabulary by the target's config.json. A model may have more tokens than its tokenizer."""
     config = read_json(directory / "config.json")
     size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size", 0)
     return int(size)
