@@ -63,6 +63,8 @@ class Outcome:
     restarts: int = 0
     leaked_processes: int = 0
     leaked_descriptors: int = 0
+    #: What those are: files, sockets, pipes.
+    leaked: list[str] = field(default_factory=list)
     grown_bytes: int = 0
 
 
@@ -133,7 +135,9 @@ class Chaos:
                     outcome.disturbed_frames.update(orchestrator.proxy.disturbed)
             end_s = time.monotonic() + _END_S
             while True:  # what was closed and killed needs a moment to be gone
-                outcome.leaked_descriptors = max(0, _descriptors() - descriptors)
+                now = _descriptors()
+                outcome.leaked_descriptors = max(0, len(now) - len(descriptors))
+                outcome.leaked = sorted(name for number, name in now.items() if number not in descriptors)
                 outcome.leaked_processes = sum(_alive(process) for process in self._known)
                 if not (outcome.leaked_descriptors or outcome.leaked_processes) or time.monotonic() > end_s:
                     break
@@ -307,8 +311,13 @@ def _alive(process: int) -> bool:
     return state != "Z"
 
 
-def _descriptors() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
+def _descriptors() -> dict[str, str]:
+    """What each open descriptor of this process stands for."""
+    found = {}
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the one by which they are listed
+            found[link.name] = os.readlink(link)
+    return found
 
 
 def _resident_bytes() -> int:
@@ -338,6 +347,7 @@ def as_dict(outcome: Outcome, config: Config) -> dict[str, Any]:
         "workers_started_again": outcome.restarts,
         "leaked_processes": outcome.leaked_processes,
         "leaked_descriptors": outcome.leaked_descriptors,
+        "leaked": outcome.leaked,
         "grown_bytes": outcome.grown_bytes,
     }
 
