@@ -21,15 +21,8 @@ from dsi_actors.console.pictures import check_picture, draw_plan
 from dsi_actors.console.terminal import terminal
 from dsi_actors.core import Policy
 from dsi_actors.errors import ConfigError
-from dsi_actors.planning.expectation import (
-    Branching,
-    Expectation,
-    best_dsi,
-    best_si,
-    equation_1_servers,
-    expect,
-    limit,
-)
+from dsi_actors.planning.expectation import Branching, Expectation, equation_1_servers, expect, limit
+from dsi_actors.planning.search import best_dsi, best_si
 from dsi_actors.planning.tuner import Estimates
 from dsi_actors.simulation.run import MOST_ROWS
 
