@@ -112,7 +112,10 @@ def _simulated(scenario: Scenario, sp: int, repeats: int) -> dict[str, Any]:
     ar = simulated(Way("ar"), repeats, 0)
     si = simulated(best_si, repeats, 0)
     dsi = simulated(Way("dsi", sp), repeats + 1, -1)[1:]  # the first one finds out what the others begin with
-    enough = [equation_1_servers(scenario.target_ms, scenario.drafter_ms, run.lookahead) <= sp for run in dsi]
+    enough = [  # a run that ended in plain decoding has no lookahead
+        not run.lookahead or equation_1_servers(scenario.target_ms, scenario.drafter_ms, run.lookahead) <= sp
+        for run in dsi
+    ]
     slower = [run.ms_per_token > plain.ms_per_token * (1 + 1e-9) for run, plain in zip(dsi, ar, strict=True)]
     means = {name: statistics.fmean(run.ms_per_token for run in runs) for name, runs in _named(ar, si, dsi)}
     return {

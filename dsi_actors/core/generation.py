@@ -498,8 +498,9 @@ class GenerationCore:
         """Whether the server would read more before the drafts than there may be drafts. Then they come while it reads: DSI
         begins at once, and so does its first token."""
         server = self._idle_server()
-        unread = 0 if server is None else self.committed - self._servers[server].held
-        return self.policy.algorithm == "dsi" and unread > self.policy.max_ahead
+        if server is None or server == self._warm_server or self.policy.algorithm != "dsi":
+            return False
+        return self.committed - self._servers[server].held > self.policy.max_ahead
 
     def _verified_front(self) -> int:
         """One past the last drafted token that is being verified."""
