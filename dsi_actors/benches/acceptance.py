@@ -36,12 +36,22 @@ _LOOKAHEAD = 3
 
 def add_parser(benches: SubParsers) -> None:
     parser = benches.add_parser("acceptance", help="acceptance rate against theory", description=__doc__)
-    parser.add_argument("--target", default=default_of(Config, "target"), metavar="REF")
-    parser.add_argument("--drafter", default=default_of(Config, "drafter"), metavar="REF")
+    parser.add_argument(
+        "--target",
+        default=default_of(Config, "target"),
+        metavar="REF",
+        help="the model: a directory, a .gguf file, package:NAME or a hub name",
+    )
+    parser.add_argument(
+        "--drafter",
+        default=default_of(Config, "drafter"),
+        metavar="REF",
+        help="the drafter: self-int8, ngram, or a model",
+    )
     parser.add_argument("--temperatures", default="0.5,0.8,1.0", metavar="LIST", help="default %(default)s")
     add_prompt_options(parser, limit=10, max_tokens=64)
     parser.add_argument("--dtype", default="float32", metavar="TYPE", help="of the target (default %(default)s)")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
     add_ready_timeout_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)

@@ -81,13 +81,25 @@ class Findings:
 
 def add_parser(benches: SubParsers) -> None:
     parser = benches.add_parser("exact", help="the same text in every way?", description=__doc__)
-    parser.add_argument("--target", default=default_of(Config, "target"), metavar="REF")
+    parser.add_argument(
+        "--target",
+        default=default_of(Config, "target"),
+        metavar="REF",
+        help="the model: a directory, a .gguf file, package:NAME or a hub name",
+    )
     add_prompt_options(parser, limit=2, max_tokens=32)
     parser.add_argument("--servers", type=int, default=3, metavar="N", help="SP from 1 to this (default %(default)s)")
     parser.add_argument("--dtypes", default="float32,bfloat16", metavar="LIST", help="default %(default)s")
     parser.add_argument("--drafters", default=",".join(DRAFTERS), metavar="LIST", help="default %(default)s")
-    parser.add_argument("--gpu", action="append", default=[], metavar="N", dest="devices")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--gpu",
+        action="append",
+        default=[],
+        metavar="N",
+        dest="devices",
+        help="device of the workers, in turn; may be repeated",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
     add_ready_timeout_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)

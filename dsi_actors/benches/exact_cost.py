@@ -31,12 +31,17 @@ _OURS, _THEIRS = "exact (AR)", "transformers generate"
 
 def add_parser(benches: SubParsers) -> None:
     parser = benches.add_parser("exact-cost", help="what exactness costs", description=__doc__)
-    parser.add_argument("--target", default=default_of(Config, "target"), metavar="REF")
+    parser.add_argument(
+        "--target",
+        default=default_of(Config, "target"),
+        metavar="REF",
+        help="the model: a directory, a .gguf file, package:NAME or a hub name",
+    )
     add_prompt_options(parser, limit=5, max_tokens=32)
     parser.add_argument("--repeats", type=int, default=5, metavar="R", help="default %(default)s")
     parser.add_argument("--dtypes", default="float32,bfloat16", metavar="LIST", help="default %(default)s")
     parser.add_argument("--threads", type=int, default=1, metavar="T", help="torch threads of each process")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
     add_ready_timeout_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)

@@ -41,7 +41,7 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--tokens", type=int, default=100, metavar="S", help="default %(default)s")
     parser.add_argument("--repeats", type=int, default=5, metavar="R", help="default %(default)s")
     parser.add_argument("--keys", action="store_true", help="workers have keys, strangers none")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
     add_logging_option(parser)
     parser.set_defaults(command=run, log_level="error")
 

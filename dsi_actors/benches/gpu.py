@@ -36,11 +36,13 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--shapes", default="1b,3b,8b", metavar="LIST", help=f"of {', '.join(_SHAPES)}")
     parser.add_argument("--widths", default="1,2,4,8,16,32", metavar="LIST", help="default %(default)s")
     parser.add_argument("--context", type=int, default=512, metavar="L", help="positions before (default %(default)s)")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="numbers that the weights have"
+    )
     parser.add_argument("--no-graphs", action="store_true", help="launch each kernel by itself")
     parser.add_argument("--repeats", type=int, default=20, metavar="R", help="default %(default)s")
     parser.add_argument("--processes", type=int, default=2, metavar="P", help="at the same time (default %(default)s)")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
     add_logging_option(parser)
     parser.set_defaults(command=run)
 

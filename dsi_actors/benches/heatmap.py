@@ -32,7 +32,7 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--repeats", type=int, default=10, metavar="R", help="default %(default)s")
     parser.add_argument("--measure", action="store_true", help="on the wall clock, not in the simulator")
     parser.add_argument("--picture", metavar="FILE", help="draw it: .png, .svg or .pdf")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
     add_logging_option(parser)
     parser.set_defaults(command=run)
 

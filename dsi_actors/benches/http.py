@@ -51,7 +51,7 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--target-ms", type=float, default=20.0, metavar="T", help="default %(default)s")
     parser.add_argument("--drafter-ms", type=float, default=4.0, metavar="D", help="default %(default)s")
     parser.add_argument("--target", metavar="REF", help="a real model, with an int8 copy of it as the drafter")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
     add_ready_timeout_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run, log_level="error")

@@ -45,7 +45,7 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--repeats", type=int, default=5, metavar="R", help="default %(default)s")
     parser.add_argument("--simulations", type=int, default=100, metavar="R", help="runs of each in the simulator")
     parser.add_argument("--simulate-only", action="store_true", help="no processes, no wall clock")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
     add_logging_option(parser)
     parser.set_defaults(command=run)
 

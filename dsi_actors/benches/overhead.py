@@ -55,12 +55,12 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument(
         "--long", type=int, default=10_000, metavar="S", help="tokens of the generation for growth of memory"
     )
-    parser.add_argument("--target-ms", type=float, default=20.0, metavar="T")
-    parser.add_argument("--drafter-ms", type=float, default=4.0, metavar="D")
-    parser.add_argument("--acceptance", type=float, default=0.8, metavar="A")
-    parser.add_argument("--sp", type=int, default=2, metavar="N")
+    parser.add_argument("--target-ms", type=float, default=20.0, metavar="T", help="milliseconds of a verification")
+    parser.add_argument("--drafter-ms", type=float, default=4.0, metavar="D", help="milliseconds of a drafted token")
+    parser.add_argument("--acceptance", type=float, default=0.8, metavar="A", help="chance that a draft is right")
+    parser.add_argument("--sp", type=int, default=2, metavar="N", help="target servers")
     parser.add_argument("--target", metavar="REF", help="measure cancels inside the forwards of this model")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
     add_ready_timeout_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)

@@ -39,7 +39,12 @@ _ASSISTANCE = {"": "generate", "drafter": "assisted, same drafter", "lookup": "a
 
 def add_parser(benches: SubParsers) -> None:
     parser = benches.add_parser("real", help="real models beside transformers", description=__doc__)
-    parser.add_argument("--target", default=default_of(Config, "target"), metavar="REF")
+    parser.add_argument(
+        "--target",
+        default=default_of(Config, "target"),
+        metavar="REF",
+        help="the model: a directory, a .gguf file, package:NAME or a hub name",
+    )
     parser.add_argument(
         "--drafter", action="append", default=[], metavar="REF", dest="drafters",
         help=f"may be repeated: each has workers of its own; transformers is assisted by the first model (default {SELF_INT8})",
@@ -51,14 +56,21 @@ def add_parser(benches: SubParsers) -> None:
     )
     add_prompt_options(parser, limit=8, max_tokens=64)
     parser.add_argument("--sp", type=int, default=1, metavar="N", help="target servers (default %(default)s)")
-    parser.add_argument("--gpu", action="append", default=[], metavar="N", dest="devices")
+    parser.add_argument(
+        "--gpu",
+        action="append",
+        default=[],
+        metavar="N",
+        dest="devices",
+        help="device of the workers, in turn; may be repeated",
+    )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of our target")
     parser.add_argument("--threads", type=int, default=1, metavar="T", help="of each worker (default %(default)s)")
     parser.add_argument(
         "--library", default="float32:1,float32:2,bfloat16:1,bfloat16:2", metavar="DTYPE:THREADS,...",
         help="how transformers runs (default %(default)s); none leaves it out",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
     add_ready_timeout_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run, log_level="error")

@@ -39,8 +39,8 @@ def add_parser(benches: SubParsers) -> None:
     parser = benches.add_parser("soak", help="a mixed load for long: nothing grows", description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0, metavar="M", help="default %(default)s")
     parser.add_argument("--clients", type=int, default=24, metavar="N", help="at most at once (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, metavar="S")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--seed", type=int, default=1, metavar="S", help="of everything that is drawn")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
     add_logging_option(parser)
     parser.set_defaults(command=run, log_level="error")
 

@@ -37,12 +37,22 @@ _WORKER_STEPS = {
 
 def add_parser(benches: SubParsers) -> None:
     parser = benches.add_parser("start", help="from command to first token", description=__doc__)
-    parser.add_argument("--target", default=default_of(Config, "target"), metavar="REF")
-    parser.add_argument("--drafter", default=default_of(Config, "drafter"), metavar="REF")
+    parser.add_argument(
+        "--target",
+        default=default_of(Config, "target"),
+        metavar="REF",
+        help="the model: a directory, a .gguf file, package:NAME or a hub name",
+    )
+    parser.add_argument(
+        "--drafter",
+        default=default_of(Config, "drafter"),
+        metavar="REF",
+        help="the drafter: self-int8, ngram, or a model",
+    )
     parser.add_argument("--sp", type=int, default=1, metavar="N", help="target servers (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, metavar="R", help="default %(default)s")
     parser.add_argument("--no-calibration", action="store_true", help="start without measuring latencies")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
     add_logging_option(parser)
     parser.set_defaults(command=run)
 

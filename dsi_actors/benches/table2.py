@@ -63,8 +63,8 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--pairs", type=int, default=len(PAIRS), metavar="N", help="only the first N (default all)")
     parser.add_argument("--tokens", type=int, default=50, metavar="S", help="default %(default)s, as in the paper")
     parser.add_argument("--repeats", type=int, default=5, metavar="R", help="default %(default)s")
-    parser.add_argument("--seed", type=int, default=0, metavar="S")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of everything that is drawn")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
     add_logging_option(parser)
     parser.set_defaults(command=run)
 

@@ -32,11 +32,11 @@ def add_parser(commands: SubParsers) -> None:
         "--pause", type=float, default=2.0, metavar="S", help="between faults, on average (%(default)s)"
     )
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="of each generation (%(default)s)")
-    parser.add_argument("--target-ms", type=float, default=20.0, metavar="T")
-    parser.add_argument("--drafter-ms", type=float, default=4.0, metavar="D")
-    parser.add_argument("--acceptance", type=float, default=0.8, metavar="A")
+    parser.add_argument("--target-ms", type=float, default=20.0, metavar="T", help="milliseconds of a verification")
+    parser.add_argument("--drafter-ms", type=float, default=4.0, metavar="D", help="milliseconds of a drafted token")
+    parser.add_argument("--acceptance", type=float, default=0.8, metavar="A", help="chance that a draft is right")
     parser.add_argument("--detection-ms", type=int, default=2000, metavar="D", help="silence that means death")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
     add_logging_option(parser)
     parser.set_defaults(command=run, log_level="error")
 

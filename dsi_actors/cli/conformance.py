@@ -30,7 +30,7 @@ def add_parser(commands: SubParsers) -> None:
         action="store_true",
         help="instead of all other checks: welcome the worker with an engine that it does not have",
     )
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
     add_logging_option(parser)
     parser.set_defaults(command=run, log_level="error")
 

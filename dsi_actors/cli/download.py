@@ -17,7 +17,7 @@ def add_parser(commands: SubParsers) -> None:
         "references", metavar="REF", nargs="+",
         help="a hub name (org/name or org/name@revision), package:NAME, a .gguf file, or a directory, which is only checked",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
     add_logging_option(parser)
     parser.set_defaults(command=run)
 

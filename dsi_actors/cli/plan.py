@@ -43,7 +43,7 @@ def add_parser(commands: SubParsers) -> None:
     parser.add_argument("--window-ms", type=float, metavar="T", help="a verification of a full window")
     parser.add_argument("--window", type=int, default=8, metavar="W", help="its positions (default %(default)s)")
     parser.add_argument("--picture", metavar="FILE", help="draw it: .png, .svg or .pdf")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
     add_logging_option(parser)
     parser.set_defaults(command=run, jitter=0.0)
 

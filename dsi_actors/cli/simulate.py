@@ -34,20 +34,22 @@ _WORTH_PROCESSES = 50_000
 
 def add_parser(commands: SubParsers) -> None:
     parser = commands.add_parser("simulate", help="any pair of models in virtual time", description=__doc__)
-    parser.add_argument("--algorithm", choices=[*ALGORITHMS, "all"], default="all")
+    parser.add_argument("--algorithm", choices=[*ALGORITHMS, "all"], default="all", help="which to run")
     add_scenario_options(parser)
-    parser.add_argument("--lookahead", type=lookahead, default="auto", metavar="auto|K")
+    parser.add_argument(
+        "--lookahead", type=lookahead, default="auto", metavar="auto|K", help="drafted tokens between two verifications"
+    )
     parser.add_argument(
         "--rows", type=int, metavar="R", help="the most rows of a drafting step; 1 drafts chains (default: chosen)"
     )
     parser.add_argument("--sp", type=int, default=2, metavar="N", help="target servers (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=100, metavar="S", help="of a generation (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=20, metavar="R", help="generations (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of everything that is drawn")
     parser.add_argument("--cancel-ms", type=float, default=0.0, metavar="C", help="cancels take effect so often")
     parser.add_argument("--trace", metavar="FILE", help="replay what was recorded instead of drawing")
     parser.add_argument("--no-calibration", action="store_true", help="begin without knowing the latencies")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
     add_logging_option(parser)
     parser.set_defaults(command=run)
 

@@ -19,6 +19,22 @@ def default_of(settings: type[Any], name: str) -> Any:
     return next(field.default for field in dataclasses.fields(settings) if field.name == name)
 
 
+class Parser(argparse.ArgumentParser):
+    """Says each option's default in its help, and shows help in the words of the caller's terminal."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **{"formatter_class": _Help, **settings})
+
+
+class _Help(argparse.HelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        silent = action.default is None or isinstance(action.default, bool) or action.default in (argparse.SUPPRESS, [])
+        if silent or not action.option_strings or "default" in text:
+            return text
+        return f"{text} (default %(default)s)"
+
+
 def add_group(parser: argparse.ArgumentParser, title: str, metavar: str) -> SubParsers:
     """Commands of `parser`. Without any of them it shows its help."""
 
@@ -34,8 +50,13 @@ def add_group(parser: argparse.ArgumentParser, title: str, metavar: str) -> SubP
 
 def add_logging_option(parser: argparse.ArgumentParser) -> None:
     levels = ["debug", "info", "warning", "error"]
-    parser.add_argument("--log-level", choices=levels, default=default_of(Config, "log_level"))
-    parser.add_argument("--log-format", choices=["text", "json"], default=default_of(Config, "log_format"))
+    parser.add_argument(
+        "--log-level", choices=levels, default=default_of(Config, "log_level"), help="of what goes to standard error"
+    )
+    parser.add_argument(
+        "--log-format", choices=["text", "json"], default=default_of(Config, "log_format"),
+        help="lines of text, or one JSON object in each line",
+    )  # fmt: skip
 
 
 def add_worker_options(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +83,10 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
         "--engine", default=default_of(Config, "engine"), metavar="NAME",
         help="what runs the models: transformers, or an engine that an installed package brings (default %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="numbers that targets compute with; auto: bfloat16 on a GPU, float32 on a CPU",
+    )  # fmt: skip
     parser.add_argument("--window", type=int, metavar="W", help="positions in one verification forward")
     parser.add_argument("--max-length", type=int, metavar="L", help="positions that a generation may have")
     parser.add_argument(
@@ -82,21 +106,34 @@ def add_ready_timeout_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_algorithm_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--algorithm", choices=ALGORITHMS, default="dsi")
-    parser.add_argument("--lookahead", type=lookahead, default="auto", metavar="auto|K")
-    parser.add_argument("--max-tokens", type=int, default=default_of(Sampling, "max_tokens"), metavar="N")
+    parser.add_argument(
+        "--algorithm", choices=ALGORITHMS, default="dsi",
+        help="ar: plain decoding; si: speculative inference; dsi: distributed speculative inference",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lookahead", type=lookahead, default="auto", metavar="auto|K",
+        help="drafted tokens between two verifications; auto chooses from measured latencies and acceptance",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-tokens", type=int, default=default_of(Sampling, "max_tokens"), metavar="N", help="of the answer"
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Names and defaults are those of `Sampling`, which checks them."""
-    parser.add_argument("--temperature", type=float, default=default_of(Sampling, "temperature"), metavar="T")
-    parser.add_argument("--top-k", type=int, default=default_of(Sampling, "top_k"), metavar="K")
-    parser.add_argument("--top-p", type=float, default=default_of(Sampling, "top_p"), metavar="P")
-    parser.add_argument("--min-p", type=float, default=default_of(Sampling, "min_p"), metavar="P")
-    parser.add_argument(
-        "--repetition-penalty", type=float, default=default_of(Sampling, "repetition_penalty"), metavar="R"
-    )
-    parser.add_argument("--seed", type=int, default=default_of(Sampling, "seed"), metavar="S")
+    helps = {
+        "temperature": ("T", "0 takes the most probable token; higher values draw more freely"),
+        "top_k": ("K", "keep the K most probable tokens (default: all)"),
+        "top_p": ("P", "keep the most probable tokens that together have this probability"),
+        "min_p": ("P", "keep tokens with at least this share of the most probable token's probability"),
+        "repetition_penalty": ("R", "above 1, tokens that were there before become less probable"),
+        "seed": ("S", "the same seed gives the same text"),
+    }
+    for name, (metavar, text) in helps.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int if name in ("top_k", "seed") else float, metavar=metavar, help=text,
+            default=default_of(Sampling, name),
+        )  # fmt: skip
 
 
 def sampling_from(arguments: argparse.Namespace, **more: Any) -> Sampling:
