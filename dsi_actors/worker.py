@@ -24,7 +24,9 @@ def main() -> int:
         "--gpu", type=_device, metavar="N", required=True, help="CUDA device number, or cpu, cpu:0, cpu:1, ..."
     )
     parser.add_argument("--connect", default=DEFAULT_ENDPOINT, help="the orchestrator (default %(default)s)")
-    parser.add_argument("--role", choices=["auto", "target", "drafter"], default="auto")
+    parser.add_argument(
+        "--role", choices=["auto", "target", "drafter"], default="auto", help="auto (default): the orchestrator decides"
+    )
     parser.add_argument(
         "--engine", type=_engine, default="auto", metavar="NAME",
         help="auto (the orchestrator decides), transformers, timed, ngram, or an engine that an installed package brings",
@@ -35,8 +37,10 @@ def main() -> int:
         "--once", action="store_true", help="end with the orchestrator, instead of waiting for the next one"
     )
     parser.add_argument("--supervised", action="store_true", help="exit when standard input closes")
-    parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
-    parser.add_argument("--log-format", choices=["text", "json"], default="text")
+    parser.add_argument(
+        "--log-level", choices=["debug", "info", "warning", "error"], default="info", help="default %(default)s"
+    )
+    parser.add_argument("--log-format", choices=["text", "json"], default="text", help="default %(default)s")
     arguments = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"  # libraries draw bars of their own
     try:
@@ -88,6 +92,10 @@ def _shown() -> AbstractContextManager[Report]:
 
 
 def _device(text: str) -> str:
+    if "," in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: one worker has one device, and a model cannot be split over several yet: start a worker for each"
+        )
     try:
         return device_name(text)
     except ConfigError as error:

@@ -41,7 +41,7 @@ _WAYS: tuple[tuple[Algorithm, int | None], ...] = (
 def add_parser(benches: SubParsers) -> None:
     parser = benches.add_parser("load", help="many clients at once", description=__doc__)
     parser.add_argument("--clients", default="1,4,16,64", metavar="N,...", help="default %(default)s")
-    parser.add_argument("--seconds", type=float, default=15.0, metavar="S", help="of each measurement (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=15.0, metavar="S", help="of each measurement")
     parser.add_argument("--tokens", type=int, default=48, metavar="S", help="of each generation (default %(default)s)")
     parser.add_argument("--sp", type=int, default=2, metavar="N", help="target servers (default %(default)s)")
     parser.add_argument("--target-ms", type=float, default=100.0, metavar="T", help="milliseconds of a verification")

@@ -28,10 +28,8 @@ def add_parser(commands: SubParsers) -> None:
         "--faults", type=int, metavar="N", help="end after so many faults, however long they take, not after --minutes"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="which faults in which order")
-    parser.add_argument(
-        "--pause", type=float, default=2.0, metavar="S", help="between faults, on average (%(default)s)"
-    )
-    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="of each generation (%(default)s)")
+    parser.add_argument("--pause", type=float, default=2.0, metavar="S", help="between faults, on average")
+    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="of each generation")
     parser.add_argument("--target-ms", type=float, default=20.0, metavar="T", help="milliseconds of a verification")
     parser.add_argument("--drafter-ms", type=float, default=4.0, metavar="D", help="milliseconds of a drafted token")
     parser.add_argument("--acceptance", type=float, default=0.8, metavar="A", help="chance that a draft is right")

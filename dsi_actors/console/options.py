@@ -9,6 +9,7 @@ import sys
 from typing import Any, Literal, TypeAlias
 
 from dsi_actors.config import ALGORITHMS, Config, Sampling
+from dsi_actors.engine_options import read_settings
 from dsi_actors.errors import ConfigError
 from dsi_protocol import OptionValue
 
@@ -39,8 +40,8 @@ def add_group(parser: argparse.ArgumentParser, title: str, metavar: str) -> SubP
     """Commands of `parser`. Without any of them it shows its help."""
 
     def show_help(_: argparse.Namespace) -> int:
-        parser.print_help(sys.stderr)
-        return 2
+        parser.print_help(sys.stdout)
+        return 0
 
     parser.set_defaults(
         command=show_help, log_level=default_of(Config, "log_level"), log_format=default_of(Config, "log_format")
@@ -75,10 +76,7 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
         "--sp", type=int, metavar="N",
         help="target servers that verify at the same time (default: one for each GPU, or core, that the drafter leaves)",
     )  # fmt: skip
-    parser.add_argument(
-        "--gpu", action="append", default=[], metavar="N", dest="devices",
-        help="device of the local workers, in turn; may be repeated; cpu is one (default: all CUDA devices, else cpu)",
-    )  # fmt: skip
+    add_device_options(parser)
     parser.add_argument(
         "--engine", default=default_of(Config, "engine"), metavar="NAME",
         help="what runs the models: transformers, or an engine that an installed package brings (default %(default)s)",
@@ -87,8 +85,22 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="numbers that targets compute with; auto: bfloat16 on a GPU, float32 on a CPU",
     )  # fmt: skip
-    parser.add_argument("--window", type=int, metavar="W", help="positions in one verification forward")
-    parser.add_argument("--max-length", type=int, metavar="L", help="positions that a generation may have")
+    parser.add_argument(
+        "--window",
+        type=int,
+        metavar="W",
+        help="positions in one verification forward (default: 32 on a GPU, 8 on a CPU)",
+    )
+    parser.add_argument(
+        "--max-length", type=int, metavar="L", help="positions that a generation may have (default 2048)"
+    )
+    parser.add_argument(
+        "--slots", type=int, metavar="N", help="generations that a worker serves side by side (default 8)"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="ROLE.KEY=VALUE", dest="settings",
+        help="any option of the engine, such as target.graphs=false or drafter.quantization=none; may be repeated",
+    )  # fmt: skip
     parser.add_argument(
         "--no-calibration", action="store_false", dest="calibrate",
         help="do not measure latencies at the start: the first tokens come by plain decoding, and teach them",
@@ -96,6 +108,27 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="T", help="torch threads of each worker (default 1)")
     add_ready_timeout_option(parser)
     add_logging_option(parser)
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gpu", action="extend", type=lambda text: text.split(","), default=[], metavar="LIST", dest="devices",
+        help="devices of the local workers, in turn, such as 0,1 or cpu; may be repeated (default: all CUDA devices, else cpu)",
+    )  # fmt: skip
+    parser.add_argument("--gpus", type=int, metavar="N", help="the first N CUDA devices: the same as --gpu 0,...,N-1")
+
+
+def devices_from(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """Raises ConfigError."""
+    if arguments.gpus is None:
+        return tuple(arguments.devices)
+    if arguments.devices:
+        raise ConfigError("--gpus and --gpu both say where workers run: give one of them")
+    if not 1 <= arguments.gpus <= 64:
+        raise ConfigError(
+            f"--gpus {arguments.gpus}: give a number from 1 to 64, or the devices themselves with --gpu 0,1"
+        )
+    return tuple(str(number) for number in range(arguments.gpus))
 
 
 def add_ready_timeout_option(parser: argparse.ArgumentParser) -> None:
@@ -174,20 +207,23 @@ def config_from(
 ) -> Config:  # fmt: skip
     """Raises ConfigError."""
     engine: dict[str, OptionValue] = {
-        name: value for name in ("window", "max_length", "threads") if (value := getattr(arguments, name)) is not None
+        name: value
+        for name in ("window", "max_length", "slots", "threads")
+        if (value := getattr(arguments, name)) is not None
     }
+    settings = read_settings(arguments.settings, arguments.engine)
     return Config(
         target=arguments.target,
         drafter=_drafters(arguments.drafters),
         sp=arguments.sp,
-        devices=tuple(arguments.devices),
+        devices=devices_from(arguments),
         listen=listen,
         insecure=insecure,
         keys=keys,
         max_generations=max_generations,
         engine=arguments.engine,
-        target_options={**engine, "dtype": arguments.dtype},
-        drafter_options=dict(engine),
+        target_options={**engine, "dtype": arguments.dtype, **settings["target"]},
+        drafter_options={**engine, **settings["drafter"]},
         calibrate=arguments.calibrate,
         ready_timeout_s=arguments.ready_timeout,
         log_level=arguments.log_level,
