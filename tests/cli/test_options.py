@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import dsi_actors
 import dsi_workers
 from dsi_actors.cli.main import _parser
 from dsi_actors.console.options import add_worker_options, config_from
@@ -117,3 +120,11 @@ def test_keys_are_listed_as_json(tmp_path: Path) -> None:
     listed = json.loads(dsi_actors_command("keys", "list", tmp_path / "keys", "--json").stdout)
     assert set(listed) == {"machine", "results"}
     assert [result["name"] for result in listed["results"]] == ["rack-1", "rack-2"]
+
+
+@pytest.mark.parametrize("settings", [dsi_actors.Config, dsi_actors.Sampling])
+def test_help_of_a_class_of_settings_names_each_field(settings: type[Any]) -> None:
+    """`help(dsi_actors.Config)` shows the docstring and nothing of comments."""
+    assert settings.__doc__
+    for field in dataclasses.fields(settings):
+        assert f"`{field.name}`" in settings.__doc__
