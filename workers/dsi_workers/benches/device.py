@@ -26,7 +26,7 @@ import torch
 
 from dsi_workers.backend import Run
 from dsi_workers.benches.requests import read_requests
-from dsi_workers.checkpoints.load import on_a_gpu
+from dsi_workers.checkpoints.load import with_gpu_kernels
 from dsi_workers.decoding.decoder import Decoder
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.decoding.packing import pack
@@ -79,9 +79,9 @@ class DeviceBench:
         with torch.inference_mode():
             decoder = Decoder(weights, config, angles.cos().to(dtype), angles.sin().to(dtype))
             weights.clear()
-            decoder.lay_out(lambda linear: pack(linear, self._window))
+            decoder.replace_linear_layers(lambda linear: pack(linear, self._window))
         recorded = graphs and device.type == "cuda"
-        decodes = on_a_gpu(decoder) if recorded else decoder
+        decodes = with_gpu_kernels(decoder) if recorded else decoder
         self._forward = Forward(decodes, config, device, slots=1, capacity=positions)
         self._bytes_per_ms = self._copy_rate()
 

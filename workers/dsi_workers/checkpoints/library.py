@@ -18,10 +18,10 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from dsi_workers.decoding.attention import attend, mask_of_group
+from dsi_workers.decoding.attention import additive_group_mask, attend
 from dsi_workers.decoding.decoder import Decoder
-from dsi_workers.decoding.kv_cache import Pieces, SlotCache, SlotLayer
-from dsi_workers.decoding.packed import Masks, Packed
+from dsi_workers.decoding.kv_cache import SegmentTensors, SlotCache, SlotLayer
+from dsi_workers.decoding.packed import Masks, PackedBatch
 from dsi_workers.decoding.packing import PackedLinear
 from dsi_workers.engine import EngineError
 from dsi_workers.models.files import first_line
@@ -75,11 +75,11 @@ def as_decoder(model: Any, config: Any, positions: int) -> Decoder | None:
     return Decoder(weights, config, cos[0], sin[0])
 
 
-class LibraryDecoder:
+class TransformersDecoder:
     """Called like a Decoder."""
 
     recorded_rows: Sequence[int] = ()
-    group_rows, sums_in_one_order = 1, False
+    group_rows, batch_invariant = 1, False
 
     def __init__(self, model: Any, config: Any, last_position: int) -> None:
         """Padding may lie beyond the last position that the model knows, where its rope would change for all."""
@@ -92,9 +92,9 @@ class LibraryDecoder:
         for layer in self._decoder_layers():
             layer.register_forward_pre_hook(lambda module, inputs: self._between_layers())
 
-    def __call__(self, packed: Packed, cache: SlotCache, between_layers: Callable[[], None]) -> torch.Tensor:
+    def __call__(self, packed: PackedBatch, cache: SlotCache, between_layers: Callable[[], None]) -> torch.Tensor:
         self._between_layers = between_layers
-        _attention.apart = packed.apart
+        _attention.per_position = packed.per_position
         device = self._model.device
         if self._cache is None or self._cache.slots is not cache:
             self._cache = _Cache(cache)
@@ -104,11 +104,11 @@ class LibraryDecoder:
             attention_mask=self._masks.of(packed, device),
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=torch.tensor(packed.kept, device=device),
+            logits_to_keep=torch.tensor(packed.logits_to_keep, device=device),
         ).logits
         return logits[0]
 
-    def products(self) -> list[Any]:
+    def linear_layers(self) -> list[Any]:
         return [module for module in self._model.modules() if isinstance(module, nn.Linear | PackedLinear)]
 
     @torch.inference_mode()
@@ -145,7 +145,7 @@ class _CacheLayer(CacheLayerMixin):
 
     def update(  # type: ignore[override]  # our own attention function takes pieces
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Pieces, Pieces]:
+    ) -> tuple[SegmentTensors, SegmentTensors]:
         return self._layer.update(key_states, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -175,14 +175,14 @@ class _Attention:
         #: Warm-up looks whether every layer comes by here.
         self.calls = 0
         #: Each position is computed by itself.
-        self.apart = False
+        self.per_position = False
 
     def __call__(
         self,
         module: nn.Module,
         query: torch.Tensor,
-        key: Pieces,
-        value: Pieces,
+        key: SegmentTensors,
+        value: SegmentTensors,
         attention_mask: torch.Tensor,
         scaling: float | None = None,
         dropout: float = 0.0,
@@ -195,8 +195,8 @@ class _Attention:
         batch, heads, width, _ = query.shape
         output = query.new_zeros(batch, width, heads, value[0][1].shape[-1])
         for (rows, keys), (_, values) in zip(key, value, strict=True):
-            mask = mask_of_group(attention_mask[:, :, rows, : keys.shape[2]], heads // keys.shape[1], query.dtype)
-            output[:, rows] = attend(query[:, :, rows], keys, values, mask, scaling, apart=self.apart)
+            mask = additive_group_mask(attention_mask[:, :, rows, : keys.shape[2]], heads // keys.shape[1], query.dtype)
+            output[:, rows] = attend(query[:, :, rows], keys, values, mask, scaling, per_position=self.per_position)
         return output, None
 
 

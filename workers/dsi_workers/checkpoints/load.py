@@ -65,38 +65,38 @@ def load_model(
     graphs: bool = True,
     exact: bool = True,
 ) -> Loaded:
-    """For products of about `rows` rows; `exact`: its bits matter. On a GPU forwards are recorded as `graphs`.
+    """For linear_layers of about `rows` rows; `exact`: its bits matter. On a GPU forwards are recorded as `graphs`.
     Raises EngineError."""
     if quantization not in ("none", "int8"):
         raise EngineError(f"unknown quantization {quantization!r}: choose auto, none, int8")
     int8 = quantization == "int8"
     number_type = int8_dtype(device) if int8 else _dtype(dtype, device)
 
-    def lay_out(linear: nn.Linear) -> nn.Module:
+    def convert(linear: nn.Linear) -> nn.Module:
         return quantize_int8(linear) if int8 else pack(linear, rows)
 
     with _one_sentence(reference):
         checkpoint = read_checkpoint(directory, number_type, device)
         if checkpoint is None:
-            loaded = _load_by_library(directory, device, reference, number_type, most_positions, lay_out)
+            loaded = _load_with_transformers(directory, device, reference, number_type, most_positions, convert)
         else:
             positions = min(most_positions, int(checkpoint.config.max_position_embeddings))
             with torch.inference_mode():
                 decoder = Decoder(checkpoint.weights, checkpoint.config, *checkpoint.rope(positions, number_type))
-                decoder.lay_out(lay_out)
+                decoder.replace_linear_layers(convert)
             loaded = Loaded(decoder, checkpoint.config, positions)
     if graphs and device.type == "cuda" and isinstance(loaded.decoder, Decoder):
-        return replace(loaded, decoder=on_a_gpu(loaded.decoder, exact=exact))
+        return replace(loaded, decoder=with_gpu_kernels(loaded.decoder, exact=exact))
     return loaded
 
 
-def on_a_gpu(decoder: Decoder, *, exact: bool = True) -> ComputesLogits:
+def with_gpu_kernels(decoder: Decoder, *, exact: bool = True) -> ComputesLogits:
     """By kernels of our own, where they can be compiled and run: Triton comes with torch for CUDA, and wants a C compiler."""
     try:
         from dsi_workers.decoding.gpu.decoder import GpuDecoder
 
         by_kernels = GpuDecoder(decoder)
-        by_kernels.try_out()
+        by_kernels.check_kernels()
     except Exception as error:  # of a compiler, a driver, a GPU: whatever it is, there is another way
         if exact and isinstance(error, torch.OutOfMemoryError):
             raise  # by torch's operations it would have other bits than servers that had room
@@ -106,19 +106,19 @@ def on_a_gpu(decoder: Decoder, *, exact: bool = True) -> ComputesLogits:
     return by_kernels
 
 
-def _load_by_library(
-    directory: Path, device: torch.device, reference: str, dtype: torch.dtype, most_positions: int, lay_out: Any
+def _load_with_transformers(
+    directory: Path, device: torch.device, reference: str, dtype: torch.dtype, most_positions: int, convert: Any
 ) -> Loaded:
     # Importing the library takes seconds: only for who needs it.
     from dsi_workers.checkpoints.compatibility import position_limit, refuse_if_not_rewindable
-    from dsi_workers.checkpoints.library import LibraryDecoder, as_decoder, read_config, read_model
+    from dsi_workers.checkpoints.library import TransformersDecoder, as_decoder, read_config, read_model
 
     whole = read_config(directory, reference)
     refuse_if_not_rewindable(whole, reference)
     config = whole.get_text_config(decoder=True)
     positions = min(most_positions, position_limit(config))
     model = read_model(directory, dtype, device)
-    library = LibraryDecoder(model, config, positions - 1)
+    library = TransformersDecoder(model, config, positions - 1)
 
     def logits(decoder: ComputesLogits) -> torch.Tensor:
         forward = Forward(decoder, config, device, slots=1, capacity=_TRIAL)
@@ -129,9 +129,9 @@ def _load_by_library(
     if decoder is not None:
         expected = logits(library)
         if (logits(decoder) - expected).norm() <= _NEAR[dtype] * expected.norm():
-            decoder.lay_out(lay_out)
+            decoder.replace_linear_layers(convert)
             return Loaded(decoder, config, positions)
-    replace_linear_layers(model, lay_out)
+    replace_linear_layers(model, convert)
     return Loaded(library, config, positions)
 
 
