@@ -35,10 +35,8 @@ def unreported(what: str, done: float | None, detail: str) -> None:
 
 
 def cache_directory() -> Path:
-    """The directory for converted models: $DSI_CACHE, else $XDG_CACHE_HOME/dsi-actors, else ~/.cache/dsi-actors.
-
-    Raises ModelError if there is no home directory.
-    """
+    """Where converted models are kept: $DSI_CACHE, else $XDG_CACHE_HOME/dsi-actors, else ~/.cache/dsi-actors.
+    Raises ModelError."""
     if explicit := os.environ.get("DSI_CACHE"):
         return Path(explicit)
     if cache := os.environ.get("XDG_CACHE_HOME"):
