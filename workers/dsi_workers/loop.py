@@ -47,9 +47,11 @@ IDLE_S = 0.1
 #: The last part of a timed wait is a busy loop: waking up takes about this long, and the processor stays awake for the reply.
 _SPIN_S = 0.00015
 #: After a batched step, the loop waits briefly for the next requests of the same generations. Otherwise the earliest would start
-#: alone, the others would queue behind it, and the batch would never re-form. The wait lasts at most the first share of the
-#: step's time. It ends when no message has come for the second share of that time, or for `_GATHER_GAP_S`.
-_GATHER_SHARE, _GATHER_GAP_SHARE, _GATHER_GAP_S = 0.25, 0.1, 0.002
+#: alone, the others would queue behind it, and the batch would never re-form. The wait takes at most this share of the step's
+#: time.
+_GATHER_SHARE = 0.25
+#: The wait ends early when no message has come for this share of the step's time, or for this many seconds, whichever is less.
+_GATHER_GAP_SHARE, _GATHER_GAP_S = 0.1, 0.002
 
 
 class WorkerLoop:

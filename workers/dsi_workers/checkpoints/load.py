@@ -79,7 +79,7 @@ def load_model(
     Raises EngineError.
     """
     if quantization not in ("none", "int8"):
-        raise EngineError(f"unknown quantization {quantization!r}: choose auto, none, int8")
+        raise EngineError(f"unknown quantization {quantization!r}: choose auto, none or int8")
     int8 = quantization == "int8"
     number_type = int8_dtype(device) if int8 else _dtype(dtype, device)
 

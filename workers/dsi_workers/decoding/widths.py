@@ -94,9 +94,9 @@ class Trial:
         return Widths(dict(sorted(costs_s.items())))
 
     def _make_windows_agree(self) -> None:
-        """Set the first attention setting of the forward pass with which full windows give the same bits.
+        """Choose `attends_per_position` and `read_step` of the forward pass so that full windows give the same bits.
 
-        Raises EngineError if there is no such setting.
+        Raises EngineError if no combination does.
         """
         step, capacity = self._forward.read_step, self._forward.cache.capacity
         for self._forward.attends_per_position in (False, True):

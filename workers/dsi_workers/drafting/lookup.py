@@ -18,7 +18,7 @@ from dsi_workers.drafting.suffix_index import SUFFIX_LENGTHS, Texts
 from dsi_workers.session import Session
 
 #: The most tokens of a guess.
-_MOST_GUESSES = 7
+_MOST_GUESSED_TOKENS = 7
 #: Guesses are copied if at least this share of them is right.
 COPY_RATE = 0.95
 #: The fewest tokens worth copying.
@@ -85,9 +85,9 @@ class Lookup:
 
     def guess(self, session: Session, most: int) -> list[int]:
         """Return up to `most` tokens that may follow the session's. The model must check them: call `checked` then."""
-        found, match = self._texts.find(session, min(most, _MOST_GUESSES))
+        found, match = self._texts.find(session, min(most, _MOST_GUESSED_TOKENS))
         if match:
-            del found[self._best_number_of_guesses(self._records[match]) :]
+            del found[self._best_guess_length(self._records[match]) :]
             self._matches[session.generation] = match
             if not found:
                 self._records[match].decay()
@@ -105,7 +105,7 @@ class Lookup:
         """Return up to `most` tokens to draft without a check by the model. [] where guesses are not right often enough."""
         copies = self._copies.setdefault(session.generation, deque(maxlen=_MOST_UNCONFIRMED))
         self._revise_counts(session, copies)
-        found, match = self._texts.find(session, _MOST_GUESSES)
+        found, match = self._texts.find(session, _MOST_GUESSED_TOKENS)
         length, enough = len(session.tokens), len(found) >= _FEWEST_COPIED
         del found[most:]
         if not enough or length + len(found) - session.computed > _MOST_BEHIND:
@@ -149,12 +149,12 @@ class Lookup:
         self._matches.pop(session.generation, None)
         self._right.pop(session.generation, None)
 
-    def _best_number_of_guesses(self, record: _Record) -> int:
+    def _best_guess_length(self, record: _Record) -> int:
         """The number of guessed tokens for which a forward pass gives the most expected tokens per microsecond. May be 0."""
         rate = record.rate
         best, best_per_us = 0, 1.0 / self._cost_us(1)
         expected, chance = 1.0, 1.0
-        for guesses in range(1, _MOST_GUESSES + 1):
+        for guesses in range(1, _MOST_GUESSED_TOKENS + 1):
             chance *= rate
             expected += chance
             if (per_us := expected / self._cost_us(guesses + 1)) > best_per_us:

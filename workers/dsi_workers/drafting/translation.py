@@ -139,7 +139,7 @@ class Translation:
             found = self._target.tokens(beyond)
         else:
             return []
-        return found if whole else found[: self._number_of_final(found)]
+        return found if whole else found[: self._number_of_final_tokens(found)]
 
     def _context_tokens(self) -> list[int]:
         """The target's last tokens, starting at a word; where no word starts, at a character."""
@@ -148,7 +148,7 @@ class Translation:
         word = self._last_word_start(range(max(0, end - _CONTEXT), end))
         return tail[self._target.complete(tail) :] if word is None else self._target_tokens[word:]
 
-    def _number_of_final(self, found: Sequence[int]) -> int:
+    def _number_of_final_tokens(self, found: Sequence[int]) -> int:
         """The number of tokens that will not change: those before the last word and before an incomplete character."""
         final = len(found)
         while final > max(0, len(found) - _MOST_HELD_BACK):
@@ -166,14 +166,14 @@ class Translation:
         word = self._last_word_start(range(self._aligned_target + 1, len(self._target_tokens) - _TAIL // 4))
         if word is None:
             return
-        said = self._unaligned_text()
+        unaligned = self._unaligned_text()
         before = len(
             self._target.text(self._target_tokens[self._aligned_target : word], begins=self._aligned_target == 0)
         )
         for anchor in range(len(self.session.tokens) - 1, self._aligned_drafter, -1):
             rest = self._drafter.text(self.session.tokens[anchor:])
-            if len(rest) >= len(said) - before:
-                if rest == said[before:]:
+            if len(rest) >= len(unaligned) - before:
+                if rest == unaligned[before:]:
                     self._aligned_target, self._aligned_drafter, self._known_characters = (
                         word,
                         anchor,
