@@ -413,7 +413,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, when: str) -> None:
         (["conformance", "5555"], "cannot listen on '5555' is no endpoint"),
         (["generate", PROMPT, "--drafter", "/nowhere/x.gguf"], "there is no file /nowhere/x.gguf"),
         (["generate", PROMPT, "--target", "package:no_such"], "no Python package 'no_such' is installed"),
-        (["generate", PROMPT, "--target", "tests"], "holds no transformers model"),
+        (["generate", PROMPT, "--target", "tests"], "is not a transformers model"),
         (["bench", "exact", "--prompts", "/nowhere"], "/nowhere cannot be read as lines of"),
         (["bench", "exact", "--prompts", "Makefile"], "Makefile cannot be read as lines of"),
         (

@@ -67,8 +67,8 @@ async def test_a_worker_without_the_right_key_is_turned_away(
     else:
         _, said = await asyncio.to_thread(stranger.communicate, None, limit_s())
         assert stranger.returncode == 1
-        assert "turned this worker away" in said
-        assert "dsi-actors keys new DIRECTORY NAME makes one" in said
+        assert "refused the connection: " in said
+        assert "make a key with dsi-actors keys new DIRECTORY NAME" in said
     assert len(guarded.workers) == 3
 
 

@@ -21,11 +21,11 @@ pytest.importorskip("triton", reason="kernels for a GPU need Triton")
 from dsi_protocol import OptionValue
 from dsi_protocol.gumbel import stream_key
 from dsi_workers.backend import Run
-from dsi_workers.checkpoints.load import load_model, on_a_gpu
+from dsi_workers.checkpoints.load import load_model, with_gpu_kernels
 from dsi_workers.decoding.decoder import Decoder
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.decoding.gpu.decoder import GpuDecoder
-from dsi_workers.decoding.gpu.product import Product
+from dsi_workers.decoding.gpu.linear import GpuLinear
 from dsi_workers.decoding.quantization import Int8Linear
 from dsi_workers.decoding.widths import Trial, Widths
 from dsi_workers.engine import Interrupted
@@ -178,7 +178,7 @@ def engine_on_a_gpu(monkeypatch: pytest.MonkeyPatch, directory: Path, role: str,
         def load_by_kernels(*arguments: Any, **more: Any) -> Any:
             found = load_model(*arguments, **more)
             assert isinstance(found.decoder, Decoder)
-            return replace(found, decoder=on_a_gpu(found.decoder))
+            return replace(found, decoder=with_gpu_kernels(found.decoder))
 
         def widths(trial: Trial, slots: int) -> Widths:
             return Widths({rows: 1.0 for rows in (1, 2, 4, 8, 16, 32, 64)})
@@ -292,7 +292,7 @@ def test_products_are_the_layers(gated: bool, outputs: int) -> None:
         gate, up = expected.float().chunk(2, dim=-1)
         expected = torch.nn.functional.silu(gate) * up
     with torch.inference_mode():
-        assert_near(Product(linear, gated=gated)(x), expected)
+        assert_near(GpuLinear(linear, gated=gated)(x), expected)
 
 
 def test_int8_weights_are_scaled_back() -> None:
@@ -303,7 +303,7 @@ def test_int8_weights_are_scaled_back() -> None:
     x = random_tensor(5, 72, seed=6)
     with torch.inference_mode():
         expected = x.float() @ (int8.weight.float() * int8.scale.float()[:, None]).T + linear.bias.float()
-        assert_near(Product(int8)(x), expected)
+        assert_near(GpuLinear(int8)(x), expected)
 
 
 @pytest.mark.skipif(not GPU, reason="there is no GPU")

@@ -113,7 +113,7 @@ def worker(request: pytest.FixtureRequest, model: Path, other_model: Path) -> tu
     made = load_engine("transformers", role=role, model=str(model), device="cpu:0", options=options)
     assert type(made) is (TranslatingEngine if kind == "translating drafter" else ModelEngine)
     if "lookup" in kind:  # many guesses are worth it, none is copied
-        cast("Any", made)._lookup = Lookup({1: 10.0, 8: 11.0}, remember=False, sure=2.0)
+        cast("Any", made)._lookup = Lookup({1: 10.0, 8: 11.0}, remember=False, copy_rate=2.0)
     return role, made
 
 

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation import logits_process as library
 
 from dsi_protocol.gumbel import gumbel, stream_key
-from dsi_workers.sampling import Sampler, gumbel_noise, kept_scores, log_probability, penalised
+from dsi_workers.sampling import Sampler, apply_repetition_penalty, filter_scores, gumbel_noise, log_probability
 from dsi_workers.session import SamplingParameters, Session
 from support.engines import make_tiny_model
 
@@ -155,8 +155,12 @@ def by_the_library(logits: torch.Tensor, prefix: list[int], parameters: Sampling
 def by_us(logits: torch.Tensor, prefix: list[int], parameters: SamplingParameters) -> torch.Tensor:
     said = torch.zeros(WORDS, dtype=torch.bool)
     said[prefix] = True
-    scores = penalised(logits, said, parameters.repetition_penalty) if parameters.repetition_penalty != 1 else logits
-    return kept_scores(scores, parameters)
+    scores = (
+        apply_repetition_penalty(logits, said, parameters.repetition_penalty)
+        if parameters.repetition_penalty != 1
+        else logits
+    )
+    return filter_scores(scores, parameters)
 
 
 @pytest.mark.parametrize("values", PARAMETERS, ids=lambda values: "+".join(values))

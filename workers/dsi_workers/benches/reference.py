@@ -1,4 +1,4 @@
-"""What our figures are held against: transformers itself, in a process of its own.
+"""Runs transformers itself, in a separate process, for benchmarks that compare with it.
 
 `python -m dsi_workers.benches.reference --model REF` reads one JSON request per line and writes one JSON answer per line:
 
@@ -6,8 +6,8 @@
         -> {"tokens": [ids], "times_ms": [since the request]}
     {"distance": [ids], "start": n, "temperature": t}      -> {"total_variation": [one for each token from start on]}
 
-`generate` is the library's own loop, greedy, with its own cache and masks; with `assist` its assisted generation, by "lookup"
-(of what was there before, in the prompt and after it) or by "drafter". `distance` needs --drafter, too.
+`generate` is transformers' own greedy loop, with its own KV cache and masks. With `assist`, it is transformers' assisted
+generation: "lookup" is prompt lookup in the text so far, "drafter" uses the model of --drafter. `distance` also needs --drafter.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from dsi_workers.decoding.quantization import int8_dtype, quantize_int8
 from dsi_workers.models.files import ModelError
 from dsi_workers.models.resolve import resolve_model
 
-#: Of prompt lookup, as in the library's documentation.
+#: Tokens that prompt lookup drafts at once, as in transformers' documentation.
 _LOOKUP_TOKENS = 10
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class _Clock(StoppingCriteria):
-    """Stops nothing; notes when tokens were there: assisted generation gives several at once."""
+    """A stopping criterion that never stops. It records when tokens arrive; assisted generation gives several at once."""
 
     def __init__(self) -> None:
         self.begun = time.perf_counter()
@@ -46,7 +46,7 @@ class _Clock(StoppingCriteria):
 
 
 class Reference:
-    """A target as transformers runs it, and the drafter whose distributions are compared with it."""
+    """A target and a drafter, both run by transformers."""
 
     def __init__(self, model: str, drafter: str, dtype: str, device: torch.device) -> None:
         self._device = device
@@ -87,14 +87,17 @@ class Reference:
 
     @torch.inference_mode()
     def distance(self, tokens: list[int], start: int, temperature: float) -> dict[str, Any]:
-        """Total variation between the distributions that target and drafter give to each token from `start` on."""
+        """Total variation distance between the target's and the drafter's distribution, for each token from `start` on."""
         ids = torch.tensor([tokens], device=self._device)
         logits = self._target(ids).logits[0, start - 1 : -1], self._drafted_logits(ids, start)
         target, drafter = ((each.float() / temperature).softmax(dim=-1) for each in logits)
         return {"total_variation": ((target - drafter).abs().sum(dim=-1) / 2).tolist()}
 
     def _drafted_logits(self, ids: torch.Tensor, start: int) -> torch.Tensor:
-        """Token after token, as it drafts: a product in int8 gives each row a little of its neighbours."""
+        """The drafter's logits, computed one token at a time as in drafting.
+
+        With int8 inputs, the rows of a product share one scale, so other rows would change the logits.
+        """
         cache, logits = DynamicCache(), []
         for begin, end in [(0, start), *((place, place + 1) for place in range(start, ids.shape[1] - 1))]:
             logits.append(self._drafter(ids[:, begin:end], past_key_values=cache).logits[0, -1:])

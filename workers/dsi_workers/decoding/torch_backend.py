@@ -1,4 +1,4 @@
-"""The backend of this project: our own layers, or transformers' layers, on torch."""
+"""The backend on torch, with this project's own decoder or transformers' layers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from dsi_workers.engine import Interrupt, Never
 
 
 class TorchBackend:
-    """`widths`: the forwards of a target whose bits agree (widths.py). None for a drafter, which computes exactly the rows that
-    it must, since nobody compares its bits."""
+    """Computes logits with torch, and pads the runs of a target to widths whose bits agree.
+
+    `widths` names these widths (widths.py). It is None for a drafter, whose bits do not matter: its runs are not padded.
+    """
 
     def __init__(
         self,
@@ -47,16 +49,16 @@ class TorchBackend:
 
     def compute(self, runs: Sequence[Run], interrupt: Interrupt) -> list[torch.Tensor]:
         self.forward.interrupt = interrupt
-        runs, rows, logit_rows = self._laid_out(runs)
+        runs, rows, logit_rows = self._plan_rows(runs)
         return self.forward(runs, rows=rows, logit_rows=logit_rows)
 
     def time_s(self, runs: Sequence[Run]) -> float:
         self.forward.interrupt = Never()
-        runs, rows, logit_rows = self._laid_out(runs)
+        runs, rows, logit_rows = self._plan_rows(runs)
         return self.forward.timed_s(runs, rows=rows, logit_rows=logit_rows)
 
     def rows(self, run: Run) -> int:
-        return self.forward.rows_of(self._wide(run, alone=False))
+        return self.forward.rows_of(self._with_width(run, alone=False))
 
     def warm_up(self) -> None:
         """Record the graphs of the forwards that are recorded on a GPU."""
@@ -66,18 +68,19 @@ class TorchBackend:
     def release(self) -> None:
         self.forward.cache.release(0)
 
-    def _laid_out(self, runs: Sequence[Run]) -> tuple[Sequence[Run], int, int]:
-        """The runs with their widths, the rows of the forward, and the rows that it computes logits for."""
+    def _plan_rows(self, runs: Sequence[Run]) -> tuple[Sequence[Run], int, int]:
+        """Return the runs with their widths, the rows of the forward pass, and the number of rows to compute logits for."""
         alone, widths = len(runs) == 1, self.widths
-        runs = [self._wide(run, alone=alone) for run in runs]
+        runs = [self._with_width(run, alone=alone) for run in runs]
         rows, logit_rows = sum(run.width for run in runs), sum(len(run.wanted) for run in runs)
         if widths is None:
             return runs, rows, logit_rows
-        if not alone and rows <= widths.most:  # a chunk of a prompt may be wider: it is by itself
+        if not alone and rows <= widths.most:  # a prompt chunk may be wider: it has a forward pass of its own
             rows = widths.cheapest(rows)
         return runs, rows, widths.cheapest(logit_rows) if logit_rows <= widths.most else logit_rows
 
-    def _wide(self, run: Run, *, alone: bool) -> Run:
+    def _with_width(self, run: Run, *, alone: bool) -> Run:
+        """Return the run with a width. `alone`: no other run is in the forward pass."""
         if run.width:
             return run
         length = len(run.tokens)
