@@ -47,8 +47,6 @@ class Peer:
         self.identity: bytes | None = None
         self.hello: Hello | None = None
         self.ready: Ready | None = None
-        #: Whether its heartbeats are answered.
-        self.answers_heartbeats = True
         self.heartbeats: list[Heartbeat] = []
         self.welcomed_s = 0.0
         self._said: deque[Message] = deque()
@@ -71,9 +69,8 @@ class Peer:
     def _on_message(self, identity: bytes, message: Message) -> None:
         if isinstance(message, Heartbeat):
             self.heartbeats.append(message)
-            if self.answers_heartbeats:
-                with contextlib.suppress(PeerGone):
-                    self._gateway.send(identity, message)
+            with contextlib.suppress(PeerGone):
+                self._gateway.send(identity, message)
         elif isinstance(message, Hello) and self.identity is None:
             self.identity, self.hello = identity, message
         if identity == self.identity and isinstance(message, Preparing):
@@ -135,6 +132,15 @@ class Peer:
             send(self.identity)
         except PeerGone:
             raise Nonconformance("it has closed its connection") from None
+
+    def has_left(self) -> bool:
+        """Whether its connection is gone. Asks by a Heartbeat that answers none of its own, which a worker must ignore."""
+        assert self.identity is not None
+        try:
+            self._gateway.send(self.identity, Heartbeat(0, 0))
+        except PeerGone:
+            return True
+        return False
 
     def welcome(self, role: str, engine: str, model: str, *, heartbeat_ms: int, silence_ms: int) -> None:
         self.welcomed_s = self.welcomed_s or time.monotonic()

@@ -46,10 +46,6 @@ class Watch:
         self._guessed: dict[int, int] = {}
         orchestrator.observe(self._on_moment)
 
-    @property
-    def viewers(self) -> int:
-        return len(self._viewers)
-
     async def events(self) -> AsyncIterator[str]:
         """One event every tenth of a second: who works here, and what happened since the last one. Raises ApiError."""
         if len(self._viewers) >= _MOST_VIEWERS:

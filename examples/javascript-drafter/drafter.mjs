@@ -40,7 +40,6 @@ class Session {
 
 export class Drafter {
   #sessions = new Map();
-  #draining = false;
 
   /** The replies to a message of the orchestrator, in order. */
   *react(message) {
@@ -59,9 +58,6 @@ export class Drafter {
       case "Draft":
       case "Verify":
         yield* this.#onRequest(message);
-        break;
-      case "Drain":
-        this.#draining = true;
         break;
     }
   }
@@ -100,7 +96,6 @@ export class Drafter {
     const fail = (code, message) => ({ type: "Failed", code, message });
     const { base, tokens, start, count, block } = request;
     const end = base + tokens.length;
-    if (this.#draining) return yield fail("draining", "this worker takes no more work");
     if (request.type === "Verify") return yield fail("limit", "this worker only drafts");
     if (start < Math.max(end, 1) || count < 1 || block < 1) return yield fail("limit", "start, count or block is out of range");
     if (start + count > MAX_LENGTH) return yield fail("limit", `position ${start + count} is beyond ${MAX_LENGTH}`);
@@ -182,10 +177,6 @@ export async function serve(endpoint) {
       });
     }
     for (const reply of drafter.react(message)) say(reply);
-    if (message.type === "Drain") {
-      say({ type: "Goodbye", reason: "drained", again: false });
-      return leave(0, "drained");
-    }
   }
 }
 

@@ -205,13 +205,6 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
-class Drain:
-    """O→W. Finish what is running, take nothing more, say Goodbye and exit."""
-
-    TYPE: ClassVar[int] = 15
-
-
-@dataclass(frozen=True, slots=True)
 class Goodbye:
     """W→O: this worker leaves. O→W: this incarnation is not served any more. `reason` is for people."""
 
@@ -232,13 +225,11 @@ class Preparing:
 FromWorker: TypeAlias = (
     Hello | Ready | Heartbeat | Drafted | Verified | Cancelled | NeedPrefix | Failed | Goodbye | Preparing
 )
-FromOrchestrator: TypeAlias = (
-    Welcome | Heartbeat | OpenGeneration | CloseGeneration | Draft | Verify | Cancel | Drain | Goodbye
-)
+FromOrchestrator: TypeAlias = Welcome | Heartbeat | OpenGeneration | CloseGeneration | Draft | Verify | Cancel | Goodbye
 Message: TypeAlias = FromWorker | FromOrchestrator
 Reply: TypeAlias = Drafted | Verified | Cancelled | NeedPrefix | Failed
 
 MESSAGES: tuple[type[Message], ...] = (
     Hello, Welcome, Ready, Heartbeat, OpenGeneration, CloseGeneration, Draft, Drafted,
-    Verify, Verified, Cancel, Cancelled, NeedPrefix, Failed, Drain, Goodbye, Preparing,
+    Verify, Verified, Cancel, Cancelled, NeedPrefix, Failed, Goodbye, Preparing,
 )  # fmt: skip

@@ -91,7 +91,7 @@ def test_the_drafter_in_javascript_conforms(node: Path, tmp_path: Path) -> None:
         found = results(process)
         drafter.communicate(timeout=limit_s())
     assert [result for result in found["results"] if not result["passed"]] == []
-    assert drafter.returncode == 0, "drained"
+    assert drafter.returncode == 0, "dismissed"
 
 
 async def test_the_drafter_in_javascript_drafts_for_a_real_generation(

@@ -35,7 +35,7 @@ async def test_a_viewer_that_reads_sees_each_commit(service: Served) -> None:
     await is_served(service)
     await client.reply_until(b'"is": "end"')
     client.leave()
-    await service.until(lambda: not service.service.watch.viewers)
+    await service.until(lambda: not service.service.watch._viewers)
 
 
 async def test_a_text_that_cannot_be_shown_is_missing_there_alone(
@@ -66,12 +66,12 @@ async def test_a_viewer_that_does_not_read_is_ended(service: Served, monkeypatch
     events = 0
     async for _ in other:  # each is made once, for both
         events += 1
-        if service.service.watch.viewers == 1:
+        if len(service.service.watch._viewers) == 1:
             break
     assert events >= watch._MOST_EVENTS_BEHIND
     assert len([event async for event in behind]) == watch._MOST_EVENTS_BEHIND - 1
     await other.aclose()  # type: ignore[attr-defined]
-    assert service.service.watch.viewers == 0
+    assert not service.service.watch._viewers
 
 
 async def test_an_observer_that_fails_is_told_no_more(service: Served) -> None:

@@ -14,7 +14,6 @@ from dsi_protocol import (
     CloseGeneration,
     Draft,
     Drafted,
-    Drain,
     Failed,
     FromWorker,
     Goodbye,
@@ -32,7 +31,7 @@ from dsi_workers.drafting.lookup import Lookup
 from dsi_workers.engines import Engine, RequestError, load_engine
 from dsi_workers.engines.model import ModelEngine
 from dsi_workers.engines.translating import TranslatingEngine
-from dsi_workers.loop import IDLE_S, MAX_SESSIONS, WorkerLoop
+from dsi_workers.loop import MAX_SESSIONS, WorkerLoop
 from support.engines import CountingEngine, ScriptedSocket, make_tiny_model, torch_backend
 
 #: Numbers that stand for nothing else in an engine.
@@ -57,8 +56,8 @@ class MidStepSocket(ScriptedSocket):
         within = bool(self.loop is not None and self.loop._current)
         self.steps += within and not self._within
         self._within = within
-        if not within:  # while it waits for the next of a batch, a loop is not idle yet
-            return super().receive(timeout_s if timeout_s >= IDLE_S else 0.0)
+        if not within:
+            return super().receive(timeout_s)
         due = bool(self.mid_step) and self.mid_step[0][0] <= self.steps
         return self.mid_step.popleft()[1] if due else None
 
@@ -241,7 +240,7 @@ def test_what_a_request_asks_is_no_failure_of_the_engine() -> None:
 def test_parameters_without_a_meaning_are_refused_as_the_requests_own(name: str, value: float) -> None:
     changed: dict[str, Any] = {name: value}
     opened = replace(OPEN, **changed)
-    [reply] = served(CountingEngine(), MidStepSocket(), opened, Verify(ONE, 1, 0, 0, (10, 11, 12), 3), Drain())
+    [reply] = served(CountingEngine(), MidStepSocket(), opened, Verify(ONE, 1, 0, 0, (10, 11, 12), 3))
     assert isinstance(reply, Failed)
     assert reply.code == "request"
     assert f"{name} must lie in" in reply.message
