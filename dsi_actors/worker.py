@@ -49,7 +49,7 @@ def _work(arguments: argparse.Namespace) -> int:
     configure_logging(arguments.log_level, arguments.log_format)
     incarnation = os.environ.get("DSI_INCARNATION", "") if arguments.supervised else ""
     try:
-        key = None if arguments.key is None else load_worker_key(arguments.key)
+        keys = None if arguments.key is None else CurveKeys(*load_worker_key(arguments.key))
     except ConfigError as error:
         complain(f"worker: {error}")
         return 1
@@ -62,7 +62,7 @@ def _work(arguments: argparse.Namespace) -> int:
         supervised=arguments.supervised,
         once=arguments.once,
         incarnation=int(incarnation) if incarnation else None,
-        keys=None if key is None else CurveKeys(key.orchestrator, key.public, key.secret),
+        keys=keys,
         progress=_shown,
     )
     try:
