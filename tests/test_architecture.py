@@ -24,7 +24,7 @@ LAYERS = {
     "dsi_actors": (
         "errors logs host config keys progress results core actor stream planning tokenization tokenizer models transport "
         "workforce supervision generation root local_workers orchestrator __init__ "
-        "simulation tracing serving chaos conformance console benches worker cli"
+        "percentiles simulation tracing serving chaos conformance console benches worker cli"
     ),
     "dsi_workers": (
         "__init__ session engine backend sampling connection models decoding checkpoints drafting engines benches "

@@ -26,6 +26,7 @@ from dsi_actors.console.progress import prepare_shown
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
 from dsi_actors.orchestrator import Orchestrator
+from dsi_actors.percentiles import percentile
 
 _PROMPTS = 8
 _WAYS: tuple[tuple[Algorithm, int | None], ...] = (
@@ -131,17 +132,13 @@ def _row(clients: Sequence[_Client], seconds: float) -> dict[str, Any]:
     rates = sorted(client.tokens for client in clients)
     return {
         "tokens_per_s": sum(rates) / seconds,
-        "first_token_ms_p50": _percentile(first, 50), "first_token_ms_p99": _percentile(first, 99),
+        "first_token_ms_p50": percentile(first, 50), "first_token_ms_p99": percentile(first, 99),
         "ms_per_token": statistics.fmean(intervals) if intervals else 0.0,
-        "ms_per_token_p50": _percentile(intervals, 50), "ms_per_token_p99": _percentile(intervals, 99),
+        "ms_per_token_p50": percentile(intervals, 50), "ms_per_token_p99": percentile(intervals, 99),
         "slowest_over_fastest_client": rates[0] / rates[-1] if rates[-1] else 0.0,
         "generations": sum(client.generations for client in clients),
         "differing": sum(client.different for client in clients),
     }  # fmt: skip
-
-
-def _percentile(values: Sequence[float], percent: int) -> float:
-    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else sum(values)
 
 
 async def run(arguments: argparse.Namespace) -> int:
