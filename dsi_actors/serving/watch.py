@@ -44,7 +44,7 @@ class Watch:
         self._texts: dict[int, TokenStream] = {}
         #: One past the last position that was guessed in each generation, since the last correction.
         self._guessed: dict[int, int] = {}
-        orchestrator.observe(self._on_moment)
+        self._observation = orchestrator.observe(self._on_moment)
 
     async def events(self) -> AsyncIterator[str]:
         """One event every tenth of a second: who works here, and what happened since the last one. Raises ApiError."""
@@ -62,7 +62,8 @@ class Watch:
             self._drop(viewer)
 
     def end(self) -> None:
-        """End the streams of all viewers."""
+        """End the streams of all viewers. Nothing is watched any more."""
+        self._observation.end()
         for viewer in list(self._viewers):
             self._end(viewer)
 

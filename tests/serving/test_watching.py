@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from dsi_actors.core.actions import Finish
 from dsi_actors.serving import watch
 from support.service import Served, completion, lone_text, served
 
@@ -74,19 +75,16 @@ async def test_a_viewer_that_does_not_read_is_ended(service: Served, monkeypatch
     assert not service.service.watch._viewers
 
 
-async def test_an_observer_that_fails_is_told_no_more(service: Served) -> None:
-    told = []
-
-    def observer(generation: int, item: Any) -> None:
-        told.append(item)
-        raise ValueError("no")
-
-    mine = service.orchestrator._observer
-    service.orchestrator.observe(observer)
-    await is_served(service)
-    await is_served(service)
-    assert len(told) == 1
-    service.orchestrator._observer = mine
+async def test_who_observes_takes_nothing_from_the_dashboard(service: Served) -> None:
+    client = await service.connect()
+    await client.send(VIEW)
+    await client.reply(until=lambda reply: b'"workers"' in reply.body)
+    told: list[Any] = []
+    with service.orchestrator.observe(lambda generation, item: told.append(item)):
+        await is_served(service)
+        await client.reply_until(b'"is": "end"')
+    assert any(isinstance(item, Finish) for item in told)
+    client.leave()
 
 
 async def test_metrics_that_fail_are_not_missed(service: Served, monkeypatch: pytest.MonkeyPatch) -> None:
