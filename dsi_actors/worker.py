@@ -11,6 +11,7 @@ from dsi_actors.errors import ConfigError
 from dsi_actors.host.devices import device_name
 from dsi_actors.host.standard_streams import complain, prepare_streams
 from dsi_actors.keys import load_worker_key
+from dsi_actors.logs import show_logs
 from dsi_actors.progress import Report
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
@@ -44,9 +45,9 @@ def main() -> int:
 
 def _work(arguments: argparse.Namespace) -> int:
     from dsi_workers.connection import CurveKeys
-    from dsi_workers.main import OtherEngineWanted, WorkerConfig, WorkerError, configure_logging, run_worker
+    from dsi_workers.main import OtherEngineWanted, WorkerConfig, WorkerError, run_worker
 
-    configure_logging(arguments.log_level, arguments.log_format)
+    show_logs(arguments.log_level, arguments.log_format)
     incarnation = os.environ.get("DSI_INCARNATION", "") if arguments.supervised else ""
     try:
         keys = None if arguments.key is None else CurveKeys(*load_worker_key(arguments.key))
