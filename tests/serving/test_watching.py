@@ -39,6 +39,31 @@ async def test_a_viewer_that_reads_sees_each_commit(service: Served) -> None:
     await service.until(lambda: not service.service.watch._viewers)
 
 
+async def test_nothing_on_the_way_keeps_events_back(service: Served) -> None:
+    client = await service.connect()
+    await client.send(VIEW)
+    seen = await client.reply(until=lambda reply: b"\n\n" in reply.body)
+    asked = await service.ask(completion("w4", max_tokens=2, stream=True))
+    for reply in (seen, asked):
+        assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
+        assert (reply.headers["cache-control"], reply.headers["x-accel-buffering"]) == ("no-cache", "no")
+    client.leave()
+
+
+async def test_one_viewer_too_many_is_refused_with_a_status(service: Served) -> None:
+    await service.until(lambda: not service.service.watch._viewers)
+    viewers = [await service.connect() for _ in range(watch._MOST_VIEWERS)]
+    for viewer in viewers:
+        await viewer.send(VIEW)
+        await viewer.reply(until=lambda reply: b'"workers"' in reply.body)
+    refused = await service.ask(VIEW)
+    assert refused.status == 429
+    assert "look at the dashboard already: try again later" in refused.error["message"]
+    for viewer in viewers:
+        viewer.leave()
+    await service.until(lambda: not service.service.watch._viewers)
+
+
 async def test_a_text_that_cannot_be_shown_is_missing_there_alone(
     service: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
