@@ -18,9 +18,9 @@ from rich.table import Table
 
 from dsi_actors.benches.timed_workers import TimedBench, Way, alternate, best_si_way, check_sizes, ratio, row_of
 from dsi_actors.console.machine import describe_machine
+from dsi_actors.console.numbers import numbers
 from dsi_actors.console.options import SubParsers, add_logging_option
 from dsi_actors.console.terminal import terminal
-from dsi_actors.errors import ConfigError
 from dsi_actors.simulation.run import Scenario
 
 
@@ -65,7 +65,7 @@ def add_parser(benches: SubParsers) -> None:
 
 async def run(arguments: argparse.Namespace) -> int:
     check_sizes(arguments, "tokens", "repeats", "pairs")
-    servers = _servers(arguments.sp)
+    servers = numbers(arguments.sp, "--sp", int, 1, 64)
     rows: list[dict[str, Any]] = []
     table = Table("", "AR", "SI best", *(f"DSI SP={sp}" for sp in servers), "over SI", "paper")
     for pair in PAIRS[: arguments.pairs]:
@@ -109,13 +109,3 @@ async def run(arguments: argparse.Namespace) -> int:
 
 def _is(row: dict[str, Any], way: Way) -> bool:
     return bool(row["algorithm"] == way.algorithm and row["sp"] == way.sp and way.lookahead in (None, row["lookahead"]))
-
-
-def _servers(text: str) -> list[int]:
-    try:
-        servers = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--sp {text!r}: give numbers of target servers, such as 1,2,7") from None
-    if not servers or min(servers) < 1 or max(servers) > 64:
-        raise ConfigError(f"--sp {text}: each must lie in [1, 64]")
-    return servers

@@ -153,7 +153,7 @@ def test_bench_gpu_measures_a_device_against_its_limit() -> None:
     assert result["cancel_to_free_ms"] > 0
     assert 8 in result["same_bits"]["widths"]
     assert len(result["together"]["each_ms"]) == 2
-    for wrong, problem in (("--shapes=7b", "--shapes 7b is unknown"), ("--widths=0", "is no list of numbers")):
+    for wrong, problem in (("--shapes=7b", "--shapes 7b is unknown"), ("--widths=0", "each must lie in [1, 128]")):
         assert problem in dsi_actors("bench", "gpu", wrong).stderr
 
 
@@ -435,7 +435,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, when: str) -> None:
         (["simulate", "--trace", "Makefile"], "Makefile cannot be read as a trace"),
         (["bench", "timed", "--sp", "1000"], "more than 64 devices for one request make no sense"),
         (["bench", "table2", "--sp", "0,1"], "each must lie in [1, 64]"),
-        (["bench", "table2", "--sp", "x"], "give numbers of target servers"),
+        (["bench", "table2", "--sp", "x"], "--sp 'x' is no list of numbers"),
         (["bench", "never-slower", "--acceptances", "2"], "--acceptances 2: each must lie in [0, 1]"),
         ([*PLAN, "--gpus", "1"], "at least 2"),
         ([*PLAN, "--gpus", "1000"], "more than 64 devices for one request make no sense"),
