@@ -11,6 +11,7 @@ from dsi_actors.errors import ConfigError
 from dsi_actors.host.devices import device_name
 from dsi_actors.host.standard_streams import complain, prepare_streams
 from dsi_actors.keys import load_worker_key
+from dsi_actors.logs import show_logs
 from dsi_actors.progress import Report
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
@@ -51,12 +52,12 @@ def main() -> int:
 
 def _work(arguments: argparse.Namespace) -> int:
     from dsi_workers.connection import CurveKeys
-    from dsi_workers.main import OtherEngineWanted, WorkerConfig, WorkerError, configure_logging, run_worker
+    from dsi_workers.main import OtherEngineWanted, WorkerConfig, WorkerError, run_worker
 
-    configure_logging(arguments.log_level, arguments.log_format)
+    show_logs(arguments.log_level, arguments.log_format)
     incarnation = os.environ.get("DSI_INCARNATION", "") if arguments.supervised else ""
     try:
-        key = None if arguments.key is None else load_worker_key(arguments.key)
+        keys = None if arguments.key is None else CurveKeys(*load_worker_key(arguments.key))
     except ConfigError as error:
         complain(f"worker: {error}")
         return 1
@@ -69,7 +70,7 @@ def _work(arguments: argparse.Namespace) -> int:
         supervised=arguments.supervised,
         once=arguments.once,
         incarnation=int(incarnation) if incarnation else None,
-        keys=None if key is None else CurveKeys(key.orchestrator, key.public, key.secret),
+        keys=keys,
         progress=_shown,
     )
     try:

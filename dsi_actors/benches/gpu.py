@@ -20,6 +20,7 @@ from rich.table import Table
 
 from dsi_actors.benches.line_process import LineProcess
 from dsi_actors.console.machine import describe_machine
+from dsi_actors.console.numbers import numbers
 from dsi_actors.console.options import SubParsers, add_logging_option
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
@@ -48,7 +49,7 @@ def add_parser(benches: SubParsers) -> None:
 
 
 async def run(arguments: argparse.Namespace) -> int:
-    shapes, widths = arguments.shapes.split(","), _widths(arguments.widths)
+    shapes, widths = arguments.shapes.split(","), numbers(arguments.widths, "--widths", int, 1, 128)
     if unknown := [shape for shape in shapes if shape not in _SHAPES]:
         raise ConfigError(f"--shapes {unknown[0]} is unknown: choose of {', '.join(_SHAPES)}")
     if arguments.repeats < 1 or arguments.processes < 1 or not 1 <= arguments.context <= 1 << 16:
@@ -107,13 +108,6 @@ async def _together(processes: list[LineProcess]) -> dict[str, Any]:
     each_ms = [statistics.median(measured["ms"]) for measured in together]
     slower = statistics.fmean(each_ms) / alone_ms
     return {"processes": len(processes), "alone_ms": alone_ms, "each_ms": each_ms, "slower": slower}
-
-
-def _widths(text: str) -> list[int]:
-    words = text.split(",")
-    if not all(word.isdecimal() and 1 <= int(word) <= 128 for word in words):
-        raise ConfigError(f"--widths {text} is no list of numbers from 1 to 128: write it as 1,8,32")
-    return [int(word) for word in words]
 
 
 def _show(console: Console, result: dict[str, Any]) -> None:

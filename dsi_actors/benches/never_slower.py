@@ -13,20 +13,20 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from rich.table import Table
 
 from dsi_actors.benches.timed_workers import TimedBench, Way, alternate, best_si_way, check_sizes, ratio
 from dsi_actors.console.machine import describe_machine
+from dsi_actors.console.numbers import numbers
 from dsi_actors.console.options import SubParsers, add_logging_option
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
 from dsi_actors.planning.expectation import equation_1_servers
 from dsi_actors.simulation.run import Scenario, SimulatedRun, simulate
 
-N = TypeVar("N", int, float)
 _SIMULATED_TOKENS = 100
 
 
@@ -52,11 +52,11 @@ def add_parser(benches: SubParsers) -> None:
 
 async def run(arguments: argparse.Namespace) -> int:
     check_sizes(arguments, "tokens", "repeats", "simulations")
-    acceptances = _numbers(arguments.acceptances, "--acceptances", float, 0.0, 1.0)
-    shares = _numbers(arguments.shares, "--shares", float, 0.0, 100.0)
-    servers = _numbers(arguments.sp, "--sp", int, 1, 64)
-    jitters = _numbers(arguments.jitters, "--jitters", float, 0.0, 10.0)
-    chances = _numbers(arguments.alternatives, "--alternatives", float, 0.0, 1.0)
+    acceptances = numbers(arguments.acceptances, "--acceptances", float, 0.0, 1.0)
+    shares = numbers(arguments.shares, "--shares", float, 0.0, 100.0)
+    servers = numbers(arguments.sp, "--sp", int, 1, 64)
+    jitters = numbers(arguments.jitters, "--jitters", float, 0.0, 10.0)
+    chances = numbers(arguments.alternatives, "--alternatives", float, 0.0, 1.0)
     if not 0 < arguments.target_ms < 1e6:
         raise ConfigError(f"--target-ms must be above 0, not {arguments.target_ms:g}")
     rows: list[dict[str, Any]] = []
@@ -178,13 +178,3 @@ def _print(rows: list[dict[str, Any]], servers: Sequence[int]) -> None:
         f"{sum(row['simulated_runs_slower_than_ar_with_enough_servers'] for row in steady)} of "
         f"{sum(row['simulated_runs_with_enough_servers'] for row in steady)} simulated runs"
     )
-
-
-def _numbers(text: str, option: str, kind: Callable[[str], N], least: N, most: N) -> list[N]:
-    try:
-        numbers = [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"{option} {text!r}: give numbers with commas between them") from None
-    if not all(least <= number <= most for number in numbers):
-        raise ConfigError(f"{option} {text}: each must lie in [{least:g}, {most:g}]")
-    return numbers

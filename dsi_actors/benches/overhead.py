@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
 from dsi_actors.host.temporary import socket_directory
 from dsi_actors.orchestrator import Orchestrator
+from dsi_actors.percentiles import percentile
 from dsi_actors.workforce.worker_handle import WorkerHandle
 from dsi_protocol import (
     Cancelled,
@@ -239,10 +239,7 @@ def _request(attempt: int) -> Verify:
 
 
 def _percentiles(unit: str, values: Sequence[float]) -> dict[str, float]:
-    ordered = sorted(values)
     return {
-        f"p50_{unit}": statistics.median(ordered),
-        f"p99_{unit}": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
-        f"max_{unit}": ordered[-1],
-        "count": len(ordered),
-    }
+        f"p50_{unit}": percentile(values, 50), f"p99_{unit}": percentile(values, 99), f"max_{unit}": max(values),
+        "count": len(values),
+    }  # fmt: skip

@@ -17,8 +17,9 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 from dsi_actors.config import ALGORITHMS, Config, Sampling
 from dsi_actors.console.machine import describe_machine, memory_of, processor_s_of
@@ -117,7 +118,7 @@ class _Soak:
 
     def _sample(self) -> _Sample:
         workers = sum(memory_of(process).get("private_bytes", 0) for process in self._orchestrator.process_ids)
-        descriptors = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").is_dir() else 0
+        descriptors = psutil.Process().num_fds()
         own = memory_of(os.getpid()).get("private_bytes", 0)
         return _Sample(time.monotonic(), own, workers, descriptors, len(asyncio.all_tasks()))
 

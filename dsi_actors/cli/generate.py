@@ -123,15 +123,14 @@ async def run(arguments: argparse.Namespace) -> int:
             err.print(_calibration(orchestrator.estimates))
             session = _Session(orchestrator, prompt_ids, continues, resumed, sampling, arguments)
             recorder = None if record is None else Recorder(record, {w.number: str(w) for w in orchestrator.workers})
-            orchestrator.observe(recorder)
             try:
-                printer = None if arguments.json else _Printer(out, tokenizer.stream(after=continues + resumed))
-                first = await session.generate(arguments.algorithm, printer)
+                with nullcontext() if recorder is None else orchestrator.observe(recorder):
+                    printer = None if arguments.json else _Printer(out, tokenizer.stream(after=continues + resumed))
+                    first = await session.generate(arguments.algorithm, printer)
             except NoTargetError as error:
                 if arguments.json:  # so that --resume can go on from here
                     out.print_json(data={"error": str(error), **session.runs[-1].so_far(tokenizer)}, ensure_ascii=True)
                 raise
-            orchestrator.observe(None)
             if recorder is not None:
                 recorder.end(_texts(first.token_ids, tokenizer.stream(after=continues + resumed)))
             if arguments.compare:

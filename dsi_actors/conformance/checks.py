@@ -14,7 +14,7 @@ from dsi_actors.conformance.drafting import (
 from dsi_actors.conformance.membership import (
     beats,
     becomes_ready,
-    drains,
+    ends_when_dismissed,
     is_ready_again,
     refuses_a_foreign_engine,
     repeats_hello,
@@ -57,4 +57,4 @@ DRAFTER: tuple[Check, ...] = (
 TARGET: tuple[Check, ...] = (
     verifies_the_same_however_it_is_asked, verifies_what_is_asked_only, gives_logprobs_when_asked, samples_by_the_seed,
 )  # fmt: skip
-LEAVING: tuple[Check, ...] = (drains,)
+LEAVING: tuple[Check, ...] = (ends_when_dismissed,)

@@ -155,6 +155,15 @@ class Peer:
         except PeerGone:
             raise Nonconformance("it has closed its connection") from None
 
+    def has_left(self) -> bool:
+        """Whether its connection is gone. Asks by a Heartbeat that answers none of its own, which a worker must ignore."""
+        assert self.identity is not None
+        try:
+            self._gateway.send(self.identity, Heartbeat(0, 0))
+        except PeerGone:
+            return True
+        return False
+
     def welcome(self, *, engine: str | None = None) -> None:
         """Send Welcome. The worker is told to be what its Hello says, unless `engine` names another engine."""
         assert self.hello is not None

@@ -8,6 +8,8 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+from fastapi.sse import format_sse_event
+
 from dsi_actors.core.actions import Action, EmitTokens, Finish, StartDraft, StartVerify
 from dsi_actors.core.events import DraftsArrived, Event, VerificationAbandoned, VerificationFinished
 from dsi_actors.errors import OrchestratorClosed
@@ -36,7 +38,7 @@ class Watch:
         self._orchestrator = orchestrator
         self._tokenizer = tokenizer
         #: What waits for each viewer. None is the end.
-        self._viewers: set[asyncio.Queue[str | None]] = set()
+        self._viewers: set[asyncio.Queue[bytes | None]] = set()
         self._flushing: asyncio.Task[None] | None = None
         self._moments: list[dict[str, Any]] = []
         self._missed = 0
@@ -44,17 +46,13 @@ class Watch:
         self._texts: dict[int, TokenStream] = {}
         #: One past the last position that was guessed in each generation, since the last correction.
         self._guessed: dict[int, int] = {}
-        orchestrator.observe(self._on_moment)
+        self._observation = orchestrator.observe(self._on_moment)
 
-    @property
-    def viewers(self) -> int:
-        return len(self._viewers)
-
-    async def events(self) -> AsyncIterator[str]:
+    async def events(self) -> AsyncIterator[bytes]:
         """One event every tenth of a second: who works here, and what happened since the last one. Raises ApiError."""
         if len(self._viewers) >= _MOST_VIEWERS:
             raise ApiError(429, f"{_MOST_VIEWERS} people look at the dashboard already: try again later")
-        viewer: asyncio.Queue[str | None] = asyncio.Queue(_MOST_EVENTS_BEHIND)
+        viewer: asyncio.Queue[bytes | None] = asyncio.Queue(_MOST_EVENTS_BEHIND)
         self._viewers.add(viewer)
         try:
             yield self._event([], 0)
@@ -66,7 +64,8 @@ class Watch:
             self._drop(viewer)
 
     def end(self) -> None:
-        """End the streams of all viewers."""
+        """End the streams of all viewers. Nothing is watched any more."""
+        self._observation.end()
         for viewer in list(self._viewers):
             self._end(viewer)
 
@@ -86,21 +85,21 @@ class Watch:
         finally:
             self._flushing = None
 
-    def _end(self, viewer: asyncio.Queue[str | None]) -> None:
+    def _end(self, viewer: asyncio.Queue[bytes | None]) -> None:
         self._drop(viewer)
         while viewer.full():
             viewer.get_nowait()
         viewer.put_nowait(None)
 
-    def _drop(self, viewer: asyncio.Queue[str | None]) -> None:
+    def _drop(self, viewer: asyncio.Queue[bytes | None]) -> None:
         self._viewers.discard(viewer)
         if not self._viewers:
             self._moments.clear()
             self._texts.clear()
             self._guessed.clear()
 
-    def _event(self, moments: list[dict[str, Any]], missed: int) -> str:
-        return f"data: {json.dumps({**self._state(), 'moments': moments, 'missed': missed})}\n\n"
+    def _event(self, moments: list[dict[str, Any]], missed: int) -> bytes:
+        return format_sse_event(data_str=json.dumps({**self._state(), "moments": moments, "missed": missed}))
 
     def _state(self) -> dict[str, Any]:
         workers = [

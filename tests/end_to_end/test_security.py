@@ -56,7 +56,7 @@ async def test_a_worker_without_the_right_key_is_turned_away(
     [path] = new_keys(other, ["stranger"])
     arguments = [] if key == "none" else ["--key", str(path)]
     if key == "not allowed":
-        text = path.read_text().replace(load_worker_key(path).orchestrator, Keyring(keys).public)
+        text = path.read_text().replace(load_worker_key(path)[0], Keyring(keys).public)
         path.write_text(text)
     stranger = start_worker(guarded.endpoint, "--role", "target", *arguments)
     text_there = await text_of(guarded.generate(PROMPT, dsi_actors.Sampling(max_tokens=TOKENS)))

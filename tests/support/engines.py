@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsi_protocol import Draft, Drain, FromWorker, Message
+from dsi_protocol import Draft, FromWorker, Goodbye, Message
 from dsi_workers.engine import Engine, EngineInfo, Interrupt, Interrupted, Task
+from dsi_workers.loop import IDLE_S
 from dsi_workers.session import Session
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class InterruptAfter(NoInterrupt):
 
 
 class ScriptedSocket:
-    """Stands for WorkSocket: what is in `inbox` arrives one by one, then, to a worker that is idle, Drain."""
+    """Stands for WorkSocket: what is in `inbox` arrives one by one, then, to a worker that is idle, Goodbye."""
 
     def __init__(self) -> None:
         self.inbox: deque[Message] = deque()
@@ -50,7 +51,7 @@ class ScriptedSocket:
     def receive(self, timeout_s: float = 0.0) -> Message | None:
         if self.inbox:
             return self.inbox.popleft()
-        return Drain() if timeout_s > 0 else None
+        return Goodbye("done") if timeout_s >= IDLE_S else None
 
 
 def role_for(messages: Iterable[Message]) -> str:

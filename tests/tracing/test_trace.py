@@ -96,7 +96,9 @@ def test_the_chrome_trace_has_a_lane_for_each_worker(recorded: Path) -> None:
     events = chrome_trace(draw(read_recording(recorded)))["traceEvents"]
     names = [event["args"]["name"] for event in events if event["name"] == "thread_name"]
     assert [name.split()[0] for name in names] == ["drafter", "target", "target"]
-    assert all(event["dur"] >= 1 for event in events if event["ph"] == "X")
+    pieces = [event for event in events if event["ph"] == "X"]
+    assert {event["tid"] for event in pieces} == {event["tid"] for event in events if event["name"] == "thread_name"}
+    assert all(event["dur"] >= 1 for event in pieces)
 
 
 def trace(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

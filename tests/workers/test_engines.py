@@ -195,6 +195,8 @@ def test_the_bits_do_not_depend_on_how_much_of_the_cache_is_read(tmp_path: Path,
                 logprobs += engine.verify(session, start, NoInterrupt()).logprobs[:1]
         found.append(logprobs[:72])
         engine.forget(session)
+    assert len(set(found[0])) > 1, "these positions are not alike"
+    assert [len(logprobs) for logprobs in found] == [72] * 4
     assert all(other == found[0] for other in found[1:])
 
 

@@ -65,8 +65,11 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DSI_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache")
     assert cache_directory() == Path("/var/cache/dsi-actors")
+    own = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "dsi-actors"
+    monkeypatch.setenv("XDG_CACHE_HOME", "var/cache")  # relative to whatever: the XDG specification says to ignore it
+    assert cache_directory() == own
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_directory() == Path.home() / ".cache" / "dsi-actors"
+    assert cache_directory() == own
     monkeypatch.setenv("DSI_CACHE", "/elsewhere")
     assert cache_directory() == Path("/elsewhere")
 

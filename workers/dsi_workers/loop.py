@@ -18,7 +18,6 @@ from dsi_protocol import (
     CloseGeneration,
     Draft,
     Drafted,
-    Drain,
     Failed,
     Goodbye,
     Heartbeat,
@@ -156,8 +155,6 @@ class WorkerLoop:
                 self._open(message)
             case CloseGeneration(generation):
                 self._close(generation)
-            case Drain():
-                self.drain()
             case Goodbye(reason):
                 log.info("dismissed", reason=reason)
                 self.farewell = message

@@ -6,19 +6,17 @@ that was started with `once` or by a supervisor ends instead.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import math
 import os
 import secrets
 import signal
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TextIO, TypeAlias, cast
+from typing import TypeAlias
 
 import structlog
 import zmq
@@ -306,37 +304,3 @@ def _serve(
         log.info("done")
         return False
     return _should_wait(config, loop.farewell or heartbeats.farewell, orderly=loop.farewell is not None)
-
-
-class _StandardError:
-    """Lines that nobody can read any more are left out: a worker serves on when the reader of its log has ended."""
-
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            sys.stderr.write(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            sys.stderr.flush()
-
-
-def configure_logging(level: str, form: str = "text") -> None:
-    """Logs go to standard error, one line each: text for people, or a JSON object."""
-    ending: list[structlog.typing.Processor]
-    if form == "json":
-        stamp = structlog.processors.TimeStamper(fmt="iso", utc=True, key="time")
-        ending = [stamp, structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
-    else:
-        stamp = structlog.processors.TimeStamper(fmt="%H:%M:%S.%f")
-        ending = [stamp, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            *ending,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        # A line in one piece: several processes write to the same standard error.
-        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, _StandardError())),
-        cache_logger_on_first_use=True,
-    )

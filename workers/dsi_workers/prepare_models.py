@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsi_protocol import Drain, Goodbye, Preparing, Welcome
+from dsi_protocol import Goodbye, Preparing, Welcome
 from dsi_workers.connection import WorkSocket
 from dsi_workers.models.files import ModelError, Report
 
@@ -105,7 +105,7 @@ class _Preparing:
         message = self._socket.receive(_CHECK_INTERVAL_S)
         if isinstance(message, Goodbye):
             raise NotNeeded(message)
-        if isinstance(message, Drain) or not self._still_needed():
+        if not self._still_needed():
             raise NotNeeded
 
 

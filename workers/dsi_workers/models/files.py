@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import platformdirs
 from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
 
@@ -35,14 +36,12 @@ def unreported(what: str, done: float | None, detail: str) -> None:
 
 
 def cache_directory() -> Path:
-    """Where converted models are kept: $DSI_CACHE, else $XDG_CACHE_HOME/dsi-actors, else ~/.cache/dsi-actors.
-    Raises ModelError."""
+    """Where converted models are kept: $DSI_CACHE, else the user's cache directory, which is ~/.cache/dsi-actors on Linux
+    (or below $XDG_CACHE_HOME) and ~/Library/Caches/dsi-actors on macOS. Raises ModelError."""
     if explicit := os.environ.get("DSI_CACHE"):
         return Path(explicit)
-    if cache := os.environ.get("XDG_CACHE_HOME"):
-        return Path(cache) / "dsi-actors"
     try:
-        return Path.home() / ".cache" / "dsi-actors"
+        return platformdirs.user_cache_path("dsi-actors", appauthor=False)
     except RuntimeError:
         raise ModelError("this user has no home directory to keep models in: set DSI_CACHE to a directory") from None
 
