@@ -244,7 +244,7 @@ def test_what_was_generated_can_be_simulated(model: Path, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     trace = json.loads(done.stdout)["trace"]
     assert trace["drafter_ms"]
-    assert set(trace["accepted"]) <= {0, 1}
+    assert trace["accepted"]
     (tmp_path / "run.json").write_text(done.stdout)
     again = dsi_actors("simulate", "--trace", tmp_path / "run.json", "--tokens", "30", "--repeats", "1", "--json")
     assert again.returncode == 0, again.stderr
