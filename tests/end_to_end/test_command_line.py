@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import psutil
 import pytest
 from matplotlib.image import imread
 
+from dsi_actors.host.devices import cores
 from support.engines import make_tiny_model
 from support.patience import limit_s
 from support.timed import start_worker, wait_for_end
@@ -506,7 +506,7 @@ def test_bench_overhead_reports_its_machine_and_three_figures() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["machine"]["cores"] == len(os.sched_getaffinity(0))
+    assert result["machine"]["cores"] == cores()
     measured = [row["measured"] for row in result["results"]]
     assert measured[:3] == ["round trip", "orchestrator CPU", "ZeroMQ and msgpack alone"]
     assert measured[3] == "cancel to free (timed)"
