@@ -8,12 +8,13 @@ import sys
 import time
 
 from dsi_actors.console.machine import describe_machine, memory_of, processor_s_of
+from dsi_actors.host.devices import cores
 
 
 def test_the_machine_has_memory_and_cores() -> None:
     machine = describe_machine()
     assert machine["memory_bytes"] == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert machine["cores"] == len(os.sched_getaffinity(0))
+    assert machine["cores"] == cores()
     assert machine["cpu"]
 
 

@@ -109,7 +109,7 @@ async def test_a_handshake_that_was_listened_to_opens_nothing(guarded: dsi_actor
             while more := await reader.read(100_000):
                 answer += more
         writer.close()
-        assert len(answer) < 400, "a greeting and a cookie, nothing that was meant for the worker"
+        assert 0 < len(answer) < 400, "a greeting and a cookie, nothing that was meant for the worker"
     assert len(root.workforce.workers) <= members
 
 
