@@ -144,10 +144,10 @@ def _picture(seen: Seen) -> Group:
     summary = seen.summary()
     rate = summary["acceptance_rate"]
     accepted = f", {rate:.0%} of guesses accepted" if rate is not None else ""
-    workers = Table("worker", "device", "generations", "verifications or drafts per second")
+    workers = Table("worker", "host", "device", "generations", "verifications or drafts per second")
     for worker in summary["workers"]:
         name = f"{worker['role']} {worker['number']}"
-        workers.add_row(name, worker["device"], str(worker["open"]), str(worker["per_second"]))
+        workers.add_row(name, worker["host"], worker["device"], str(worker["open"]), str(worker["per_second"]))
     generations = Table("generation", "tokens since we look")
     for generation in summary["generations"][-10:]:
         generations.add_row(str(generation["number"]), str(generation["tokens"]))

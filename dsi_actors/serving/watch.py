@@ -103,7 +103,13 @@ class Watch:
 
     def _state(self) -> dict[str, Any]:
         workers = [
-            {"number": worker.number, "role": worker.role, "device": worker.hello.device, "open": worker.sharers}
+            {
+                "number": worker.number,
+                "role": worker.role,
+                "host": worker.hello.host,
+                "device": worker.hello.device,
+                "open": worker.sharers,
+            }
             for worker in self._orchestrator.workers
         ]
         return {
