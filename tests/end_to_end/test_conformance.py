@@ -16,10 +16,12 @@ import pytest
 from filelock import FileLock
 
 import dsi_actors
+from dsi_actors.conformance import checks
+from dsi_actors.conformance.peer import Nonconformance, Peer
 from dsi_protocol import Draft, Drafted, FromWorker, Verify
 from support.engines import make_tiny_model
 from support.fake_worker import FakeWorker, running
-from support.patience import limit_s, patience, slowness
+from support.patience import limit_s, patience, slowness, until
 from support.timed import text_of, workers
 
 JAVASCRIPT = Path(__file__).parents[2] / "examples" / "javascript-drafter"
@@ -66,6 +68,24 @@ async def test_a_worker_that_breaks_a_rule_is_told_which(tmp_path: Path) -> None
     failed = {result["check"]: result["problem"] for result in found["results"] if not result["passed"]}
     assert process.returncode == 1
     assert failed["Hello comes again until it is answered (section 4)"] == "no Hello within 3 s"
+
+
+async def test_a_worker_that_stays_when_it_is_dismissed_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "_LEAVING_S", 0.05)
+    endpoint = f"ipc://{tmp_path}/dsi.sock"
+    peer = Peer(endpoint)
+    stays = FakeWorker("drafter", lambda request: (), vocabulary="")
+    try:
+        async with running(endpoint, stays):
+            await until(lambda: peer.hello)
+            with pytest.raises(Nonconformance, match=r"still connected 0.05 s after Goodbye"):
+                await checks.ends_when_dismissed(peer)
+            await until(stays.dismissed)
+        await until(peer.has_left)
+    finally:
+        peer.close()
 
 
 @pytest.fixture(scope="module")
