@@ -24,7 +24,14 @@ from dsi_actors.benches.prompts import Prompt, add_prompt_options, read_prompts
 from dsi_actors.benches.reference import ReferenceProcess
 from dsi_actors.config import NGRAM, RANDOM, Config, Sampling
 from dsi_actors.console.machine import describe_machine
-from dsi_actors.console.options import SubParsers, add_logging_option, add_ready_timeout_option, default_of
+from dsi_actors.console.options import (
+    SubParsers,
+    add_drafter_option,
+    add_json_option,
+    add_logging_option,
+    add_ready_timeout_option,
+    add_target_option,
+)
 from dsi_actors.console.progress import model_directory, prepare_shown
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
@@ -36,22 +43,12 @@ _LOOKAHEAD = 3
 
 def add_parser(benches: SubParsers) -> None:
     parser = benches.add_parser("acceptance", help="acceptance rate against theory", description=__doc__)
-    parser.add_argument(
-        "--target",
-        default=default_of(Config, "target"),
-        metavar="REF",
-        help="the model: a directory, a .gguf file, package:NAME or a hub name",
-    )
-    parser.add_argument(
-        "--drafter",
-        default=default_of(Config, "drafter"),
-        metavar="REF",
-        help="the drafter: self-int8, ngram, or a model",
-    )
+    add_target_option(parser)
+    add_drafter_option(parser)
     parser.add_argument("--temperatures", default="0.5,0.8,1.0", metavar="LIST", help="default %(default)s")
     add_prompt_options(parser, limit=10, max_tokens=64)
     parser.add_argument("--dtype", default="float32", metavar="TYPE", help="of the target (default %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
+    add_json_option(parser)
     add_ready_timeout_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)

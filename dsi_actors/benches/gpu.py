@@ -21,7 +21,7 @@ from rich.table import Table
 from dsi_actors.benches.line_process import LineProcess
 from dsi_actors.console.machine import describe_machine
 from dsi_actors.console.numbers import numbers
-from dsi_actors.console.options import SubParsers, add_logging_option
+from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
 from dsi_actors.host.devices import device_name, local_devices
@@ -43,7 +43,7 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--no-graphs", action="store_true", help="launch each kernel by itself")
     parser.add_argument("--repeats", type=int, default=20, metavar="R", help="default %(default)s")
     parser.add_argument("--processes", type=int, default=2, metavar="P", help="at the same time (default %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
+    add_json_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)
 

@@ -27,7 +27,7 @@ from tokenizers.models import WordLevel
 from dsi_actors.config import SELF_INT8, Config, Sampling
 from dsi_actors.console.machine import describe_machine
 from dsi_actors.console.numbers import numbers
-from dsi_actors.console.options import SubParsers, add_logging_option, add_ready_timeout_option
+from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option, add_ready_timeout_option
 from dsi_actors.console.pool import process_pool
 from dsi_actors.console.progress import model_directory
 from dsi_actors.console.terminal import terminal
@@ -54,7 +54,7 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--target-ms", type=float, default=20.0, metavar="T", help="default %(default)s")
     parser.add_argument("--drafter-ms", type=float, default=4.0, metavar="D", help="default %(default)s")
     parser.add_argument("--target", metavar="REF", help="a real model, with an int8 copy of it as the drafter")
-    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
+    add_json_option(parser)
     add_ready_timeout_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run, log_level="error")

@@ -22,7 +22,13 @@ from rich.table import Table
 from dsi_actors.config import SELF_INT8, Algorithm, Config, Sampling
 from dsi_actors.console.machine import describe_machine
 from dsi_actors.console.numbers import numbers
-from dsi_actors.console.options import SubParsers, add_logging_option, add_ready_timeout_option, default_of
+from dsi_actors.console.options import (
+    SubParsers,
+    add_json_option,
+    add_logging_option,
+    add_ready_timeout_option,
+    default_of,
+)
 from dsi_actors.console.progress import prepare_shown
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
@@ -54,7 +60,7 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--position-ms", type=float, default=0.3, metavar="P", help="default %(default)s")
     parser.add_argument("--target", metavar="REF", help="a real model, with an int8 copy of it as the drafter")
     parser.add_argument("--fixed", action="store_true", help="run the fixed ways, too")
-    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
+    add_json_option(parser)
     add_ready_timeout_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run, log_level="error")

@@ -21,7 +21,7 @@ from rich.table import Table
 from dsi_actors.benches.timed_workers import TimedBench, Way, alternate, best_si_way, check_sizes, ratio
 from dsi_actors.console.machine import describe_machine
 from dsi_actors.console.numbers import numbers
-from dsi_actors.console.options import SubParsers, add_logging_option
+from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
 from dsi_actors.planning.expectation import equation_1_servers
@@ -45,7 +45,7 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--repeats", type=int, default=5, metavar="R", help="default %(default)s")
     parser.add_argument("--simulations", type=int, default=100, metavar="R", help="runs of each in the simulator")
     parser.add_argument("--simulate-only", action="store_true", help="no processes, no wall clock")
-    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
+    add_json_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)
 

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from dsi_actors.config import Config, Sampling
 from dsi_actors.console.machine import describe_machine, memory_of
-from dsi_actors.console.options import SubParsers, add_logging_option, add_ready_timeout_option
+from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option, add_ready_timeout_option
 from dsi_actors.console.progress import prepare_shown
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
@@ -60,7 +60,7 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--acceptance", type=float, default=0.8, metavar="A", help="chance that a draft is right")
     parser.add_argument("--sp", type=int, default=2, metavar="N", help="target servers")
     parser.add_argument("--target", metavar="REF", help="measure cancels inside the forwards of this model")
-    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
+    add_json_option(parser)
     add_ready_timeout_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)

@@ -23,7 +23,7 @@ import psutil
 
 from dsi_actors.config import ALGORITHMS, Config, Sampling
 from dsi_actors.console.machine import describe_machine, memory_of, processor_s_of
-from dsi_actors.console.options import SubParsers, add_logging_option
+from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
 from dsi_actors.orchestrator import Orchestrator
@@ -41,7 +41,7 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--minutes", type=float, default=30.0, metavar="M", help="default %(default)s")
     parser.add_argument("--clients", type=int, default=24, metavar="N", help="at most at once (default %(default)s)")
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="of everything that is drawn")
-    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
+    add_json_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run, log_level="error")
 

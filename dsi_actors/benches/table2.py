@@ -19,7 +19,7 @@ from rich.table import Table
 from dsi_actors.benches.timed_workers import TimedBench, Way, alternate, best_si_way, check_sizes, ratio, row_of
 from dsi_actors.console.machine import describe_machine
 from dsi_actors.console.numbers import numbers
-from dsi_actors.console.options import SubParsers, add_logging_option
+from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
 from dsi_actors.simulation.run import Scenario
@@ -65,7 +65,7 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--tokens", type=int, default=50, metavar="S", help="default %(default)s, as in the paper")
     parser.add_argument("--repeats", type=int, default=5, metavar="R", help="default %(default)s")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of everything that is drawn")
-    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
+    add_json_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)
 

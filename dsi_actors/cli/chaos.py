@@ -16,7 +16,7 @@ from rich.table import Table
 from dsi_actors.chaos.run import Chaos, as_dict
 from dsi_actors.config import Config
 from dsi_actors.console.machine import describe_machine
-from dsi_actors.console.options import SubParsers, add_logging_option
+from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
 
@@ -34,7 +34,7 @@ def add_parser(commands: SubParsers) -> None:
     parser.add_argument("--drafter-ms", type=float, default=4.0, metavar="D", help="milliseconds of a drafted token")
     parser.add_argument("--acceptance", type=float, default=0.8, metavar="A", help="chance that a draft is right")
     parser.add_argument("--detection-ms", type=int, default=2000, metavar="D", help="silence that means death")
-    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
+    add_json_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run, log_level="error")
 

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from dsi_actors.conformance.checks import COMMON, DRAFTER, FOREIGN_ENGINE, JOINING, LEAVING, TARGET, Check
 from dsi_actors.conformance.differences import Difference, Nonconformance
 from dsi_actors.conformance.peer import Peer
-from dsi_actors.console.options import SubParsers, add_logging_option
+from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
 from dsi_actors.host.advice import worker_command
@@ -30,7 +30,7 @@ def add_parser(commands: SubParsers) -> None:
         action="store_true",
         help="instead of all other checks: welcome the worker with an engine that it does not have",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
+    add_json_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run, log_level="error")
 

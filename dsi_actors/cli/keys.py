@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from dsi_actors.console.machine import describe_machine
-from dsi_actors.console.options import SubParsers, add_group, add_logging_option
+from dsi_actors.console.options import SubParsers, add_group, add_json_option, add_logging_option
 from dsi_actors.keys import Keyring, new_keys, revoke
 
 
@@ -21,7 +21,7 @@ def add_parser(commands: SubParsers) -> None:
     new.set_defaults(command=_new)
     listing = actions.add_parser("list", help="whose keys are allowed")
     listing.add_argument("directory", metavar="DIRECTORY", type=Path)
-    listing.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
+    add_json_option(listing)
     listing.set_defaults(command=_list)
     revoking = actions.add_parser("revoke", help="the worker NAME is not heard any more")
     revoking.add_argument("directory", metavar="DIRECTORY", type=Path)

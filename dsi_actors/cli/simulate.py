@@ -20,7 +20,7 @@ from rich.table import Table
 from dsi_actors.benches.timed_workers import add_scenario_options, check_sizes, scenario_from
 from dsi_actors.config import ALGORITHMS
 from dsi_actors.console.machine import describe_machine
-from dsi_actors.console.options import SubParsers, add_logging_option, lookahead
+from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option, lookahead
 from dsi_actors.console.pool import process_pool
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
@@ -49,7 +49,7 @@ def add_parser(commands: SubParsers) -> None:
     parser.add_argument("--cancel-ms", type=float, default=0.0, metavar="C", help="cancels take effect so often")
     parser.add_argument("--trace", metavar="FILE", help="replay what was recorded instead of drawing")
     parser.add_argument("--no-calibration", action="store_true", help="begin without knowing the latencies")
-    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
+    add_json_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)
 

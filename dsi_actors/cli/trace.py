@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from dsi_actors.console.machine import describe_machine
-from dsi_actors.console.options import SubParsers, add_logging_option
+from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option
 from dsi_actors.errors import ConfigError
 from dsi_actors.tracing.chrome import chrome_trace
 from dsi_actors.tracing.lanes import draw
@@ -23,7 +23,7 @@ def add_parser(commands: SubParsers) -> None:
     parser.add_argument("--html", metavar="OUT", help="a page that needs nothing else (default: FILE.html)")
     parser.add_argument("--chrome", metavar="OUT", help="a trace for chrome://tracing and ui.perfetto.dev")
     parser.add_argument("--generation", type=int, metavar="N", help="which one, if several were recorded")
-    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
+    add_json_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)
 

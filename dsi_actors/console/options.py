@@ -60,12 +60,27 @@ def add_logging_option(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def add_worker_options(parser: argparse.ArgumentParser) -> None:
-    """Which models run where."""
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
+
+
+def add_target_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target", default=default_of(Config, "target"), metavar="REF",
         help="the model: a directory, a .gguf file, package:NAME or a hub name (default %(default)s)",
     )  # fmt: skip
+
+
+def add_drafter_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--drafter", default=default_of(Config, "drafter"), metavar="REF",
+        help="the drafter: self-int8, ngram, or a model (default %(default)s)",
+    )  # fmt: skip
+
+
+def add_worker_options(parser: argparse.ArgumentParser) -> None:
+    """Which models run where."""
+    add_target_option(parser)
     parser.add_argument(
         "--drafter", action="append", default=[], metavar="REF", dest="drafters",
         help="self-int8 (the target's own weights in int8), ngram (prompt lookup), none, or a model, of another "

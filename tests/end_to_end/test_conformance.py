@@ -16,10 +16,13 @@ import pytest
 from filelock import FileLock
 
 import dsi_actors
+from dsi_actors.conformance import membership
+from dsi_actors.conformance.differences import Nonconformance
+from dsi_actors.conformance.peer import Peer
 from dsi_protocol import Draft, Drafted, FromWorker, Verified, Verify
 from support.engines import make_tiny_model
 from support.fake_worker import FakeWorker, running
-from support.patience import limit_s, patience, slowness
+from support.patience import limit_s, patience, slowness, until
 from support.timed import text_of, workers
 
 JAVASCRIPT = Path(__file__).parents[2] / "examples" / "javascript-drafter"
@@ -103,6 +106,24 @@ async def test_the_fields_that_differ_are_named(tmp_path: Path) -> None:
     [prefix] = failed["A prefix that is too long, or another text, is answered by NeedPrefix"]["differences"]
     assert (prefix["field"], prefix["expected"]) == ("message", "NeedPrefix")
     assert prefix["found"].startswith("Verified(generation=")
+
+
+async def test_a_worker_that_stays_when_it_is_dismissed_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership, "_LEAVING_S", 0.05)
+    endpoint = f"ipc://{tmp_path}/dsi.sock"
+    peer = Peer(endpoint)
+    stays = FakeWorker("drafter", lambda request: (), vocabulary="")
+    try:
+        async with running(endpoint, stays):
+            await until(lambda: peer.hello)
+            with pytest.raises(Nonconformance, match=r"still connected 0.05 s after Goodbye"):
+                await membership.ends_when_dismissed(peer)
+            await until(stays.dismissed)
+        await until(peer.has_left)
+    finally:
+        peer.close()
 
 
 @pytest.fixture(scope="module")
