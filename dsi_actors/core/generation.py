@@ -366,7 +366,9 @@ class GenerationCore:
         if draft is None:
             self.counters.stale_events += 1
             return
-        if not self._drafter.add(start, tokens, parents, draft.end):
+        placed = self._drafter.add(start, tokens, parents, draft.end)
+        self.tokens += (node.token for node in self._tree.main[len(self.tokens) - self.committed :])
+        if not placed:
             # A gap or an overrun: what came in between was lost, so what follows stands on nothing we know. Go on
             # without drafts until the next commit, or a drafter that always errs would keep us waiting.
             self._drafter_exhausted = True
@@ -374,7 +376,6 @@ class GenerationCore:
             return
         self._drafts_late = False
         self.counters.drafted += len(tokens)
-        self.tokens += (node.token for node in self._tree.main[len(self.tokens) - self.committed :])
         if not self._drafter.astray:
             self._drafter_held = self._drafter.end.position + 1
         elif not self._drafter.knows_the_main_path:
