@@ -48,7 +48,7 @@ async def run(arguments: argparse.Namespace) -> int:
         engine="timed", sp=2, devices=("cpu",), log_level=arguments.log_level, silence_ms=arguments.detection_ms,
         heartbeat_ms=arguments.detection_ms // 8, restarts=1_000_000,
         target_options={"latency_ms": arguments.target_ms},
-        drafter_options={"latency_ms": arguments.drafter_ms, "acceptance": arguments.acceptance},
+        drafter_options={"latency_ms": arguments.drafter_ms, "acceptance": arguments.acceptance, "alternatives": 0.5},
     )  # fmt: skip
     chaos = Chaos(
         seconds=60 * arguments.minutes if arguments.faults is None else math.inf, faults=arguments.faults or math.inf,
