@@ -40,14 +40,15 @@ class Sampler:
             session.occurrences = Occurrences()
             self._said = _Said(session.occurrences)
 
-    def choose(self, logits: torch.Tensor, position: int, guess: Sequence[int] = ()) -> int:
-        """The token at `position`, which follows the session's tokens before it and, where those end, `guess`.
+    def choose(self, logits: torch.Tensor, position: int, guess: Sequence[int] = (), fork: int | None = None) -> int:
+        """The token at `position`. It follows the session's tokens before position `fork` (None: all of them), and then `guess`.
         logits: [vocabulary]."""
         scores = _finite(logits)
         if self._said is not None:
             tokens = self._session.tokens
-            self._said.move_to(tokens, min(position, len(tokens)))
-            said = self._said.mask(scores, guess[: max(0, position - len(tokens))])
+            end = len(tokens) if fork is None else fork
+            self._said.move_to(tokens, min(position, end))
+            said = self._said.mask(scores, guess[: max(0, position - end)])
             scores = penalised(scores, said, self._parameters.repetition_penalty)
         if self._parameters.greedy:
             return int(scores.argmax())

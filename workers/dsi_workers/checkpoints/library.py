@@ -146,7 +146,8 @@ class _CacheLayer(CacheLayerMixin):
     def update(  # type: ignore[override]  # our own attention function takes pieces
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Pieces, Pieces]:
-        return self._layer.update(key_states, value_states)
+        pieces = self._layer.update(key_states, value_states)
+        return pieces, pieces
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return max(segment.readable for segment in self._slots.segments), 0
@@ -167,8 +168,8 @@ class _Cache(Cache):
 class _Attention:
     """SDPA with the query heads of a group as further rows of one head: no repeat_kv, the same bits, less memory.
 
-    query: [1, heads, rows, dim]; key, value: for each segment its rows and [1, kv_heads, readable, dim]; attention_mask:
-    [1, 1, rows, the most readable]. Rows of no segment are padding and get zeros.
+    query: [1, heads, rows, dim]; key, which is value, too: the pieces of SlotLayer.update, [1, kv_heads, readable, dim] each;
+    attention_mask: [1, 1, rows, the most readable]. Rows of no segment are padding and get zeros.
     """
 
     def __init__(self) -> None:
@@ -193,11 +194,14 @@ class _Attention:
             if kwargs.get(unsupported) is not None:
                 raise EngineError(f"this model's attention needs {unsupported}, which this engine does not have")
         batch, heads, width, _ = query.shape
-        output = query.new_zeros(batch, width, heads, value[0][1].shape[-1])
-        for (rows, keys), (_, values) in zip(key, value, strict=True):
+        outputs, begin = list[torch.Tensor](), 0
+        for rows, keys, values in key:
             mask = mask_of_group(attention_mask[:, :, rows, : keys.shape[2]], heads // keys.shape[1], query.dtype)
-            output[:, rows] = attend(query[:, :, rows], keys, values, mask, scaling, apart=self.apart)
-        return output, None
+            outputs.append(attend(query[:, :, rows], keys, values, mask, scaling, apart=self.apart))
+            begin = rows.stop
+        if begin < width:
+            outputs.append(outputs[0].new_zeros(batch, width - begin, *outputs[0].shape[2:]))
+        return torch.cat(outputs, dim=1), None
 
 
 _ATTENTION = "dsi"

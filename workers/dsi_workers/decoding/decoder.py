@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from dsi_workers.decoding.attention import attend, mask_of_group
-from dsi_workers.decoding.kv_cache import SlotCache, SlotLayer
+from dsi_workers.decoding.kv_cache import Pieces, SlotCache, SlotLayer
 from dsi_workers.decoding.packed import Masks, Packed
 
 
@@ -136,11 +136,11 @@ class Decoder:
         return found
 
     def _attend(
-        self, queries: torch.Tensor, pieces: Any, masks: list[torch.Tensor | None], *, apart: bool
+        self, queries: torch.Tensor, pieces: Pieces, masks: list[torch.Tensor | None], *, apart: bool
     ) -> torch.Tensor:
         """[1, rows, heads, dim]. Rows of no segment are padding and get zeros."""
         outputs, begin = [], 0
-        for (rows, keys), (_, values), mask in zip(*pieces, masks, strict=True):
+        for (rows, keys, values), mask in zip(pieces, masks, strict=True):
             outputs.append(attend(queries[:, :, rows], keys, values, mask, self.scaling, apart=apart))
             begin = rows.stop
         if begin < queries.shape[2]:

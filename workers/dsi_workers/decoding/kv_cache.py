@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from dsi_workers.decoding.packed import Segment
 
-#: For each segment of a forward: the rows that are its own, and what attention of these rows reads.
-Pieces = list[tuple[slice, torch.Tensor]]
+#: For each segment of a forward: the rows that are its own, and the keys and values that attention of these rows reads. They
+#: are right until the next piece is asked for.
+Pieces = Iterator[tuple[slice, torch.Tensor, torch.Tensor]]
 
 
 class SlotLayer:
@@ -28,20 +29,28 @@ class SlotLayer:
         #: [1, kv_heads, capacity, head_dim]: looked up in every forward.
         self._of_slot: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[Pieces, Pieces]:
-        """Write [1, kv_heads, rows, dim] where the cache's segments say; return what each of them reads."""
-        begin, readable_keys, readable_values = 0, Pieces(), Pieces()
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> Pieces:
+        """Write [1, kv_heads, rows, dim] where the cache's segments say, one segment after another, and yield what each reads.
+
+        A branch is written over the slot's own path, so that attention reads one tensor as for a chain. What the branch
+        overwrites is put back after the branch's last segment.
+        """
+        begin, overwritten = 0, list[tuple[torch.Tensor, torch.Tensor]]()
         if self._kept is None:
             self.tensors(key_states, value_states)
         for segment in self._cache.segments:
+            if segment.fork is None or segment.fork == segment.position:
+                _put_back(overwritten)
             rows = slice(begin, begin := begin + segment.width)
             written = slice(segment.position, segment.position + segment.width)
             keys, values = self._of_slot[segment.slot]
-            keys[:, :, written] = key_states[:, :, rows]
-            values[:, :, written] = value_states[:, :, rows]
-            readable_keys.append((rows, keys[:, :, : segment.readable]))
-            readable_values.append((rows, values[:, :, : segment.readable]))
-        return readable_keys, readable_values
+            for tensor, states in ((keys, key_states), (values, value_states)):
+                place = tensor[:, :, written]
+                if segment.fork is not None:
+                    overwritten.append((place, place.clone()))
+                place.copy_(states[:, :, rows])
+            yield rows, keys[:, :, : segment.readable], values[:, :, : segment.readable]
+        _put_back(overwritten)
 
     def tensors(self, like_keys: torch.Tensor, like_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all slots: for states [1, kv_heads, rows, dim] like these."""
@@ -60,6 +69,13 @@ class SlotLayer:
         for kept in self._kept or ():
             generator = torch.Generator(device=kept.tensor.device).manual_seed(0)
             kept.tensor[0].normal_(generator=generator)
+
+
+def _put_back(overwritten: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Empty the list of (part of the cache, what it held), the last first."""
+    while overwritten:
+        place, held = overwritten.pop()
+        place.copy_(held)
 
 
 class SlotCache:

@@ -21,6 +21,8 @@ from dsi_workers.engine import EngineError
 
 _NARROW = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 _BATCHES = (2, 4, 8, 16, 32, 64)
+#: Windows of one forward that are tried even for one generation: a tree's branches are runs of their own.
+_TREE_WINDOWS = 4
 #: Of each shape of layer at least so many numbers are compared.
 _PRODUCTS = 20_000
 #: So many rows are normed.
@@ -57,13 +59,13 @@ class Trial:
 
     @torch.inference_mode()
     def widths(self, slots: int) -> Widths:
-        """Of one generation, up to a window, and of batches of up to `slots`. Raises EngineError if not even windows
+        """Of one generation, up to a window, and of trees and batches of up to `slots`. Raises EngineError if not even windows
         agree with themselves."""
         self._make_windows_agree()
         window = self._window
         most = min([self._forward.cache.capacity, *self._forward.recorded_rows[-1:]])
         each = self._forward.rows_of(Run(0, (), 0, window, 0))
-        batches = [rows for rows in _BATCHES if rows <= slots and rows * each <= most]
+        batches = [rows for rows in _BATCHES if rows <= max(slots, _TREE_WINDOWS) and rows * each <= most]
         begin = self._edges()[0] - window // 2
         length = window * max(batches, default=1)
         begin = max(0, min(begin, self._forward.cache.capacity - length))
