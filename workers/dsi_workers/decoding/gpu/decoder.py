@@ -4,9 +4,10 @@ A forward of a few rows reads every weight once and computes next to nothing: wh
 So there are seven for each layer (kernels.py), and Python starts none of them: each forward is several CUDA graphs, one for a
 few layers, with at most two of them under way, so that a cancel takes effect within a forward.
 
-Rows come in groups, each of one generation; where they stand and which slot they read are numbers in device memory. So one
-recording serves all generations, positions and batches of as many rows. A run of more rows than any recording has, as of a
-prompt, is computed by the decoder that this one stands on.
+Rows come in groups, each of one generation; where they stand, which slot they read and where their branch leaves it are numbers
+in device memory. So one recording serves all generations, positions, trees and batches of as many rows. The keys and values of
+branches stand beside the cache, in memory for the rows of one layer, and are forgotten after that layer. A run of more rows than
+any recording has, as of a prompt, is computed by the decoder that this one stands on.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from dsi_workers.decoding.packed import Packed
 
 #: Rows that read the cache together.
 GROUP = 8
+#: Beyond all positions: where the path of a group without a branch leaves the cache.
+_NO_FORK = 1 << 30
 #: Layers of one graph, and runs of a part before it is recorded: kernels are compiled in the first.
 _LAYERS, _WARM_UP = 4, 2
 
@@ -110,6 +113,7 @@ class _Memory:
         self.x, self.qkv = rows_of(first.qkv.in_features), rows_of(first.qkv.out_features)
         self.attended, self.gated = rows_of(heads * dim), rows_of(first.down.in_features)
         self.logits = rows_of(head.out_features)
+        self.branches = torch.zeros(2, decoder.kv_heads, MOST_ROWS, dim, dtype=decoder.dtype, device=device)
         self.splits = triton.cdiv(cache.capacity, SPLIT.value)
         self.sums = torch.zeros(MOST_ROWS, heads, self.splits, dim, device=device)
         self.peaks, self.totals = torch.zeros(2, MOST_ROWS, heads, self.splits, device=device)
@@ -125,8 +129,9 @@ class _Recording:
         self._decoder, self._products, self._head = decoder, products, head
         groups, device = rows // GROUP, decoder.device
         self._chained = chains(device)
-        self._fixed = torch.zeros(2 * rows + groups, dtype=torch.int32, device=device)
-        self._ids, self._positions, self._slots = self._fixed.split((rows, rows, groups))
+        self._fixed = torch.zeros(2 * rows + 3 * groups, dtype=torch.int32, device=device)
+        self._ids, self._positions, *of_groups = self._fixed.split((rows, rows, groups, groups, groups))
+        self._slots, self._forks, self._firsts = of_groups
         self._positions.fill_(-1)
         #: Of the rows of the forward, one after another: where they are among ours.
         self._places: list[int] = []
@@ -134,6 +139,7 @@ class _Recording:
         self._x, self._qkv, self._logits = memory.x[:rows], memory.qkv[:rows], memory.logits[:rows]
         self._attended, self._gated = memory.attended[:rows], memory.gated[:rows]
         self._sums, self._peaks, self._totals, self._splits = memory.sums, memory.peaks, memory.totals, memory.splits
+        self._branch_keys, self._branch_values = memory.branches
         self._parts = [
             self._part(begin, min(begin + _LAYERS, len(products))) for begin in range(0, len(products), _LAYERS)
         ]
@@ -146,8 +152,9 @@ class _Recording:
 
     def fill_in(self, packed: Packed) -> None:
         """What the next forward computes."""
-        rows, begin, group = len(self._ids), 0, 0
-        ids, positions, slots = [0] * rows, [-1] * rows, [0] * len(self._slots)
+        rows, begin, group, first, all_groups = len(self._ids), 0, 0, 0, len(self._slots)
+        ids, positions = [0] * rows, [-1] * rows
+        slots, forks, firsts = [0] * all_groups, [_NO_FORK] * all_groups, [0] * all_groups
         self._places = list[int]()
         for segment in packed.segments:
             own = slice(group * GROUP, group * GROUP + segment.width)
@@ -156,8 +163,13 @@ class _Recording:
             self._places += range(own.start, own.stop)
             groups = triton.cdiv(segment.width, GROUP)
             slots[group : group + groups] = [segment.slot] * groups
+            if segment.fork is not None:
+                if segment.fork == segment.position:
+                    first = own.start
+                forks[group : group + groups] = [segment.fork] * groups
+                firsts[group : group + groups] = [first] * groups
             begin, group = begin + segment.width, group + groups
-        self._fixed.copy_(torch.tensor([*ids, *positions, *slots], dtype=torch.int32))
+        self._fixed.copy_(torch.tensor([*ids, *positions, *slots, *forks, *firsts], dtype=torch.int32))
 
     def compute(self, between: Callable[[], None], packed: Packed) -> torch.Tensor:
         """Logits, as of Decoder."""
@@ -208,15 +220,16 @@ class _Recording:
         key_norm = decoder.norm if layer.key_norm is None else layer.key_norm
         chained = {"chained": self._chained, **({"launch_pdl": True} if self._chained else {})}
         turn_and_keep[(rows, heads + 2 * kv_heads)](
-            self._qkv, self._positions, self._slots, decoder.cos, decoder.sin, keys, values, query_norm, key_norm,
-            decoder.epsilon, capacity, len(decoder.cos) - 1, heads=heads, kv_heads=kv_heads, dim=dim,
-            group_rows=GROUP, normed=layer.query_norm is not None, block_half=triton.next_power_of_2(dim // 2),
-            num_warps=1, **chained,
+            self._qkv, self._positions, self._slots, self._forks, self._firsts, decoder.cos, decoder.sin, keys, values,
+            self._branch_keys, self._branch_values, query_norm, key_norm, decoder.epsilon, capacity,
+            len(decoder.cos) - 1, MOST_ROWS, heads=heads, kv_heads=kv_heads, dim=dim, group_rows=GROUP,
+            normed=layer.query_norm is not None, block_half=triton.next_power_of_2(dim // 2), num_warps=1, **chained,
         )  # fmt: skip
         attend_in_parts[(len(self._slots), kv_heads, splits)](
-            self._qkv, self._positions, self._slots, keys, values, self._sums, self._peaks, self._totals, capacity,
-            decoder.scaling, splits, heads=heads, kv_heads=kv_heads, dim=dim, group_rows=GROUP, slides=slides,
-            block_m=block_m, block_d=block_d, num_warps=4, **chained,
+            self._qkv, self._positions, self._slots, self._forks, self._firsts, keys, values, self._branch_keys,
+            self._branch_values, self._sums, self._peaks, self._totals, capacity, MOST_ROWS, decoder.scaling, splits,
+            heads=heads, kv_heads=kv_heads, dim=dim, group_rows=GROUP, slides=slides, block_m=block_m, block_d=block_d,
+            num_warps=4, **chained,
         )  # fmt: skip
         join_parts[(rows, heads)](
             self._sums, self._peaks, self._totals, self._positions, self._attended, splits, heads=heads, dim=dim,
