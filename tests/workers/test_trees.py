@@ -6,20 +6,17 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsi_workers.engine import RequestError
-from dsi_workers.engines import Engine, Interrupted, Task, load_engine
-from dsi_workers.sampling import Sampler
+from dsi_workers.engine import Interrupted, RequestError
+from dsi_workers.engines import Engine, Task, load_engine
 from dsi_workers.session import SamplingParameters, Session
 from dsi_workers.tree import Branch, read_tree
-from support.engines import InterruptAfter, NoInterrupt, make_tiny_model, torch_backend
+from support.engines import InterruptAfter, NoInterrupt, make_tiny_model
 
 WORDS = 90
 PROMPT = [3, 14, 15, 9, 26]
@@ -149,4 +146,120 @@ def test_a_path_of_a_tree_has_the_bits_of_a_chain(engine: Engine, sampling: Samp
         base += len(found)
         if base - len(prompt) >= len(own):
             break
+    engine.forget(session)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_trees_chains_and_prompts_share_forwards_and_keep_their_bits(engine: Engine, seed: int) -> None:
+    """Several generations take steps together, in any company: a tree that needs several steps meets others in each."""
+    chance = random.Random(seed)
+    number = min(3, engine.info.slots)
+    prompts = [[*PROMPT, *(chance.randrange(WORDS) for _ in range(chance.choice([0, 4, 140])))] for _ in range(number)]
+    sessions, expected, own = list[Session](), list[list[tuple[int, float]]](), list[list[tuple[int, float]]]()
+    for generation, prompt in enumerate(prompts, start=1):
+        sampling = GREEDY if generation == 1 else SAMPLED
+        session = Session(generation, len(prompt), "", sampling)
+        session.write(0, prompt)
+        sessions.append(session)
+        alone = Session(50, len(prompt), "", sampling)
+        alone.write(0, prompt)
+        own.append([])
+        for _ in range(12):
+            answer = engine.verify(alone, len(alone.tokens), NoInterrupt())
+            alone.write(len(alone.tokens), answer.tokens)
+            own[-1].append((answer.tokens[0], answer.logprobs[0]))
+        engine.forget(alone)
+    tasks = list[Task]()
+    for session, prompt, truth in zip(sessions, prompts, own, strict=True):
+        tree = random_tree(chance, len(prompt), [token for token, _ in truth[:-1]], 16)
+        if chance.random() < 0.2:
+            tree = (tree[0], [])
+        session.write(len(prompt), tree[0])
+        tasks.append(Task(session, len(prompt), branches=tree[1]))
+        expected.append(expected_of(truth, tree, len(prompt)))
+    steps = 0
+    while left := [task for task in tasks if not task.done]:
+        engine.step(chance.sample(left, chance.randint(1, len(left))), NoInterrupt())
+        steps += 1
+        assert steps < 60
+    for task, answer in zip(tasks, expected, strict=True):
+        assert list(zip(task.answer.tokens, task.answer.logprobs, strict=True)) == answer
+        engine.forget(task.session)
+
+
+def test_an_interrupt_within_a_tree_leaves_no_trace(engine: Engine) -> None:
+    """Whatever was computed of branches, the next verification has the bits that it has in a fresh session."""
+    own = own_tokens(engine, PROMPT, SAMPLED, 12)
+    words = [token for token, _ in own]
+    wrong = [(token + 1) % WORDS for token in words]
+    base, interrupted = len(PROMPT), 0
+    branches = [Branch(base + 1, None, words[1:9]), Branch(base + 2, None, wrong[2:5])]
+    tree = [words[0], *wrong[1:5]], branches
+    session = opened(PROMPT, SAMPLED)
+    for checks in range(9):
+        session.write(base, tree[0])
+        task = Task(session, base, branches=branches)
+        interrupt = InterruptAfter(checks)
+        try:
+            while not task.done:
+                engine.step([task], interrupt)
+        except Interrupted:
+            interrupted += 1
+        [after] = finish(engine, Task(session, base + 1 + checks % 4))[:1]
+        tokens = session.tokens[: base + 1 + checks % 4]
+        assert [after] == own_tokens(engine, tokens, SAMPLED, 1)
+        assert verified(engine, session, base, tree) == own[:10]
+        session.truncate(base + checks % 2)
+    assert interrupted or engine.info.window == 32, "the timed engine looks up only where it waits"
+    engine.forget(session)
+
+
+def test_a_slot_that_another_generation_takes_between_two_steps(engine: Engine) -> None:
+    """The tree's own generation computes again what it had, and then the branch that its answer is on."""
+    own = own_tokens(engine, PROMPT, GREEDY, 12)
+    words, base = [token for token, _ in own], len(PROMPT)
+    session = opened([*PROMPT, words[0], (words[1] + 1) % WORDS], GREEDY)
+    task = Task(session, base, branches=[Branch(base, None, [words[0] + 1]), Branch(base + 1, None, words[1:8])])
+    others = [
+        opened([*PROMPT, 5, number], GREEDY, generation=10 + number) for number in range(min(8, engine.info.slots))
+    ]
+    engine.step([task], NoInterrupt())
+    for other in others:
+        engine.verify(other, len(other.tokens), NoInterrupt())
+    assert finish(engine, task) == own[:9]
+    for each in (session, *others):
+        engine.forget(each)
+
+
+def test_a_tree_that_fits_takes_one_forward(engine: Engine) -> None:
+    own = own_tokens(engine, PROMPT, GREEDY, 9)
+    words, base = [token for token, _ in own], len(PROMPT)
+    session = opened(PROMPT, GREEDY)
+    engine.verify(session, base, NoInterrupt())
+    before = engine.forwards
+    tree = (
+        [words[0], (words[1] + 1) % WORDS],
+        [Branch(base + 1, None, words[1:4]), Branch(base + 1, None, [words[0]] * 3)],
+    )
+    assert verified(engine, session, base, tree) == own[:5]
+    assert engine.forwards == before + 1
+    engine.forget(session)
+
+
+def test_a_tree_as_large_as_a_target_takes(engine: Engine) -> None:
+    """One branch that fills a forward by itself, or nearly, and is on the answer's path."""
+    length = min(engine.info.rows, 80) - 1
+    own = own_tokens(engine, PROMPT, GREEDY, length + 1)
+    words, base = [token for token, _ in own], len(PROMPT)
+    session = opened(PROMPT, GREEDY)
+    assert verified(engine, session, base, ([(words[0] + 1) % WORDS], [Branch(base, None, words[:length])])) == own
+    engine.forget(session)
+
+
+def test_a_branch_within_the_prompt_is_refused(engine: Engine) -> None:
+    """The bits of a prompt depend on how long it is, and a branch would change that."""
+    session = opened([*PROMPT, 1], GREEDY)
+    if engine.info.window == 8:
+        with pytest.raises(RequestError, match="a branch leaves the main path within the prompt"):
+            engine.step([Task(session, 3, branches=[Branch(4, None, [2])])], NoInterrupt())
     engine.forget(session)
