@@ -232,9 +232,10 @@ def test_a_slot_that_another_generation_takes_between_two_steps(engine: Engine) 
 
 
 def test_a_tree_that_fits_takes_one_forward(engine: Engine) -> None:
-    own = own_tokens(engine, PROMPT, GREEDY, 9)
-    words, base = [token for token, _ in own], len(PROMPT)
-    session = opened(PROMPT, GREEDY)
+    prefix = [*PROMPT, 7]  # a chunk of the prompt has a forward of its own
+    own = own_tokens(engine, prefix, GREEDY, 9)
+    words, base = [token for token, _ in own], len(prefix)
+    session = opened(prefix, GREEDY)
     engine.verify(session, base, NoInterrupt())
     before = engine.forwards
     tree = (
