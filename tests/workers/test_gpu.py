@@ -153,6 +153,45 @@ def test_a_token_has_the_same_bits_in_any_window_and_any_batch() -> None:
     assert torch.equal(second, alone)
 
 
+def branch_runs(fork: int, count: int, width: int) -> list[Run]:
+    """A branch of slot 0 with other tokens, in runs of `width` rows."""
+    tokens = [(11 * place + fork) % WORDS for place in range(count)]
+    return [
+        Run(0, tokens[begin : begin + width], fork + begin, width, fork + begin, fork)
+        for begin in range(0, count, width)
+    ]
+
+
+@pytest.mark.parametrize("more", [{}, {"slides": True, "kv_heads": 2}])
+def test_a_token_on_a_branch_has_the_bits_that_it_has_in_a_chain(more: dict[str, Any]) -> None:
+    """Branches that begin on both sides of where attention is cut, of one window and of several, with another generation's rows
+    between. Afterwards the main path goes on as if there were none."""
+    by_kernels, _ = forwards(**more)
+    length = 124  # attention is cut at 128
+    for slot in range(2):
+        read(by_kernels, slot, length)
+    main = run_of(0, length, WINDOW)
+    after = run_of(0, length + WINDOW, 4)
+    branches = [branch_runs(*shape) for shape in ((125, 5, 5), (128, 2, 2), (130, 3, WINDOW), (125, 19, WINDOW))]
+    [expected_main], [expected_after] = logits_of(by_kernels, [main]), logits_of(by_kernels, [after])
+    expected = []
+    for runs in branches:
+        logits_of(by_kernels, [main])
+        expected.append(torch.cat([logits_of(by_kernels, [replace(run, fork=None)])[0] for run in runs]))
+    logits_of(by_kernels, [main])
+    for chosen in ((0, 1, 2), (3,), (2, 0), (1,)):
+        other = run_of(1, length, 3, width=3)
+        together = [main, *(run for number in chosen for run in branches[number]), other]
+        found = logits_of(by_kernels, together)
+        assert torch.equal(found.pop(0), expected_main)
+        for number in chosen:
+            parts = [found.pop(0) for _ in branches[number]]
+            assert torch.equal(torch.cat(parts), expected[number]), (chosen, number)
+        assert torch.equal(logits_of(by_kernels, [after])[0], expected_after)
+    alone = torch.cat(logits_of(by_kernels, branches[3]))
+    assert torch.equal(alone, expected[3]), "without the main path, which is there already"
+
+
 @torch.inference_mode()
 def test_what_is_beyond_a_text_is_neither_read_nor_written() -> None:
     by_kernels, _ = forwards()

@@ -250,6 +250,10 @@ def test_the_penalty_is_on_what_stands_before_however_the_text_changed(data: st.
         position = data.draw(st.integers(1, len(session.tokens) + len(guess)))
         before = [*session.tokens, *guess][:position]
         assert made.choose(logits, position, guess) == sampler(parameters, before).choose(logits, position)
+        fork = data.draw(st.integers(1, len(session.tokens)))
+        position = data.draw(st.integers(1, fork + len(guess)))
+        before = [*session.tokens[:fork], *guess][:position]
+        assert made.choose(logits, position, guess, fork) == sampler(parameters, before).choose(logits, position)
 
 
 def test_a_token_costs_as_much_after_a_long_text_as_after_a_short_one() -> None:

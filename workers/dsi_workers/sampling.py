@@ -40,16 +40,17 @@ class Sampler:
             session.occurrences = Occurrences()
             self._seen = _SeenTokens(session.occurrences)
 
-    def choose(self, logits: torch.Tensor, position: int, guess: Sequence[int] = ()) -> int:
+    def choose(self, logits: torch.Tensor, position: int, guess: Sequence[int] = (), fork: int | None = None) -> int:
         """Return the token at `position`, from logits [vocabulary].
 
-        The token follows the session's tokens. If `position` lies beyond them, `guess` continues the session's tokens.
+        The token follows the session's tokens before position `fork` (None: all of them), and then `guess`.
         """
         scores = _finite(logits)
         if self._seen is not None:
             tokens = self._session.tokens
-            self._seen.move_to(tokens, min(position, len(tokens)))
-            seen = self._seen.mask(scores, guess[: max(0, position - len(tokens))])
+            end = len(tokens) if fork is None else fork
+            self._seen.move_to(tokens, min(position, end))
+            seen = self._seen.mask(scores, guess[: max(0, position - end)])
             scores = apply_repetition_penalty(scores, seen, self._parameters.repetition_penalty)
         if self._parameters.greedy:
             return int(scores.argmax())

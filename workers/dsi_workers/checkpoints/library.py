@@ -151,7 +151,8 @@ class _CacheLayer(CacheLayerMixin):
     def update(  # type: ignore[override]  # our attention function takes SegmentTensors
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[SegmentTensors, SegmentTensors]:
-        return self._layer.update(key_states, value_states)
+        segments = self._layer.update(key_states, value_states)
+        return segments, segments
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return max(segment.readable for segment in self._slots.segments), 0
@@ -174,7 +175,7 @@ class _Cache(Cache):
 class _Attention:
     """The attention function that transformers' layers call: `attend` for each segment, instead of SDPA with repeat_kv.
 
-    query: [1, heads, rows, dim]. key, value: for each segment, its rows and a tensor [1, kv_heads, readable, dim].
+    query: [1, heads, rows, dim]. key, which is value, too: the segments of SlotLayer.update, [1, kv_heads, readable, dim] each.
     attention_mask: [1, 1, rows, readable], for the longest segment. Padding rows get zeros.
     """
 
@@ -202,11 +203,14 @@ class _Attention:
                     f"this model's attention needs {unsupported}, which this engine does not support: choose another model"
                 )
         batch, heads, width, _ = query.shape
-        output = query.new_zeros(batch, width, heads, value[0][1].shape[-1])
-        for (rows, keys), (_, values) in zip(key, value, strict=True):
+        outputs, begin = list[torch.Tensor](), 0
+        for rows, keys, values in key:
             mask = additive_group_mask(attention_mask[:, :, rows, : keys.shape[2]], heads // keys.shape[1], query.dtype)
-            output[:, rows] = attend(query[:, :, rows], keys, values, mask, scaling, per_position=self.per_position)
-        return output, None
+            outputs.append(attend(query[:, :, rows], keys, values, mask, scaling, per_position=self.per_position))
+            begin = rows.stop
+        if begin < width:
+            outputs.append(outputs[0].new_zeros(batch, width - begin, *outputs[0].shape[2:]))
+        return torch.cat(outputs, dim=1), None
 
 
 _ATTENTION = "dsi"

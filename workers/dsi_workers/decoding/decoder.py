@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from dsi_workers.decoding.attention import additive_group_mask, attend
-from dsi_workers.decoding.kv_cache import SlotCache, SlotLayer
+from dsi_workers.decoding.kv_cache import SegmentTensors, SlotCache, SlotLayer
 from dsi_workers.decoding.packed import Masks, PackedBatch
 
 
@@ -153,11 +153,11 @@ class Decoder:
         return found
 
     def _attend(
-        self, queries: torch.Tensor, keys_values: Any, masks: list[torch.Tensor | None], *, per_position: bool
+        self, queries: torch.Tensor, segments: SegmentTensors, masks: list[torch.Tensor | None], *, per_position: bool
     ) -> torch.Tensor:
         """Attention of each segment to its own slot: [1, rows, heads, dim]. Padding rows get zeros."""
         outputs, begin = [], 0
-        for (rows, keys), (_, values), mask in zip(*keys_values, masks, strict=True):
+        for (rows, keys, values), mask in zip(segments, masks, strict=True):
             outputs.append(attend(queries[:, :, rows], keys, values, mask, self.scaling, per_position=per_position))
             begin = rows.stop
         if begin < queries.shape[2]:

@@ -81,7 +81,7 @@ class Forward:
         ids, positions, segments, wanted = list[int](), list[int](), list[Segment](), list[int]()
         for run in runs:
             readable = min(_round_up(run.begin + run.width, self.read_step), self.cache.capacity)
-            segments.append(Segment(run.slot, run.begin, run.width, readable))
+            segments.append(Segment(run.slot, run.begin, run.width, readable, run.fork))
             wanted += [len(ids) + position - run.begin for position in run.wanted]
             ids += [*run.tokens, *[0] * (run.width - len(run.tokens))]
             positions += range(run.begin, run.begin + run.width)

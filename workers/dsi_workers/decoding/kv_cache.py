@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from dsi_workers.decoding.packed import Segment
 
-#: For each segment of a forward pass: its rows, and the keys (or values) that these rows read.
-SegmentTensors = list[tuple[slice, torch.Tensor]]
+#: For each segment of a forward pass: its rows, and the keys and values that these rows read. They are right until the next
+#: segment is asked for.
+SegmentTensors = Iterator[tuple[slice, torch.Tensor, torch.Tensor]]
 
 
 class SlotLayer:
@@ -29,23 +30,29 @@ class SlotLayer:
         #: Views of the keys and values of each slot, [1, kv_heads, capacity, head_dim], made once for speed.
         self._of_slot: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[SegmentTensors, SegmentTensors]:
-        """Store the new keys and values, and return the keys and values that each segment reads.
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> SegmentTensors:
+        """Store the new keys and values, one segment after another, and yield what each segment reads.
 
-        key_states, value_states: [1, kv_heads, rows, dim]. `SlotCache.segments` says where each row is stored.
+        key_states, value_states: [1, kv_heads, rows, dim]. `SlotCache.segments` says where each row is stored. A branch is
+        written over the slot's own path, so that attention reads one tensor as for a chain. What the branch overwrites is put
+        back after the branch's last segment.
         """
-        begin, readable_keys, readable_values = 0, SegmentTensors(), SegmentTensors()
+        begin, overwritten = 0, list[tuple[torch.Tensor, torch.Tensor]]()
         if self._storage is None:
             self.tensors(key_states, value_states)
         for segment in self._cache.segments:
+            if segment.fork is None or segment.fork == segment.position:
+                _put_back(overwritten)
             rows = slice(begin, begin := begin + segment.width)
             written = slice(segment.position, segment.position + segment.width)
             keys, values = self._of_slot[segment.slot]
-            keys[:, :, written] = key_states[:, :, rows]
-            values[:, :, written] = value_states[:, :, rows]
-            readable_keys.append((rows, keys[:, :, : segment.readable]))
-            readable_values.append((rows, values[:, :, : segment.readable]))
-        return readable_keys, readable_values
+            for tensor, states in ((keys, key_states), (values, value_states)):
+                place = tensor[:, :, written]
+                if segment.fork is not None:
+                    overwritten.append((place, place.clone()))
+                place.copy_(states[:, :, rows])
+            yield rows, keys[:, :, : segment.readable], values[:, :, : segment.readable]
+        _put_back(overwritten)
 
     def tensors(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the keys and values of all slots, [slots, kv_heads, capacity, head_dim].
@@ -71,6 +78,13 @@ class SlotLayer:
         for stored in self._storage or ():
             generator = torch.Generator(device=stored.tensor.device).manual_seed(0)
             stored.tensor[0].normal_(generator=generator)
+
+
+def _put_back(overwritten: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Empty the list of (part of the cache, what it held), the last first."""
+    while overwritten:
+        place, held = overwritten.pop()
+        place.copy_(held)
 
 
 class SlotCache:

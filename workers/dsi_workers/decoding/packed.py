@@ -26,6 +26,8 @@ class Segment:
     position: int
     width: int
     readable: int
+    #: Of a branch: where it leaves the slot's own path (`Run.fork`).
+    fork: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,10 +34,13 @@ class TorchBackend:
         self.max_length = max_length
         self.window = window
         self.slots = forward.cache.slots
+        self.tree_rows = 1
         self.forward = forward
         self.widths = widths
         recorded = max(forward.recorded_rows, default=1 << 30)
         self.most_rows = recorded if widths is None else min(recorded, widths.most)
+        if widths is not None:  # A branch is computed by windows of one forward.
+            self.tree_rows = max(1, self.most_rows // self.rows(Run(0, [0] * window, 0, window, 0)) * window)
 
     @property
     def forwards(self) -> int:

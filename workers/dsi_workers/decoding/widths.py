@@ -26,6 +26,8 @@ from dsi_workers.engine import EngineError
 _NARROW = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 #: Numbers of windows to try in one forward pass.
 _BATCHES = (2, 4, 8, 16, 32, 64)
+#: Windows of one forward that are tried even for one generation: a tree's branches are runs of their own.
+_TREE_WINDOWS = 4
 #: For each shape of linear layer, and for attention, at least this many output values are compared.
 _LEAST_VALUES = 20_000
 #: At least this many rows are compared for norms.
@@ -68,7 +70,7 @@ class Trial:
 
     @torch.inference_mode()
     def widths(self, slots: int) -> Widths:
-        """Return the widths whose bits agree: of one run up to a window, and of batches of up to `slots` windows.
+        """Return the widths whose bits agree: of one run up to a window, and of trees and batches of up to `slots` windows.
 
         Raises EngineError if even full windows give different bits for the same tokens.
         """
@@ -76,7 +78,7 @@ class Trial:
         window = self._window
         most = min([self._forward.cache.capacity, *self._forward.recorded_rows[-1:]])
         each = self._forward.rows_of(Run(0, (), 0, window, 0))
-        batches = [rows for rows in _BATCHES if rows <= slots and rows * each <= most]
+        batches = [rows for rows in _BATCHES if rows <= max(slots, _TREE_WINDOWS) and rows * each <= most]
         begin = self._read_boundaries()[0] - window // 2
         length = window * max(batches, default=1)
         begin = max(0, min(begin, self._forward.cache.capacity - length))

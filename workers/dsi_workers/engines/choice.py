@@ -27,38 +27,39 @@ class Choice:
         """Free what is held for the session."""
         self._samplers.pop(session.generation, None)
 
-    def answer(self, task: Task, logits: torch.Tensor, guess: Sequence[int]) -> bool:
+    def answer(self, task: Task, logits: torch.Tensor, guess: Sequence[int], fork: int | None = None) -> bool:
         """Choose a token from each row of `logits` [n, vocabulary] and add the tokens to the task's answer.
 
-        `guess` is what a drafter's own drafter expects after session.tokens; empty for a target. Stops at the first token that
-        differs from the session's token at its position, or from the guess, and then returns True.
+        The text is session.tokens before position `fork` (None: all of them), and then `guess`: what a drafter's own drafter
+        expects, or the tokens of a branch. Stops at the first token that differs from the text's token at its position, and then
+        returns True.
 
         Raises RequestError if the request's parameters let no token be chosen.
         """
         session, answer = task.session, task.answer
-        length = len(session.tokens)
+        length = len(session.tokens) if fork is None else fork
         sampler = self._samplers.get(session.generation)
         choices = logits.argmax(dim=-1).tolist() if sampler is None else None
         for row in range(len(logits)):
             at = task.start + len(answer.tokens)
             if sampler is not None:
-                token = _sampled(sampler, logits[row], at, guess)
+                token = _sampled(sampler, logits[row], at, guess, length)
             else:
                 assert choices is not None
                 token = choices[row]
             answer.tokens.append(token)
             if session.sampling.logprobs:
                 answer.logprobs.append(log_probability(logits[row], token))
-            expected = session.tokens[at : at + 1] or guess[at - length : at - length + 1]
+            expected = session.tokens[at : at + 1] if at < length else guess[at - length : at - length + 1]
             if expected and expected[0] != token:
                 return True
         return False
 
 
-def _sampled(sampler: Sampler, logits: torch.Tensor, position: int, guess: Sequence[int]) -> int:
+def _sampled(sampler: Sampler, logits: torch.Tensor, position: int, guess: Sequence[int], fork: int) -> int:
     """The sampler's token. Any error but one of the device is the request's fault, not the model's: raises RequestError."""
     try:
-        return sampler.choose(logits, position, guess)
+        return sampler.choose(logits, position, guess, fork)
     except (
         torch.OutOfMemoryError,
         torch.AcceleratorError,

@@ -4,9 +4,10 @@ In a forward pass of a few rows, reading the weights takes nearly all of the tim
 there are only seven kernels per layer (kernels.py), and Python launches none of them: a forward pass is several CUDA graphs,
 one for every few layers. At most two graphs are queued at a time, so that a cancel takes effect within a forward pass.
 
-Rows come in groups, each of one generation. Their positions and slots are numbers in device memory. So one recording serves
-all generations, positions and batches with the same number of rows. A run with more rows than any recording, as of a prompt,
-is computed by the torch decoder (decoding/decoder.py).
+Rows come in groups, each of one generation. Their positions, their slots and where a branch leaves the slot are numbers in
+device memory. So one recording serves all generations, positions, trees and batches with the same number of rows. The keys and
+values of branches stand beside the cache, in memory for the rows of one layer, and are forgotten after that layer. A run with
+more rows than any recording, as of a prompt, is computed by the torch decoder (decoding/decoder.py).
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from dsi_workers.decoding.packed import PackedBatch
 
 #: Rows of one generation that read the KV cache together.
 GROUP = 8
+#: Beyond all positions: where the path of a group without a branch leaves the cache.
+_NO_FORK = 1 << 30
 #: Layers in one CUDA graph.
 _LAYERS = 4
 #: How often a part runs before it is recorded. The first run compiles its kernels.
@@ -123,6 +126,7 @@ class _Buffers:
         self.x, self.qkv = rows_of(first.qkv.in_features), rows_of(first.qkv.out_features)
         self.attended, self.gated = rows_of(heads * dim), rows_of(first.down.in_features)
         self.logits = rows_of(head.out_features)
+        self.branches = torch.zeros(2, decoder.kv_heads, MOST_ROWS, dim, dtype=decoder.dtype, device=device)
         self.splits = triton.cdiv(cache.capacity, SPLIT.value)
         self.partial_outputs = torch.zeros(MOST_ROWS, heads, self.splits, dim, device=device)
         self.maxima, self.exp_sums = torch.zeros(2, MOST_ROWS, heads, self.splits, device=device)
@@ -138,8 +142,9 @@ class _Recording:
         self._decoder, self._linear_layers, self._head = decoder, linear_layers, head
         groups, device = rows // GROUP, decoder.device
         self._pdl = supports_pdl(device)
-        self._inputs = torch.zeros(2 * rows + groups, dtype=torch.int32, device=device)
-        self._ids, self._positions, self._slots = self._inputs.split((rows, rows, groups))
+        self._inputs = torch.zeros(2 * rows + 3 * groups, dtype=torch.int32, device=device)
+        self._ids, self._positions, *of_groups = self._inputs.split((rows, rows, groups, groups, groups))
+        self._slots, self._forks, self._firsts = of_groups
         self._positions.fill_(-1)
         #: For each row of the packed batch, its row in this recording, where each group starts at a multiple of GROUP.
         self._row_of_input: list[int] = []
@@ -152,6 +157,7 @@ class _Recording:
             buffers.exp_sums,
             buffers.splits,
         )
+        self._branch_keys, self._branch_values = buffers.branches
         self._parts = [
             self._part(begin, min(begin + _LAYERS, len(linear_layers)))
             for begin in range(0, len(linear_layers), _LAYERS)
@@ -164,9 +170,10 @@ class _Recording:
         self._parts = [capture(part) for part in self._parts]
 
     def set_inputs(self, packed: PackedBatch) -> None:
-        """Copy the ids, positions and slots of the next forward pass to the device."""
-        rows, begin, group = len(self._ids), 0, 0
-        ids, positions, slots = [0] * rows, [-1] * rows, [0] * len(self._slots)
+        """Copy the ids, positions, slots and branch points of the next forward pass to the device."""
+        rows, begin, group, first, all_groups = len(self._ids), 0, 0, 0, len(self._slots)
+        ids, positions = [0] * rows, [-1] * rows
+        slots, forks, firsts = [0] * all_groups, [_NO_FORK] * all_groups, [0] * all_groups
         self._row_of_input = list[int]()
         for segment in packed.segments:
             own = slice(group * GROUP, group * GROUP + segment.width)
@@ -175,8 +182,13 @@ class _Recording:
             self._row_of_input += range(own.start, own.stop)
             groups = triton.cdiv(segment.width, GROUP)
             slots[group : group + groups] = [segment.slot] * groups
+            if segment.fork is not None:
+                if segment.fork == segment.position:
+                    first = own.start
+                forks[group : group + groups] = [segment.fork] * groups
+                firsts[group : group + groups] = [first] * groups
             begin, group = begin + segment.width, group + groups
-        self._inputs.copy_(torch.tensor([*ids, *positions, *slots], dtype=torch.int32))
+        self._inputs.copy_(torch.tensor([*ids, *positions, *slots, *forks, *firsts], dtype=torch.int32))
 
     def compute(self, between: Callable[[], None], packed: PackedBatch) -> torch.Tensor:
         """Run the parts, with a call of `between` before each. Returns logits as `Decoder` does."""
@@ -227,14 +239,15 @@ class _Recording:
         key_norm = decoder.norm if layer.key_norm is None else layer.key_norm
         pdl = {"pdl": self._pdl, **({"launch_pdl": True} if self._pdl else {})}
         apply_rope_and_store_kv[(rows, heads + 2 * kv_heads)](
-            self._qkv, self._positions, self._slots, decoder.cos, decoder.sin, keys, values, query_norm, key_norm,
-            decoder.epsilon, capacity, len(decoder.cos) - 1, heads=heads, kv_heads=kv_heads, dim=dim,
-            group_rows=GROUP, normed=layer.query_norm is not None, block_half=triton.next_power_of_2(dim // 2),
-            num_warps=1, **pdl,
+            self._qkv, self._positions, self._slots, self._forks, self._firsts, decoder.cos, decoder.sin, keys, values,
+            self._branch_keys, self._branch_values, query_norm, key_norm, decoder.epsilon, capacity,
+            len(decoder.cos) - 1, MOST_ROWS, heads=heads, kv_heads=kv_heads, dim=dim, group_rows=GROUP,
+            normed=layer.query_norm is not None, block_half=triton.next_power_of_2(dim // 2), num_warps=1, **pdl,
         )  # fmt: skip
         attend_to_splits[(len(self._slots), kv_heads, splits)](
-            self._qkv, self._positions, self._slots, keys, values, self._partial_outputs, self._maxima, self._exp_sums, capacity,
-            decoder.scaling, splits, heads=heads, kv_heads=kv_heads, dim=dim, group_rows=GROUP, sliding_window=sliding_window,
+            self._qkv, self._positions, self._slots, self._forks, self._firsts, keys, values, self._branch_keys,
+            self._branch_values, self._partial_outputs, self._maxima, self._exp_sums, capacity, MOST_ROWS, decoder.scaling,
+            splits, heads=heads, kv_heads=kv_heads, dim=dim, group_rows=GROUP, sliding_window=sliding_window,
             block_m=block_m, block_d=block_d, num_warps=4, **pdl,
         )  # fmt: skip
         combine_splits[(rows, heads)](

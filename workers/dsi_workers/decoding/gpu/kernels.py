@@ -7,6 +7,10 @@ on the contents of other rows, nor on how much of the KV cache they read. So a t
 Rows are those of a packed forward pass. They come in groups of `group_rows`, each group of one generation. A row with a negative
 position is padding: it neither reads nor writes the KV cache.
 
+A group may lie on a branch of a tree. From position forks[group] on, such a group reads and writes branch_keys and branch_values
+[kv_heads, branch_rows, dim] in place of the cache: position p stands there at firsts[group] + p - forks[group]. The keys of a
+position are summed in the same order wherever they stand. A group without a branch has a fork beyond all positions.
+
 `pdl` switches on programmatic dependent launch: a kernel starts while the kernel before it is ending, and waits only
 before it reads that kernel's results.
 """
@@ -112,7 +116,8 @@ def multiply(
 
 @triton.jit
 def apply_rope_and_store_kv(
-    qkv, positions, slots, cos, sin, keys, values, query_norm, key_norm, epsilon, capacity, last_position,
+    qkv, positions, slots, forks, firsts, cos, sin, keys, values, branch_keys, branch_values, query_norm, key_norm, epsilon,
+    capacity, last_position, branch_rows,
     heads: tl.constexpr, kv_heads: tl.constexpr, dim: tl.constexpr, group_rows: tl.constexpr, normed: tl.constexpr,
     block_half: tl.constexpr, pdl: tl.constexpr,
 ):  # fmt: skip
@@ -152,18 +157,20 @@ def apply_rope_and_store_kv(
             tl.store(at + dim // 2, second.to(qkv.dtype.element_ty), mask=inside)
         else:
             kv_head = (head - heads) % kv_heads
-            place = ((slot * kv_heads + kv_head) * capacity + position) * dim + half
-            if head < heads + kv_heads:
-                tl.store(keys + place, first.to(keys.dtype.element_ty), mask=inside)
-                tl.store(keys + place + dim // 2, second.to(keys.dtype.element_ty), mask=inside)
-            else:
-                tl.store(values + place, first.to(values.dtype.element_ty), mask=inside)
-                tl.store(values + place + dim // 2, second.to(values.dtype.element_ty), mask=inside)
+            kept = keys if head < heads + kv_heads else values
+            place = (slot * kv_heads + kv_head) * capacity + position
+            fork = tl.load(forks + row // group_rows)
+            if position >= fork:
+                kept = branch_keys if head < heads + kv_heads else branch_values
+                place = kv_head.to(tl.int64) * branch_rows + tl.load(firsts + row // group_rows) + position - fork
+            tl.store(kept + place * dim + half, first.to(keys.dtype.element_ty), mask=inside)
+            tl.store(kept + place * dim + half + dim // 2, second.to(keys.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def attend_to_splits(
-    qkv, positions, slots, keys, values, partial_outputs, maxima, exp_sums, capacity, scaling, splits,
+    qkv, positions, slots, forks, firsts, keys, values, branch_keys, branch_values, partial_outputs, maxima, exp_sums, capacity,
+    branch_rows, scaling, splits,
     heads: tl.constexpr, kv_heads: tl.constexpr, dim: tl.constexpr, group_rows: tl.constexpr, sliding_window: tl.constexpr,
     block_m: tl.constexpr, block_d: tl.constexpr, pdl: tl.constexpr,
 ):  # fmt: skip
@@ -187,6 +194,7 @@ def attend_to_splits(
     begin = split * SPLIT
     if begin <= last:
         slot = tl.load(slots + group).to(tl.int64)
+        fork = tl.load(forks + group)
         d = tl.arange(0, block_d)
         known = d < dim
         query = tl.load(
@@ -195,11 +203,12 @@ def attend_to_splits(
         )  # fmt: skip
         place = begin + tl.arange(0, SPLIT)
         at = ((slot * kv_heads + kv_head) * capacity + place)[:, None] * dim + d[None, :]
+        aside = (kv_head * branch_rows + tl.load(firsts + group) + place - fork)[:, None] * dim + d[None, :]
+        shared = (place < fork)[:, None]
         readable = (place <= last)[:, None] & known[None, :]
-        key = tl.load(keys + at, mask=readable, other=0)
-        value = tl.load(
-            values + at, mask=readable, other=0
-        )  # loaded early, so that it arrives while scores are computed
+        key = tl.load(tl.where(shared, keys + at, branch_keys + aside), mask=readable, other=0)
+        # The values are loaded early, so that they arrive while scores are computed.
+        value = tl.load(tl.where(shared, values + at, branch_values + aside), mask=readable, other=0)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * (scaling * _LOG2_E)
         visible = place[None, :] <= position[:, None]
         if sliding_window > 0:
