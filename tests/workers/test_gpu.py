@@ -6,7 +6,10 @@ one they run as they would in a worker, in bfloat16.
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +35,7 @@ from dsi_workers.engine import Interrupted
 from dsi_workers.engines import Task, load_engine
 from dsi_workers.engines.model import ModelEngine
 from dsi_workers.sampling import gumbel_noise
+from dsi_workers.tree import Branch
 from support.engines import InterruptAfter, NoInterrupt, make_tiny_model, session_of, torch_backend
 
 GPU = torch.cuda.is_available()
@@ -269,6 +273,32 @@ def test_generations_share_no_forward_that_is_too_wide_for_the_kernels(
     assert max(shared) > 1
 
 
+def test_a_tree_with_more_branches_than_a_forward_has_rows_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: list[int]
+) -> None:
+    """Each branch takes a whole group of rows. Those that do not fit wait until the answer goes along one of them."""
+    engine = engine_on_a_gpu(monkeypatch, tmp_path, "target", slots=3, calibrate=False)
+    assert engine.info.rows == 64
+    session, others = (
+        session_of([5, 6], prompt_length=1),
+        [session_of([5], generation=2), session_of([5], generation=3)],
+    )
+    own = list[int]()
+    for _ in range(6):
+        own += engine.verify(session, len(session.tokens), NoInterrupt()).tokens
+        session.write(len(session.tokens), own[-1:])
+    session.truncate(2)
+    session.write(2, [*own[:3], (own[3] + 1) % WORDS])
+    wrong = [Branch(2 + number % 4, None, [(own[number % 4] + 2 + number) % WORDS, 1, 2]) for number in range(11)]
+    tree = Task(session, 2, branches=[*wrong, Branch(5, None, own[3:5])])
+    tasks = [tree, *(Task(other, 1) for other in others)]
+    del shared[:]
+    while left := [task for task in tasks if not task.done]:
+        engine.step(left, NoInterrupt())
+    assert tree.answer.tokens == own
+    assert max(shared) == 8, "eight groups of eight rows"
+
+
 @pytest.mark.parametrize("window", [4, 16])
 @pytest.mark.parametrize("slots", [1, 8, 16, 33])
 @pytest.mark.parametrize("role", ["target", "drafter"])
@@ -351,3 +381,9 @@ def test_noise_has_the_same_bits_on_a_gpu() -> None:
     for position in range(3):
         key = stream_key(7, position)
         assert torch.equal(gumbel_noise(key, tokens.to(DEVICE)).cpu(), gumbel_noise(key, tokens))
+
+
+def test_kernels_of_attention_compile_for_a_gpu(tmp_path: Path) -> None:
+    """Also where there is none: the interpreter runs what the compiler refuses."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    subprocess.run([sys.executable, "-m", "support.compile_kernels"], env=environment, check=True)

@@ -125,7 +125,7 @@ def verified(engine: Engine, session: Session, base: int, tree: Tree) -> list[tu
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 1 << 32))
 def test_a_path_of_a_tree_has_the_bits_of_a_chain(engine: Engine, sampling: SamplingParameters, seed: int) -> None:
     """One tree after another; and afterwards the main path has the bits of a chain, too."""
@@ -165,9 +165,9 @@ def test_trees_chains_and_prompts_share_forwards_and_keep_their_bits(engine: Eng
         alone.write(0, prompt)
         own.append([])
         for _ in range(12):
-            answer = engine.verify(alone, len(alone.tokens), NoInterrupt())
-            alone.write(len(alone.tokens), answer.tokens)
-            own[-1].append((answer.tokens[0], answer.logprobs[0]))
+            said = engine.verify(alone, len(alone.tokens), NoInterrupt())
+            alone.write(len(alone.tokens), said.tokens)
+            own[-1].append((said.tokens[0], said.logprobs[0]))
         engine.forget(alone)
     tasks = list[Task]()
     for session, prompt, truth in zip(sessions, prompts, own, strict=True):
