@@ -96,7 +96,7 @@ def _text_of(first: Guess) -> Iterator[Guess]:
 def _strips(first: Guess, text: list[Guess]) -> Iterator[_Strip]:
     """Those that leave the text, each followed by those that leave it."""
     for guess in (first, *text):
-        drafted = [child for child in guess.children.values() if child.drafted]
+        drafted = [child for child in guess.children.values() if child.block is not None]
         for child in drafted:
             if child.came is None:
                 yield from _strips_from(child, None, first_choice=child is drafted[0])

@@ -24,14 +24,14 @@ class Came(Enum):
 class Guess:
     """A token at a position of the text, drafted or not."""
 
-    __slots__ = ("came", "children", "drafted", "main", "position", "token")
+    __slots__ = ("block", "came", "children", "main", "position", "token")
 
-    def __init__(self, token: int, position: int, *, drafted: bool, main: bool) -> None:
+    def __init__(self, token: int, position: int, *, main: bool, block: int | None = None) -> None:
         self.token = token
         self.position = position
         self.children: dict[int, Guess] = {}
-        #: False: the drafter was told this token before it guessed it.
-        self.drafted = drafted
+        #: The block of drafts that it came in, counted from 0. None: the drafter was told this token before it guessed it.
+        self.block = block
         #: Whether it stood on the drafter's main path when it was made. The others stand on branches.
         self.main = main
         #: How the text came to have it; None: the text does not have it, or not yet.
@@ -44,6 +44,8 @@ class Drafts:
     def __init__(self) -> None:
         #: The last token of the prompt: everything hangs from there. None: nothing was seen yet.
         self.first: Guess | None = None
+        #: Blocks that came and fitted.
+        self.blocks = 0
         #: The last committed token.
         self._root: Guess | None = None
         self._numbered: list[Guess] = []
@@ -59,6 +61,11 @@ class Drafts:
     def front(self) -> int:
         """One past the last committed position."""
         return 0 if self._root is None else self._root.position + 1
+
+    @property
+    def follows(self) -> bool:
+        """Whether it is known what the numbers of drafts mean: not before the first request that was seen whole."""
+        return bool(self._numbered)
 
     def requested(self, attempt: int, base: int, tokens: Sequence[int], start: int) -> None:
         """A StartDraft."""
@@ -83,6 +90,7 @@ class Drafts:
         if attempt not in self._attempts or start != self._first_number + len(self._numbered):
             return None
         new: list[Guess] = []
+        self.blocks += 1
         for number, token in enumerate(tokens, start):
             before = parents[number - start] if parents else number - 1
             if not self._first_number <= before < number:
@@ -92,7 +100,7 @@ class Drafts:
             self._followed.add(before)
             guess = parent.children.get(token)
             if guess is None:
-                guess = Guess(token, parent.position + 1, drafted=True, main=False)
+                guess = Guess(token, parent.position + 1, main=False, block=self.blocks - 1)
                 parent.children[token] = guess
                 new.append(guess)
             self._numbered.append(guess)
@@ -105,27 +113,28 @@ class Drafts:
 
     def committed(
         self, start: int, tokens: Sequence[int], accepted: Sequence[bool], alternatives: Collection[int]
-    ) -> bool:
-        """An EmitTokens. Returns whether the last token is a correction: there were drafts, and all of them were wrong."""
+    ) -> tuple[list[Guess], bool]:
+        """An EmitTokens. Returns the tokens, and whether the last one is a correction: there were drafts, and all were wrong."""
         if self._root is None or self._root.position != start - 1:
             self._begin(start)
-        corrected = False
+        corrected, settled = False, list[Guess]()
         for position, (token, was_drafted) in enumerate(zip(tokens, accepted, strict=True), start):
             assert self._root is not None
             beside = self._root.children
             guess = beside.get(token)
-            corrected = not was_drafted and any(each.drafted for each in beside.values())
+            corrected = not was_drafted and any(each.block is not None for each in beside.values())
             if guess is None:
-                guess = beside[token] = Guess(token, position, drafted=False, main=True)
+                guess = beside[token] = Guess(token, position, main=True)
             guess.came = Came.OWN
             if was_drafted:
                 guess.came = Came.ALTERNATIVE if position in alternatives else Came.ACCEPTED
             self._root = guess
-        return corrected
+            settled.append(guess)
+        return settled, corrected
 
     def _begin(self, start: int) -> None:
         """Everything before position `start` is given. What was seen of it is of no use: something was missed."""
-        self.first = self._root = Guess(0, start - 1, drafted=False, main=True)
+        self.first = self._root = Guess(0, start - 1, main=True)
         self._path, self._numbered = [], []
         self._attempts.clear()
 
@@ -136,7 +145,7 @@ class Drafts:
         for token in path:
             found = guess.children.get(token)
             if found is None:
-                found = guess.children[token] = Guess(token, guess.position + 1, drafted=False, main=True)
+                found = guess.children[token] = Guess(token, guess.position + 1, main=True)
             found.main = True
             guess = found
         return guess

@@ -124,7 +124,7 @@ class _Painter:
                     self._answered = None
                 accepted = tuple(fields["accepted"])
                 self._picture.commits.append(Commit(at_ms, fields["start"], accepted, tuple(alternatives)))
-                if self._drafts.committed(fields["start"], fields["tokens"], accepted, alternatives):
+                if self._drafts.committed(fields["start"], fields["tokens"], accepted, alternatives)[1]:
                     self._picture.rejections_ms.append(at_ms)
 
     def _take_drafts(self, at_ms: float, fields: Mapping[str, Any]) -> None:
