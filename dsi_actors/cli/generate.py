@@ -92,8 +92,9 @@ class _Run:
 
     def as_dict(self, tokenizer: Tokenizer) -> dict[str, Any]:
         assert self.report is not None
+        came = {"accepted": self.accepted, "by_alternative": self.by_alternative}  # of each token that was not resumed
         logprobs = {"logprobs": self.logprobs} if self.logprobs else {}
-        return {**self.so_far(tokenizer), **logprobs, **self.report.as_dict()}
+        return {**self.so_far(tokenizer), **came, **logprobs, **self.report.as_dict()}
 
     def so_far(self, tokenizer: Tokenizer) -> dict[str, Any]:
         token_ids = self.resumed + self.token_ids
