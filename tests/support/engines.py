@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dsi_protocol import Draft, Drain, FromWorker, Message
 from dsi_workers.engine import Engine, EngineInfo, Interrupt, Interrupted, Task
 from dsi_workers.session import Session
+from dsi_workers.tree import Walk
 
 if TYPE_CHECKING:
     from dsi_workers.decoding.torch_backend import TorchBackend
@@ -59,10 +60,11 @@ def role_for(messages: Iterable[Message]) -> str:
 
 
 class CountingEngine(Engine):
-    """Its next token is always the last one plus one. Runs `during` (once) in the middle of each call."""
+    """Its next token is always the last one plus one, and its second choice one more. Runs `during` (once) in the middle of
+    each call."""
 
     def __init__(self) -> None:
-        self.info = EngineInfo("count", 1000, 64, 8, 1, slots=3)
+        self.info = EngineInfo("count", 1000, 64, 8, 1, slots=3, rows=8)
         #: The generations that shared each step.
         self.batches: list[list[int]] = []
         self.during: deque[list[Message]] = deque()
@@ -79,12 +81,14 @@ class CountingEngine(Engine):
             self._count(task)
 
     def _count(self, task: Task) -> None:
-        session, answer = task.session, task.answer.tokens
-        answer.append(session.tokens[task.start - 1] + 1)
-        for position in range(task.start, len(session.tokens)):
-            if session.tokens[position] != answer[-1]:
-                break
+        tokens, answer = task.session.tokens, task.answer.tokens
+        walk = Walk(tokens, task.branches if task.count is None else (), task.start)
+        answer.append(tokens[task.start - 1] + 1)
+        while walk.takes(answer[-1]):
             answer.append(answer[-1] + 1)
+        if task.alternatives:
+            task.answer.alternatives = [answer[0] + 1]
+            task.answer.continued = [branch.tokens[-1] + 1 for branch in task.branches]
         task.done = True
 
     def forget(self, session: Session) -> None:
