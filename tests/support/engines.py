@@ -60,7 +60,7 @@ def role_for(messages: Iterable[Message]) -> str:
 
 
 class CountingEngine(Engine):
-    """Its next token is always the last one plus one, and its second choice one more. Runs `during` (once) in the middle of
+    """Its next token is always the last one plus one, and its second choice 100 more. Runs `during` (once) in the middle of
     each call."""
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class CountingEngine(Engine):
         while walk.takes(answer[-1]):
             answer.append(answer[-1] + 1)
         if task.alternatives:
-            task.answer.alternatives = [answer[0] + 1]
+            task.answer.alternatives = [answer[0] + 100]
             task.answer.continued = [branch.tokens[-1] + 1 for branch in task.branches]
         task.done = True
 

@@ -216,8 +216,9 @@ class WorkerLoop:
             self._queue.add(Work(request, session))
 
     def _hear_of_commits(self, request: Draft, session: Session) -> None:
-        session.drafts.drop_dead_branches(request.committed)
-        if request.rows > 1 and request.start == request.base + len(request.tokens):
+        if request.start > request.base + len(request.tokens):
+            session.drafts.drop_dead_branches(request.committed)
+        elif request.rows > 1:  # its tokens may lead down one of these branches, which _prepare_draft looks up
             for work in self._queue:
                 if work.session is session and isinstance(work.request, Draft):
                     work.superseded = True
