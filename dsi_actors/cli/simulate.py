@@ -20,7 +20,7 @@ from rich.table import Table
 from dsi_actors.benches.timed_workers import add_scenario_options, check_sizes, scenario_from
 from dsi_actors.config import ALGORITHMS
 from dsi_actors.console.machine import describe_machine
-from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option, lookahead
+from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option, lookahead, rows
 from dsi_actors.console.pool import process_pool
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
@@ -40,7 +40,11 @@ def add_parser(commands: SubParsers) -> None:
         "--lookahead", type=lookahead, default="auto", metavar="auto|K", help="drafted tokens between two verifications"
     )
     parser.add_argument(
-        "--rows", type=int, metavar="R", help="the most rows of a drafting step; 1 drafts chains (default: chosen)"
+        "--rows",
+        type=rows,
+        default="auto",
+        metavar="auto|R",
+        help="the most rows of a drafting step; 1 drafts chains (default %(default)s: chosen)",
     )
     parser.add_argument("--sp", type=int, default=2, metavar="N", help="target servers (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=100, metavar="S", help="of a generation (default %(default)s)")
@@ -56,8 +60,6 @@ def add_parser(commands: SubParsers) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     check_sizes(arguments, "sp", "tokens", "repeats")
-    if arguments.rows is not None and arguments.rows < 1:
-        raise ConfigError(f"--rows must be at least 1, not {arguments.rows}")
     if not 0 <= arguments.cancel_ms < float("inf"):
         raise ConfigError(f"--cancel-ms must be at least 0, not {arguments.cancel_ms:g}")
     trace = _read_trace(arguments.trace) if arguments.trace else Trace()

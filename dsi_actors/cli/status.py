@@ -124,9 +124,14 @@ class Seen:
         seconds = max(0.1, min(self.span_ms, _OVER_MS) / 1e3)
         commits = [moment for moment in self._moments if moment["is"] == "commit"]
         accepted = sum(sum(moment["accepted"]) for moment in commits)
+        alternatives = sum(len(moment["alternatives"]) for moment in commits)
         rejected = sum(moment["rejected"] for moment in commits)
         started = Counter(moment["worker"] for moment in self._moments if moment["is"] == "verify")
-        drafted = sum(moment["end"] - moment["start"] for moment in self._moments if moment["is"] == "drafted")
+        drafted = sum(
+            moment["end"] - moment["start"] + moment["branches"]
+            for moment in self._moments
+            if moment["is"] == "drafted"
+        )
         workers = []
         for worker in self._state["workers"]:
             rate = started[worker["number"]] if worker["role"] == "target" else drafted
@@ -135,6 +140,7 @@ class Seen:
             "running": self._state["running"], "waiting": self._state["waiting"],
             "tokens_per_second": round(sum(len(moment["accepted"]) for moment in commits) / seconds, 1),
             "acceptance_rate": round(accepted / (accepted + rejected), 3) if accepted + rejected else None,
+            "alternatives_per_second": round(alternatives / seconds, 1),
             "workers": workers,
             "generations": [{"number": number, "tokens": tokens} for number, tokens in self._tokens.items()],
         }  # fmt: skip
@@ -144,6 +150,8 @@ def _picture(seen: Seen) -> Group:
     summary = seen.summary()
     rate = summary["acceptance_rate"]
     accepted = f", {rate:.0%} of guesses accepted" if rate is not None else ""
+    by_alternative = summary["alternatives_per_second"]
+    accepted += f", {by_alternative} tokens per second by alternatives" if by_alternative else ""
     workers = Table("worker", "host", "device", "generations", "verifications or drafts per second")
     for worker in summary["workers"]:
         name = f"{worker['role']} {worker['number']}"

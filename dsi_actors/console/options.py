@@ -163,6 +163,11 @@ def add_algorithm_options(parser: argparse.ArgumentParser) -> None:
         help="drafted tokens between two verifications; auto chooses from measured latencies and acceptance",
     )  # fmt: skip
     parser.add_argument(
+        "--rows", type=rows, default="auto", metavar="auto|R",
+        help="the most rows of a drafting step: one for the main path, the others for branches; 1 drafts chains; auto lets the "
+        "planner choose",
+    )  # fmt: skip
+    parser.add_argument(
         "--max-tokens", type=int, default=default_of(Sampling, "max_tokens"), metavar="N", help="of the answer"
     )
 
@@ -191,8 +196,15 @@ def sampling_from(arguments: argparse.Namespace, **more: Any) -> Sampling:
 
 
 def lookahead(text: str) -> int | Literal["auto"]:
-    if text == "auto":
-        return "auto"
+    return "auto" if text == "auto" else _at_least_1(text)
+
+
+def rows(text: str) -> int | None:
+    """None: the planner chooses."""
+    return None if text == "auto" else _at_least_1(text)
+
+
+def _at_least_1(text: str) -> int:
     if text.isdecimal() and int(text) >= 1:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r}: give auto or a whole number of at least 1")

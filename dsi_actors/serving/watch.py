@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi.sse import format_sse_event
 
-from dsi_actors.core.actions import Action, EmitTokens, Finish, StartDraft, StartVerify
+from dsi_actors.core.actions import Action, CancelDrafts, EmitTokens, Finish, StartDraft, StartVerify
 from dsi_actors.core.events import DraftsArrived, Event, VerificationAbandoned, VerificationFinished
 from dsi_actors.errors import OrchestratorClosed
 from dsi_actors.logs import get_logger
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.serving.errors import ApiError
 from dsi_actors.tokenizer import Tokenizer, TokenStream
+from dsi_actors.tracing.drafts import Drafts, main_path_end
 
 log = get_logger("serving.watch")
 
@@ -44,8 +45,7 @@ class Watch:
         self._missed = 0
         self._failed = False
         self._texts: dict[int, TokenStream] = {}
-        #: One past the last position that was guessed in each generation, since the last correction.
-        self._guessed: dict[int, int] = {}
+        self._drafts: dict[int, Drafts] = {}
         self._observation = orchestrator.observe(self._on_moment)
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -96,7 +96,7 @@ class Watch:
         if not self._viewers:
             self._moments.clear()
             self._texts.clear()
-            self._guessed.clear()
+            self._drafts.clear()
 
     def _event(self, moments: list[dict[str, Any]], missed: int) -> bytes:
         return format_sse_event(data_str=json.dumps({**self._state(), "moments": moments, "missed": missed}))
@@ -138,29 +138,56 @@ class Watch:
 
     def _moment(self, generation: int, item: Event | Action) -> dict[str, Any] | None:
         match item:
-            case StartVerify(attempt, server, base, tokens, start):
-                return {"is": "verify", "attempt": attempt, "worker": server, "start": start, "end": base + len(tokens)}
+            case StartVerify(attempt, server, base, tokens, start, parents):
+                end, branches = main_path_end(base, tokens, parents)
+                return {
+                    "is": "verify", "attempt": attempt, "worker": server, "start": start, "end": end, "branches": branches,
+                }  # fmt: skip
             case VerificationFinished(attempt, _, _, tokens):
                 return {"is": "verified", "attempt": attempt, "tokens": len(tokens)}
             case VerificationAbandoned(attempt):
                 return {"is": "abandoned", "attempt": attempt}
-            case StartDraft(attempt):
+            case StartDraft(attempt, base, tokens, start):
+                self._drafts.setdefault(generation, Drafts()).requested(attempt, base, tokens, start)
                 return {"is": "draft", "attempt": attempt}
-            case DraftsArrived(attempt, start, tokens):
-                self._guessed[generation] = start + len(tokens)
-                return {"is": "drafted", "attempt": attempt, "start": start, "end": start + len(tokens)}
-            case EmitTokens(start, tokens, accepted):
+            case CancelDrafts(attempt):
+                if (drafts := self._drafts.get(generation)) is not None:
+                    drafts.cancelled(attempt)
+            case DraftsArrived(attempt, start, tokens, parents):
+                drafts = self._drafts.get(generation, Drafts())  # it may have ended
+                return _drafted(drafts, attempt, start, tokens, parents)
+            case EmitTokens(start, tokens, accepted, alternatives):
                 stream = self._texts.setdefault(generation, self._tokenizer.stream())
-                rejected = not accepted[-1] and self._guessed.get(generation, 0) >= start + len(tokens)
-                if rejected:
-                    del self._guessed[generation]
+                drafts = self._drafts.setdefault(generation, Drafts())
+                settled, rejected = drafts.committed(start, tokens, accepted, alternatives)
                 texts = [stream.add(token) for token in tokens]
-                return {"is": "commit", "start": start, "texts": texts, "accepted": accepted, "rejected": rejected}
+                return {
+                    "is": "commit", "start": start, "texts": texts, "accepted": accepted, "alternatives": alternatives,
+                    "rejected": rejected, "blocks": [guess.block for guess in settled],
+                }  # fmt: skip
             case Finish(reason):
                 ended = self._texts.pop(generation, None)
-                self._guessed.pop(generation, None)
+                self._drafts.pop(generation, None)
                 return {"is": "end", "reason": reason, "text": "" if ended is None else ended.flush()}
         return None
+
+
+def _drafted(
+    drafts: Drafts, attempt: int, start: int, tokens: Sequence[int], parents: Sequence[int]
+) -> dict[str, Any] | None:
+    """`block`: its number, None if it came too late. `start`, `end`: positions of its main path. None: nothing is new in it."""
+    guesses, block, branches = drafts.arrived(attempt, start, tokens, parents), None, 0
+    end = start + len(tokens)
+    if guesses == []:
+        return None
+    if guesses:
+        main = [guess.position for guess in guesses if guess.main]
+        positions = main or [guess.position for guess in guesses]
+        start, end = min(positions), max(positions) + 1
+        block, branches = drafts.blocks - 1, len(guesses) - len(main)
+    elif drafts.follows:
+        start = end = drafts.front
+    return {"is": "drafted", "attempt": attempt, "block": block, "start": start, "end": end, "branches": branches}
 
 
 def _now_ms() -> float:

@@ -83,6 +83,8 @@ def test_generate_prints_one_json_object(model: Path) -> None:
     assert len(result["token_ids"]) == result["tokens"] == 12
     assert result["text"] == "".join(f" w{token}" for token in result["token_ids"]), "it continues the prompt"
     assert (result["algorithm"], result["sp"], result["finish_reason"]) == ("dsi", 2, "length")
+    assert len(result["accepted"]) == len(result["by_alternative"]) == 12
+    assert sum(result["by_alternative"]) == result["alternatives"]
     expected = {
         "ms_per_token", "first_token_ms", "acceptance_rate", "target_forwards", "wasted_target_forwards",
         "target_busy_ms", "drafter_busy_ms", "lookahead",

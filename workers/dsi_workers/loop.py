@@ -221,8 +221,9 @@ class WorkerLoop:
 
     def _apply_commits(self, request: Draft, session: Session) -> None:
         """Drop branches that the committed tokens rule out. End earlier Drafts if this one brings a prefix of its own."""
-        session.drafts.drop_dead_branches(request.committed)
-        if request.rows > 1 and request.start == request.base + len(request.tokens):
+        if request.start > request.base + len(request.tokens):
+            session.drafts.drop_dead_branches(request.committed)
+        elif request.rows > 1:  # its tokens may lead down one of these branches, which _prepare_draft looks up
             for work in self._queue:
                 if work.session is session and isinstance(work.request, Draft):
                     work.superseded = True
