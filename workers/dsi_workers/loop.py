@@ -286,7 +286,8 @@ class WorkerLoop:
     def _prepare(self, work: Work) -> bool:
         """Make the session's tokens match the request. Also for a cancelled request: the next one may build on its tokens.
 
-        Returns False if the request was answered instead: its prefix is missing here, its text is empty, or nothing is left to do.
+        Returns False if the request was answered instead: its prefix is missing here, its text is empty, or it leaves
+        nothing to do.
         """
         request, session = work.request, work.session
         if not session.holds(request.base, request.base_crc):
