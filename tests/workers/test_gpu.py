@@ -386,4 +386,5 @@ def test_noise_has_the_same_bits_on_a_gpu() -> None:
 def test_kernels_of_attention_compile_for_a_gpu(tmp_path: Path) -> None:
     """Also where there is none: the interpreter runs what the compiler refuses."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    subprocess.run([sys.executable, "-m", "support.compile_kernels"], env=environment, check=True)
+    tests = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-m", "support.compile_kernels"], cwd=tests, env=environment, check=True)
