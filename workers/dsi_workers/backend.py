@@ -64,6 +64,8 @@ class Backend(Protocol):
     window: int
     #: Most rows of a `compute` for several generations. A generation by itself may take more.
     most_rows: int
+    #: Further slots, numbered from `slots` on, in which a drafter continues branches. 0: it drafts chains only.
+    branch_slots: int = 0
     #: Calls of the model so far. ModelEngine sets it to 0 when it is built.
     forwards: int
 
@@ -78,6 +80,10 @@ class Backend(Protocol):
 
         Runs of the fingerprint and of `time_s` lie at positions [0, PROMPT_CHUNK + window), even where `max_length` is less.
         """
+
+    def copy(self, source: int, destination: int, begin: int, end: int) -> None:
+        """Copy the keys and values of the positions [begin, end) from one slot to another. Needed with `branch_slots` only."""
+        raise NotImplementedError
 
     def rows(self, run: Run) -> int:
         """How many of `most_rows` the run takes in a forward for several generations."""

@@ -30,7 +30,7 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 class Sampler:
-    """Chooses the tokens of one session. `choose` takes no longer for a longer text."""
+    """Chooses the tokens of one session. A choice takes no longer for a longer text."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -40,23 +40,48 @@ class Sampler:
             session.occurrences = Occurrences()
             self._said = _Said(session.occurrences)
 
-    def choose(self, logits: torch.Tensor, position: int, guess: Sequence[int] = ()) -> int:
-        """The token at `position`, which follows the session's tokens before it and, where those end, `guess`.
-        logits: [vocabulary]."""
+    def choose(self, logits: torch.Tensor, position: int, guess: Sequence[int] = (), *, fork: int | None = None) -> int:
+        """Return the token at `position`. Before it stand the session's tokens and, where those end, `guess`. With `fork` the
+        session's tokens count before that position only: a branch of drafts. logits: [vocabulary]."""
+        candidates, perturbed = self._perturbed(self._scores(logits, position, guess, fork), position)
+        return int(candidates[perturbed.argmax()]) if candidates is not None else int(perturbed.argmax())
+
+    def choose_two(self, logits: torch.Tensor, position: int, guess: Sequence[int] = ()) -> tuple[int, int]:
+        """Return the token of `choose` and the runner-up under the same noise: what `choose` would return if the first token
+        could not be chosen. Where the parameters leave one candidate, the runner-up is the most probable of the others."""
+        scores = self._scores(logits, position, guess, None)
+        candidates, perturbed = self._perturbed(scores, position)
+        if candidates is None:
+            first = int(perturbed.argmax())
+            return first, second_choice(scores, first)
+        place = int(perturbed.argmax())
+        first = int(candidates[place])
+        if len(candidates) == 1:
+            return first, second_choice(scores, first)
+        return first, int(candidates[second_choice(perturbed, place)])
+
+    def _scores(self, logits: torch.Tensor, position: int, guess: Sequence[int], fork: int | None) -> torch.Tensor:
+        """Finite logits after the repetition penalty."""
         scores = _finite(logits)
-        if self._said is not None:
-            tokens = self._session.tokens
-            self._said.move_to(tokens, min(position, len(tokens)))
-            said = self._said.mask(scores, guess[: max(0, position - len(tokens))])
-            scores = penalised(scores, said, self._parameters.repetition_penalty)
+        if self._said is None:
+            return scores
+        tokens = self._session.tokens
+        length = min(position, len(tokens) if fork is None else fork)
+        self._said.move_to(tokens, length)
+        return penalised(
+            scores, self._said.mask(scores, guess[: position - length]), self._parameters.repetition_penalty
+        )
+
+    def _perturbed(self, scores: torch.Tensor, position: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Return (candidates, log p + g of each). The largest is the choice. Candidates None: every token, without noise."""
         if self._parameters.greedy:
-            return int(scores.argmax())
+            return None, scores
         kept = kept_scores(scores, self._parameters)
         candidates = (kept > -torch.inf).nonzero()[:, 0]
         if not len(candidates):  # a broken model: no token is possible
-            return int(scores.argmax())
+            return None, scores
         noise = gumbel_noise(stream_key(self._parameters.seed, position), candidates)
-        return int(candidates[(kept[candidates].double() + noise).argmax()])
+        return candidates, kept[candidates].double() + noise
 
 
 class _Said:
@@ -87,6 +112,13 @@ class _Said:
         known = [token for token in ids if token < len(mask)]  # a vocabulary may have tokens that no logit belongs to
         if known:
             mask[torch.tensor(known, device=mask.device)] = said
+
+
+def second_choice(scores: torch.Tensor, first: int) -> int:
+    """Return the place of the largest of `scores` [n] beside the place `first`."""
+    others = scores.clone()
+    others[first] = -torch.inf
+    return int(others.argmax())
 
 
 def _finite(logits: torch.Tensor) -> torch.Tensor:
@@ -132,6 +164,7 @@ def warm_up(logits: torch.Tensor) -> None:
     session = Session(0, 1, "warm-up", parameters)
     session.write(0, [0, 1, 0])
     sampler = Sampler(session)
+    sampler.choose_two(logits, 3)
     for guess in ((), (1,)):
         log_probability(logits, sampler.choose(logits, 3 + len(guess), guess))
     session.truncate(1)

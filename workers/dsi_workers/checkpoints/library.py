@@ -41,9 +41,15 @@ def read_config(directory: Path, reference: str) -> Any:
         raise EngineError(f"transformers cannot read the configuration of {reference}: {first_line(error)}") from None
 
 
-def read_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Any:
+def read_model(directory: Path, dtype: torch.dtype, device: torch.device, config: Any) -> Any:
+    """The model with the configuration of `read_config`. If that has fewer layers than the files, these are the first layers."""
     model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, attn_implementation=_ATTENTION, trust_remote_code=False, use_safetensors=True
+        directory,
+        config=config,
+        dtype=dtype,
+        attn_implementation=_ATTENTION,
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     model = model.eval().requires_grad_(False).to(device)
     for module in list(model.modules()):  # GPT-2's own kind of linear layer, whose weight lies the other way

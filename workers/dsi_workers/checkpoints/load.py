@@ -12,6 +12,7 @@ import structlog
 import torch
 from torch import nn
 
+from dsi_protocol import OptionValue
 from dsi_workers.backend import Run
 from dsi_workers.checkpoints.checkpoint import read_checkpoint
 from dsi_workers.decoding.decoder import Decoder
@@ -64,9 +65,10 @@ def load_model(
     most_positions: int,
     graphs: bool = True,
     exact: bool = True,
+    layers: OptionValue | None = None,
 ) -> Loaded:
-    """For products of about `rows` rows; `exact`: its bits matter. On a GPU forwards are recorded as `graphs`.
-    Raises EngineError."""
+    """For products of about `rows` rows; `exact`: its bits matter. On a GPU forwards are recorded as `graphs`. `layers`: keep
+    only so many of the model's layers, the first ones. Raises EngineError."""
     if quantization not in ("none", "int8"):
         raise EngineError(f"unknown quantization {quantization!r}: choose auto, none, int8")
     int8 = quantization == "int8"
@@ -78,8 +80,9 @@ def load_model(
     with _one_sentence(reference):
         checkpoint = read_checkpoint(directory, number_type, device)
         if checkpoint is None:
-            loaded = _load_by_library(directory, device, reference, number_type, most_positions, lay_out)
+            loaded = _load_by_library(directory, device, reference, number_type, most_positions, lay_out, layers)
         else:
+            _keep_layers(checkpoint.config, layers, reference)
             positions = min(most_positions, int(checkpoint.config.max_position_embeddings))
             with torch.inference_mode():
                 decoder = Decoder(checkpoint.weights, checkpoint.config, *checkpoint.rope(positions, number_type))
@@ -107,8 +110,9 @@ def on_a_gpu(decoder: Decoder, *, exact: bool = True) -> ComputesLogits:
 
 
 def _load_by_library(
-    directory: Path, device: torch.device, reference: str, dtype: torch.dtype, most_positions: int, lay_out: Any
-) -> Loaded:
+    directory: Path, device: torch.device, reference: str, dtype: torch.dtype, most_positions: int, lay_out: Any,
+    layers: OptionValue | None,
+) -> Loaded:  # fmt: skip
     # Importing the library takes seconds: only for who needs it.
     from dsi_workers.checkpoints.compatibility import position_limit, refuse_if_not_rewindable
     from dsi_workers.checkpoints.library import LibraryDecoder, as_decoder, read_config, read_model
@@ -117,7 +121,8 @@ def _load_by_library(
     refuse_if_not_rewindable(whole, reference)
     config = whole.get_text_config(decoder=True)
     positions = min(most_positions, position_limit(config))
-    model = read_model(directory, dtype, device)
+    _keep_layers(config, layers, reference)
+    model = read_model(directory, dtype, device, whole)
     library = LibraryDecoder(model, config, positions - 1)
 
     def logits(decoder: ComputesLogits) -> torch.Tensor:
@@ -133,6 +138,21 @@ def _load_by_library(
             return Loaded(decoder, config, positions)
     replace_linear_layers(model, lay_out)
     return Loaded(library, config, positions)
+
+
+def _keep_layers(config: Any, layers: OptionValue | None, reference: str) -> None:
+    """Change the configuration to one of the model's first `layers` layers; None: all. The weights of the others are not read
+    then, or not used."""
+    if layers is None:
+        return
+    number = int(config.num_hidden_layers)
+    if type(layers) is not int or not 1 <= layers <= number:
+        raise EngineError(
+            f"option layers must be a whole number in [1, {number}], the layers of {reference}, not {layers!r}"
+        )
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

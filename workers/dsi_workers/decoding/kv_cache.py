@@ -52,6 +52,10 @@ class SlotLayer:
         keys, values = self._kept
         return keys.tensor, values.tensor
 
+    def copy(self, source: int, destination: int, positions: slice) -> None:
+        for kept in self._kept or ():
+            kept.tensor[destination, :, positions] = kept.tensor[source, :, positions]
+
     def release(self, slot: int) -> None:
         for kept in self._kept or ():
             kept.release(slot)
@@ -70,6 +74,11 @@ class SlotCache:
         self.capacity = capacity
         self.segments: Sequence[Segment] = ()
         self.layers = [SlotLayer(self) for _ in range(layers)]
+
+    def copy(self, source: int, destination: int, begin: int, end: int) -> None:
+        """Copy the keys and values of the positions [begin, end) from one slot to another."""
+        for layer in self.layers:
+            layer.copy(source, destination, slice(begin, end))
 
     def release(self, slot: int) -> None:
         """Give back the slot's memory, where memory is taken as it is used."""

@@ -15,7 +15,7 @@ from dsi_workers.engine import Interrupt, Never
 
 class TorchBackend:
     """`widths`: the forwards of a target whose bits agree (widths.py). None for a drafter, which computes exactly the rows that
-    it must, since nobody compares its bits."""
+    it must, since nobody compares its bits. `branch_slots`: how many slots of the cache are for branches (backend.py)."""
 
     def __init__(
         self,
@@ -26,12 +26,14 @@ class TorchBackend:
         vocabulary_size: int,
         max_length: int,
         window: int,
+        branch_slots: int = 0,
     ) -> None:
         self.vocabulary = vocabulary
         self.vocabulary_size = vocabulary_size
         self.max_length = max_length
         self.window = window
-        self.slots = forward.cache.slots
+        self.slots = forward.cache.slots - branch_slots
+        self.branch_slots = branch_slots
         self.forward = forward
         self.widths = widths
         recorded = max(forward.recorded_rows, default=1 << 30)
@@ -54,6 +56,10 @@ class TorchBackend:
         self.forward.interrupt = Never()
         runs, rows, logit_rows = self._laid_out(runs)
         return self.forward.timed_s(runs, rows=rows, logit_rows=logit_rows)
+
+    def copy(self, source: int, destination: int, begin: int, end: int) -> None:
+        with torch.inference_mode():
+            self.forward.cache.copy(source, destination, begin, end)
 
     def rows(self, run: Run) -> int:
         return self.forward.rows_of(self._wide(run, alone=False))

@@ -13,11 +13,13 @@ from dsi_workers.backend import PROMPT_CHUNK, Backend, Run
 from dsi_workers.decoding.slots import Slots
 from dsi_workers.drafting.lookup import Lookup
 from dsi_workers.engine import Engine, EngineInfo, Interrupt, Never, Task
+from dsi_workers.engines.branches import Branches
 from dsi_workers.engines.calibration import measured
 from dsi_workers.engines.choice import Choice
 from dsi_workers.engines.fingerprint import fingerprint_of
 from dsi_workers.sampling import warm_up
 from dsi_workers.session import Session
+from dsi_workers.tree import Branch
 
 
 class ModelEngine(Engine):
@@ -33,6 +35,10 @@ class ModelEngine(Engine):
         self._lookup = lookup
         self._choice = Choice()
         self._slots = Slots(backend.slots, block=PROMPT_CHUNK if exact else None)
+        #: Of a drafter of trees.
+        self._branches: Branches | None = None
+        if backend.branch_slots > 1 and not exact and lookup is None:
+            self._branches = Branches(backend, self._slots, self._choice)
         [logits] = backend.compute([Run(0, [0], 0, 0, 0)], Never())
         warm_up(logits[0])
         info = EngineInfo(
@@ -43,6 +49,7 @@ class ModelEngine(Engine):
             latency_us=0,
             slots=backend.slots,
             fingerprint=fingerprint_of(backend) if exact else 0,
+            rows=1 if self._branches is None else self._branches.most_rows,
         )
         self.info = measured(backend, info, exact=exact) if calibrate else info
         backend.release()
@@ -53,6 +60,8 @@ class ModelEngine(Engine):
     def step(self, tasks: Sequence[Task], interrupt: Interrupt) -> None:
         tasks = [task for task in tasks if not self._copies(task)]
         counted = self._backend.forwards
+        if self._branches is not None:
+            self._branches.begin_step(tasks)
         try:
             runs = {id(task): self._run_of(task) for task in tasks}
             for group in self._groups(tasks, runs):
@@ -72,7 +81,7 @@ class ModelEngine(Engine):
         up to the backend's `most_rows`."""
         groups: list[list[Task]] = [[]]
         for task in tasks:
-            rows = sum(self._backend.rows(runs[id(each)]) for each in (*groups[0], task))
+            rows = sum(self._rows(each, runs[id(each)]) for each in (*groups[0], task))
             if len(tasks) > 1 and self.reads_alone(task):
                 groups.append([task])
             elif groups[0] and rows > self._backend.most_rows:
@@ -81,12 +90,23 @@ class ModelEngine(Engine):
                 groups[0].append(task)
         return [group for group in groups if group]
 
+    def _rows(self, task: Task, run: Run) -> int:
+        return self._backend.rows(run) + (self._branches.rows(task) if self._branches is not None else 0)
+
     def _compute(self, tasks: Sequence[Task], runs: Sequence[Run], interrupt: Interrupt) -> None:
         for task, run in zip(tasks, runs, strict=True):
             # Padding or an interrupt may leave anything in the cache from `begin` on.
             task.session.computed = min(task.session.computed, run.begin)
-        answers = self._backend.compute(runs, interrupt)
-        for task, run, logits in zip(tasks, runs, answers, strict=True):
+        completed = [
+            task
+            for task, run in zip(tasks, runs, strict=True)
+            if run.begin + len(run.tokens) >= len(task.session.tokens)
+        ]
+        beside = self._branches.runs(completed) if self._branches is not None else []
+        answers = self._backend.compute([*runs, *beside], interrupt)
+        if self._branches is not None:
+            self._branches.answer(answers[len(runs) :])
+        for task, run, logits in zip(tasks, runs, answers[: len(runs)], strict=True):
             guess = run.tokens[len(task.session.tokens) - run.begin :]
             task.session.computed = run.begin + len(run.tokens) - len(guess)
             differs = self._choice.answer(task, logits, guess)
@@ -135,8 +155,16 @@ class ModelEngine(Engine):
             return []
         return self._lookup.guess(task.session, task.count - 1)
 
+    # Branches of a drafter
+
+    def promote(self, session: Session, branch: Branch) -> None:
+        if self._branches is None or not self._branches.promote(session, branch):
+            super().promote(session, branch)
+
     def forget(self, session: Session) -> None:
         self._slots.forget(session)
+        if self._branches is not None:
+            self._branches.forget(session)
         self._choice.forget(session)
         if self._lookup is not None:
             self._lookup.forget(session)
