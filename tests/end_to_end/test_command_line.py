@@ -426,7 +426,10 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, when: str) -> None:
             "--library int4 is no dtype and number of threads",
         ),
         (["bench", "acceptance", "--prompts", "Makefile", "--drafter", "ngram"], "'ngram' has no distribution"),
-        (["bench", "acceptance", "--prompts", "Makefile", "--temperatures", "1,0"], "0 is not positive"),
+        (
+            ["bench", "acceptance", "--prompts", "Makefile", "--temperatures", "1,-1"],
+            "-1 is not a number of at least 0",
+        ),
         (["simulate", "--target-ms", "-1"], "--target-ms must be a number of at least 0, not -1"),
         (["simulate", "--target-ms", "nan"], "--target-ms must be a number of at least 0, not nan"),
         (["simulate", "--acceptance", "1.5"], "--acceptance must lie in [0, 1], not 1.5"),

@@ -82,7 +82,7 @@ def load_model(
         if checkpoint is None:
             loaded = _load_by_library(directory, device, reference, number_type, most_positions, lay_out, layers)
         else:
-            _keep_layers(checkpoint.config, layers, reference)
+            keep_layers(checkpoint.config, layers, reference)
             positions = min(most_positions, int(checkpoint.config.max_position_embeddings))
             with torch.inference_mode():
                 decoder = Decoder(checkpoint.weights, checkpoint.config, *checkpoint.rope(positions, number_type))
@@ -121,7 +121,7 @@ def _load_by_library(
     refuse_if_not_rewindable(whole, reference)
     config = whole.get_text_config(decoder=True)
     positions = min(most_positions, position_limit(config))
-    _keep_layers(config, layers, reference)
+    keep_layers(config, layers, reference)
     model = read_model(directory, dtype, device, whole)
     library = LibraryDecoder(model, config, positions - 1)
 
@@ -140,7 +140,7 @@ def _load_by_library(
     return Loaded(library, config, positions)
 
 
-def _keep_layers(config: Any, layers: OptionValue | None, reference: str) -> None:
+def keep_layers(config: Any, layers: OptionValue | None, reference: str) -> None:
     """Change the configuration to one of the model's first `layers` layers; None: all. The weights of the others are not read
     then, or not used."""
     if layers is None:
