@@ -12,6 +12,8 @@ from dsi_workers.session import Session
 #: Lengths of what is looked for, longest first. One token alone says little.
 LENGTHS = (4, 2)
 _MOST_PLACES = 1 << 17
+#: Of one suffix, so many of its places: what followed it at the earlier ones are alternatives.
+_PLACES_OF_ONE = 4
 #: Tokens at the end of a text that may be rejected: what is drafted ahead, and more.
 _MAY_GO = 1024
 #: Tokens of a new text that are read at once: 20 ms or so, in which nobody looks for a cancel.
@@ -19,6 +21,7 @@ READ_AT_ONCE = 8192
 
 #: The text in which some tokens stood, and the position that followed.
 _Place = tuple[list[int], int]
+_Places = tuple[_Place, ...]
 
 
 class SuffixIndex:
@@ -26,37 +29,54 @@ class SuffixIndex:
 
     def __init__(self, most_places: int = _MOST_PLACES) -> None:
         self._most = most_places
-        #: From the last tokens to where they stood. Two halves: when the younger is full the older is dropped.
-        self._young: dict[tuple[int, ...], _Place] = {}
-        self._old: dict[tuple[int, ...], _Place] = {}
+        #: From the last tokens to where they stood, the latest place first. Two halves: when the younger is full the older is
+        #: dropped.
+        self._young: dict[tuple[int, ...], _Places] = {}
+        self._old: dict[tuple[int, ...], _Places] = {}
 
-    def put(self, suffix: tuple[int, ...], place: _Place) -> _Place | None:
+    def put(self, suffix: tuple[int, ...], place: _Place) -> _Places:
         """The suffix stands there, too. Returns where it stood before."""
-        before = self._young.get(suffix)
-        self._young[suffix] = place
+        before = self._young.get(suffix, ())
+        self._young[suffix] = (place, *before[: _PLACES_OF_ONE - 1])
         if len(self._young) > self._most // 2:
             self._old, self._young = self._young, {}
         return before
 
-    def take_back(self, suffix: tuple[int, ...], place: _Place, before: _Place | None) -> None:
+    def take_back(self, suffix: tuple[int, ...], place: _Place, before: _Places) -> None:
         """It does not stand there any more; what stood before is found again."""
         for half in (self._young, self._old):
-            if half.get(suffix) is place:
-                if before is None:
-                    del half[suffix]
-                else:
+            if suffix in half and half[suffix][0] is place:
+                if before:
                     half[suffix] = before
+                else:
+                    del half[suffix]
 
     def find(self, text: Sequence[int], most: int) -> tuple[list[int], int]:
         """Up to `most` tokens that may follow `text`, and how many tokens before them are the same; none: [], 0."""
         for length in LENGTHS:
-            suffix = tuple(text[-length:])
-            source, position = self._young.get(suffix) or self._old.get(suffix) or ((), 0)
-            # What was taken back long ago may still be named.
-            same = len(suffix) == length and tuple(source[position - length : position]) == suffix
-            if same and (follows := list(source[position : position + most])):
-                return follows, length
+            for source, position in self._places(text, length)[:1]:
+                if follows := source[position : position + most]:
+                    return follows, length
         return [], 0
+
+    def find_next(self, text: Sequence[int]) -> list[int]:
+        """Different tokens that may follow `text`, best first: the first is the one of `find`."""
+        found: dict[int, None] = {}
+        for length in LENGTHS:
+            for source, position in self._places(text, length):
+                found |= dict.fromkeys(source[position : position + 1])
+        return list(found)
+
+    def _places(self, text: Sequence[int], length: int) -> list[_Place]:
+        """Where the last `length` tokens of the text stood before, the latest place first."""
+        suffix = tuple(text[-length:])
+        places = self._young.get(suffix) or self._old.get(suffix) or ()
+        # What was taken back long ago may still be named: then other tokens stand there.
+        return [
+            (source, position)
+            for source, position in places
+            if len(suffix) == length and tuple(source[position - length : position]) == suffix
+        ]
 
 
 class Text:
@@ -67,7 +87,7 @@ class Text:
         self.index = index
         self._tokens: list[int] = []
         #: Of the last tokens: what each of them added.
-        self._added: deque[list[tuple[tuple[int, ...], _Place, _Place | None]]] = deque(maxlen=_MAY_GO)
+        self._added: deque[list[tuple[tuple[int, ...], _Place, _Places]]] = deque(maxlen=_MAY_GO)
 
     def become(self, tokens: Sequence[int]) -> bool:
         """The text is `tokens` now. False if there are so many new ones that only a part of them was read: call again."""
@@ -100,6 +120,10 @@ class Texts:
     def find(self, session: Session, most: int) -> tuple[list[int], int]:
         """As SuffixIndex.find, for what may follow the session's tokens. Nothing while they are not all read."""
         return self._text_of(session).index.find(session.tokens, most) if self.read(session) else ([], 0)
+
+    def find_next(self, session: Session, path: Sequence[int]) -> list[int]:
+        """As SuffixIndex.find_next, for what may follow `path`, of which the last tokens suffice."""
+        return self._text_of(session).index.find_next(path)
 
     def read(self, session: Session) -> bool:
         """Read what is new of the session's tokens; whether all are read now."""
