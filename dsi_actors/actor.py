@@ -64,6 +64,13 @@ class Actor(ABC, Generic[M]):
         if self._end is not None and not self._draining:
             self._drain()
 
+    def fail(self, error: BaseException) -> None:
+        """End the actor with this error, as if it had been raised in `receive`."""
+        self.ended = True
+        if self._end is None or self._end.done():
+            raise error
+        self._end.set_exception(error)
+
     def spawn(self, work: Coroutine[Any, Any, M]) -> None:
         """Run `work` in the actor's task group; the message it returns comes to the mailbox. An exception ends the actor."""
         assert self._group is not None, "spawn is for a running actor"
@@ -131,10 +138,7 @@ class Actor(ABC, Generic[M]):
                 else:
                     return
         except BaseException as error:
-            self.ended = True
-            if self._end is None or self._end.done():
-                raise
-            self._end.set_exception(error)
+            self.fail(error)
         finally:
             self._draining = False
 

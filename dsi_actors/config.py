@@ -30,52 +30,69 @@ RANDOM = "random"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """Settings of an orchestrator. Raises ConfigError."""
+    """Settings of an orchestrator. Values are checked when the object is made: raises ConfigError.
 
-    #: Model reference: a directory, a .gguf file, package:NAME, or a hub name (org/name, org/name@revision).
+    Models and workers:
+
+    * `target`: the model. A directory, a .gguf file, package:NAME, or a hub name (org/name, org/name@revision).
+    * `drafter`: a model reference, self-int8 (the target's weights in int8), ngram (prompt lookup), or None for no drafter. A
+      model with another vocabulary than the target's is translated. ngram+REF is the drafter REF, for which prompt lookup
+      guesses. A tuple names several: each generation takes the one that turns out to be the fastest for it.
+    * `sp`: target servers: how many local ones to start, and the most that one generation uses. None: one for each device
+      that the drafter leaves; and for a generation all that are there.
+    * `devices`: devices of the local workers, in turn: "0" is a CUDA device, "cpu" the CPU. Empty: all CUDA devices, else
+      the CPU.
+    * `engine`: what runs models: transformers, timed (stands for a model and only takes time), or an engine that an installed
+      package brings (docs/extending.md). A drafter that connects may name another engine.
+    * `target_options`, `drafter_options`: settings of the engines by name, such as dtype, window, max_length, slots, threads;
+      latency_ms and acceptance of timed ones.
+    * `calibrate`: workers measure their latencies when they start, so that the first generation begins with a good lookahead.
+
+    Connections:
+
+    * `listen`: the endpoint to which workers connect. None: start local workers and talk to them over a private socket.
+    * `keys`: a directory of `dsi-actors keys new`. Only workers with one of its keys may connect, and all is encrypted.
+    * `insecure`: allow `listen` on an address that other machines reach without keys. Then nothing is encrypted.
+
+    Times and limits:
+
+    * `heartbeat_ms`: how often a worker says that it lives.
+    * `silence_ms`: a worker that was silent for this long is taken for dead. A request without a reply for half of it is sent
+      again.
+    * `restarts`, `restart_window_s`: a local worker that dies is started again, at most this often within this time.
+    * `request_timeout_s`: a request without a reply for this long is cancelled. A worker that does not answer the cancel
+      either is dropped. Must be longer than the longest prompt takes to read.
+    * `ready_timeout_s`: how long a worker may take to load its model, and a generation waits for a first target server.
+      Fetching and converting models comes before, and takes as long as it takes.
+    * `target_wait_s`: how long a generation goes on waiting once no target server is left.
+    * `max_generations`: generations that may wait or run.
+
+    Logs of local workers:
+
+    * `log_level`: debug, info, warning or error.
+    * `log_format`: text for lines of text, json for one JSON object in each line.
+    """
+
     target: str = DEFAULT_TARGET
-    #: The drafter: a model reference, self-int8, ngram, or None for no drafter. Where a model has another vocabulary than the
-    #: target's, its worker translates. ngram+REF is the drafter REF, for which prompt lookup guesses. Several: each generation
-    #: takes the one that turns out to be the fastest for it.
     drafter: str | tuple[str, ...] | None = SELF_INT8
-    #: Where workers connect. None: start local workers and talk to them over a private socket.
     listen: str | None = None
-    #: Target servers: how many local ones to start, and the most that one generation uses. None: one for each device that is
-    #: left beside the drafter's, and for a generation all that are there.
     sp: int | None = None
-    #: Devices of the local workers, in turn: "0" is a CUDA device. Empty: all CUDA devices, else the CPU.
     devices: tuple[str, ...] = ()
-    #: What runs the models: transformers, timed (no model, exact latencies), or an engine that a package brings which is
-    #: installed where the workers run (docs/extending.md). A drafter that connects may name another engine.
     engine: str = TRANSFORMERS
-    #: Settings of the engines, such as dtype, window, max_length, threads; latency_ms and acceptance of timed ones.
     target_options: Mapping[str, OptionValue] = field(default_factory=dict)
     drafter_options: Mapping[str, OptionValue] = field(default_factory=dict)
-    #: Let workers measure their latencies when they start, so that the first generation begins with a good lookahead.
     calibrate: bool = True
     heartbeat_ms: int = 250
-    #: The detection time: a peer that was silent for so long is taken for dead. A request without any reply for half of it
-    #: is sent again.
     silence_ms: int = 2000
-    #: A local worker that dies is started again, at most so often within `restart_window_s`, then not any more.
     restarts: int = 8
     restart_window_s: float = 60.0
-    #: A request without any reply for so long is cancelled, and its worker dropped if it does not answer that either.
-    #: Must be longer than the longest prompt takes to read.
     request_timeout_s: float = 120.0
-    #: How long a worker may take to load its model and become ready, and a generation waits for a first target server. Fetching
-    #: and converting models is not part of it: that is done before, and takes as long as it takes.
     ready_timeout_s: float = 120.0
-    #: How long a generation goes on waiting once no target server is left.
     target_wait_s: float = 60.0
-    #: Generations that may wait or run.
     max_generations: int = 1024
-    #: A directory of `dsi-actors keys new`: only workers with one of its keys may connect, and all is encrypted.
     keys: str | None = None
-    #: Allow `listen` on an address that other machines reach without keys. Nothing is encrypted or authenticated.
     insecure: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
-    #: Of local workers: one line of text, or one JSON object in each line.
     log_format: Literal["text", "json"] = "text"
 
     def __post_init__(self) -> None:
@@ -159,27 +176,30 @@ class Config:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How to choose tokens and when to stop; the meaning of each parameter is transformers'. Raises ConfigError.
+    """How to choose tokens and when to stop. The meaning of each parameter is that of transformers. Raises ConfigError.
 
-    The output is a function of the target, the prompt and these alone (docs/exactness.md).
+    The output is a function of the target, the prompt and these parameters alone (docs/exactness.md).
+
+    * `max_tokens`: the most tokens of the answer.
+    * `temperature`: 0, or anything below 0.000001, takes the most probable token. Above, tokens are drawn with noise that
+      depends on seed and position alone.
+    * `top_k`: keep the k most probable tokens. None keeps all.
+    * `top_p`: keep the most probable tokens that together have this probability.
+    * `min_p`: keep tokens with at least this share of the most probable token's probability.
+    * `repetition_penalty`: above 1, tokens that were there before become less probable.
+    * `seed`: the same seed gives the same text.
+    * `stop_token_ids`: the generation ends with the first of these, which is its last token.
+    * `logprobs`: give the log probability of each token, as the target has it before any parameter.
     """
 
     max_tokens: int = 128
-    #: 0, or anything below 0.000001, takes the most probable token. Above, tokens are drawn with noise that depends on seed and
-    #: position alone.
     temperature: float = 0.0
-    #: Keep the k most probable tokens. None keeps all.
     top_k: int | None = None
-    #: Keep the most probable tokens that together have this probability.
     top_p: float = 1.0
-    #: Keep tokens of at least this share of the most probable one's probability.
     min_p: float = 0.0
-    #: Above 1, tokens that were there before become less probable.
     repetition_penalty: float = 1.0
     seed: int = 0
-    #: The generation ends with the first of these, which is its last token.
     stop_token_ids: tuple[int, ...] = ()
-    #: Give the log probability of each token, as the target has it before any parameter.
     logprobs: bool = False
 
     def __post_init__(self) -> None:

@@ -27,9 +27,5 @@ class NoTargetError(DsiError):
         self.token_ids = token_ids
 
 
-class WorkerLost(DsiError):
-    """The worker that had the request is gone. The orchestrator turns this into an event; users do not see it."""
-
-
 class OrchestratorClosed(DsiError):
     """The orchestrator was closed while the generation ran."""

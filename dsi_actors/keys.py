@@ -14,7 +14,6 @@ import re
 import shlex
 import time
 import tomllib
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import zmq
@@ -28,15 +27,6 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 _KEY = re.compile(r"[!-~]{40}$")
 #: How often the directory is looked at. A key is revoked after so long.
 _LOOK_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerKey:
-    """What a worker needs to connect. Each is 40 characters of Z85."""
-
-    orchestrator: str
-    public: str
-    secret: str = field(repr=False)
 
 
 class Keyring:
@@ -127,9 +117,11 @@ def revoke(directory: Path, name: str) -> None:
         raise ConfigError(f"cannot remove the key {error.filename}: {error.strerror}") from None
 
 
-def load_worker_key(path: str | Path) -> WorkerKey:
-    """Read one file of `workers/`. Raises ConfigError."""
-    return WorkerKey(*_read(Path(path), "orchestrator", "public", "secret"))
+def load_worker_key(path: str | Path) -> tuple[str, str, str]:
+    """Read one file of `workers/`: the orchestrator's public key, the worker's public key, its secret key; each is 40
+    characters of Z85. Raises ConfigError."""
+    orchestrator, public, secret = _read(Path(path), "orchestrator", "public", "secret")
+    return orchestrator, public, secret
 
 
 def _public_keys(directory: Path) -> dict[str, str]:

@@ -6,15 +6,13 @@ import asyncio
 import itertools
 import operator
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, SupportsIndex
 
 from dsi_actors.config import ALGORITHMS, TIMED, Algorithm, Config, Sampling
 from dsi_actors.core import GenerationCore
-from dsi_actors.core.actions import Action
-from dsi_actors.core.events import Event
 from dsi_actors.errors import (
     ConfigError,
     NoTargetError,
@@ -27,16 +25,14 @@ from dsi_actors.generation.knowledge import Knowledge
 from dsi_actors.host.advice import worker_command
 from dsi_actors.host.temporary import socket_directory
 from dsi_actors.local_workers import start_local_workers
-from dsi_actors.logs import get_logger
 from dsi_actors.models import prepare_models
+from dsi_actors.observation import Observation, Observations, Observer
 from dsi_actors.planning.tuner import Estimates
 from dsi_actors.progress import Report, unreported
 from dsi_actors.root import Root
 from dsi_actors.stream import Cancel, Channel, GenerationStream
 from dsi_actors.workforce.worker_handle import WorkerHandle
 from dsi_protocol import MAX_TEXT_BYTES, MAX_TOKENS_PER_MESSAGE
-
-log = get_logger("orchestrator")
 
 _SOCKET = "orchestrator.sock"
 #: How long workers have to read that they are dismissed.
@@ -62,7 +58,7 @@ class Orchestrator:
         self._socket_directory: tempfile.TemporaryDirectory[str] | None = None
         self._numbers = itertools.count(1)
         self._knowledge = Knowledge(self.config, lambda role: self._running().of_role(role), lambda: self.running)
-        self._observer: Callable[[int, Event | Action], None] | None = None
+        self._observations = Observations()
 
     async def __aenter__(self) -> Orchestrator:
         if self._root is not None:
@@ -190,17 +186,21 @@ class Orchestrator:
                 target_wait_s=self.config.target_wait_s,
                 on_tokens=channel.put,
                 on_end=channel.end,
-                observe=self._observer,
+                observe=self._observations.teller(),
             )
             root.start_generation(generation, channel)
             return generation.cancel
 
         return GenerationStream(channel, start)
 
-    def observe(self, observer: Callable[[int, Event | Action], None] | None) -> None:
+    def observe(self, observer: Observer) -> Observation:
         """Tell `observer` of every event and every action of the cores of generations that start from now on, with the
-        generation's number. It must return at once; when it raises, it is told no more. None: nobody."""
-        self._observer = None if observer is None else _harmless(observer)
+        generation's number. It must return at once.
+
+        The result ends the observation by its `end`, or as a context manager. Any number of observers are told at the
+        same time. One that raises is told no more: the generation and the other observers go on.
+        """
+        return self._observations.add(observer)
 
     @property
     def workers(self) -> list[WorkerHandle]:
@@ -355,22 +355,6 @@ def _token_ids(name: str, given: Iterable[SupportsIndex]) -> list[int]:
         wrong = min(ids) if min(ids) < 0 else max(ids)
         raise ConfigError(f"{name} must be token ids, from 0 to 2**32 - 1: {wrong} is none")
     return ids
-
-
-def _harmless(observer: Callable[[int, Event | Action], None]) -> Callable[[int, Event | Action], None]:
-    """An observer that fails harms no generation: its first error is logged and ends it."""
-    failed = False
-
-    def observe(generation: int, item: Event | Action) -> None:
-        nonlocal failed
-        if not failed:
-            try:
-                observer(generation, item)
-            except Exception:
-                failed = True
-                log.exception("an observer failed and is told no more")
-
-    return observe
 
 
 def _check_resumed(resumed: Sequence[int], sampling: Sampling) -> None:

@@ -11,6 +11,7 @@ from dsi_actors.errors import ConfigError
 from dsi_actors.host.devices import device_name
 from dsi_actors.host.standard_streams import complain, prepare_streams
 from dsi_actors.keys import load_worker_key
+from dsi_actors.logs import show_logs
 from dsi_actors.progress import Report
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
@@ -24,7 +25,9 @@ def main() -> int:
         "--gpu", type=_device, metavar="N", required=True, help="CUDA device number, or cpu, cpu:0, cpu:1, ..."
     )
     parser.add_argument("--connect", default=DEFAULT_ENDPOINT, help="the orchestrator (default %(default)s)")
-    parser.add_argument("--role", choices=["auto", "target", "drafter"], default="auto")
+    parser.add_argument(
+        "--role", choices=["auto", "target", "drafter"], default="auto", help="auto (default): the orchestrator decides"
+    )
     parser.add_argument(
         "--engine", type=_engine, default="auto", metavar="NAME",
         help="auto (the orchestrator decides), transformers, timed, ngram, or an engine that an installed package brings",
@@ -35,8 +38,10 @@ def main() -> int:
         "--once", action="store_true", help="end with the orchestrator, instead of waiting for the next one"
     )
     parser.add_argument("--supervised", action="store_true", help="exit when standard input closes")
-    parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
-    parser.add_argument("--log-format", choices=["text", "json"], default="text")
+    parser.add_argument(
+        "--log-level", choices=["debug", "info", "warning", "error"], default="info", help="default %(default)s"
+    )
+    parser.add_argument("--log-format", choices=["text", "json"], default="text", help="default %(default)s")
     arguments = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"  # libraries draw bars of their own
     try:
@@ -47,12 +52,12 @@ def main() -> int:
 
 def _work(arguments: argparse.Namespace) -> int:
     from dsi_workers.connection import CurveKeys
-    from dsi_workers.main import OtherEngineWanted, WorkerConfig, WorkerError, configure_logging, run_worker
+    from dsi_workers.main import OtherEngineWanted, WorkerConfig, WorkerError, run_worker
 
-    configure_logging(arguments.log_level, arguments.log_format)
+    show_logs(arguments.log_level, arguments.log_format)
     incarnation = os.environ.get("DSI_INCARNATION", "") if arguments.supervised else ""
     try:
-        key = None if arguments.key is None else load_worker_key(arguments.key)
+        keys = None if arguments.key is None else CurveKeys(*load_worker_key(arguments.key))
     except ConfigError as error:
         complain(f"worker: {error}")
         return 1
@@ -65,7 +70,7 @@ def _work(arguments: argparse.Namespace) -> int:
         supervised=arguments.supervised,
         once=arguments.once,
         incarnation=int(incarnation) if incarnation else None,
-        keys=None if key is None else CurveKeys(key.orchestrator, key.public, key.secret),
+        keys=keys,
         progress=_shown,
     )
     try:
@@ -88,6 +93,10 @@ def _shown() -> AbstractContextManager[Report]:
 
 
 def _device(text: str) -> str:
+    if "," in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: one worker has one device, and a model cannot be split over several yet: start a worker for each"
+        )
     try:
         return device_name(text)
     except ConfigError as error:

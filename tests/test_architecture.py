@@ -22,9 +22,9 @@ PACKAGES = {
 #: Each folder, or module beside the folders, may import those that stand before it (docs/architecture.md).
 LAYERS = {
     "dsi_actors": (
-        "errors logs host config keys progress results core actor stream planning tokenization tokenizer models transport "
-        "workforce supervision generation root local_workers orchestrator __init__ "
-        "simulation tracing serving chaos conformance console benches worker cli"
+        "errors logs host config engine_options keys progress results core observation actor stream planning tokenization "
+        "tokenizer models transport workforce supervision generation root local_workers orchestrator __init__ "
+        "percentiles simulation tracing serving chaos conformance console benches worker cli"
     ),
     "dsi_workers": (
         "__init__ tree draft_tree session engine backend sampling connection models decoding checkpoints drafting "

@@ -107,3 +107,32 @@ async def test_workers_are_ended_without_asyncio_losing_sight_of_them(
     warnings = [record for record in caplog.records if record.name == "asyncio" and record.levelno > logging.INFO]
     # On a busy machine a step of the loop is slow, and debug mode says so.
     assert [record for record in warnings if not record.getMessage().startswith("Executing ")] == []
+
+
+async def test_any_number_of_observers_see_a_generation_each_for_itself() -> None:
+    sampling = dsi_actors.Sampling(max_tokens=TOKENS)
+    first: list[Any] = []
+    second: list[Any] = []
+    broken: list[Any] = []
+
+    def fails(generation: int, item: Any) -> None:
+        broken.append(item)
+        raise ValueError("no")
+
+    async with dsi_actors.Orchestrator(timed_config()) as orchestrator:
+        orchestrator.observe(fails)
+        with orchestrator.observe(lambda generation, item: first.append((generation, item))):
+            observation = orchestrator.observe(lambda generation, item: second.append((generation, item)))
+            assert await text_of(orchestrator.generate(PROMPT, sampling)) == plain_decoding(PROMPT, TOKENS)
+        assert len(broken) == 1, "it was told on although it had failed"
+        assert first == second != []
+        assert await text_of(orchestrator.generate(PROMPT, sampling)) == plain_decoding(PROMPT, TOKENS)
+        assert len(broken) == 1
+        assert {number for number, _ in first} < {number for number, _ in second}, "its block was over"
+        stream = orchestrator.generate(PROMPT, sampling)
+        await anext(stream)
+        observation.end()
+        observation.end()
+        seen = len(second)
+        await text_of(stream)
+        assert len(second) == seen, "told of a generation that began before the end"

@@ -21,13 +21,15 @@ from dsi_actors.benches import (
 )
 from dsi_actors.console.options import SubParsers, add_group
 
-_ALL = (
-    overhead, real, gpu, exact, exact_cost, acceptance, timed, table2, never_slower, heatmap, flood, load, http, soak, start
-)  # fmt: skip
+#: What tells a user how fast this machine is with real models; and what developers hold the project to.
+_FOR_USERS = (real, gpu, overhead, load, start)
+_FOR_DEVELOPERS = (exact, exact_cost, acceptance, timed, table2, never_slower, heatmap, http, flood, soak)
+_DESCRIPTION = """For users: real, gpu, overhead, load and start measure this machine.
+For developers: the others hold the project to its promises of exactness, speed and endurance."""
 
 
 def add_parser(commands: SubParsers) -> None:
-    bench = commands.add_parser("bench", help="measure this machine")
+    bench = commands.add_parser("bench", help="measure this machine, or the project", description=_DESCRIPTION)
     benches = add_group(bench, "benchmarks", "BENCHMARK")
-    for benchmark in _ALL:
+    for benchmark in (*_FOR_USERS, *_FOR_DEVELOPERS):
         benchmark.add_parser(benches)

@@ -31,7 +31,14 @@ from dsi_actors.benches.prompts import Prompt, add_prompt_options, read_prompts
 from dsi_actors.benches.reference import ReferenceProcess
 from dsi_actors.config import NGRAM, RANDOM, Config, Sampling
 from dsi_actors.console.machine import describe_machine
-from dsi_actors.console.options import SubParsers, add_logging_option, add_ready_timeout_option, default_of
+from dsi_actors.console.options import (
+    SubParsers,
+    add_drafter_option,
+    add_json_option,
+    add_logging_option,
+    add_ready_timeout_option,
+    add_target_option,
+)
 from dsi_actors.console.progress import model_directory, prepare_shown
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
@@ -46,15 +53,15 @@ _CHOICES = ("first", "second", "third_to_fifth")
 
 def add_parser(benches: SubParsers) -> None:
     parser = benches.add_parser("acceptance", help="acceptance rate against theory", description=__doc__)
-    parser.add_argument("--target", default=default_of(Config, "target"), metavar="REF")
-    parser.add_argument("--drafter", default=default_of(Config, "drafter"), metavar="REF")
+    add_target_option(parser)
+    add_drafter_option(parser)
     parser.add_argument("--layers", type=int, metavar="N", help="weaken the drafter: keep only its first N layers")
     parser.add_argument(
         "--temperatures", default="0,0.5,0.8,1.0", metavar="LIST", help="0 is greedy (default %(default)s)"
     )
     add_prompt_options(parser, limit=10, max_tokens=64)
     parser.add_argument("--dtype", default="float32", metavar="TYPE", help="of the target (default %(default)s)")
-    parser.add_argument("--json", action="store_true")
+    add_json_option(parser)
     add_ready_timeout_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)

@@ -20,7 +20,15 @@ from rich.table import Table
 from dsi_actors.benches.prompts import add_prompt_options, read_prompts
 from dsi_actors.config import NGRAM, RANDOM, SELF_INT8, Algorithm, Config, Sampling
 from dsi_actors.console.machine import describe_machine
-from dsi_actors.console.options import SubParsers, add_logging_option, add_ready_timeout_option, default_of
+from dsi_actors.console.options import (
+    SubParsers,
+    add_device_options,
+    add_json_option,
+    add_logging_option,
+    add_ready_timeout_option,
+    add_target_option,
+    devices_from,
+)
 from dsi_actors.console.progress import model_directory, prepare_shown
 from dsi_actors.console.terminal import terminal
 from dsi_actors.orchestrator import Orchestrator
@@ -89,13 +97,13 @@ class Findings:
 
 def add_parser(benches: SubParsers) -> None:
     parser = benches.add_parser("exact", help="the same text in every way?", description=__doc__)
-    parser.add_argument("--target", default=default_of(Config, "target"), metavar="REF")
+    add_target_option(parser)
     add_prompt_options(parser, limit=2, max_tokens=32)
     parser.add_argument("--servers", type=int, default=3, metavar="N", help="SP from 1 to this (default %(default)s)")
     parser.add_argument("--dtypes", default="float32,bfloat16", metavar="LIST", help="default %(default)s")
     parser.add_argument("--drafters", default=",".join(DRAFTERS), metavar="LIST", help="default %(default)s")
-    parser.add_argument("--gpu", action="append", default=[], metavar="N", dest="devices")
-    parser.add_argument("--json", action="store_true")
+    add_device_options(parser)
+    add_json_option(parser)
     add_ready_timeout_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)
@@ -112,7 +120,7 @@ async def run(arguments: argparse.Namespace) -> int:
     for dtype in arguments.dtypes.split(","):
         for drafter in arguments.drafters.split(","):
             config = Config(
-                target=arguments.target, drafter=drafter, sp=arguments.servers, devices=tuple(arguments.devices),
+                target=arguments.target, drafter=drafter, sp=arguments.servers, devices=devices_from(arguments),
                 target_options={"dtype": dtype}, ready_timeout_s=arguments.ready_timeout, log_level=arguments.log_level,
             )  # fmt: skip
             await prepare_shown(config)

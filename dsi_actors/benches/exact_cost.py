@@ -19,7 +19,13 @@ from dsi_actors.benches.prompts import Prompt, add_prompt_options, read_prompts
 from dsi_actors.benches.reference import ReferenceProcess
 from dsi_actors.config import Config, Sampling
 from dsi_actors.console.machine import describe_machine, memory_of
-from dsi_actors.console.options import SubParsers, add_logging_option, add_ready_timeout_option, default_of
+from dsi_actors.console.options import (
+    SubParsers,
+    add_json_option,
+    add_logging_option,
+    add_ready_timeout_option,
+    add_target_option,
+)
 from dsi_actors.console.progress import model_directory
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
@@ -31,12 +37,12 @@ _OURS, _THEIRS = "exact (AR)", "transformers generate"
 
 def add_parser(benches: SubParsers) -> None:
     parser = benches.add_parser("exact-cost", help="what exactness costs", description=__doc__)
-    parser.add_argument("--target", default=default_of(Config, "target"), metavar="REF")
+    add_target_option(parser)
     add_prompt_options(parser, limit=5, max_tokens=32)
     parser.add_argument("--repeats", type=int, default=5, metavar="R", help="default %(default)s")
     parser.add_argument("--dtypes", default="float32,bfloat16", metavar="LIST", help="default %(default)s")
     parser.add_argument("--threads", type=int, default=1, metavar="T", help="torch threads of each process")
-    parser.add_argument("--json", action="store_true")
+    add_json_option(parser)
     add_ready_timeout_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)

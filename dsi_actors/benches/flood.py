@@ -23,7 +23,7 @@ from dsi_actors.benches.timed_workers import add_scenario_options, check_sizes, 
 from dsi_actors.chaos.strangers import FRAMES
 from dsi_actors.config import Config, Sampling
 from dsi_actors.console.machine import describe_machine
-from dsi_actors.console.options import SubParsers, add_logging_option
+from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
 from dsi_actors.host.temporary import temporary_directory
@@ -41,7 +41,7 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--tokens", type=int, default=100, metavar="S", help="default %(default)s")
     parser.add_argument("--repeats", type=int, default=5, metavar="R", help="default %(default)s")
     parser.add_argument("--keys", action="store_true", help="workers have keys, strangers none")
-    parser.add_argument("--json", action="store_true")
+    add_json_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run, log_level="error")
 

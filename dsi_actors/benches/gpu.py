@@ -20,7 +20,8 @@ from rich.table import Table
 
 from dsi_actors.benches.line_process import LineProcess
 from dsi_actors.console.machine import describe_machine
-from dsi_actors.console.options import SubParsers, add_logging_option
+from dsi_actors.console.numbers import numbers
+from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
 from dsi_actors.host.devices import device_name, local_devices
@@ -36,17 +37,19 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--shapes", default="1b,3b,8b", metavar="LIST", help=f"of {', '.join(_SHAPES)}")
     parser.add_argument("--widths", default="1,2,4,8,16,32", metavar="LIST", help="default %(default)s")
     parser.add_argument("--context", type=int, default=512, metavar="L", help="positions before (default %(default)s)")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="numbers that the weights have"
+    )
     parser.add_argument("--no-graphs", action="store_true", help="launch each kernel by itself")
     parser.add_argument("--repeats", type=int, default=20, metavar="R", help="default %(default)s")
     parser.add_argument("--processes", type=int, default=2, metavar="P", help="at the same time (default %(default)s)")
-    parser.add_argument("--json", action="store_true")
+    add_json_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)
 
 
 async def run(arguments: argparse.Namespace) -> int:
-    shapes, widths = arguments.shapes.split(","), _widths(arguments.widths)
+    shapes, widths = arguments.shapes.split(","), numbers(arguments.widths, "--widths", int, 1, 128)
     if unknown := [shape for shape in shapes if shape not in _SHAPES]:
         raise ConfigError(f"--shapes {unknown[0]} is unknown: choose of {', '.join(_SHAPES)}")
     if arguments.repeats < 1 or arguments.processes < 1 or not 1 <= arguments.context <= 1 << 16:
@@ -105,13 +108,6 @@ async def _together(processes: list[LineProcess]) -> dict[str, Any]:
     each_ms = [statistics.median(measured["ms"]) for measured in together]
     slower = statistics.fmean(each_ms) / alone_ms
     return {"processes": len(processes), "alone_ms": alone_ms, "each_ms": each_ms, "slower": slower}
-
-
-def _widths(text: str) -> list[int]:
-    words = text.split(",")
-    if not all(word.isdecimal() and 1 <= int(word) <= 128 for word in words):
-        raise ConfigError(f"--widths {text} is no list of numbers from 1 to 128: write it as 1,8,32")
-    return [int(word) for word in words]
 
 
 def _show(console: Console, result: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from dsi_actors.benches.timed_workers import TimedBench, Way, alternate, best_si_way, check_sizes
 from dsi_actors.console.machine import describe_machine
-from dsi_actors.console.options import SubParsers, add_logging_option
+from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option
 from dsi_actors.console.pictures import check_picture, draw_heat_maps
 from dsi_actors.console.pool import process_pool
 from dsi_actors.console.terminal import terminal
@@ -32,7 +32,7 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--repeats", type=int, default=10, metavar="R", help="default %(default)s")
     parser.add_argument("--measure", action="store_true", help="on the wall clock, not in the simulator")
     parser.add_argument("--picture", metavar="FILE", help="draw it: .png, .svg or .pdf")
-    parser.add_argument("--json", action="store_true")
+    add_json_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)
 

@@ -26,7 +26,8 @@ from tokenizers.models import WordLevel
 
 from dsi_actors.config import SELF_INT8, Config, Sampling
 from dsi_actors.console.machine import describe_machine
-from dsi_actors.console.options import SubParsers, add_logging_option, add_ready_timeout_option
+from dsi_actors.console.numbers import numbers
+from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option, add_ready_timeout_option
 from dsi_actors.console.pool import process_pool
 from dsi_actors.console.progress import model_directory
 from dsi_actors.console.terminal import terminal
@@ -39,6 +40,8 @@ from dsi_actors.tokenizer import Tokenizer
 _MODEL = "bench"
 _PROMPTS = 8
 _WORDS = 1000
+#: As many as the service lets connect, by default.
+_MOST_CLIENTS = 512
 _TIMEOUT_S = 600.0
 
 
@@ -51,7 +54,7 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--target-ms", type=float, default=20.0, metavar="T", help="default %(default)s")
     parser.add_argument("--drafter-ms", type=float, default=4.0, metavar="D", help="default %(default)s")
     parser.add_argument("--target", metavar="REF", help="a real model, with an int8 copy of it as the drafter")
-    parser.add_argument("--json", action="store_true")
+    add_json_option(parser)
     add_ready_timeout_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run, log_level="error")
@@ -174,12 +177,9 @@ async def _served(orchestrator: Orchestrator, tokenizer: Tokenizer, log_level: s
 
 async def run(arguments: argparse.Namespace) -> int:
     require_models(_config(arguments).local_models, "serve", what="this benchmark")
-    try:
-        numbers = [int(word) for word in arguments.clients.split(",")]
-    except ValueError:
-        raise ConfigError(f"--clients {arguments.clients} is no list of numbers: write it as 1,16") from None
-    if min(numbers) < 1 or arguments.repeats < 1 or arguments.tokens < 2:
-        raise ConfigError("--clients and --repeats must be at least 1, --tokens at least 2")
+    crowds = numbers(arguments.clients, "--clients", int, 1, _MOST_CLIENTS)
+    if arguments.repeats < 1 or arguments.tokens < 2:
+        raise ConfigError("--repeats must be at least 1, --tokens at least 2")
     with temporary_directory() as directory, process_pool(1, start="spawn") as clients:
         tokenizer = Tokenizer(await model_directory(arguments.target) if arguments.target else _words(Path(directory)))
         async with (
@@ -187,7 +187,7 @@ async def run(arguments: argparse.Namespace) -> int:
             _served(orchestrator, tokenizer, arguments.log_level) as url,
         ):
             bench = _Bench(orchestrator, tokenizer, url, clients)
-            results = [await bench.measure(number, arguments.repeats, arguments.tokens) for number in numbers]
+            results = [await bench.measure(number, arguments.repeats, arguments.tokens) for number in crowds]
     if arguments.json:
         sys.stdout.write(json.dumps({"machine": describe_machine(), "results": results}) + "\n")
     else:

@@ -21,13 +21,23 @@ from rich.table import Table
 
 from dsi_actors.config import SELF_INT8, Algorithm, Config, Sampling
 from dsi_actors.console.machine import describe_machine
-from dsi_actors.console.options import SubParsers, add_logging_option, add_ready_timeout_option
+from dsi_actors.console.numbers import numbers
+from dsi_actors.console.options import (
+    SubParsers,
+    add_json_option,
+    add_logging_option,
+    add_ready_timeout_option,
+    default_of,
+)
 from dsi_actors.console.progress import prepare_shown
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
 from dsi_actors.orchestrator import Orchestrator
+from dsi_actors.percentiles import percentile
 
 _PROMPTS = 8
+#: As many generations as an orchestrator takes, by default.
+_MOST_CLIENTS: int = default_of(Config, "max_generations")
 _WAYS: tuple[tuple[Algorithm, int | None], ...] = (
     ("dsi", None),
     ("ar", None),
@@ -41,16 +51,16 @@ _WAYS: tuple[tuple[Algorithm, int | None], ...] = (
 def add_parser(benches: SubParsers) -> None:
     parser = benches.add_parser("load", help="many clients at once", description=__doc__)
     parser.add_argument("--clients", default="1,4,16,64", metavar="N,...", help="default %(default)s")
-    parser.add_argument("--seconds", type=float, default=15.0, metavar="S", help="of each measurement (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=15.0, metavar="S", help="of each measurement")
     parser.add_argument("--tokens", type=int, default=48, metavar="S", help="of each generation (default %(default)s)")
     parser.add_argument("--sp", type=int, default=2, metavar="N", help="target servers (default %(default)s)")
-    parser.add_argument("--target-ms", type=float, default=100.0, metavar="T")
-    parser.add_argument("--drafter-ms", type=float, default=8.0, metavar="D")
-    parser.add_argument("--acceptance", type=float, default=0.8, metavar="A")
+    parser.add_argument("--target-ms", type=float, default=100.0, metavar="T", help="milliseconds of a verification")
+    parser.add_argument("--drafter-ms", type=float, default=8.0, metavar="D", help="milliseconds of a drafted token")
+    parser.add_argument("--acceptance", type=float, default=0.8, metavar="A", help="chance that a draft is right")
     parser.add_argument("--position-ms", type=float, default=0.3, metavar="P", help="default %(default)s")
     parser.add_argument("--target", metavar="REF", help="a real model, with an int8 copy of it as the drafter")
     parser.add_argument("--fixed", action="store_true", help="run the fixed ways, too")
-    parser.add_argument("--json", action="store_true")
+    add_json_option(parser)
     add_ready_timeout_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run, log_level="error")
@@ -131,34 +141,27 @@ def _row(clients: Sequence[_Client], seconds: float) -> dict[str, Any]:
     rates = sorted(client.tokens for client in clients)
     return {
         "tokens_per_s": sum(rates) / seconds,
-        "first_token_ms_p50": _percentile(first, 50), "first_token_ms_p99": _percentile(first, 99),
+        "first_token_ms_p50": percentile(first, 50), "first_token_ms_p99": percentile(first, 99),
         "ms_per_token": statistics.fmean(intervals) if intervals else 0.0,
-        "ms_per_token_p50": _percentile(intervals, 50), "ms_per_token_p99": _percentile(intervals, 99),
+        "ms_per_token_p50": percentile(intervals, 50), "ms_per_token_p99": percentile(intervals, 99),
         "slowest_over_fastest_client": rates[0] / rates[-1] if rates[-1] else 0.0,
         "generations": sum(client.generations for client in clients),
         "differing": sum(client.different for client in clients),
     }  # fmt: skip
 
 
-def _percentile(values: Sequence[float], percent: int) -> float:
-    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else sum(values)
-
-
 async def run(arguments: argparse.Namespace) -> int:
-    try:
-        numbers = [int(word) for word in arguments.clients.split(",")]
-    except ValueError:
-        raise ConfigError(f"--clients {arguments.clients} is no list of numbers: write it as 1,4,16") from None
-    if min(numbers) < 1 or arguments.seconds <= 0 or arguments.tokens < 2:
-        raise ConfigError("--clients must be at least 1, --seconds positive, --tokens at least 2")
+    crowds = numbers(arguments.clients, "--clients", int, 1, _MOST_CLIENTS)
+    if arguments.seconds <= 0 or arguments.tokens < 2:
+        raise ConfigError("--seconds must be positive, --tokens at least 2")
     ways = _WAYS if arguments.fixed else _WAYS[:1]
     results: list[dict[str, Any]] = []
-    config = _config(arguments, max(numbers))
+    config = _config(arguments, max(crowds))
     await prepare_shown(config)
     async with Orchestrator(config) as orchestrator:
         load = _Load(orchestrator, arguments.tokens)
         await load.run_alone()
-        for clients in numbers:
+        for clients in crowds:
             for algorithm, lookahead in ways:
                 row = await load.measure(clients, arguments.seconds, algorithm, lookahead)
                 way = {"clients": clients, "algorithm": algorithm, "lookahead": lookahead or "auto"}

@@ -13,20 +13,20 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from rich.table import Table
 
 from dsi_actors.benches.timed_workers import TimedBench, Way, alternate, best_si_way, check_sizes, ratio
 from dsi_actors.console.machine import describe_machine
-from dsi_actors.console.options import SubParsers, add_logging_option
+from dsi_actors.console.numbers import numbers
+from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
 from dsi_actors.planning.expectation import equation_1_servers
 from dsi_actors.simulation.run import Scenario, SimulatedRun, simulate
 
-N = TypeVar("N", int, float)
 _SIMULATED_TOKENS = 100
 
 
@@ -45,18 +45,18 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--repeats", type=int, default=5, metavar="R", help="default %(default)s")
     parser.add_argument("--simulations", type=int, default=100, metavar="R", help="runs of each in the simulator")
     parser.add_argument("--simulate-only", action="store_true", help="no processes, no wall clock")
-    parser.add_argument("--json", action="store_true")
+    add_json_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)
 
 
 async def run(arguments: argparse.Namespace) -> int:
     check_sizes(arguments, "tokens", "repeats", "simulations")
-    acceptances = _numbers(arguments.acceptances, "--acceptances", float, 0.0, 1.0)
-    shares = _numbers(arguments.shares, "--shares", float, 0.0, 100.0)
-    servers = _numbers(arguments.sp, "--sp", int, 1, 64)
-    jitters = _numbers(arguments.jitters, "--jitters", float, 0.0, 10.0)
-    chances = _numbers(arguments.alternatives, "--alternatives", float, 0.0, 1.0)
+    acceptances = numbers(arguments.acceptances, "--acceptances", float, 0.0, 1.0)
+    shares = numbers(arguments.shares, "--shares", float, 0.0, 100.0)
+    servers = numbers(arguments.sp, "--sp", int, 1, 64)
+    jitters = numbers(arguments.jitters, "--jitters", float, 0.0, 10.0)
+    chances = numbers(arguments.alternatives, "--alternatives", float, 0.0, 1.0)
     if not 0 < arguments.target_ms < 1e6:
         raise ConfigError(f"--target-ms must be above 0, not {arguments.target_ms:g}")
     rows: list[dict[str, Any]] = []
@@ -112,7 +112,10 @@ def _simulated(scenario: Scenario, sp: int, repeats: int) -> dict[str, Any]:
     ar = simulated(Way("ar"), repeats, 0)
     si = simulated(best_si, repeats, 0)
     dsi = simulated(Way("dsi", sp), repeats + 1, -1)[1:]  # the first one finds out what the others begin with
-    enough = [equation_1_servers(scenario.target_ms, scenario.drafter_ms, run.lookahead) <= sp for run in dsi]
+    enough = [  # a run that ended in plain decoding has no lookahead
+        not run.lookahead or equation_1_servers(scenario.target_ms, scenario.drafter_ms, run.lookahead) <= sp
+        for run in dsi
+    ]
     slower = [run.ms_per_token > plain.ms_per_token * (1 + 1e-9) for run, plain in zip(dsi, ar, strict=True)]
     means = {name: statistics.fmean(run.ms_per_token for run in runs) for name, runs in _named(ar, si, dsi)}
     return {
@@ -175,13 +178,3 @@ def _print(rows: list[dict[str, Any]], servers: Sequence[int]) -> None:
         f"{sum(row['simulated_runs_slower_than_ar_with_enough_servers'] for row in steady)} of "
         f"{sum(row['simulated_runs_with_enough_servers'] for row in steady)} simulated runs"
     )
-
-
-def _numbers(text: str, option: str, kind: Callable[[str], N], least: N, most: N) -> list[N]:
-    try:
-        numbers = [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"{option} {text!r}: give numbers with commas between them") from None
-    if not all(least <= number <= most for number in numbers):
-        raise ConfigError(f"{option} {text}: each must lie in [{least:g}, {most:g}]")
-    return numbers

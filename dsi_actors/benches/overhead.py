@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -21,12 +20,13 @@ from rich.table import Table
 
 from dsi_actors.config import Config, Sampling
 from dsi_actors.console.machine import describe_machine, memory_of
-from dsi_actors.console.options import SubParsers, add_logging_option, add_ready_timeout_option
+from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option, add_ready_timeout_option
 from dsi_actors.console.progress import prepare_shown
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
 from dsi_actors.host.temporary import socket_directory
 from dsi_actors.orchestrator import Orchestrator
+from dsi_actors.percentiles import percentile
 from dsi_actors.workforce.worker_handle import WorkerHandle
 from dsi_protocol import (
     Cancelled,
@@ -55,12 +55,12 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument(
         "--long", type=int, default=10_000, metavar="S", help="tokens of the generation for growth of memory"
     )
-    parser.add_argument("--target-ms", type=float, default=20.0, metavar="T")
-    parser.add_argument("--drafter-ms", type=float, default=4.0, metavar="D")
-    parser.add_argument("--acceptance", type=float, default=0.8, metavar="A")
-    parser.add_argument("--sp", type=int, default=2, metavar="N")
+    parser.add_argument("--target-ms", type=float, default=20.0, metavar="T", help="milliseconds of a verification")
+    parser.add_argument("--drafter-ms", type=float, default=4.0, metavar="D", help="milliseconds of a drafted token")
+    parser.add_argument("--acceptance", type=float, default=0.8, metavar="A", help="chance that a draft is right")
+    parser.add_argument("--sp", type=int, default=2, metavar="N", help="target servers")
     parser.add_argument("--target", metavar="REF", help="measure cancels inside the forwards of this model")
-    parser.add_argument("--json", action="store_true")
+    add_json_option(parser)
     add_ready_timeout_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)
@@ -239,10 +239,7 @@ def _request(attempt: int) -> Verify:
 
 
 def _percentiles(unit: str, values: Sequence[float]) -> dict[str, float]:
-    ordered = sorted(values)
     return {
-        f"p50_{unit}": statistics.median(ordered),
-        f"p99_{unit}": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
-        f"max_{unit}": ordered[-1],
-        "count": len(ordered),
-    }
+        f"p50_{unit}": percentile(values, 50), f"p99_{unit}": percentile(values, 99), f"max_{unit}": max(values),
+        "count": len(values),
+    }  # fmt: skip

@@ -24,7 +24,15 @@ from dsi_actors.benches.prompts import Prompt, add_prompt_options, read_prompts
 from dsi_actors.benches.reference import ReferenceProcess
 from dsi_actors.config import NGRAM, NGRAM_FOR, SELF_INT8, Algorithm, Config, Sampling
 from dsi_actors.console.machine import describe_machine, processor_s_of
-from dsi_actors.console.options import SubParsers, add_logging_option, add_ready_timeout_option, default_of
+from dsi_actors.console.options import (
+    SubParsers,
+    add_device_options,
+    add_json_option,
+    add_logging_option,
+    add_ready_timeout_option,
+    add_target_option,
+    devices_from,
+)
 from dsi_actors.console.progress import model_directory, prepare_shown
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
@@ -39,7 +47,7 @@ _ASSISTANCE = {"": "generate", "drafter": "assisted, same drafter", "lookup": "a
 
 def add_parser(benches: SubParsers) -> None:
     parser = benches.add_parser("real", help="real models beside transformers", description=__doc__)
-    parser.add_argument("--target", default=default_of(Config, "target"), metavar="REF")
+    add_target_option(parser)
     parser.add_argument(
         "--drafter", action="append", default=[], metavar="REF", dest="drafters",
         help=f"may be repeated: each has workers of its own; transformers is assisted by the first model (default {SELF_INT8})",
@@ -51,14 +59,14 @@ def add_parser(benches: SubParsers) -> None:
     )
     add_prompt_options(parser, limit=8, max_tokens=64)
     parser.add_argument("--sp", type=int, default=1, metavar="N", help="target servers (default %(default)s)")
-    parser.add_argument("--gpu", action="append", default=[], metavar="N", dest="devices")
+    add_device_options(parser)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of our target")
     parser.add_argument("--threads", type=int, default=1, metavar="T", help="of each worker (default %(default)s)")
     parser.add_argument(
         "--library", default="float32:1,float32:2,bfloat16:1,bfloat16:2", metavar="DTYPE:THREADS,...",
         help="how transformers runs (default %(default)s); none leaves it out",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true")
+    add_json_option(parser)
     add_ready_timeout_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run, log_level="error")
@@ -128,7 +136,7 @@ async def run(arguments: argparse.Namespace) -> int:
     drafters = list(dict.fromkeys(arguments.drafters)) or [SELF_INT8]
     model = next((each.removeprefix(NGRAM_FOR) for each in drafters if each != NGRAM), "")
     stop = tokenizer.stop_token_ids
-    device = device_name(local_devices(arguments.devices)[0])
+    device = device_name(local_devices(devices_from(arguments))[0])
     for drafter in drafters:
         await prepare_shown(_config(arguments, drafter))
     async with contextlib.AsyncExitStack() as stack:
@@ -177,7 +185,7 @@ def _config(arguments: argparse.Namespace, drafter: str | tuple[str, ...]) -> Co
     # Each prompt is asked several times: nothing of it may be found where it was left.
     engine = {"slots": 1, "threads": arguments.threads}
     return Config(
-        target=arguments.target, drafter=drafter, sp=arguments.sp, devices=tuple(arguments.devices),
+        target=arguments.target, drafter=drafter, sp=arguments.sp, devices=devices_from(arguments),
         target_options={**engine, "dtype": arguments.dtype}, drafter_options={**engine, "remember": False},
         ready_timeout_s=arguments.ready_timeout, log_level=arguments.log_level,
     )  # fmt: skip

@@ -17,12 +17,13 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 from dsi_actors.config import ALGORITHMS, Config, Sampling
 from dsi_actors.console.machine import describe_machine, memory_of, processor_s_of
-from dsi_actors.console.options import SubParsers, add_logging_option
+from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
 from dsi_actors.orchestrator import Orchestrator
@@ -39,8 +40,8 @@ def add_parser(benches: SubParsers) -> None:
     parser = benches.add_parser("soak", help="a mixed load for long: nothing grows", description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0, metavar="M", help="default %(default)s")
     parser.add_argument("--clients", type=int, default=24, metavar="N", help="at most at once (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, metavar="S")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--seed", type=int, default=1, metavar="S", help="of everything that is drawn")
+    add_json_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run, log_level="error")
 
@@ -117,7 +118,7 @@ class _Soak:
 
     def _sample(self) -> _Sample:
         workers = sum(memory_of(process).get("private_bytes", 0) for process in self._orchestrator.process_ids)
-        descriptors = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").is_dir() else 0
+        descriptors = psutil.Process().num_fds()
         own = memory_of(os.getpid()).get("private_bytes", 0)
         return _Sample(time.monotonic(), own, workers, descriptors, len(asyncio.all_tasks()))
 

@@ -17,9 +17,14 @@ from typing import Any
 
 from rich.table import Table
 
-from dsi_actors.config import Config
 from dsi_actors.console.machine import describe_machine
-from dsi_actors.console.options import SubParsers, add_logging_option, default_of
+from dsi_actors.console.options import (
+    SubParsers,
+    add_drafter_option,
+    add_json_option,
+    add_logging_option,
+    add_target_option,
+)
 from dsi_actors.console.progress import model_directory
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError, DsiError
@@ -37,12 +42,12 @@ _WORKER_STEPS = {
 
 def add_parser(benches: SubParsers) -> None:
     parser = benches.add_parser("start", help="from command to first token", description=__doc__)
-    parser.add_argument("--target", default=default_of(Config, "target"), metavar="REF")
-    parser.add_argument("--drafter", default=default_of(Config, "drafter"), metavar="REF")
+    add_target_option(parser)
+    add_drafter_option(parser)
     parser.add_argument("--sp", type=int, default=1, metavar="N", help="target servers (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, metavar="R", help="default %(default)s")
     parser.add_argument("--no-calibration", action="store_true", help="start without measuring latencies")
-    parser.add_argument("--json", action="store_true")
+    add_json_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)
 

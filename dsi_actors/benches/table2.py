@@ -18,7 +18,8 @@ from rich.table import Table
 
 from dsi_actors.benches.timed_workers import TimedBench, Way, alternate, best_si_way, check_sizes, ratio, row_of
 from dsi_actors.console.machine import describe_machine
-from dsi_actors.console.options import SubParsers, add_logging_option
+from dsi_actors.console.numbers import numbers
+from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
 from dsi_actors.simulation.run import Scenario
@@ -63,15 +64,15 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--pairs", type=int, default=len(PAIRS), metavar="N", help="only the first N (default all)")
     parser.add_argument("--tokens", type=int, default=50, metavar="S", help="default %(default)s, as in the paper")
     parser.add_argument("--repeats", type=int, default=5, metavar="R", help="default %(default)s")
-    parser.add_argument("--seed", type=int, default=0, metavar="S")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of everything that is drawn")
+    add_json_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)
 
 
 async def run(arguments: argparse.Namespace) -> int:
     check_sizes(arguments, "tokens", "repeats", "pairs")
-    servers = _servers(arguments.sp)
+    servers = numbers(arguments.sp, "--sp", int, 1, 64)
     chances = arguments.alternatives or [0.0]
     if not all(0 <= chance <= 1 for chance in chances):
         raise ConfigError("--alternatives must lie in [0, 1]")
@@ -133,13 +134,3 @@ async def run(arguments: argparse.Namespace) -> int:
 
 def _kinds(chance: float) -> tuple[str, ...]:
     return (" chain", " tree") if chance else ("",)
-
-
-def _servers(text: str) -> list[int]:
-    try:
-        servers = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--sp {text!r}: give numbers of target servers, such as 1,2,7") from None
-    if not servers or min(servers) < 1 or max(servers) > 64:
-        raise ConfigError(f"--sp {text}: each must lie in [1, 64]")
-    return servers

@@ -23,7 +23,7 @@ from dsi_actors.benches.timed_workers import (
     scenario_from,
 )
 from dsi_actors.console.machine import describe_machine
-from dsi_actors.console.options import SubParsers, add_logging_option
+from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option
 from dsi_actors.console.terminal import terminal
 
 
@@ -33,8 +33,8 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--sp", type=int, default=2, metavar="N", help="target servers (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=100, metavar="S", help="default %(default)s")
     parser.add_argument("--repeats", type=int, default=5, metavar="R", help="default %(default)s")
-    parser.add_argument("--seed", type=int, default=0, metavar="S")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of everything that is drawn")
+    add_json_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)
 

@@ -14,7 +14,8 @@ from dsi_actors.config import Algorithm, Config, Sampling
 from dsi_actors.errors import ConfigError
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.planning.controller import Controller
-from dsi_actors.planning.expectation import Branching, best_si
+from dsi_actors.planning.expectation import Branching
+from dsi_actors.planning.search import best_si
 from dsi_actors.planning.tuner import Estimates, flat
 from dsi_actors.results import GenerationReport
 from dsi_actors.simulation.run import MOST_ROWS, Scenario, simulate_once
@@ -171,8 +172,8 @@ def ratio(runs: Sequence[Run], others: Sequence[Run]) -> float:
 
 
 def add_scenario_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target-ms", type=float, default=20.0, metavar="T", help="a verification (%(default)s)")
-    parser.add_argument("--drafter-ms", type=float, default=4.0, metavar="D", help="a drafted token (%(default)s)")
+    parser.add_argument("--target-ms", type=float, default=20.0, metavar="T", help="a verification")
+    parser.add_argument("--drafter-ms", type=float, default=4.0, metavar="D", help="a drafted token")
     parser.add_argument("--acceptance", type=float, default=0.8, metavar="A", help="chance that a draft is right")
     parser.add_argument(
         "--alternatives", type=float, default=0.0, metavar="H",

@@ -15,10 +15,12 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from dsi_actors.chaos.proxy import DISTURBANCES, Proxy
 from dsi_actors.config import Algorithm, Config, Sampling
@@ -26,6 +28,7 @@ from dsi_actors.errors import DsiError
 from dsi_actors.host.temporary import socket_directory
 from dsi_actors.logs import get_logger
 from dsi_actors.orchestrator import Orchestrator
+from dsi_actors.percentiles import percentile
 from dsi_actors.root import Root
 
 log = get_logger("chaos")
@@ -63,6 +66,8 @@ class Outcome:
     restarts: int = 0
     leaked_processes: int = 0
     leaked_descriptors: int = 0
+    #: What those are: files, sockets, pipes.
+    leaked: list[str] = field(default_factory=list)
     grown_bytes: int = 0
 
 
@@ -133,7 +138,9 @@ class Chaos:
                     outcome.disturbed_frames.update(orchestrator.proxy.disturbed)
             end_s = time.monotonic() + _END_S
             while True:  # what was closed and killed needs a moment to be gone
-                outcome.leaked_descriptors = max(0, _descriptors() - descriptors)
+                now = _descriptors()
+                outcome.leaked_descriptors = max(0, len(now) - len(descriptors))
+                outcome.leaked = sorted(name for number, name in now.items() if number not in descriptors)
                 outcome.leaked_processes = sum(_alive(process) for process in self._known)
                 if not (outcome.leaked_descriptors or outcome.leaked_processes) or time.monotonic() > end_s:
                     break
@@ -301,25 +308,28 @@ def _signal(process: int, number: signal.Signals) -> bool:
 
 def _alive(process: int) -> bool:
     try:
-        state = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rsplit(")", 1)[1].split()[0]
-    except OSError:
+        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return False
-    return state != "Z"
 
 
-def _descriptors() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
+def _descriptors() -> dict[str, str]:
+    """What each open descriptor of this process stands for."""
+    found = {}
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the one by which they are listed
+            found[link.name] = os.readlink(link)
+    return found
 
 
 def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return psutil.Process().memory_info().rss
 
 
 def as_dict(outcome: Outcome, config: Config) -> dict[str, Any]:
     """What is printed. Percentiles of an empty list are 0."""
-    by_kind = {kind: sorted(time_s for k, time_s in outcome.recovery_s if k == kind) for kind in outcome.faults}
-    recovery = sorted(time_s for _, time_s in outcome.recovery_s)
+    by_kind = {kind: [time_s * 1e3 for k, time_s in outcome.recovery_s if k == kind] for kind in outcome.faults}
+    recovery_ms = [time_s * 1e3 for _, time_s in outcome.recovery_s]
     return {
         "faults": sum(outcome.faults.values()),
         "faults_by_kind": dict(outcome.faults),
@@ -329,18 +339,15 @@ def as_dict(outcome: Outcome, config: Config) -> dict[str, Any]:
         "lost": outcome.lost,
         "differing": outcome.differing,
         "errors": outcome.errors[:10],
-        "recovery_p50_ms": _percentile_ms(recovery, 0.5),
-        "recovery_p95_ms": _percentile_ms(recovery, 0.95),
-        "recovery_max_ms": _percentile_ms(recovery, 1.0),
-        "recovery_p95_ms_by_kind": {kind: round(_percentile_ms(times, 0.95)) for kind, times in by_kind.items()},
+        "recovery_p50_ms": percentile(recovery_ms, 50),
+        "recovery_p95_ms": percentile(recovery_ms, 95),
+        "recovery_max_ms": max(recovery_ms, default=0.0),
+        "recovery_p95_ms_by_kind": {kind: round(percentile(times_ms, 95)) for kind, times_ms in by_kind.items()},
         "detection_ms": config.silence_ms,
         "worker_start_ms": statistics.median(outcome.worker_start_s or [0.0]) * 1e3,
         "workers_started_again": outcome.restarts,
         "leaked_processes": outcome.leaked_processes,
         "leaked_descriptors": outcome.leaked_descriptors,
+        "leaked": outcome.leaked,
         "grown_bytes": outcome.grown_bytes,
     }
-
-
-def _percentile_ms(ordered: Sequence[float], share: float) -> float:
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] * 1e3 if ordered else 0.0

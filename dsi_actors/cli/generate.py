@@ -39,7 +39,7 @@ from dsi_actors.results import CommittedTokens, GenerationReport
 from dsi_actors.tokenizer import Tokenizer, TokenStream
 from dsi_actors.tracing.record import Recorder, open_recording
 
-_ACCEPTED_STYLE = Style(color="green")
+_ACCEPTED_STYLE, _ALTERNATIVE_STYLE = Style(color="green"), Style(color="magenta")
 _LABELS: dict[str, str] = {"ar": "AR", "si": "SI", "dsi": "DSI"}
 
 
@@ -72,7 +72,7 @@ def add_parser(commands: SubParsers) -> None:
 
 @dataclass(slots=True)
 class _Run:
-    """One generation: its tokens, which of them had been drafted, and what it cost."""
+    """One generation: its tokens, which of them had been drafted, which as an alternative, and what it cost."""
 
     #: The tokens whose text the answer continues, if it does not stand alone.
     continues: list[int]
@@ -80,18 +80,21 @@ class _Run:
     resumed: list[int]
     token_ids: list[int] = field(default_factory=list)
     accepted: list[bool] = field(default_factory=list)
+    by_alternative: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     report: GenerationReport | None = None
 
     def add(self, tokens: CommittedTokens) -> None:
         self.token_ids.extend(tokens)
         self.accepted.extend(tokens.accepted)
+        self.by_alternative.extend(tokens.by_alternative)
         self.logprobs.extend(tokens.logprobs)
 
     def as_dict(self, tokenizer: Tokenizer) -> dict[str, Any]:
         assert self.report is not None
+        came = {"accepted": self.accepted, "by_alternative": self.by_alternative}  # of each token that was not resumed
         logprobs = {"logprobs": self.logprobs} if self.logprobs else {}
-        return {**self.so_far(tokenizer), **logprobs, **self.report.as_dict()}
+        return {**self.so_far(tokenizer), **came, **logprobs, **self.report.as_dict()}
 
     def so_far(self, tokenizer: Tokenizer) -> dict[str, Any]:
         token_ids = self.resumed + self.token_ids
@@ -123,15 +126,14 @@ async def run(arguments: argparse.Namespace) -> int:
             err.print(_calibration(orchestrator.estimates))
             session = _Session(orchestrator, prompt_ids, continues, resumed, sampling, arguments)
             recorder = None if record is None else Recorder(record, {w.number: str(w) for w in orchestrator.workers})
-            orchestrator.observe(recorder)
             try:
-                printer = None if arguments.json else _Printer(out, tokenizer.stream(after=continues + resumed))
-                first = await session.generate(arguments.algorithm, printer)
+                with nullcontext() if recorder is None else orchestrator.observe(recorder):
+                    printer = None if arguments.json else _Printer(out, tokenizer.stream(after=continues + resumed))
+                    first = await session.generate(arguments.algorithm, printer)
             except NoTargetError as error:
                 if arguments.json:  # so that --resume can go on from here
                     out.print_json(data={"error": str(error), **session.runs[-1].so_far(tokenizer)}, ensure_ascii=True)
                 raise
-            orchestrator.observe(None)
             if recorder is not None:
                 recorder.end(_texts(first.token_ids, tokenizer.stream(after=continues + resumed)))
             if arguments.compare:
@@ -161,6 +163,7 @@ class _Session:
             self.sampling,
             algorithm=algorithm,
             lookahead=self.arguments.lookahead,
+            rows=self.arguments.rows,
             resumed=self.resumed,
         ) as stream:
             async for tokens in stream:
@@ -174,15 +177,16 @@ class _Session:
 
 
 class _Printer:
-    """Text as it is committed; what the drafter had guessed right is green."""
+    """Text as it is committed; what the drafter had guessed right is green, or magenta where an alternative was right."""
 
     def __init__(self, console: Console, text: TokenStream) -> None:
         self._console = console
         self._text = text
 
     def show(self, tokens: CommittedTokens) -> None:
-        for token, accepted in zip(tokens, tokens.accepted, strict=True):
-            self._write(self._text.add(token), _ACCEPTED_STYLE if accepted else None)
+        for token, accepted, alternative in zip(tokens, tokens.accepted, tokens.by_alternative, strict=True):
+            style = _ALTERNATIVE_STYLE if alternative else _ACCEPTED_STYLE if accepted else None
+            self._write(self._text.add(token), style)
         self._console.file.flush()
 
     def end(self) -> None:
@@ -288,9 +292,17 @@ def _print_summary(out: Console, run: _Run) -> None:
 
 def _marks(run: _Run, out: Console) -> str:
     """One mark per token, for terminals without colour too."""
-    drafted, own = "●○" if can_show("●○", out) else "#."
-    marks = "".join(drafted if accepted else own for accepted in run.accepted)
-    return f"{marks}\n{drafted} drafted and accepted: {sum(run.accepted)}   {own} the target's own: {run.accepted.count(False)}"
+    drafted, alternative, own = "●◆○" if can_show("●◆○", out) else "#+."
+    marks = "".join(
+        alternative if by_alternative else drafted if accepted else own
+        for accepted, by_alternative in zip(run.accepted, run.by_alternative, strict=True)
+    )
+    alternatives = sum(run.by_alternative)
+    legend = [f"{drafted} drafted and accepted: {sum(run.accepted) - alternatives}"]
+    if alternatives:
+        legend.append(f"{alternative} drafted as an alternative, and accepted: {alternatives}")
+    legend.append(f"{own} the target's own: {run.accepted.count(False)}")
+    return f"{marks}\n{'   '.join(legend)}"
 
 
 async def _compare(
@@ -316,15 +328,19 @@ async def _compare(
 
 def _table(runs: dict[Algorithm, _Run]) -> Table:
     table = Table()
-    for column in ("", "ms/token", "first ms", "accepted", "forwards", "wasted", "sp", "lookahead"):
+    branched = any(sum(run.by_alternative) for run in runs.values())
+    by_alternative = ("by alternatives",) if branched else ()
+    for column in ("", "ms/token", "first ms", "accepted", *by_alternative, "forwards", "wasted", "sp", "lookahead"):
         table.add_column(column, justify="right")
     for algorithm in ("ar", "si", "dsi"):
-        report = runs[algorithm].report
+        run = runs[algorithm]
+        report = run.report
         assert report is not None
         drafted = report.algorithm != "ar"
-        table.add_row(
-            _LABELS[algorithm], f"{report.ms_per_token:.1f}", f"{report.first_token_ms:.0f}",
-            f"{report.acceptance_rate:.2f}" if drafted else "-", str(report.target_forwards),
-            str(report.wasted_target_forwards), str(report.sp), str(report.lookahead) if drafted else "-",
-        )  # fmt: skip
+        cells = [_LABELS[algorithm], f"{report.ms_per_token:.1f}", f"{report.first_token_ms:.0f}"]
+        cells.append(f"{report.acceptance_rate:.2f}" if drafted else "-")
+        if branched:
+            cells.append(str(sum(run.by_alternative)) if drafted else "-")
+        cells += [str(report.target_forwards), str(report.wasted_target_forwards), str(report.sp)]
+        table.add_row(*cells, str(report.lookahead) if drafted else "-")
     return table

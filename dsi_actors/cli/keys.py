@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
-from dsi_actors.console.options import SubParsers, add_group, add_logging_option
+from dsi_actors.console.machine import describe_machine
+from dsi_actors.console.options import SubParsers, add_group, add_json_option, add_logging_option
 from dsi_actors.keys import Keyring, new_keys, revoke
 
 
@@ -19,6 +21,7 @@ def add_parser(commands: SubParsers) -> None:
     new.set_defaults(command=_new)
     listing = actions.add_parser("list", help="whose keys are allowed")
     listing.add_argument("directory", metavar="DIRECTORY", type=Path)
+    add_json_option(listing)
     listing.set_defaults(command=_list)
     revoking = actions.add_parser("revoke", help="the worker NAME is not heard any more")
     revoking.add_argument("directory", metavar="DIRECTORY", type=Path)
@@ -39,7 +42,12 @@ def _new(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    for public, name in sorted(Keyring(arguments.directory).allowed.items(), key=lambda item: item[1]):
+    allowed = sorted(Keyring(arguments.directory).allowed.items(), key=lambda item: item[1])
+    if arguments.json:
+        results = [{"name": name, "public_key": public} for public, name in allowed]
+        sys.stdout.write(json.dumps({"machine": describe_machine(), "results": results}) + "\n")
+        return 0
+    for public, name in allowed:
         sys.stdout.write(f"{name}  {public}\n")
     return 0
 

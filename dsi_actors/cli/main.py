@@ -10,7 +10,7 @@ import sys
 from dsi_actors import benches
 from dsi_actors.cli import chaos, conformance, download, generate, keys, plan, serve, simulate, status, trace
 from dsi_actors.console.machine import version_of
-from dsi_actors.console.options import add_group
+from dsi_actors.console.options import Parser, add_group
 from dsi_actors.console.running import EndedBySignal, run
 from dsi_actors.errors import DsiError
 from dsi_actors.host.standard_streams import complain, forget_output, prepare_streams
@@ -50,7 +50,7 @@ def _run() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dsi-actors", description="Distributed speculative inference.")
+    parser = Parser(prog="dsi-actors", description="Distributed speculative inference.")
     parser.add_argument(
         "--version", action="version", version=f"dsi-actors {version_of('dsi-actors') or 'not installed'}"
     )

@@ -16,20 +16,13 @@ from rich.table import Table
 
 from dsi_actors.benches.timed_workers import check_sizes, scenario_from
 from dsi_actors.console.machine import describe_machine
-from dsi_actors.console.options import SubParsers, add_logging_option
+from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option
 from dsi_actors.console.pictures import check_picture, draw_plan
 from dsi_actors.console.terminal import terminal
 from dsi_actors.core import Policy
 from dsi_actors.errors import ConfigError
-from dsi_actors.planning.expectation import (
-    Branching,
-    Expectation,
-    best_dsi,
-    best_si,
-    equation_1_servers,
-    expect,
-    limit,
-)
+from dsi_actors.planning.expectation import Branching, Expectation, equation_1_servers, expect, limit
+from dsi_actors.planning.search import best_dsi, best_si
 from dsi_actors.planning.tuner import Estimates
 from dsi_actors.simulation.run import MOST_ROWS
 
@@ -50,7 +43,7 @@ def add_parser(commands: SubParsers) -> None:
     parser.add_argument("--window-ms", type=float, metavar="T", help="a verification of a full window")
     parser.add_argument("--window", type=int, default=8, metavar="W", help="its positions (default %(default)s)")
     parser.add_argument("--picture", metavar="FILE", help="draw it: .png, .svg or .pdf")
-    parser.add_argument("--json", action="store_true")
+    add_json_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run, jitter=0.0)
 

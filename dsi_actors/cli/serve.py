@@ -36,7 +36,13 @@ def add_parser(commands: SubParsers) -> None:
         help="let web pages of this origin, such as https://chat.example.org, ask; may be repeated; '*' lets all pages",
     )  # fmt: skip
     parser.add_argument("--max-queue", type=int, default=256, metavar="N", help="generations that may wait or run")
-    parser.add_argument("--default-max-tokens", type=int, default=1024, metavar="N")
+    parser.add_argument(
+        "--default-max-tokens",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="tokens of an answer, where a request names none",
+    )
     parser.add_argument("--listen", metavar="ENDPOINT", help="use workers that connect here, start none")
     parser.add_argument("--keys", metavar="DIRECTORY", help="with --listen: only workers with a key of dsi-actors keys")
     parser.add_argument("--insecure", action="store_true", help="allow --listen for other machines without keys")

@@ -20,7 +20,7 @@ from rich.table import Table
 from dsi_actors.benches.timed_workers import add_scenario_options, check_sizes, scenario_from
 from dsi_actors.config import ALGORITHMS
 from dsi_actors.console.machine import describe_machine
-from dsi_actors.console.options import SubParsers, add_logging_option, lookahead
+from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option, lookahead, rows
 from dsi_actors.console.pool import process_pool
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
@@ -34,28 +34,32 @@ _WORTH_PROCESSES = 50_000
 
 def add_parser(commands: SubParsers) -> None:
     parser = commands.add_parser("simulate", help="any pair of models in virtual time", description=__doc__)
-    parser.add_argument("--algorithm", choices=[*ALGORITHMS, "all"], default="all")
+    parser.add_argument("--algorithm", choices=[*ALGORITHMS, "all"], default="all", help="which to run")
     add_scenario_options(parser)
-    parser.add_argument("--lookahead", type=lookahead, default="auto", metavar="auto|K")
     parser.add_argument(
-        "--rows", type=int, metavar="R", help="the most rows of a drafting step; 1 drafts chains (default: chosen)"
+        "--lookahead", type=lookahead, default="auto", metavar="auto|K", help="drafted tokens between two verifications"
+    )
+    parser.add_argument(
+        "--rows",
+        type=rows,
+        default="auto",
+        metavar="auto|R",
+        help="the most rows of a drafting step; 1 drafts chains (default %(default)s: chosen)",
     )
     parser.add_argument("--sp", type=int, default=2, metavar="N", help="target servers (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=100, metavar="S", help="of a generation (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=20, metavar="R", help="generations (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of everything that is drawn")
     parser.add_argument("--cancel-ms", type=float, default=0.0, metavar="C", help="cancels take effect so often")
     parser.add_argument("--trace", metavar="FILE", help="replay what was recorded instead of drawing")
     parser.add_argument("--no-calibration", action="store_true", help="begin without knowing the latencies")
-    parser.add_argument("--json", action="store_true")
+    add_json_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     check_sizes(arguments, "sp", "tokens", "repeats")
-    if arguments.rows is not None and arguments.rows < 1:
-        raise ConfigError(f"--rows must be at least 1, not {arguments.rows}")
     if not 0 <= arguments.cancel_ms < float("inf"):
         raise ConfigError(f"--cancel-ms must be at least 0, not {arguments.cancel_ms:g}")
     trace = _read_trace(arguments.trace) if arguments.trace else Trace()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
 import sys
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import Any
+from urllib.parse import urlsplit
 
 from rich.console import Group
 from rich.live import Live
@@ -21,7 +19,9 @@ from dsi_actors.console.options import SubParsers, add_logging_option
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
 
+#: The service says something ten times a second.
 _TIMEOUT_S = 10.0
+_MOST_EVENT_BYTES = 16 << 20
 _OVER_MS = 3000.0
 
 
@@ -35,52 +35,57 @@ def add_parser(commands: SubParsers) -> None:
     parser.set_defaults(command=run)
 
 
-def run(arguments: argparse.Namespace) -> int:
+async def run(arguments: argparse.Namespace) -> int:
     seen = Seen()
-    events = follow(arguments.url, arguments.key)
-    if arguments.once or arguments.json:
-        for state in events:
-            seen.take(state)
-            if seen.span_ms >= 1000:
-                break
-        if arguments.json:
-            sys.stdout.write(json.dumps(seen.summary()) + "\n")
-        else:
-            terminal().print(_picture(seen))
-        return 0
-    with Live(console=terminal(), auto_refresh=False) as live:
-        for state in events:
-            seen.take(state)
-            live.update(_picture(seen), refresh=True)
+    async with aclosing(follow(arguments.url, arguments.key)) as states:
+        if arguments.once or arguments.json:
+            async for state in states:
+                seen.take(state)
+                if seen.span_ms >= 1000:
+                    break
+            if arguments.json:
+                sys.stdout.write(json.dumps(seen.summary()) + "\n")
+            else:
+                terminal().print(_picture(seen))
+            return 0
+        with Live(console=terminal(), auto_refresh=False) as live:
+            async for state in states:
+                seen.take(state)
+                live.update(_picture(seen), refresh=True)
     sys.stderr.write("the service has ended\n")
     return 0
 
 
-def follow(url: str, key: str | None) -> Iterator[dict[str, Any]]:
+async def follow(url: str, key: str | None) -> AsyncGenerator[dict[str, Any]]:
     """What the dashboard is told, until the service ends. Raises ConfigError."""
+    import httpx2  # a tenth of a second, which other commands need not wait
+
     _check_url(url)
     if key and not (key.isascii() and key.isprintable()):
         raise ConfigError("--key has characters that no HTTP header carries: an API key is ASCII")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    request = urllib.request.Request(f"{url.rstrip('/')}/dashboard/events", headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
-            if answer.headers.get_content_type() != "text/event-stream":
-                raise ConfigError(f"{url} is no service of dsi-actors serve: give the address of one with --url")
-            for line in answer:
-                if line.startswith(b"data: "):
-                    yield json.loads(line[6:])
-    except urllib.error.HTTPError as error:
-        hint = {401: ": give --key", 404: ": it is no service of dsi-actors serve"}.get(error.code, "")
-        raise ConfigError(f"{url} answered {error.code} {error.reason}{hint}") from None
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = str(getattr(error, "reason", error)).strip() or type(error).__name__
+        async with (
+            httpx2.AsyncClient(headers=headers, timeout=_TIMEOUT_S, follow_redirects=True) as client,
+            client.sse(f"{url.rstrip('/')}/dashboard/events", max_event_size=_MOST_EVENT_BYTES) as events,
+        ):
+            answer = events.response
+            if not answer.is_success:
+                hint = {401: ": give --key", 404: ": it is no service of dsi-actors serve"}.get(answer.status_code, "")
+                raise ConfigError(f"{url} answered {answer.status_code} {answer.reason_phrase}{hint}")
+            async for event in events:
+                yield json.loads(event.data)
+    except httpx2.SSEError:
+        raise ConfigError(f"{url} is no service of dsi-actors serve: give the address of one with --url") from None
+    except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
+        timed_out = isinstance(error, httpx2.TimeoutException)
+        reason = f"it says nothing for {_TIMEOUT_S:g} s" if timed_out else str(error) or type(error).__name__
         raise ConfigError(f"no service at {url} ({reason}): start one with dsi-actors serve, or give --url") from None
 
 
 def _check_url(url: str) -> None:
     try:
-        parts = urllib.parse.urlsplit(url)
+        parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is none, half an IPv6 address
         good = False
@@ -119,9 +124,14 @@ class Seen:
         seconds = max(0.1, min(self.span_ms, _OVER_MS) / 1e3)
         commits = [moment for moment in self._moments if moment["is"] == "commit"]
         accepted = sum(sum(moment["accepted"]) for moment in commits)
+        alternatives = sum(len(moment["alternatives"]) for moment in commits)
         rejected = sum(moment["rejected"] for moment in commits)
         started = Counter(moment["worker"] for moment in self._moments if moment["is"] == "verify")
-        drafted = sum(moment["end"] - moment["start"] for moment in self._moments if moment["is"] == "drafted")
+        drafted = sum(
+            moment["end"] - moment["start"] + moment["branches"]
+            for moment in self._moments
+            if moment["is"] == "drafted"
+        )
         workers = []
         for worker in self._state["workers"]:
             rate = started[worker["number"]] if worker["role"] == "target" else drafted
@@ -130,6 +140,7 @@ class Seen:
             "running": self._state["running"], "waiting": self._state["waiting"],
             "tokens_per_second": round(sum(len(moment["accepted"]) for moment in commits) / seconds, 1),
             "acceptance_rate": round(accepted / (accepted + rejected), 3) if accepted + rejected else None,
+            "alternatives_per_second": round(alternatives / seconds, 1),
             "workers": workers,
             "generations": [{"number": number, "tokens": tokens} for number, tokens in self._tokens.items()],
         }  # fmt: skip
@@ -139,10 +150,12 @@ def _picture(seen: Seen) -> Group:
     summary = seen.summary()
     rate = summary["acceptance_rate"]
     accepted = f", {rate:.0%} of guesses accepted" if rate is not None else ""
-    workers = Table("worker", "device", "generations", "verifications or drafts per second")
+    by_alternative = summary["alternatives_per_second"]
+    accepted += f", {by_alternative} tokens per second by alternatives" if by_alternative else ""
+    workers = Table("worker", "host", "device", "generations", "verifications or drafts per second")
     for worker in summary["workers"]:
         name = f"{worker['role']} {worker['number']}"
-        workers.add_row(name, worker["device"], str(worker["open"]), str(worker["per_second"]))
+        workers.add_row(name, worker["host"], worker["device"], str(worker["open"]), str(worker["per_second"]))
     generations = Table("generation", "tokens since we look")
     for generation in summary["generations"][-10:]:
         generations.add_row(str(generation["number"]), str(generation["tokens"]))

@@ -8,7 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-from dsi_actors.console.options import SubParsers, add_logging_option
+from dsi_actors.console.machine import describe_machine
+from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option
 from dsi_actors.errors import ConfigError
 from dsi_actors.tracing.chrome import chrome_trace
 from dsi_actors.tracing.lanes import draw
@@ -22,6 +23,7 @@ def add_parser(commands: SubParsers) -> None:
     parser.add_argument("--html", metavar="OUT", help="a page that needs nothing else (default: FILE.html)")
     parser.add_argument("--chrome", metavar="OUT", help="a trace for chrome://tracing and ui.perfetto.dev")
     parser.add_argument("--generation", type=int, metavar="N", help="which one, if several were recorded")
+    add_json_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)
 
@@ -39,7 +41,11 @@ def run(arguments: argparse.Namespace) -> int:
         outputs[arguments.chrome] = json.dumps(chrome_trace(picture))
     for path, content in outputs.items():
         _write(path, content)
-        sys.stdout.write(f"{path}\n")
+        if not arguments.json:
+            sys.stdout.write(f"{path}\n")
+    if arguments.json:
+        result = {"files": list(outputs), "tokens": len(picture.accepted), "accepted": sum(picture.accepted)}
+        sys.stdout.write(json.dumps({"machine": describe_machine(), "results": [result]}) + "\n")
     return 0
 
 

@@ -14,7 +14,7 @@ from dsi_actors.conformance.drafting import (
 from dsi_actors.conformance.membership import (
     beats,
     becomes_ready,
-    drains,
+    ends_when_dismissed,
     is_ready_again,
     refuses_a_foreign_engine,
     repeats_hello,
@@ -33,6 +33,13 @@ from dsi_actors.conformance.requests import (
     refuses_what_is_out_of_range,
     takes_a_cancel_before_its_request,
 )
+from dsi_actors.conformance.trees import (
+    answers_along_a_tree,
+    drafts_on_from_a_branch,
+    drafts_trees,
+    keeps_the_main_path_of_a_tree,
+    refuses_what_is_no_tree,
+)
 from dsi_actors.conformance.verifying import (
     gives_logprobs_when_asked,
     samples_by_the_seed,
@@ -40,7 +47,7 @@ from dsi_actors.conformance.verifying import (
     verifies_what_is_asked_only,
 )
 
-#: Raises Nonconformance if the worker does not keep the rule.
+#: Raises Nonconformance if the worker does not keep the rule, NotApplicable if the rule is not about this worker.
 Check = Callable[[Peer], Awaitable[None]]
 
 JOINING: tuple[Check, ...] = (repeats_hello, becomes_ready)
@@ -53,8 +60,10 @@ COMMON: tuple[Check, ...] = (
 )  # fmt: skip
 DRAFTER: tuple[Check, ...] = (
     drafts_in_blocks, drafts_on, drafts_from_the_tokens_it_holds, drafts_again_what_was_lost, has_something_to_continue,
+    drafts_trees, drafts_on_from_a_branch,
 )  # fmt: skip
 TARGET: tuple[Check, ...] = (
     verifies_the_same_however_it_is_asked, verifies_what_is_asked_only, gives_logprobs_when_asked, samples_by_the_seed,
+    answers_along_a_tree, keeps_the_main_path_of_a_tree, refuses_what_is_no_tree,
 )  # fmt: skip
-LEAVING: tuple[Check, ...] = (drains,)
+LEAVING: tuple[Check, ...] = (ends_when_dismissed,)

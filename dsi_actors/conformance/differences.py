@@ -64,6 +64,10 @@ class Nonconformance(Exception):
         self.differences = tuple(differences)
 
 
+class NotApplicable(Exception):
+    """This worker need not be checked for this: it does not do what the check is about. The text says why."""
+
+
 def require(message: Message, why: str, /, **expected: object) -> None:
     """Each of the named fields of `message` must have the value, or fulfil the Condition, that is given for it.
 

@@ -12,9 +12,11 @@ from dsi_actors.conformance.differences import (
     require_same,
 )
 from dsi_actors.conformance.peer import HEARTBEAT_MS, Peer
-from dsi_protocol import PROTOCOL_VERSION, Drain, Failed, Goodbye, Hello, Ready
+from dsi_protocol import PROTOCOL_VERSION, Failed, Goodbye, Hello, Ready
 
 _FOREIGN_ENGINE = "no-such-engine"
+#: A worker that was dismissed may take so long to end.
+_LEAVING_S = 10.0
 
 
 async def repeats_hello(peer: Peer) -> None:
@@ -73,12 +75,7 @@ async def is_ready_again(peer: Peer) -> None:
     require_same(again, peer.ready, "a repeated Ready is the same as the first")
 
 
-async def drains(peer: Peer) -> None:
-    """Drain: requests in hand are answered, then comes Goodbye (section 5.6)"""
-    request = peer.request()
-    peer.tell(request)
-    peer.tell(Drain())
-    reply = await peer.terminal(request)
-    if isinstance(reply, Failed):
-        require(reply, "a request that came before Drain is served", code="draining")
-    await peer.take(Goodbye, "Goodbye is the last message of a worker that drains")
+async def ends_when_dismissed(peer: Peer) -> None:
+    """Goodbye without `again`: the worker ends (section 5.6)"""
+    peer.tell(Goodbye("the examination is over"))
+    await peer.until(peer.has_left, _LEAVING_S, f"it is still connected {_LEAVING_S:g} s after Goodbye")

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from dsi_actors.conformance.differences import Nonconformance, require, require_kind
@@ -22,6 +22,7 @@ from dsi_protocol import (
     Hello,
     Message,
     OpenGeneration,
+    OptionValue,
     Preparing,
     Ready,
     Reply,
@@ -42,8 +43,10 @@ _ANSWER_S = 10.0
 class Peer:
     """One worker on one socket. Its heartbeats are answered and noted; its other messages wait until a check takes them."""
 
-    def __init__(self, endpoint: str, patience: float = 1.0) -> None:
-        """Listens on `endpoint`. `patience` multiplies every time limit, for a slow or busy machine."""
+    def __init__(self, endpoint: str, patience: float = 1.0, options: Mapping[str, OptionValue] | None = None) -> None:
+        """Listens on `endpoint`. `patience` multiplies every time limit, for a slow or busy machine. `options` are settings of
+        the worker's engine, for Welcome."""
+        self._options = dict(options or {})
         self._patience = patience
         self._gateway = Gateway(endpoint, self._on_message)
         self.endpoint = self._gateway.endpoint
@@ -155,6 +158,15 @@ class Peer:
         except PeerGone:
             raise Nonconformance("it has closed its connection") from None
 
+    def has_left(self) -> bool:
+        """Whether its connection is gone. Asks by a Heartbeat that answers none of its own, which a worker must ignore."""
+        assert self.identity is not None
+        try:
+            self._gateway.send(self.identity, Heartbeat(0, 0))
+        except PeerGone:
+            return True
+        return False
+
     def welcome(self, *, engine: str | None = None) -> None:
         """Send Welcome. The worker is told to be what its Hello says, unless `engine` names another engine."""
         assert self.hello is not None
@@ -167,7 +179,7 @@ class Peer:
                 role,
                 own if engine is None else engine,
                 self.hello.model,
-                {},
+                self._options,
                 HEARTBEAT_MS,
                 SILENCE_MS,
             )
@@ -188,15 +200,19 @@ class Peer:
 
     def draft(
         self, generation: int, tokens: tuple[int, ...], count: int, block: int, *, held: tuple[int, ...] = (),
-        start: int | None = None,
+        start: int | None = None, rows: int = 1, committed: int = 0,
     ) -> Draft:  # fmt: skip
         """A Draft request, not sent yet: the worker holds `held`, `tokens` follow. Without `start` it starts behind them."""
         at = len(held) + len(tokens) if start is None else start
-        return Draft(generation, next(self._attempts), len(held), prefix_checksum(held), tokens, at, count, block)
+        checksum = prefix_checksum(held)
+        return Draft(generation, next(self._attempts), len(held), checksum, tokens, at, count, block, rows, committed)
 
-    def verify(self, generation: int, tokens: tuple[int, ...], start: int, *, held: tuple[int, ...] = ()) -> Verify:
-        """A Verify request, not sent yet: the worker holds `held`, `tokens` follow."""
-        return Verify(generation, next(self._attempts), len(held), prefix_checksum(held), tokens, start)
+    def verify(
+        self, generation: int, tokens: tuple[int, ...], start: int, *, held: tuple[int, ...] = (),
+        parents: tuple[int, ...] = (),
+    ) -> Verify:  # fmt: skip
+        """A Verify request, not sent yet: the worker holds `held`, `tokens` follow, as a tree if there are `parents`."""
+        return Verify(generation, next(self._attempts), len(held), prefix_checksum(held), tokens, start, parents)
 
     def request(
         self, generation: int | None = None, *, held: tuple[int, ...] = (), tokens: tuple[int, ...] | None = None,

@@ -1,18 +1,21 @@
-"""What a benchmark ran on: every bench prints it beside its figures."""
+"""What a benchmark ran on, which every bench prints beside its figures, and what processes used meanwhile."""
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib import metadata
 from pathlib import Path
+
+import psutil
+
+from dsi_actors.host.devices import cores
 
 
 def describe_machine() -> dict[str, object]:
     return {
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "cores": cores(),
+        "memory_bytes": psutil.virtual_memory().total,
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: version_of(name) for name in ("dsi-actors", "torch", "transformers", "pyzmq", "uvloop")},
@@ -20,27 +23,26 @@ def describe_machine() -> dict[str, object]:
 
 
 def memory_of(process: int) -> dict[str, int]:
-    """Resident memory of a process, and the part that it shares with no other. Empty where /proc does not tell."""
-    file = Path(f"/proc/{process}/smaps_rollup")
-    if not file.is_file():
+    """Resident memory of a process, and the part that it shares with no other. Empty if this user may not see it, or if the
+    process is gone."""
+    try:
+        memory = psutil.Process(process).memory_full_info()
+    except psutil.Error:
         return {}
-    sizes = {line.partition(":")[0]: int(line.split()[1]) for line in file.read_text().splitlines()[1:]}
-    return {
-        "resident_bytes": sizes["Rss"] * 1024,
-        "private_bytes": (sizes["Private_Clean"] + sizes["Private_Dirty"]) * 1024,
-    }
+    return {"resident_bytes": memory.rss, "private_bytes": memory.uss}
 
 
 def processor_s_of(process: int) -> float:
-    """Seconds of a processor that a process has used. 0 where /proc does not tell."""
-    file = Path(f"/proc/{process}/stat")
-    if not file.is_file():
+    """Seconds of a processor that a process has used, without its children. 0 if the process is gone."""
+    try:
+        used = psutil.Process(process).cpu_times()
+    except psutil.Error:
         return 0.0
-    user, system = file.read_text().rpartition(")")[2].split()[11:13]
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return float(used.user + used.system)
 
 
 def _cpu_model() -> str:
+    """The name of the processor, which psutil does not tell."""
     file = Path("/proc/cpuinfo")
     if file.is_file():
         for line in file.read_text().splitlines():

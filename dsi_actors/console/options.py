@@ -9,6 +9,7 @@ import sys
 from typing import Any, Literal, TypeAlias
 
 from dsi_actors.config import ALGORITHMS, Config, Sampling
+from dsi_actors.engine_options import read_settings
 from dsi_actors.errors import ConfigError
 from dsi_protocol import OptionValue
 
@@ -19,12 +20,28 @@ def default_of(settings: type[Any], name: str) -> Any:
     return next(field.default for field in dataclasses.fields(settings) if field.name == name)
 
 
+class Parser(argparse.ArgumentParser):
+    """Says each option's default in its help, and shows help in the words of the caller's terminal."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **{"formatter_class": _Help, **settings})
+
+
+class _Help(argparse.HelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        silent = action.default is None or isinstance(action.default, bool) or action.default in (argparse.SUPPRESS, [])
+        if silent or not action.option_strings or "default" in text:
+            return text
+        return f"{text} (default %(default)s)"
+
+
 def add_group(parser: argparse.ArgumentParser, title: str, metavar: str) -> SubParsers:
     """Commands of `parser`. Without any of them it shows its help."""
 
     def show_help(_: argparse.Namespace) -> int:
-        parser.print_help(sys.stderr)
-        return 2
+        parser.print_help(sys.stdout)
+        return 0
 
     parser.set_defaults(
         command=show_help, log_level=default_of(Config, "log_level"), log_format=default_of(Config, "log_format")
@@ -34,16 +51,36 @@ def add_group(parser: argparse.ArgumentParser, title: str, metavar: str) -> SubP
 
 def add_logging_option(parser: argparse.ArgumentParser) -> None:
     levels = ["debug", "info", "warning", "error"]
-    parser.add_argument("--log-level", choices=levels, default=default_of(Config, "log_level"))
-    parser.add_argument("--log-format", choices=["text", "json"], default=default_of(Config, "log_format"))
+    parser.add_argument(
+        "--log-level", choices=levels, default=default_of(Config, "log_level"), help="of what goes to standard error"
+    )
+    parser.add_argument(
+        "--log-format", choices=["text", "json"], default=default_of(Config, "log_format"),
+        help="lines of text, or one JSON object in each line",
+    )  # fmt: skip
 
 
-def add_worker_options(parser: argparse.ArgumentParser) -> None:
-    """Which models run where."""
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object: the machine, and results")
+
+
+def add_target_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target", default=default_of(Config, "target"), metavar="REF",
         help="the model: a directory, a .gguf file, package:NAME or a hub name (default %(default)s)",
     )  # fmt: skip
+
+
+def add_drafter_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--drafter", default=default_of(Config, "drafter"), metavar="REF",
+        help="the drafter: self-int8, ngram, or a model (default %(default)s)",
+    )  # fmt: skip
+
+
+def add_worker_options(parser: argparse.ArgumentParser) -> None:
+    """Which models run where."""
+    add_target_option(parser)
     parser.add_argument(
         "--drafter", action="append", default=[], metavar="REF", dest="drafters",
         help="self-int8 (the target's own weights in int8), ngram (prompt lookup), none, or a model, of another "
@@ -54,17 +91,31 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
         "--sp", type=int, metavar="N",
         help="target servers that verify at the same time (default: one for each GPU, or core, that the drafter leaves)",
     )  # fmt: skip
-    parser.add_argument(
-        "--gpu", action="append", default=[], metavar="N", dest="devices",
-        help="device of the local workers, in turn; may be repeated; cpu is one (default: all CUDA devices, else cpu)",
-    )  # fmt: skip
+    add_device_options(parser)
     parser.add_argument(
         "--engine", default=default_of(Config, "engine"), metavar="NAME",
         help="what runs the models: transformers, or an engine that an installed package brings (default %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    parser.add_argument("--window", type=int, metavar="W", help="positions in one verification forward")
-    parser.add_argument("--max-length", type=int, metavar="L", help="positions that a generation may have")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="numbers that targets compute with; auto: bfloat16 on a GPU, float32 on a CPU",
+    )  # fmt: skip
+    parser.add_argument(
+        "--window",
+        type=int,
+        metavar="W",
+        help="positions in one verification forward (default: 32 on a GPU, 8 on a CPU)",
+    )
+    parser.add_argument(
+        "--max-length", type=int, metavar="L", help="positions that a generation may have (default 2048)"
+    )
+    parser.add_argument(
+        "--slots", type=int, metavar="N", help="generations that a worker serves side by side (default 8)"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="ROLE.KEY=VALUE", dest="settings",
+        help="any option of the engine, such as target.graphs=false or drafter.quantization=none; may be repeated",
+    )  # fmt: skip
     parser.add_argument(
         "--no-calibration", action="store_false", dest="calibrate",
         help="do not measure latencies at the start: the first tokens come by plain decoding, and teach them",
@@ -72,6 +123,27 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="T", help="torch threads of each worker (default 1)")
     add_ready_timeout_option(parser)
     add_logging_option(parser)
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gpu", action="extend", type=lambda text: text.split(","), default=[], metavar="LIST", dest="devices",
+        help="devices of the local workers, in turn, such as 0,1 or cpu; may be repeated (default: all CUDA devices, else cpu)",
+    )  # fmt: skip
+    parser.add_argument("--gpus", type=int, metavar="N", help="the first N CUDA devices: the same as --gpu 0,...,N-1")
+
+
+def devices_from(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """Raises ConfigError."""
+    if arguments.gpus is None:
+        return tuple(arguments.devices)
+    if arguments.devices:
+        raise ConfigError("--gpus and --gpu both say where workers run: give one of them")
+    if not 1 <= arguments.gpus <= 64:
+        raise ConfigError(
+            f"--gpus {arguments.gpus}: give a number from 1 to 64, or the devices themselves with --gpu 0,1"
+        )
+    return tuple(str(number) for number in range(arguments.gpus))
 
 
 def add_ready_timeout_option(parser: argparse.ArgumentParser) -> None:
@@ -82,21 +154,39 @@ def add_ready_timeout_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_algorithm_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--algorithm", choices=ALGORITHMS, default="dsi")
-    parser.add_argument("--lookahead", type=lookahead, default="auto", metavar="auto|K")
-    parser.add_argument("--max-tokens", type=int, default=default_of(Sampling, "max_tokens"), metavar="N")
+    parser.add_argument(
+        "--algorithm", choices=ALGORITHMS, default="dsi",
+        help="ar: plain decoding; si: speculative inference; dsi: distributed speculative inference",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lookahead", type=lookahead, default="auto", metavar="auto|K",
+        help="drafted tokens between two verifications; auto chooses from measured latencies and acceptance",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rows", type=rows, default="auto", metavar="auto|R",
+        help="the most rows of a drafting step: one for the main path, the others for branches; 1 drafts chains; auto lets the "
+        "planner choose",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-tokens", type=int, default=default_of(Sampling, "max_tokens"), metavar="N", help="of the answer"
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Names and defaults are those of `Sampling`, which checks them."""
-    parser.add_argument("--temperature", type=float, default=default_of(Sampling, "temperature"), metavar="T")
-    parser.add_argument("--top-k", type=int, default=default_of(Sampling, "top_k"), metavar="K")
-    parser.add_argument("--top-p", type=float, default=default_of(Sampling, "top_p"), metavar="P")
-    parser.add_argument("--min-p", type=float, default=default_of(Sampling, "min_p"), metavar="P")
-    parser.add_argument(
-        "--repetition-penalty", type=float, default=default_of(Sampling, "repetition_penalty"), metavar="R"
-    )
-    parser.add_argument("--seed", type=int, default=default_of(Sampling, "seed"), metavar="S")
+    helps = {
+        "temperature": ("T", "0 takes the most probable token; higher values draw more freely"),
+        "top_k": ("K", "keep the K most probable tokens (default: all)"),
+        "top_p": ("P", "keep the most probable tokens that together have this probability"),
+        "min_p": ("P", "keep tokens with at least this share of the most probable token's probability"),
+        "repetition_penalty": ("R", "above 1, tokens that were there before become less probable"),
+        "seed": ("S", "the same seed gives the same text"),
+    }
+    for name, (metavar, text) in helps.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int if name in ("top_k", "seed") else float, metavar=metavar, help=text,
+            default=default_of(Sampling, name),
+        )  # fmt: skip
 
 
 def sampling_from(arguments: argparse.Namespace, **more: Any) -> Sampling:
@@ -106,8 +196,15 @@ def sampling_from(arguments: argparse.Namespace, **more: Any) -> Sampling:
 
 
 def lookahead(text: str) -> int | Literal["auto"]:
-    if text == "auto":
-        return "auto"
+    return "auto" if text == "auto" else _at_least_1(text)
+
+
+def rows(text: str) -> int | None:
+    """None: the planner chooses."""
+    return None if text == "auto" else _at_least_1(text)
+
+
+def _at_least_1(text: str) -> int:
     if text.isdecimal() and int(text) >= 1:
         return int(text)
     raise argparse.ArgumentTypeError(f"{text!r}: give auto or a whole number of at least 1")
@@ -137,20 +234,23 @@ def config_from(
 ) -> Config:  # fmt: skip
     """Raises ConfigError."""
     engine: dict[str, OptionValue] = {
-        name: value for name in ("window", "max_length", "threads") if (value := getattr(arguments, name)) is not None
+        name: value
+        for name in ("window", "max_length", "slots", "threads")
+        if (value := getattr(arguments, name)) is not None
     }
+    settings = read_settings(arguments.settings, arguments.engine)
     return Config(
         target=arguments.target,
         drafter=_drafters(arguments.drafters),
         sp=arguments.sp,
-        devices=tuple(arguments.devices),
+        devices=devices_from(arguments),
         listen=listen,
         insecure=insecure,
         keys=keys,
         max_generations=max_generations,
         engine=arguments.engine,
-        target_options={**engine, "dtype": arguments.dtype},
-        drafter_options=dict(engine),
+        target_options={**engine, "dtype": arguments.dtype, **settings["target"]},
+        drafter_options={**engine, **settings["drafter"]},
         calibrate=arguments.calibrate,
         ready_timeout_s=arguments.ready_timeout,
         log_level=arguments.log_level,

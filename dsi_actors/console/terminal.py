@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -13,8 +15,14 @@ class _Console(Console):
         raise BrokenPipeError
 
 
+#: As wide as any table here. A pipe has no width, and nothing that goes through it shall be cut.
+_PIPE_COLUMNS = 1000
+
+
 def terminal(*, stderr: bool = False, **settings: Any) -> Console:
     """Brackets are brackets: they stand in IPv6 addresses and in names of models."""
+    if not (sys.stderr if stderr else sys.stdout).isatty() and "COLUMNS" not in os.environ:
+        settings["width"] = _PIPE_COLUMNS
     return _Console(stderr=stderr, highlight=False, markup=False, **settings)
 
 

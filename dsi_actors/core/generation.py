@@ -58,6 +58,7 @@ from dsi_actors.core.actions import (
     StartDraft,
     StartVerify,
 )
+from dsi_actors.core.drafter_view import DrafterView
 from dsi_actors.core.events import (
     CancelRequested,
     DraftEnded,
@@ -168,13 +169,7 @@ class GenerationCore:
         self._drafter_present = False
         #: The drafter's own main path starts with tokens[:_drafter_held]; it goes on from there.
         self._drafter_held = 0
-        #: Where the drafter's main path ends, as far as it told us. Not live: it follows a path that is dead.
-        self._drafter_end = self._tree.root
-        #: What it drafted since it was last told a prefix, in order: the n-th has the number _first_number + n.
-        self._numbered: list[Node] = [self._tree.root]
-        self._first_number = 0
-        #: Numbers of those that have a child: the first child is the main path's.
-        self._parents: set[int] = set()
+        self._drafter = DrafterView(self._tree, self._judge_late)
         #: What was committed when the drafter last heard of it.
         self._drafter_heard = 0
         #: Live draft attempts: contiguous, in order; the first one extends the main path at _drafter_held.
@@ -361,6 +356,9 @@ class GenerationCore:
         counters.offered += wrong
         counters.alternatives += hit
 
+    def _judge_late(self, right: bool) -> None:
+        self._judge(Step.ACCEPTED if right else Step.CORRECTED, offered=False)
+
     # What the drafter said
 
     def _on_drafts_arrived(self, attempt: int, start: int, tokens: Sequence[int], parents: Sequence[int]) -> None:
@@ -368,7 +366,9 @@ class GenerationCore:
         if draft is None:
             self.counters.stale_events += 1
             return
-        if start != self._first_number + len(self._numbered) or not self._place(start, tokens, parents, draft.end):
+        placed = self._drafter.add(start, tokens, parents, draft.end)
+        self.tokens += (node.token for node in self._tree.main[len(self.tokens) - self.committed :])
+        if not placed:
             # A gap or an overrun: what came in between was lost, so what follows stands on nothing we know. Go on
             # without drafts until the next commit, or a drafter that always errs would keep us waiting.
             self._drafter_exhausted = True
@@ -376,40 +376,10 @@ class GenerationCore:
             return
         self._drafts_late = False
         self.counters.drafted += len(tokens)
-        self.tokens += (node.token for node in self._tree.main[len(self.tokens) - self.committed :])
-        if self._drafter_end.live:
-            self._drafter_held = self._drafter_end.position + 1
-        elif self._tree.main_end not in self._numbered:
+        if not self._drafter.astray:
+            self._drafter_held = self._drafter.end.position + 1
+        elif not self._drafter.knows_the_main_path:
             self._cancel_drafts()  # it goes on behind a token that the target has contradicted since
-
-    def _place(self, number: int, tokens: Sequence[int], parents: Sequence[int], end: int) -> bool:
-        """Add drafts to the tree: the first has this number. False if one cannot stand where it says."""
-        for index, token in enumerate(tokens):
-            parent_number = parents[index] if parents else number - 1
-            if not self._first_number <= parent_number < number:
-                return False
-            parent = self._numbered[parent_number - self._first_number]
-            if parent.position + 1 >= end:
-                return False
-            first = parent_number not in self._parents
-            self._parents.add(parent_number)
-            node = self._placed(parent, token, first=first)
-            self._numbered.append(node)
-            if first and parent is self._drafter_end:
-                self._drafter_end = node
-            number += 1
-        return True
-
-    def _placed(self, parent: Node, token: int, *, first: bool) -> Node:
-        """The node of a draft behind `parent`. `first`: it is the drafter's first choice there."""
-        if parent.live and parent.position >= self._tree.root.position:
-            return self._tree.add(parent, token)
-        if not parent.live:
-            return Node(token, parent.position + 1, parent, live=False)
-        own = parent.children[0]  # the target was faster: compare late
-        if first:
-            self._judge(Step.ACCEPTED if own.token == token else Step.CORRECTED, offered=False)
-        return own if own.token == token else Node(token, own.position, parent, live=False)
 
     def _on_draft_ended(self, attempt: int, complete: bool, held: int | None) -> None:
         draft = self._drafts.pop(attempt, None)
@@ -433,7 +403,7 @@ class GenerationCore:
             return
         policy = self.policy
         limit = min(self.committed + policy.max_ahead, self.end - 1)
-        astray = bool(self._drafts) and not self._drafter_end.live
+        astray = bool(self._drafts) and self._drafter.astray
         front = len(self.tokens) if astray else self._draft_front()
         if front >= limit:
             if astray:
@@ -455,9 +425,7 @@ class GenerationCore:
         base = self._drafter_held
         if not self._drafts:  # it is told all of the main path, and numbers what it drafts from there on
             self._drafter_held = len(self.tokens)
-            self._drafter_end = self._tree.main_end
-            self._numbered, self._first_number = [self._drafter_end], len(self.tokens) - 1
-            self._parents.clear()
+            self._drafter.restart()
         wait = self.committed + policy.first_wait
         if front < wait < limit and policy.first_wait != policy.lookahead:
             # What the first verification waits for comes in one block, and no later than it is complete.
@@ -531,8 +499,9 @@ class GenerationCore:
         """Whether the server would read more before the drafts than there may be drafts. Then they come while it reads: DSI
         begins at once, and so does its first token."""
         server = self._idle_server()
-        unread = 0 if server is None else self.committed - self._servers[server].held
-        return self.policy.algorithm == "dsi" and unread > self.policy.max_ahead
+        if server is None or server == self._warm_server or self.policy.algorithm != "dsi":
+            return False
+        return self.committed - self._servers[server].held > self.policy.max_ahead
 
     def _verified_front(self) -> int:
         """One past the last drafted token that is being verified."""

@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeAlias
 
 from dsi_actors.actor import Actor
 from dsi_actors.config import Sampling
@@ -39,9 +37,10 @@ from dsi_actors.core.events import (
 )
 from dsi_actors.errors import NoTargetError
 from dsi_actors.generation.account import Account
-from dsi_actors.generation.answers import Answered, Answers, Meaning, Misbehaved, Withdrawn
+from dsi_actors.generation.answers import Answered, Answers, Misbehaved, Withdrawn
 from dsi_actors.generation.draft_timeout import DraftTimeout
 from dsi_actors.generation.knowledge import Knowledge, can_overlap, rows_of
+from dsi_actors.generation.messages import GenerationMessage, Granted, Reclaimed, Settled, WaitedForTarget
 from dsi_actors.generation.prefix_checksums import PrefixChecksums
 from dsi_actors.logs import get_logger
 from dsi_actors.planning.controller import Controller
@@ -54,33 +53,6 @@ log = get_logger("generation")
 
 #: How long the end of a generation waits for the replies that workers still owe, for an exact account.
 _SETTLE_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Granted:
-    worker: WorkerHandle
-
-
-@dataclass(frozen=True, slots=True)
-class Reclaimed:
-    """The server is another generation's now; or the drafter was exchanged for another one, which is granted next."""
-
-    worker: WorkerHandle
-
-
-@dataclass(frozen=True, slots=True)
-class WaitedForTarget:
-    """The `waits`-th wait for a target server is over."""
-
-    waits: int
-
-
-@dataclass(frozen=True, slots=True)
-class Settled:
-    """The last reply is in, or waiting for it took too long."""
-
-
-GenerationMessage: TypeAlias = Event | Meaning | Granted | Reclaimed | WaitedForTarget | Settled
 
 
 class Generation(Actor[GenerationMessage]):

@@ -23,7 +23,7 @@ def device_name(text: str) -> str:
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Those that this process may use; on macOS, which does not tell them, all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -15,34 +15,24 @@ drafted without alternatives, so until the target has passed what was drafted by
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from dsi_actors.core import Policy
-from dsi_actors.core.policy import UNLIMITED, worth_verifying
+from dsi_actors.core.policy import worth_verifying
 
 #: Milliseconds of a verification that reads so many positions.
 CostMs = Callable[[int], float]
 
 MAX_LOOKAHEAD = 32
-#: Of policies that are equally fast to within this share, the one that keeps the target servers least busy is taken.
-_TIE = 0.002
 #: A walk ends when so few cycles are left, or after so many steps; the rest goes on at its pace. Walking on changes no plan.
 _NEGLIGIBLE = 3e-3
 _MOST_STEPS = 32
-_MOST_ROUNDS = 4
 #: Verifications end so early and drafts come so late (in units of the drafter's latency): a plan must not count on a
 #: block that comes in the very moment in which a verification ends.
 _LATE = 1e-4
-#: Blocks of drafts in the time of one target forward, if it has not more servers than half as many.
-_MOST_BLOCKS = 32
-_CANDIDATES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
-#: Rows of a drafting step that are considered. A tree must be this much faster than a chain: what it costs is known less well.
-_ROWS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
-_TREE_MARGIN = 0.98
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,131 +92,6 @@ def expect(
     if policy.algorithm == "si" or policy.first_wait == policy.max_ahead:  # nothing is drafted during a verification
         return _expect_si(policy, cost_ms, drafter_ms, acceptance, branching.alternatives)
     return _expect_dsi(policy, cost_ms, drafter_ms, acceptance, branching.alternatives)
-
-
-def best_si(
-    cost_ms: CostMs, drafter_ms: float, acceptance: float, branching: Branching = CHAIN, *, most: int = MAX_LOOKAHEAD
-) -> Policy:
-    """The lookahead, and the rows of a tree, that make SI fastest."""
-    expected = functools.cache(lambda policy: expect(policy, cost_ms, drafter_ms, acceptance, branching))
-    policies = [Policy.speculative(lookahead) for lookahead in range(1, most + 1)]
-    best = _best(policies, expected)
-    trees = [with_rows(policy, rows) for rows in _rows(branching) for policy in policies if policy.lookahead > 1]
-    return _better_tree(best, trees, expected)
-
-
-def best_dsi(
-    cost_ms: CostMs,
-    drafter_ms: float,
-    acceptance: float,
-    sp: int,
-    branching: Branching = CHAIN,
-    *,
-    most: int = MAX_LOOKAHEAD,
-    queued: int | None = None,
-) -> Policy:
-    """The wait after a rejection, the stagger between verifications and the rows of a tree that make DSI fastest.
-
-    The family contains AR (span 0), SI itself (`best_in_turns`), and SI that drafts on while it verifies (wait and span of k).
-    Where servers are shared, a verification waits for the forward of others to end, in which time `queued` tokens are drafted:
-    so many are waited for, since that costs nothing, and no more, since who is not in the next forward waits for the one after.
-    """
-    target_ms = cost_ms(1)
-    if (
-        drafter_ms >= target_ms
-    ):  # a draft comes when the target has said it already: plain decoding, and drafts to judge
-        return Policy.distributed(1, 1, span=0)
-    in_time = math.ceil(target_ms / max(drafter_ms, 1e-6))
-    waits = [wait for wait in _CANDIDATES if wait <= min(most, in_time)]
-    if queued is not None:
-        waits = [max(wait for wait in waits if wait <= queued)]
-    lookaheads = [k for k in _CANDIDATES[1:] if k <= min(most, max(1, in_time if sp > 1 else in_time // 4))]
-    if (
-        queued is not None
-    ):  # four messages of drafts in each forward are enough: more would keep the orchestrator busy for nothing
-        lookaheads = [max(k for k in lookaheads if k <= max(1, in_time // 4))]
-    # A block of drafts is a message, and a drafter that takes next to no time would send hundreds of them: blocks as large as
-    # needed, or as large as there are.
-    finest = target_ms / (max(_MOST_BLOCKS, 2 * sp) * max(drafter_ms, 1e-6))
-    lookaheads = [k for k in lookaheads if k >= finest] or lookaheads[-1:]
-    # Where a long verification takes no longer than a short one there is no reason to check less than there is.
-    # The longest of equals: drafts that come in bursts, as those of prompt lookup, may be more than are expected.
-    spans = sorted({span for span in _CANDIDATES[1:] if span < most} | {most}, reverse=True)
-    if cost_ms(most + 1) <= target_ms:
-        spans = [UNLIMITED] if cost_ms(8 * most) <= target_ms else [most]
-
-    def policy(wait: int, k: int, span: int, rows: int) -> Policy:
-        ahead = drafts_ahead(target_ms, drafter_ms, k, wait)
-        return with_rows(Policy.distributed(k, sp, min(wait, span), max_ahead=ahead, span=span), rows)
-
-    expected = functools.cache(lambda policy: expect(policy, cost_ms, drafter_ms, acceptance, branching))
-
-    def fastest(best: Policy, rows: int) -> Policy:
-        """One setting at a time, until nothing gets better: they hardly depend on one another."""
-        for _ in range(_MOST_ROUNDS):
-            before, wait, span = best, best.first_wait, best.span
-            best = _best([policy(wait, k, span, rows) for k in lookaheads], expected)
-            best = _best([policy(wait, best.lookahead, span, rows) for wait in waits], expected)
-            best = _best([policy(best.first_wait, best.lookahead, span, rows) for span in spans], expected)
-            if best == before:
-                break
-        return best
-
-    start = policy(0, lookaheads[0], spans[0], 1)
-    if spans != [UNLIMITED]:
-        si = best_si(cost_ms, drafter_ms, acceptance, most=most)
-        start = policy(min(si.lookahead, waits[-1]), lookaheads[0], si.lookahead, 1)
-    best = fastest(start, 1)
-    plain = Policy.distributed(best.lookahead, sp, max_ahead=best.max_ahead, span=0)
-    others = [plain]
-    if queued is None:
-        others.append(best_in_turns(cost_ms, drafter_ms, acceptance, sp, branching, most=most))
-    trees = [with_rows(best, rows) for rows in _rows(branching)]
-    if trees:
-        rows = _best(trees, expected).rows
-        trees = [fastest(with_rows(best, rows), rows)]
-    return _better_tree(_best([best, *others], expected), trees, expected)
-
-
-def with_rows(policy: Policy, rows: int) -> Policy:
-    """The policy with trees of which a step of the drafter has so many rows, and every branch of which is verified."""
-    return replace(policy, rows=rows, branches=UNLIMITED if rows > 1 else 0)
-
-
-def _rows(branching: Branching) -> list[int]:
-    return [rows for rows in _ROWS if rows <= branching.rows] if branching.alternatives > 0 else []
-
-
-def _better_tree(chain: Policy, trees: list[Policy], expected: Callable[[Policy], Expectation]) -> Policy:
-    """The best tree, if it is clearly better than the best chain."""
-    if not trees:
-        return chain
-    tree = _best(trees, expected)
-    faster = expected(tree).ms_per_token <= _TREE_MARGIN * expected(chain).ms_per_token
-    return tree if faster else chain
-
-
-def best_in_turns(
-    cost_ms: CostMs, drafter_ms: float, acceptance: float, sp: int, branching: Branching = CHAIN,
-    *, most: int = MAX_LOOKAHEAD,
-) -> Policy:  # fmt: skip
-    """Where drafter and targets cannot compute at the same time: SI as a policy of DSI, or plain decoding."""
-    si = best_si(cost_ms, drafter_ms, acceptance, branching, most=most)
-    if expect(si, cost_ms, drafter_ms, acceptance, branching).ms_per_token >= cost_ms(1):
-        return Policy.undrafted(sp)
-    return replace(si, algorithm="dsi", sp=sp)
-
-
-def drafts_ahead(target_ms: float, drafter_ms: float, lookahead: int, wait: int) -> int:
-    """How far the drafter may run ahead so that it never waits: what it drafts while two verifications run, and a block."""
-    return min(512, math.ceil(2 * target_ms / max(drafter_ms, target_ms / 128)) + wait + 2 * lookahead)
-
-
-def _best(policies: Iterable[Policy], expected: Callable[[Policy], Expectation]) -> Policy:
-    pairs = [(policy, expected(policy)) for policy in policies]
-    fastest_ms = min(expectation.ms_per_token for _, expectation in pairs)
-    ties = [pair for pair in pairs if pair[1].ms_per_token <= fastest_ms * (1 + _TIE)]
-    return min(ties, key=lambda pair: (pair[1].target_busy_ms, pair[1].ms_per_token))[0]
 
 
 def _expect_si(

@@ -11,15 +11,8 @@ from dataclasses import dataclass, replace
 
 from dsi_actors.core import Policy
 from dsi_actors.core.actions import Judged
-from dsi_actors.planning.expectation import (
-    MAX_LOOKAHEAD,
-    Branching,
-    CostMs,
-    best_dsi,
-    best_in_turns,
-    best_si,
-    with_rows,
-)
+from dsi_actors.planning.expectation import MAX_LOOKAHEAD, Branching, CostMs
+from dsi_actors.planning.search import best_dsi, best_in_turns, best_si, with_rows
 
 #: Before anything was judged. Int8 copies of a target agree with it about so often, and more.
 ASSUMED_ACCEPTANCE = 0.8

@@ -8,7 +8,8 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.sse import EventSourceResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -16,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from dsi_actors.errors import DsiError
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.serving.errors import ApiError, from_any, unavailable
-from dsi_actors.serving.exchange import Exchange
+from dsi_actors.serving.exchange import STREAM_HEADERS, Exchange
 from dsi_actors.serving.schemas import AnyRequest, ChatRequest, CompletionRequest
 from dsi_actors.serving.service import Service, ServiceConfig
 from dsi_actors.tokenizer import Tokenizer
@@ -71,12 +72,13 @@ def create_app(orchestrator: Orchestrator, tokenizer: Tokenizer, config: Service
         return FileResponse(_DASHBOARD, media_type="text/html")
 
     @app.get("/dashboard/events")
-    async def dashboard_events(request: Request) -> StreamingResponse:
+    async def dashboard_events(request: Request) -> EventSourceResponse:
         service.check_key(request)
         if service.ending:
             raise unavailable("the service ends", close=True)
         events = service.watch.events()
-        return StreamingResponse(_resumed(await anext(events), events), media_type="text/event-stream")
+        # Begun here, not by FastAPI, which would send the head before what is wrong with the request could have a status.
+        return EventSourceResponse(_resumed(await anext(events), events), headers=STREAM_HEADERS)
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
@@ -101,7 +103,7 @@ def _endpoint(service: Service, kind: type[AnyRequest]) -> ASGIApp:
     return Endpoint()
 
 
-async def _resumed(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+async def _resumed(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     yield first
     async for event in rest:
         yield event

@@ -105,6 +105,7 @@ def _cost(choice: Choice) -> dict[str, Any]:
         "drafter": report.drafter,
         "lookahead": report.lookahead,
         "acceptance_rate": report.acceptance_rate,
+        "alternatives": report.alternatives,
         "target_forwards": report.target_forwards,
         "wasted_target_forwards": report.wasted_target_forwards,
         "target_busy_ms_per_token": report.target_busy_ms / tokens,

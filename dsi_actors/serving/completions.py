@@ -31,6 +31,8 @@ class Job:
     algorithm: Algorithm
     sp: int | None
     lookahead: int | Literal["auto"]
+    #: The most rows of a drafting step; None lets it be chosen.
+    rows: int | None
     correlation: str
     #: The text of the answer continues that of the prompt; otherwise it stands alone, as an answer in a chat does.
     continues: bool
@@ -103,7 +105,7 @@ class Completion:
         begun_s = last_s = time.perf_counter()
         async with self._orchestrator.generate(
             job.prompt_ids, sampling, algorithm=job.algorithm, sp=job.sp, lookahead=job.lookahead,
-            correlation=f"{job.correlation}-{choice.index}",
+            rows=job.rows, correlation=f"{job.correlation}-{choice.index}",
         ) as stream:  # fmt: skip
             async for tokens in stream:
                 now_s = time.perf_counter()

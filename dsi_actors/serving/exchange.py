@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from fastapi import Request
+from fastapi.sse import format_sse_event
 from starlette.types import Receive, Scope, Send
 
 from dsi_actors.logs import get_logger
@@ -18,6 +19,8 @@ from dsi_actors.serving.errors import ApiError, ClientGone, from_any
 
 log = get_logger("serving")
 
+#: Neither a cache nor nginx keeps back what streams.
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 #: A body may take the time limit, and a second more for each of so many bytes.
 _SLOWEST_BYTES_PER_S = 8192
 
@@ -146,16 +149,17 @@ class Exchange:
         await self._send_all(200, body, {})
 
     async def open_stream(self) -> None:
-        await self._send_head(200, {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"})
+        await self._send_head(200, {"Content-Type": "text/event-stream; charset=utf-8", **STREAM_HEADERS})
         self._streaming = True
 
     async def send_event(self, body: Mapping[str, Any]) -> None:
-        event = f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
-        await self._send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+        event = format_sse_event(data_str=json.dumps(body, ensure_ascii=False))
+        await self._send({"type": "http.response.body", "body": event, "more_body": True})
 
     async def end_stream(self) -> None:
         self._finished = True
-        await self._send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+        end = format_sse_event(data_str="[DONE]")
+        await self._send({"type": "http.response.body", "body": end, "more_body": False})
 
     async def _fail(self, error: Exception) -> None:
         self._error = told = from_any(error)

@@ -57,6 +57,9 @@ class Metrics:
         self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
         self._drafted = counter("drafted_tokens", "Tokens that drafters guessed, whatever became of them.")
         self._rejections = counter("rejections", "Corrections by the target that dropped what was built on a guess.")
+        self._alternatives = counter(
+            "alternatives", "Tokens that came by an alternative: the drafter's first choice there was wrong."
+        )
         self._forwards = counter("target_forwards", "Forwards of target servers, by what became of them.", "use")
         self._busy = counter("busy_seconds", "Time that workers computed.", "role")
         self._first = histogram("time_to_first_token_seconds", "From the start of a generation to its first token.")
@@ -93,6 +96,7 @@ class Metrics:
         self._generations.labels(model, reason).inc()
         self._drafted.labels(model).inc(report.drafted_tokens)
         self._rejections.labels(model).inc(report.rejections)
+        self._alternatives.labels(model).inc(report.alternatives)
         self._forwards.labels(model, "wasted").inc(report.wasted_target_forwards)
         self._forwards.labels(model, "useful").inc(report.target_forwards - report.wasted_target_forwards)
         self._busy.labels(model, "target").inc(report.target_busy_ms / 1e3)

@@ -31,7 +31,7 @@ class _Strict(BaseModel):
         return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
-def _lookahead(given: Any) -> Any:
+def _auto_or_number(given: Any) -> Any:
     if given == "auto" or (type(given) is int and 1 <= given <= 1024):
         return given
     raise ValueError("give auto or a whole number in [1, 1024]")
@@ -44,7 +44,8 @@ class DsiOptions(_Strict):
 
     algorithm: Literal["dsi", "si", "ar"] = "dsi"
     sp: Annotated[int, Field(ge=1, le=1024)] | None = None
-    lookahead: Annotated[Literal["auto"] | int, BeforeValidator(_lookahead)] = "auto"
+    lookahead: Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_number)] = "auto"
+    rows: Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_number)] = "auto"
 
 
 class StreamOptions(_Strict):

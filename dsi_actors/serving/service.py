@@ -202,7 +202,8 @@ class Service:
         )  # fmt: skip
         options = asked.dsi
         return Job(
-            prompt_ids, sampling, asked.stop, asked.n, options.algorithm, options.sp, options.lookahead, correlation,
+            prompt_ids, sampling, asked.stop, asked.n, options.algorithm, options.sp, options.lookahead,
+            None if options.rows == "auto" else options.rows, correlation,
             continues=isinstance(asked, CompletionRequest),
         )  # fmt: skip
 

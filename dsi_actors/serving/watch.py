@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from dsi_actors.core.actions import Action, EmitTokens, Finish, StartDraft, StartVerify
+from fastapi.sse import format_sse_event
+
+from dsi_actors.core.actions import Action, CancelDrafts, EmitTokens, Finish, StartDraft, StartVerify
 from dsi_actors.core.events import DraftsArrived, Event, VerificationAbandoned, VerificationFinished
 from dsi_actors.errors import OrchestratorClosed
 from dsi_actors.logs import get_logger
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.serving.errors import ApiError
 from dsi_actors.tokenizer import Tokenizer, TokenStream
+from dsi_actors.tracing.drafts import Drafts, main_path_end
 
 log = get_logger("serving.watch")
 
@@ -36,25 +39,20 @@ class Watch:
         self._orchestrator = orchestrator
         self._tokenizer = tokenizer
         #: What waits for each viewer. None is the end.
-        self._viewers: set[asyncio.Queue[str | None]] = set()
+        self._viewers: set[asyncio.Queue[bytes | None]] = set()
         self._flushing: asyncio.Task[None] | None = None
         self._moments: list[dict[str, Any]] = []
         self._missed = 0
         self._failed = False
         self._texts: dict[int, TokenStream] = {}
-        #: One past the last position that was guessed in each generation, since the last correction.
-        self._guessed: dict[int, int] = {}
-        orchestrator.observe(self._on_moment)
+        self._drafts: dict[int, Drafts] = {}
+        self._observation = orchestrator.observe(self._on_moment)
 
-    @property
-    def viewers(self) -> int:
-        return len(self._viewers)
-
-    async def events(self) -> AsyncIterator[str]:
+    async def events(self) -> AsyncIterator[bytes]:
         """One event every tenth of a second: who works here, and what happened since the last one. Raises ApiError."""
         if len(self._viewers) >= _MOST_VIEWERS:
             raise ApiError(429, f"{_MOST_VIEWERS} people look at the dashboard already: try again later")
-        viewer: asyncio.Queue[str | None] = asyncio.Queue(_MOST_EVENTS_BEHIND)
+        viewer: asyncio.Queue[bytes | None] = asyncio.Queue(_MOST_EVENTS_BEHIND)
         self._viewers.add(viewer)
         try:
             yield self._event([], 0)
@@ -66,7 +64,8 @@ class Watch:
             self._drop(viewer)
 
     def end(self) -> None:
-        """End the streams of all viewers."""
+        """End the streams of all viewers. Nothing is watched any more."""
+        self._observation.end()
         for viewer in list(self._viewers):
             self._end(viewer)
 
@@ -86,25 +85,31 @@ class Watch:
         finally:
             self._flushing = None
 
-    def _end(self, viewer: asyncio.Queue[str | None]) -> None:
+    def _end(self, viewer: asyncio.Queue[bytes | None]) -> None:
         self._drop(viewer)
         while viewer.full():
             viewer.get_nowait()
         viewer.put_nowait(None)
 
-    def _drop(self, viewer: asyncio.Queue[str | None]) -> None:
+    def _drop(self, viewer: asyncio.Queue[bytes | None]) -> None:
         self._viewers.discard(viewer)
         if not self._viewers:
             self._moments.clear()
             self._texts.clear()
-            self._guessed.clear()
+            self._drafts.clear()
 
-    def _event(self, moments: list[dict[str, Any]], missed: int) -> str:
-        return f"data: {json.dumps({**self._state(), 'moments': moments, 'missed': missed})}\n\n"
+    def _event(self, moments: list[dict[str, Any]], missed: int) -> bytes:
+        return format_sse_event(data_str=json.dumps({**self._state(), "moments": moments, "missed": missed}))
 
     def _state(self) -> dict[str, Any]:
         workers = [
-            {"number": worker.number, "role": worker.role, "device": worker.hello.device, "open": worker.sharers}
+            {
+                "number": worker.number,
+                "role": worker.role,
+                "host": worker.hello.host,
+                "device": worker.hello.device,
+                "open": worker.sharers,
+            }
             for worker in self._orchestrator.workers
         ]
         return {
@@ -133,29 +138,56 @@ class Watch:
 
     def _moment(self, generation: int, item: Event | Action) -> dict[str, Any] | None:
         match item:
-            case StartVerify(attempt, server, base, tokens, start):
-                return {"is": "verify", "attempt": attempt, "worker": server, "start": start, "end": base + len(tokens)}
+            case StartVerify(attempt, server, base, tokens, start, parents):
+                end, branches = main_path_end(base, tokens, parents)
+                return {
+                    "is": "verify", "attempt": attempt, "worker": server, "start": start, "end": end, "branches": branches,
+                }  # fmt: skip
             case VerificationFinished(attempt, _, _, tokens):
                 return {"is": "verified", "attempt": attempt, "tokens": len(tokens)}
             case VerificationAbandoned(attempt):
                 return {"is": "abandoned", "attempt": attempt}
-            case StartDraft(attempt):
+            case StartDraft(attempt, base, tokens, start):
+                self._drafts.setdefault(generation, Drafts()).requested(attempt, base, tokens, start)
                 return {"is": "draft", "attempt": attempt}
-            case DraftsArrived(attempt, start, tokens):
-                self._guessed[generation] = start + len(tokens)
-                return {"is": "drafted", "attempt": attempt, "start": start, "end": start + len(tokens)}
-            case EmitTokens(start, tokens, accepted):
+            case CancelDrafts(attempt):
+                if (drafts := self._drafts.get(generation)) is not None:
+                    drafts.cancelled(attempt)
+            case DraftsArrived(attempt, start, tokens, parents):
+                drafts = self._drafts.get(generation, Drafts())  # it may have ended
+                return _drafted(drafts, attempt, start, tokens, parents)
+            case EmitTokens(start, tokens, accepted, alternatives):
                 stream = self._texts.setdefault(generation, self._tokenizer.stream())
-                rejected = not accepted[-1] and self._guessed.get(generation, 0) >= start + len(tokens)
-                if rejected:
-                    del self._guessed[generation]
+                drafts = self._drafts.setdefault(generation, Drafts())
+                settled, rejected = drafts.committed(start, tokens, accepted, alternatives)
                 texts = [stream.add(token) for token in tokens]
-                return {"is": "commit", "start": start, "texts": texts, "accepted": accepted, "rejected": rejected}
+                return {
+                    "is": "commit", "start": start, "texts": texts, "accepted": accepted, "alternatives": alternatives,
+                    "rejected": rejected, "blocks": [guess.block for guess in settled],
+                }  # fmt: skip
             case Finish(reason):
                 ended = self._texts.pop(generation, None)
-                self._guessed.pop(generation, None)
+                self._drafts.pop(generation, None)
                 return {"is": "end", "reason": reason, "text": "" if ended is None else ended.flush()}
         return None
+
+
+def _drafted(
+    drafts: Drafts, attempt: int, start: int, tokens: Sequence[int], parents: Sequence[int]
+) -> dict[str, Any] | None:
+    """`block`: its number, None if it came too late. `start`, `end`: positions of its main path. None: nothing is new in it."""
+    guesses, block, branches = drafts.arrived(attempt, start, tokens, parents), None, 0
+    end = start + len(tokens)
+    if guesses == []:
+        return None
+    if guesses:
+        main = [guess.position for guess in guesses if guess.main]
+        positions = main or [guess.position for guess in guesses]
+        start, end = min(positions), max(positions) + 1
+        block, branches = drafts.blocks - 1, len(guesses) - len(main)
+    elif drafts.follows:
+        start = end = drafts.front
+    return {"is": "drafted", "attempt": attempt, "block": block, "start": start, "end": end, "branches": branches}
 
 
 def _now_ms() -> float:

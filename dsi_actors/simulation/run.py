@@ -130,6 +130,7 @@ def simulate(
         servers = 1 if algorithm in ("ar", "si") else sp
         controller = Controller.with_one_drafter(algorithm, servers, lookahead, estimates, arms, rows=rows)
         runs.append(simulate_once(scenario, controller, tokens=tokens, seed=seed + repeat))
+        controller.ended()
         estimates = controller.tuner.carry_over()
     return runs
 

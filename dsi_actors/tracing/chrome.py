@@ -16,11 +16,16 @@ def chrome_trace(picture: Picture) -> dict[str, Any]:
                 {
                     "ph": "X", "pid": 1, "tid": lane, "name": span.words, "cat": span.fate,
                     "ts": span.from_ms * 1e3, "dur": max(1.0, (span.to_ms - span.from_ms) * 1e3),
-                    "args": {"start": span.start, "end": span.end, "fate": span.fate},
+                    "args": {
+                        "start": span.start, "end": span.end, "fate": span.fate, "branches": span.branches, "hit": span.hit,
+                    },
                 }
             )  # fmt: skip
     for commit in picture.commits:
-        args = {"start": commit.start, "tokens": len(commit.accepted), "accepted": sum(commit.accepted)}
+        args = {
+            "start": commit.start, "tokens": len(commit.accepted), "accepted": sum(commit.accepted),
+            "alternatives": len(commit.alternatives),
+        }  # fmt: skip
         events.append(
             {"ph": "i", "s": "p", "pid": 1, "tid": 0, "name": "commit", "ts": commit.at_ms * 1e3, "args": args}
         )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
+from dsi_actors.tracing.drafts import Came, Drafts, Guess, main_path_end
 from dsi_actors.tracing.record import Moment, Recording
 
 Fate = Literal["useful", "wasted", "cancelled", "running"]
@@ -13,7 +14,7 @@ Fate = Literal["useful", "wasted", "cancelled", "running"]
 
 @dataclass(slots=True)
 class Span:
-    """Work on positions [start, end) in [from_ms, to_ms)."""
+    """Work on main-path positions [start, end) in [from_ms, to_ms), and on some tokens of branches beside them."""
 
     from_ms: float
     to_ms: float
@@ -21,15 +22,21 @@ class Span:
     end: int
     fate: Fate
     words: str
+    #: Tokens on branches.
+    branches: int = 0
+    #: Whether an alternative among them was the target's token.
+    hit: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Tokens [start, start + len(accepted)) settled; each had been drafted, or was the target's own."""
+    """Tokens [start, start + len(accepted)) settled; each had been drafted, or was the target's own. `alternatives`: positions
+    where an alternative had it, not the drafter's first choice."""
 
     at_ms: float
     start: int
     accepted: Sequence[bool]
+    alternatives: Sequence[int] = ()
 
 
 @dataclass(slots=True)
@@ -42,6 +49,16 @@ class Picture:
     from_ms: float = 0.0
     to_ms: float = 0.0
     texts: Sequence[str] = ()
+    drafts: Drafts = field(default_factory=Drafts)
+
+    @property
+    def came(self) -> list[Came]:
+        """How each settled token came."""
+        return [
+            (Came.ALTERNATIVE if place in commit.alternatives else Came.ACCEPTED) if flag else Came.OWN
+            for commit in self.commits
+            for place, flag in enumerate(commit.accepted, commit.start)
+        ]
 
     @property
     def accepted(self) -> list[bool]:
@@ -66,8 +83,9 @@ class _Painter:
         self._verifying: dict[int, tuple[str, Span]] = {}
         #: What was answered last.
         self._answered: Span | None = None
-        #: One past the last position that was guessed since the last correction.
-        self._guessed = 0
+        self._drafts = self._picture.drafts
+        #: The drafts of each block.
+        self._blocks: list[tuple[Span, list[Guess]]] = []
         self._drafting: dict[int, float] = {}  # attempt -> since when the next block is made
         self._drafted_ms = 0.0  # when the last block of drafts came
 
@@ -75,10 +93,10 @@ class _Painter:
         at_ms, fields = moment.at_ms, moment.fields
         match moment.name:
             case "StartVerify":
-                end = fields["base"] + len(fields["tokens"])
-                words = f"verifies {end - fields['start']} drafts from {fields['start']}"
+                end, branches = main_path_end(fields["base"], fields["tokens"], fields["parents"])
+                words = f"verifies {end - fields['start']} drafts from {fields['start']}{_and_branches(branches)}"
                 lane = self._names.get(fields["server"], f"target {fields['server']}")
-                span = Span(at_ms, at_ms, fields["start"], end, "running", words)
+                span = Span(at_ms, at_ms, fields["start"], end, "running", words, branches)
                 self._picture.lanes.setdefault(lane, []).append(span)
                 self._verifying[fields["attempt"]] = (lane, span)
             case "VerificationFinished":
@@ -92,22 +110,38 @@ class _Painter:
                 if fields["attempt"] in self._verifying:
                     self._verifying[fields["attempt"]][1].words += ", cancelled"
             case "StartDraft":
+                self._drafts.requested(fields["attempt"], fields["base"], fields["tokens"], fields["start"])
                 self._drafting[fields["attempt"]] = at_ms
+            case "CancelDrafts":
+                self._drafts.cancelled(fields["attempt"])
             case "DraftsArrived":
-                # A request that waits behind another one is not worked on yet.
-                since_ms = max(self._drafting.get(fields["attempt"], at_ms), self._drafted_ms)
-                self._drafted_ms = at_ms
-                self._guessed = end = fields["start"] + len(fields["tokens"])
-                words = f"drafts {len(fields['tokens'])} from {fields['start']}"
-                self._picture.lanes[self._drafter].append(Span(since_ms, at_ms, fields["start"], end, "running", words))
-                self._drafting[fields["attempt"]] = at_ms
+                self._take_drafts(at_ms, fields)
             case "EmitTokens":
+                alternatives = fields["alternatives"]
                 if self._answered is not None:
                     self._answered.fate = "useful"
-                self._picture.commits.append(Commit(at_ms, fields["start"], tuple(fields["accepted"])))
-                if not fields["accepted"][-1] and self._guessed >= fields["start"] + len(fields["tokens"]):
+                    self._answered.hit = bool(alternatives)
+                    self._answered = None
+                accepted = tuple(fields["accepted"])
+                self._picture.commits.append(Commit(at_ms, fields["start"], accepted, tuple(alternatives)))
+                if self._drafts.committed(fields["start"], fields["tokens"], accepted, alternatives)[1]:
                     self._picture.rejections_ms.append(at_ms)
-                    self._guessed = 0
+
+    def _take_drafts(self, at_ms: float, fields: Mapping[str, Any]) -> None:
+        # A request that waits behind another one is not worked on yet.
+        since_ms = max(self._drafting.get(fields["attempt"], at_ms), self._drafted_ms)
+        self._drafted_ms = self._drafting[fields["attempt"]] = at_ms
+        guesses = self._drafts.arrived(fields["attempt"], fields["start"], fields["tokens"], fields["parents"])
+        if guesses == []:
+            return  # it was made on a branch, and told then
+        span = Span(since_ms, at_ms, self._drafts.front, self._drafts.front, "running", "drafts that came too late")
+        if guesses:
+            main = [guess.position for guess in guesses if guess.main]
+            positions = main or [guess.position for guess in guesses]
+            span.start, span.end, span.branches = min(positions), max(positions) + 1, len(guesses) - len(main)
+            span.words = f"drafts {len(main)} from {span.start}{_and_branches(span.branches)}"
+        self._picture.lanes[self._drafter].append(span)
+        self._blocks.append((span, guesses or []))
 
     def _end_verification(self, attempt: int, at_ms: float, fate: Fate) -> Span | None:
         found = self._verifying.pop(attempt, None)
@@ -122,27 +156,18 @@ class _Painter:
         picture.from_ms, picture.to_ms = moments[0].at_ms, moments[-1].at_ms
         for _, span in self._verifying.values():
             span.to_ms, span.fate = picture.to_ms, "cancelled"
-        self._judge_drafts(picture)
+        self._judge_drafts()
         picture.texts = texts
         return picture
 
-    def _judge_drafts(self, picture: Picture) -> None:
-        """A block of drafts was useful as far as its tokens were accepted after it came."""
-        accepted = {
-            commit.start + offset: commit.at_ms
-            for commit in picture.commits
-            for offset, flag in enumerate(commit.accepted)
-            if flag
-        }
-        last: dict[int, Span] = {}  # position -> the last block that guessed it
-        for span in picture.lanes[self._drafter]:
-            for position in range(span.start, span.end):
-                last[position] = span
-        for span in picture.lanes[self._drafter]:
-            kept = [
-                position
-                for position in range(span.start, span.end)
-                if position in accepted and last[position] is span and span.to_ms <= accepted[position]
-            ]
+    def _judge_drafts(self) -> None:
+        """A block of drafts was useful as far as the text has its tokens, and they came before they were settled."""
+        for span, guesses in self._blocks:
+            kept = [guess for guess in guesses if guess.came in (Came.ACCEPTED, Came.ALTERNATIVE)]
             span.fate = "useful" if kept else "wasted"
-            span.words += f", {len(kept)} accepted"
+            span.hit = any(guess.came is Came.ALTERNATIVE for guess in kept)
+            span.words += f", {len(kept)} accepted" if guesses else ""
+
+
+def _and_branches(tokens: int) -> str:
+    return f", and {tokens} on branches" if tokens else ""

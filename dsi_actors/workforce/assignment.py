@@ -55,16 +55,20 @@ def _drafts(config: Config, hello: Hello, targets: int, kinds: Sequence[str]) ->
 
 def _assign_drafter(config: Config, hello: Hello, kinds: Sequence[str]) -> Assignment | str:
     """A drafter of the configuration, or of the model that the worker names. A worker with an engine of its own, as one in
-    another language has, keeps that engine; without a model it is told none, since ours need not mean anything to it."""
+    another language has, keeps that engine. It is told the model that the configuration names, if that is one."""
     if hello.engine not in ("auto", NGRAM, config.engine) and not hello.model:
-        return Assignment("drafter", hello.engine, "", config.drafter_options, hello.engine)
+        named = [kind for kind in config.drafters if not kind.startswith((SELF_INT8, NGRAM, RANDOM))]
+        if not named:
+            return Assignment("drafter", hello.engine, "", config.drafter_options, hello.engine)
+        options = {**config.drafter_options, "target": config.target}  # its vocabulary may be another one
+        return Assignment("drafter", hello.engine, named[0], options, hello.engine)
     lacking = [kind for kind in config.drafters if kind not in kinds]
     kind = reference = hello.model or next(iter([*lacking, *config.drafters]), "")
     engine = config.engine if hello.engine == "auto" else hello.engine
     if hello.engine == NGRAM or (reference == NGRAM and hello.engine == "auto"):
         return Assignment("drafter", NGRAM, "", config.drafter_options, NGRAM)
     if reference == RANDOM:
-        options: dict[str, OptionValue] = {"vocabulary_size": 256, "any_vocabulary": True, "acceptance": 0.0}
+        options = {"vocabulary_size": 256, "any_vocabulary": True, "acceptance": 0.0}
         return Assignment("drafter", TIMED, "", options, kind)
     if engine == TIMED:
         return Assignment("drafter", TIMED, "", config.drafter_options, kind)

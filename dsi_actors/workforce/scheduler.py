@@ -112,10 +112,6 @@ class Scheduler(Actor[SchedulerMessage]):
         self._leases: dict[int, _Lease] = {}  # by generation number, in the order of arrival
 
     @property
-    def waiting_or_running(self) -> int:
-        return len(self._leases)
-
-    @property
     def waiting(self) -> int:
         """Generations that hold no target server."""
         return sum(not lease.targets for lease in self._leases.values())
@@ -171,8 +167,9 @@ class Scheduler(Actor[SchedulerMessage]):
         # Drafters first, so that a policy that waits for drafts knows from the start whether any will come.
         for lease in self._leases.values():
             if lease.wants_drafter and not lease.drafters:
-                liked = [worker for worker in drafters if worker.kind == lease.kind]
-                self._lend(self._least_loaded(liked, lease) or self._least_loaded(drafters, lease), lease)
+                usable = [worker for worker in drafters if lease.can_use(worker)]
+                liked = [worker for worker in usable if worker.kind == lease.kind]
+                self._lend(self._least_loaded(liked) or self._least_loaded(usable), lease)
         self._find_first_servers(targets)
         for worker in targets:
             if not self._load[worker.number]:
@@ -181,15 +178,14 @@ class Scheduler(Actor[SchedulerMessage]):
 
     def _exchange(self, lease: _Lease, kind: str) -> None:
         lease.kind = kind
+        if not lease.drafters or lease.drafters[0].kind == kind:
+            return  # a lease without a drafter gets the next one that is free, one of this kind if it can
         others = [worker for worker in self._workers.values() if worker.role == "drafter" and worker.kind == kind]
-        if not lease.drafters or lease.drafters[0] in others:
-            return  # if there is none, the next one that is free
-        [present] = lease.drafters
-        lease.drafters.clear()
-        instead = self._least_loaded([worker for worker in others if not worker.lost], lease)
-        lease.drafters.append(present)
+        instead = self._least_loaded(
+            [worker for worker in others if not worker.lost and worker.number not in lease.refused]
+        )
         if instead is not None:
-            self._reclaim(present, lease)
+            self._reclaim(lease.drafters[0], lease)
             self._lend(instead, lease)
 
     def _find_first_servers(self, targets: Sequence[WorkerHandle]) -> None:
@@ -199,7 +195,7 @@ class Scheduler(Actor[SchedulerMessage]):
 
     def _find_first_server(self, lease: _Lease, targets: Sequence[WorkerHandle]) -> None:
         """An idle one, else one of somebody who has several, else one to share."""
-        worker = self._least_loaded(targets, lease)
+        worker = self._least_loaded([worker for worker in targets if lease.can_use(worker)])
         if worker is None or self._load[worker.number]:
             rich = [
                 other
@@ -232,9 +228,10 @@ class Scheduler(Actor[SchedulerMessage]):
         if lending:
             self._lend(worker, min(lending, key=lambda lease: len(lease.targets)))
 
-    def _least_loaded(self, workers: Sequence[WorkerHandle], lease: _Lease) -> WorkerHandle | None:
-        usable = [worker for worker in workers if self._load[worker.number] < worker.slots and lease.can_use(worker)]
-        return min(usable, key=lambda worker: self._load[worker.number], default=None)
+    def _least_loaded(self, workers: Sequence[WorkerHandle]) -> WorkerHandle | None:
+        """One with a free slot."""
+        free = [worker for worker in workers if self._load[worker.number] < worker.slots]
+        return min(free, key=lambda worker: self._load[worker.number], default=None)
 
     def _lend(self, worker: WorkerHandle | None, lease: _Lease) -> None:
         if worker is not None:

@@ -9,6 +9,7 @@ nothing twice, and gives its terminal reply again (SPEC.md section 5.15).
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -53,6 +54,9 @@ _REPEATED_BURST, _REPEATED_PER_S = 1000.0, 200.0
 _REMEMBERED_REPLIES = 1024
 #: Replies to what was never asked: a working worker gives none.
 _UNASKED_BURST, _UNASKED_PER_S = 8.0, 0.1
+
+#: Workers of other hosts are named with their host.
+_HERE = socket.gethostname()
 
 AnyTimed = TypeVar("AnyTimed", Drafted, Verified)
 
@@ -133,7 +137,8 @@ class WorkerHandle:
         self._longest_step_s = 0.0
 
     def __str__(self) -> str:
-        return f"{self.role} {self.number} ({self.hello.device}, pid {self.hello.process})"
+        where = self.hello.device if self.hello.host == _HERE else f"{self.hello.host} {self.hello.device}"
+        return f"{self.role} {self.number} ({where}, pid {self.hello.process})"
 
     @property
     def slots(self) -> int:

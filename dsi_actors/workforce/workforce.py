@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 from dsi_actors.actor import Actor
 from dsi_actors.config import Config
@@ -31,6 +31,7 @@ from dsi_protocol import (
     NeedPrefix,
     Preparing,
     Ready,
+    Reply,
     Verified,
     Welcome,
 )
@@ -108,7 +109,7 @@ class Workforce(Actor[WorkforceMessage]):
         """Open the socket; returns the endpoint with its port. Raises ConfigError."""
         self._gateway = Gateway(
             endpoint,
-            lambda identity, message: self.deliver(FrameArrived(identity, message)),
+            self._on_frame,
             self._doorkeeper.lets_in,
             self._on_malformed,
             self._keyring,
@@ -136,7 +137,7 @@ class Workforce(Actor[WorkforceMessage]):
     def receive(self, message: WorkforceMessage) -> None:
         match message:
             case FrameArrived(identity, inner):
-                self._on_frame(identity, inner)
+                self._on_message(identity, inner)
             case LookForSilence(due_s):
                 now_s = time.monotonic()  # not when the clock rang: a service may block its event loop in between
                 if now_s - due_s > self._config.heartbeat_ms / 1e3:
@@ -170,6 +171,19 @@ class Workforce(Actor[WorkforceMessage]):
     # From workers
 
     def _on_frame(self, identity: bytes, message: Message) -> None:
+        """A reply goes straight to the handle of the worker that gave it, everything else through the mailbox."""
+        if self.ended:
+            return
+        member = self._members.at(identity)
+        if member is None or not _is_reply(message):
+            self.deliver(FrameArrived(identity, message))
+            return
+        try:
+            member.worker.on_reply(message)
+        except BaseException as error:
+            self.fail(error)
+
+    def _on_message(self, identity: bytes, message: Message) -> None:
         if isinstance(message, Heartbeat):
             self._on_heartbeat(identity, message)
             return
@@ -190,8 +204,6 @@ class Workforce(Actor[WorkforceMessage]):
                 log.info("worker leaves", worker=str(worker))
                 worker.leaving = True
                 self._drop(worker)
-            case Verified() | Drafted() | Cancelled() | NeedPrefix() | Failed():
-                worker.on_reply(message)
             case Ready():
                 self._on_ready_message(worker, message)
             case Preparing(what, done_permille):
@@ -358,3 +370,10 @@ class Workforce(Actor[WorkforceMessage]):
         elif member.unreachable_s is None:
             member.unreachable_s = time.monotonic()
             log.info("worker unreachable", worker=str(member.worker))
+
+
+def _is_reply(message: Message) -> TypeGuard[Reply]:
+    """Whether it answers a request. Failed may speak of the worker itself."""
+    if isinstance(message, Failed):
+        return message.generation > 0 and message.code != "draining"
+    return isinstance(message, Verified | Drafted | Cancelled | NeedPrefix)

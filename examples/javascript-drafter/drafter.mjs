@@ -42,7 +42,6 @@ class Session {
 /** Answers requests. It knows nothing of sockets: `react` takes a message and gives the replies to it. */
 export class Drafter {
   #sessions = new Map();
-  #draining = false;
 
   /** Yields the replies to one message of the orchestrator, in order. */
   *react(message) {
@@ -61,9 +60,6 @@ export class Drafter {
       case "Draft":
       case "Verify":
         yield* this.#onRequest(message);
-        break;
-      case "Drain":
-        this.#draining = true;
         break;
     }
   }
@@ -102,7 +98,6 @@ export class Drafter {
     const fail = (code, message) => ({ type: "Failed", code, message });
     const { base, tokens, start, count, block } = request;
     const end = base + tokens.length;
-    if (this.#draining) return yield fail("draining", "this worker takes no more work");
     if (request.type === "Verify") return yield fail("request", "this worker is a drafter: it does not answer Verify");
     if (start < Math.max(end, 1) || count < 1 || block < 1) return yield fail("limit", "start, count or block is out of range");
     if (start + count > MAX_LENGTH) return yield fail("limit", `position ${start + count} is beyond ${MAX_LENGTH}`);
@@ -134,7 +129,7 @@ export function problemWith(welcome) {
   return "";
 }
 
-/** Serves one orchestrator until it says Goodbye or Drain, or is silent for `silence_ms`. */
+/** Serves one orchestrator until it says Goodbye, or is silent for `silence_ms`. */
 export async function serve(endpoint) {
   const incarnation = randomBytes(8).readBigUInt64LE();
   const socket = new Dealer({ routingId: `j${incarnation.toString(16)}`, linger: 200, maxMessageSize: 1_114_112 });
@@ -194,10 +189,6 @@ export async function serve(endpoint) {
       });
     }
     for (const reply of drafter.react(message)) say(reply);
-    if (message.type === "Drain") {
-      say({ type: "Goodbye", reason: "drained", again: false });
-      return leave(0, "drained");
-    }
   }
 }
 

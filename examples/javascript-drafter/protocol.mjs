@@ -84,7 +84,6 @@ const MESSAGES = {
   Cancelled: [12, REQUEST + "forwards u32, busy_us u32"],
   NeedPrefix: [13, REQUEST + "held u32"],
   Failed: [14, REQUEST + "code text, message text"],
-  Drain: [15, ""],
   Goodbye: [16, "reason text, again bool?"],
   Preparing: [17, "what text, done_permille u32"],
 };

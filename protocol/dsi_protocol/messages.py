@@ -229,13 +229,6 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
-class Drain:
-    """O→W. Answer the requests in hand, refuse new ones, say Goodbye and end."""
-
-    TYPE: ClassVar[int] = 15
-
-
-@dataclass(frozen=True, slots=True)
 class Goodbye:
     """W→O: this worker leaves. O→W: this incarnation does not serve any more. `reason` is for people."""
 
@@ -256,13 +249,11 @@ class Preparing:
 FromWorker: TypeAlias = (
     Hello | Ready | Heartbeat | Drafted | Verified | Cancelled | NeedPrefix | Failed | Goodbye | Preparing
 )
-FromOrchestrator: TypeAlias = (
-    Welcome | Heartbeat | OpenGeneration | CloseGeneration | Draft | Verify | Cancel | Drain | Goodbye
-)
+FromOrchestrator: TypeAlias = Welcome | Heartbeat | OpenGeneration | CloseGeneration | Draft | Verify | Cancel | Goodbye
 Message: TypeAlias = FromWorker | FromOrchestrator
 Reply: TypeAlias = Drafted | Verified | Cancelled | NeedPrefix | Failed
 
 MESSAGES: tuple[type[Message], ...] = (
     Hello, Welcome, Ready, Heartbeat, OpenGeneration, CloseGeneration, Draft, Drafted,
-    Verify, Verified, Cancel, Cancelled, NeedPrefix, Failed, Drain, Goodbye, Preparing,
+    Verify, Verified, Cancel, Cancelled, NeedPrefix, Failed, Goodbye, Preparing,
 )  # fmt: skip

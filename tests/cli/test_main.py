@@ -23,9 +23,8 @@ from support.command import dsi_actors_command
 )
 def test_without_a_command_it_shows_the_commands(arguments: list[str], shown: str) -> None:
     done = dsi_actors_command(*arguments)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith(shown)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(shown)
 
 
 def test_it_says_its_version() -> None:

@@ -91,8 +91,8 @@ def test_a_worker_goes_on_when_nobody_reads_its_log() -> None:
         done = subprocess.run(command, stderr=pipe, timeout=limit_s(180), check=False)
     assert done.returncode == 1
     program = (
-        "from dsi_workers.main import configure_logging\nimport structlog\nconfigure_logging('info')\n"
-        "structlog.get_logger().warning('unread')"
+        "from dsi_actors.logs import show_logs\nimport structlog\nshow_logs('info')\n"
+        "structlog.get_logger('dsi.worker').warning('unread')"
     )
     reading, writing = os.pipe()
     os.close(reading)

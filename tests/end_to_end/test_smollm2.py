@@ -12,8 +12,9 @@ import dsi_actors
 from dsi_actors.config import ALGORITHMS, DEFAULT_TARGET
 from dsi_actors.models import resolve_model
 from dsi_actors.tokenizer import Tokenizer
-from dsi_workers.engines import load_engine
+from dsi_workers.engines import Task, load_engine
 from dsi_workers.session import SamplingParameters, Session
+from dsi_workers.tree import Branch
 from support.engines import NoInterrupt
 
 pytestmark = pytest.mark.model
@@ -81,6 +82,20 @@ def test_the_bits_do_not_depend_on_how_tokens_are_grouped(model: Path, dtype: st
         found += engine.verify(grouped, start, NoInterrupt()).logprobs
         grouped.write(len(grouped.tokens), alone.tokens[len(grouped.tokens) : len(prompt) + len(found)])
     assert found == expected
+    tree, found = Session(3, len(prompt), "", wants), []
+    tree.write(0, prompt)
+    for group in range(2, 10):  # the main path turns wrong in the middle, and a branch goes on
+        start = len(prompt) + len(found)
+        fork, end = start + (group - 1) // 2, start + group - 1
+        tree.write(start, [*alone.tokens[start:fork], alone.tokens[fork] + 1, 5, 6])
+        branches = [Branch(fork, None, [alone.tokens[fork] + 2, 7]), Branch(fork, None, alone.tokens[fork:end])]
+        task = Task(tree, start, branches=branches)
+        while not task.done:
+            engine.step([task], NoInterrupt())
+        found += task.answer.logprobs
+        tree.write(start, task.answer.tokens)
+    assert found == expected[: len(found)]
+    assert tree.tokens == alone.tokens[: len(tree.tokens)]
 
 
 async def test_sampled_text_is_the_same_in_every_algorithm(model: Path) -> None:

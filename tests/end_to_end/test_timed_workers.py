@@ -8,7 +8,7 @@ import math
 import os
 import signal
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import zmq
@@ -257,3 +257,25 @@ async def test_a_drafter_with_another_vocabulary_is_refused() -> None:
     ):
         async with dsi_actors.Orchestrator(config):
             pytest.fail("it started")
+
+
+@pytest.mark.parametrize(("algorithm", "lookahead"), [("dsi", "auto"), ("dsi", 2), ("si", 4)])
+async def test_a_tree_of_drafts_gives_the_targets_own_text(
+    algorithm: Algorithm, lookahead: int | Literal["auto"]
+) -> None:
+    """And what an alternative brings is told apart from what the first choice brings."""
+    sampling = dsi_actors.Sampling(max_tokens=120, seed=3)
+    by_alternative, reports = 0, []
+    async with dsi_actors.Orchestrator(timed_config(acceptance=0.5, alternatives=0.6, sp=3)) as orchestrator:
+        for rows in (8, 1):
+            stream = orchestrator.generate(PROMPT, sampling, algorithm=algorithm, lookahead=lookahead, rows=rows)
+            found: list[int] = []
+            async for tokens in stream:
+                found += tokens
+                by_alternative += sum(tokens.by_alternative)
+            assert found == plain_decoding(PROMPT, 120)
+            reports.append(await stream.report())
+    tree, chain = reports
+    assert tree.alternatives == by_alternative > 0
+    assert chain.alternatives == 0
+    assert tree.rejections < chain.rejections

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import os
 import signal
 import subprocess
@@ -13,11 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import structlog
 import zmq
 
 import dsi_actors
-from dsi_workers.main import configure_logging
 from support.patience import limit_s
 from support.timed import PROMPT, plain_decoding, start_worker, text_of, timed_config, wait_for_end
 
@@ -176,24 +173,3 @@ async def test_a_worker_with_another_model_is_refused(endpoint: str) -> None:
         said = (await asyncio.to_thread(worker.communicate, timeout=limit_s(60)))[1]
         assert worker.returncode == 1
         assert "refused this worker: it has the model 'some/other'" in said
-
-
-@pytest.mark.parametrize("form", ["text", "json"])
-def test_a_line_of_the_log_is_written_in_one_piece(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several workers write to one standard error: lines in pieces were mixed up there."""
-
-    class Stream(io.StringIO):
-        def write(self, text: str) -> int:
-            written.append(text)
-            return len(text)
-
-    written: list[str] = []
-    monkeypatch.setattr(sys, "stderr", Stream())
-    try:
-        configure_logging("info", form)
-        structlog.get_logger("dsi.test").info("something", number=1)
-    finally:
-        structlog.reset_defaults()
-    [line] = written
-    assert "something" in line
-    assert line.endswith("\n")

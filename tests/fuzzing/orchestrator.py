@@ -19,11 +19,11 @@ from typing import Any, cast
 from dsi_actors.config import Algorithm, Config, Sampling
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.transport.gateway import PeerGone
-from dsi_actors.workforce.workforce import FrameArrived, Workforce
+from dsi_actors.workforce.workforce import Workforce
 from dsi_protocol import (
     Cancelled,
+    CloseGeneration,
     Drafted,
-    Drain,
     Failed,
     FromOrchestrator,
     FromWorker,
@@ -70,7 +70,7 @@ class Worker:
             return []
         if isinstance(message, Welcome):
             return [self.ready]
-        if isinstance(message, Heartbeat | Drain):
+        if isinstance(message, Heartbeat):
             return []
         self.loop._on_message(message)
         while batch := self.loop._pick():
@@ -128,7 +128,7 @@ class Worker:
             lambda: Heartbeat(draw.getrandbits(64), 1),
         ]
         if self.role == "target":  # a forged draft from a target server is noticed, one from a drafter is a guess
-            makers.append(lambda: cast(FromWorker, Drain()))
+            makers.append(lambda: cast(FromWorker, CloseGeneration(generation)))
         return draw.choice(makers)()
 
 
@@ -149,7 +149,7 @@ class Stage:
 
     def say(self, identity: bytes, message: Message) -> None:
         assert self.workforce is not None
-        self.workforce.deliver(FrameArrived(identity, message))
+        self.workforce._on_frame(identity, message)
 
     def send(self, identity: bytes, message: FromOrchestrator) -> None:
         """In place of the gateway's."""

@@ -11,8 +11,9 @@ from dsi_actors.config import Config, Sampling
 from dsi_actors.core import GenerationCore
 from dsi_actors.generation.account import Account
 from dsi_actors.generation.answers import Misbehaved
-from dsi_actors.generation.generation import Generation, Granted
+from dsi_actors.generation.generation import Generation
 from dsi_actors.generation.knowledge import Knowledge
+from dsi_actors.generation.messages import Granted
 from dsi_actors.planning.controller import Controller
 from dsi_actors.planning.tuner import Estimates
 from dsi_actors.workforce.scheduler import Scheduler

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from dsi_actors.core import Policy
 from dsi_actors.planning.arms import ArmChoice, Arms
 from dsi_actors.planning.controller import Controller
-from dsi_actors.planning.expectation import best_dsi, best_in_turns, best_si, equation_1_servers, expect
+from dsi_actors.planning.expectation import equation_1_servers, expect
+from dsi_actors.planning.search import best_dsi, best_in_turns, best_si
 from dsi_actors.planning.tuner import Estimates, Tuner, flat
 from dsi_actors.simulation.run import Scenario, simulate_once
 

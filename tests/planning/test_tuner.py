@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dsi_actors.core.actions import Judged
-from dsi_actors.planning.expectation import best_dsi, expect
+from dsi_actors.planning.expectation import expect
+from dsi_actors.planning.search import best_dsi
 from dsi_actors.planning.tuner import Estimates, Guesser, Tuner, flat
 
 

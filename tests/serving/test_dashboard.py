@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import urllib.error
 import urllib.request
@@ -12,6 +13,7 @@ import pytest
 from serving.test_openai import served
 from support.chromium import CHROMIUM, Browser
 from support.engines import make_tiny_model
+from support.service import served as timed_service
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: install Debian's package")
 
@@ -83,3 +85,40 @@ def test_an_open_dashboard_does_not_hold_up_the_end(model: Path) -> None:
         answer = urllib.request.urlopen(f"{url}/dashboard/events")
         first = json.loads(answer.readline().removeprefix(b"data: "))
         assert [worker["role"] for worker in first["workers"]].count("target") == 1
+
+
+async def test_branches_are_seen_drafted_and_taken(tmp_path: Path) -> None:
+    """The drafter errs every second time; every second time an alternative of it is right then."""
+
+    def look(port: int, browser: Browser) -> None:
+        browser.open(f"http://127.0.0.1:{port}/dashboard")
+        browser.wait_for("document.getElementById('state')?.textContent === 'live'")
+        assert browser.evaluate("getComputedStyle(document.querySelector('.branching')).display") == "none", "not yet"
+        ask = (
+            "fetch('/v1/completions', {method: 'POST', headers: {'Content-Type': 'application/json'}, body: JSON.stringify("
+            "{model: 'timed', prompt: 'w4 w8', max_tokens: 80, ignore_eos: true, dsi: {lookahead: 1, rows: 3}})})"
+            ".then((answer) => answer.json()).then((answer) => { window.answer = answer; })"
+        )
+        browser.evaluate(ask)
+        browser.wait_for("window.answer")
+        browser.wait_for("document.querySelectorAll('#text span').length >= 80")
+        taken = browser.evaluate("document.querySelectorAll('#text .alternative').length")
+        assert taken == browser.evaluate("window.answer.dsi[0].alternatives") > 5
+        assert browser.evaluate("document.querySelectorAll('.branching[hidden]').length") == 0, (
+            "the legend explains them"
+        )
+        browser.wait_for("parseInt(document.getElementById('alternatives').textContent) > 10")
+        assert pixels(browser, "#6d4fc4") > 100  # bars that carried the branch that was right
+        assert pixels(browser, "#ffffff") > 100  # bars with branches
+        browser.screenshot(tmp_path / "dashboard.png")
+        assert browser.errors == []
+        browser.open("about:blank")
+
+    with Browser(tmp_path / "profile") as browser:
+        async with timed_service(tmp_path, target_ms=30, drafter_ms=8, acceptance=0.5, alternatives=0.5) as service:
+            await asyncio.to_thread(look, service.port, browser)
+            metrics = await service.ask(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+            [counted] = [
+                line for line in metrics.body.decode().splitlines() if line.startswith("dsi_alternatives_total")
+            ]
+            assert float(counted.split()[-1]) > 5

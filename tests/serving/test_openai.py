@@ -111,7 +111,10 @@ def test_the_text_does_not_depend_on_how_it_is_decoded(client: openai.OpenAI) ->
         texts.add(answer.choices[0].text)
         [cost] = answer.model_extra["dsi"]  # type: ignore[index]
         assert (cost["algorithm"], cost["seed"]) == (options["algorithm"], 3)
-        assert cost["target_forwards"] > 0
+        tokens = answer.usage.completion_tokens if answer.usage is not None else 0
+        if options["algorithm"] == "ar":
+            assert (cost["target_forwards"], cost["wasted_target_forwards"], cost["drafter"]) == (tokens, 0, "")
+        assert 0 < cost["target_forwards"] - cost["wasted_target_forwards"] <= tokens, "each of them gave a token"
         assert cost["target_busy_ms_per_token"] > 0
     assert len(texts) == 1
 
@@ -247,13 +250,15 @@ def test_a_full_queue_says_when_to_come_again(endless: Path) -> None:
         first.close()
 
 
-def test_health_and_metrics_need_no_key(url: str) -> None:
+def test_health_and_metrics_need_no_key(url: str, client: openai.OpenAI) -> None:
     for path in ("/health", "/ready"):
         with urllib.request.urlopen(f"{url}{path}") as answer:
             assert answer.status == 200
     assert metric(url, "dsi_workers_ready") == 2
-    assert metric(url, "dsi_tokens_total") > 0
-    assert metric(url, "dsi_time_to_first_token_seconds_count") > 0
+    names = ("dsi_tokens_total", "dsi_time_to_first_token_seconds_count")
+    before = [metric(url, name) for name in names]
+    client.completions.create(model="tiny", prompt="w5", max_tokens=7, n=2, seed=1, extra_body={"ignore_eos": True})
+    assert [metric(url, name) - was for name, was in zip(names, before, strict=True)] == [14, 2]
 
 
 def test_who_is_being_served_is_served_to_the_end(model: Path) -> None:

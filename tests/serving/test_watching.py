@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from dsi_actors.core.actions import Finish
 from dsi_actors.serving import watch
 from support.service import Served, completion, lone_text, served
 
@@ -35,7 +36,32 @@ async def test_a_viewer_that_reads_sees_each_commit(service: Served) -> None:
     await is_served(service)
     await client.reply_until(b'"is": "end"')
     client.leave()
-    await service.until(lambda: not service.service.watch.viewers)
+    await service.until(lambda: not service.service.watch._viewers)
+
+
+async def test_nothing_on_the_way_keeps_events_back(service: Served) -> None:
+    client = await service.connect()
+    await client.send(VIEW)
+    seen = await client.reply(until=lambda reply: b"\n\n" in reply.body)
+    asked = await service.ask(completion("w4", max_tokens=2, stream=True))
+    for reply in (seen, asked):
+        assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
+        assert (reply.headers["cache-control"], reply.headers["x-accel-buffering"]) == ("no-cache", "no")
+    client.leave()
+
+
+async def test_one_viewer_too_many_is_refused_with_a_status(service: Served) -> None:
+    await service.until(lambda: not service.service.watch._viewers)
+    viewers = [await service.connect() for _ in range(watch._MOST_VIEWERS)]
+    for viewer in viewers:
+        await viewer.send(VIEW)
+        await viewer.reply(until=lambda reply: b'"workers"' in reply.body)
+    refused = await service.ask(VIEW)
+    assert refused.status == 429
+    assert "look at the dashboard already: try again later" in refused.error["message"]
+    for viewer in viewers:
+        viewer.leave()
+    await service.until(lambda: not service.service.watch._viewers)
 
 
 async def test_a_text_that_cannot_be_shown_is_missing_there_alone(
@@ -66,27 +92,24 @@ async def test_a_viewer_that_does_not_read_is_ended(service: Served, monkeypatch
     events = 0
     async for _ in other:  # each is made once, for both
         events += 1
-        if service.service.watch.viewers == 1:
+        if len(service.service.watch._viewers) == 1:
             break
     assert events >= watch._MOST_EVENTS_BEHIND
     assert len([event async for event in behind]) == watch._MOST_EVENTS_BEHIND - 1
     await other.aclose()  # type: ignore[attr-defined]
-    assert service.service.watch.viewers == 0
+    assert not service.service.watch._viewers
 
 
-async def test_an_observer_that_fails_is_told_no_more(service: Served) -> None:
-    told = []
-
-    def observer(generation: int, item: Any) -> None:
-        told.append(item)
-        raise ValueError("no")
-
-    mine = service.orchestrator._observer
-    service.orchestrator.observe(observer)
-    await is_served(service)
-    await is_served(service)
-    assert len(told) == 1
-    service.orchestrator._observer = mine
+async def test_who_observes_takes_nothing_from_the_dashboard(service: Served) -> None:
+    client = await service.connect()
+    await client.send(VIEW)
+    await client.reply(until=lambda reply: b'"workers"' in reply.body)
+    told: list[Any] = []
+    with service.orchestrator.observe(lambda generation, item: told.append(item)):
+        await is_served(service)
+        await client.reply_until(b'"is": "end"')
+    assert any(isinstance(item, Finish) for item in told)
+    client.leave()
 
 
 async def test_metrics_that_fail_are_not_missed(service: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsi_protocol import Draft, Drain, FromWorker, Message
+from dsi_protocol import Draft, FromWorker, Goodbye, Message
 from dsi_workers.engine import Engine, EngineInfo, Interrupt, Interrupted, Task
+from dsi_workers.loop import IDLE_S
 from dsi_workers.session import Session
+from dsi_workers.tree import Walk
 
 if TYPE_CHECKING:
     from dsi_workers.decoding.torch_backend import TorchBackend
@@ -38,7 +40,7 @@ class InterruptAfter(NoInterrupt):
 
 
 class ScriptedSocket:
-    """Stands for WorkSocket: what is in `inbox` arrives one by one, then, to a worker that is idle, Drain."""
+    """Stands for WorkSocket: what is in `inbox` arrives one by one, then, to a worker that is idle, Goodbye."""
 
     def __init__(self) -> None:
         self.inbox: deque[Message] = deque()
@@ -50,7 +52,7 @@ class ScriptedSocket:
     def receive(self, timeout_s: float = 0.0) -> Message | None:
         if self.inbox:
             return self.inbox.popleft()
-        return Drain() if timeout_s > 0 else None
+        return Goodbye("done") if timeout_s >= IDLE_S else None
 
 
 def role_for(messages: Iterable[Message]) -> str:
@@ -59,10 +61,11 @@ def role_for(messages: Iterable[Message]) -> str:
 
 
 class CountingEngine(Engine):
-    """Its next token is always the last one plus one. Runs `during` (once) in the middle of each call."""
+    """Its next token is always the last one plus one, and its second choice 100 more. Runs `during` (once) in the middle of
+    each call."""
 
     def __init__(self) -> None:
-        self.info = EngineInfo("count", 1000, 64, 8, 1, slots=3)
+        self.info = EngineInfo("count", 1000, 64, 8, 1, slots=3, rows=8)
         #: The generations that shared each step.
         self.batches: list[list[int]] = []
         self.during: deque[list[Message]] = deque()
@@ -79,12 +82,14 @@ class CountingEngine(Engine):
             self._count(task)
 
     def _count(self, task: Task) -> None:
-        session, answer = task.session, task.answer.tokens
-        answer.append(session.tokens[task.start - 1] + 1)
-        for position in range(task.start, len(session.tokens)):
-            if session.tokens[position] != answer[-1]:
-                break
+        tokens, answer = task.session.tokens, task.answer.tokens
+        walk = Walk(tokens, task.branches if task.count is None else (), task.start)
+        answer.append(tokens[task.start - 1] + 1)
+        while walk.takes(answer[-1]):
             answer.append(answer[-1] + 1)
+        if task.alternatives:
+            task.answer.alternatives = [answer[0] + 100]
+            task.answer.continued = [branch.tokens[-1] + 1 for branch in task.branches]
         task.done = True
 
     def forget(self, session: Session) -> None:

@@ -17,7 +17,6 @@ from dsi_protocol import (
     Cancel,
     Cancelled,
     Draft,
-    Drain,
     FromWorker,
     Goodbye,
     Heartbeat,
@@ -96,8 +95,6 @@ class FakeWorker:
             case Welcome():
                 size = 1000 if self.vocabulary else 0
                 return (Ready(self.vocabulary, size, 1 << 16, 8, 1000, 1000, 4, 0, 0, self.fingerprint),)
-            case Drain():
-                return (Goodbye("done"),)
             case Draft() | Verify():
                 replies = tuple(self.answer(message))
                 if not replies:

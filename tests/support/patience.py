@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from dsi_actors.host.devices import cores
+
 _Value = TypeVar("_Value")
 
 #: What the fixed piece of work and the start of an interpreter take on an idle core of 2024.
@@ -35,7 +37,7 @@ def measure() -> None:
     if time.monotonic() - _measured_at_s < _FRESH_S:
         return
     # Runnable processes for each core foretell what a burst of work, which a scheduler favours, does not feel yet.
-    waiting = os.getloadavg()[0] / len(os.sched_getaffinity(0))
+    waiting = os.getloadavg()[0] / cores()
     _measured = max(1.0, _work_s() / _WORK_S, _start_s() / _START_S, waiting)
     _measured_at_s = time.monotonic()
 

@@ -19,9 +19,12 @@ PROMPT = [11, 22, 33]
 
 
 def timed_config(
-    *, target_ms: float = 4, drafter_ms: float = 1, acceptance: float = 0.7, **settings: Any
+    *, target_ms: float = 4, drafter_ms: float = 1, acceptance: float = 0.7, alternatives: float = 0.0, **settings: Any
 ) -> dsi_actors.Config:
-    """No timeout of it passes while a test runs, however busy the machine is. What a test wants to pass it gives."""
+    """With `alternatives` above 0 the drafter drafts trees.
+
+    No timeout of it passes while a test runs, however busy the machine is. What a test wants to pass it gives.
+    """
     settings = {
         "sp": 2,
         "heartbeat_ms": 100,
@@ -35,7 +38,7 @@ def timed_config(
     return dsi_actors.Config(
         engine="timed",
         target_options={"latency_ms": target_ms, "seed": 9},
-        drafter_options={"latency_ms": drafter_ms, "acceptance": acceptance, "seed": 9},
+        drafter_options={"latency_ms": drafter_ms, "acceptance": acceptance, "alternatives": alternatives, "seed": 9},
         **settings,
     )
 

@@ -11,8 +11,10 @@ import zmq
 
 from dsi_actors.errors import ConfigError
 from dsi_actors.transport.gateway import Gateway, PeerGone
-from dsi_protocol import MAX_REPLY_FRAME_BYTES, Cancel, Drain, Goodbye, Message, encode
+from dsi_protocol import MAX_REPLY_FRAME_BYTES, Cancel, Goodbye, Heartbeat, Message, encode
 from support.patience import until
+
+BEAT = Heartbeat(1, 1)
 
 
 @dataclass
@@ -47,34 +49,34 @@ async def test_messages_come_and_go(setup: Setup) -> None:
         peer.send(encode(Cancel(1, attempt)))
     await until(lambda: len(setup.heard) == 600)
     assert setup.heard == [(b"one", Cancel(1, attempt)) for attempt in range(600)]
-    setup.gateway.send(b"one", Drain())
+    setup.gateway.send(b"one", BEAT)
     setup.gateway.send(b"one", Goodbye("enough"))
     await until(lambda: bool(peer.poll(0)))
-    assert [peer.recv(), peer.recv()] == [encode(Drain()), encode(Goodbye("enough"))]
+    assert [peer.recv(), peer.recv()] == [encode(BEAT), encode(Goodbye("enough"))]
 
 
 async def test_unknown_peers_are_told_apart(setup: Setup) -> None:
     with pytest.raises(PeerGone):
-        setup.gateway.send(b"nobody", Drain())
+        setup.gateway.send(b"nobody", BEAT)
 
 
 async def test_bad_frames_are_dropped_and_the_peer_stays(setup: Setup) -> None:
     peer = setup.peer(b"one")
     for frame in (b"", b"\xc1", b"\xff" * 1000, b"\x81\xa4type\xcc\xc8"):
         peer.send(frame)
-    peer.send_multipart([encode(Drain()), encode(Drain())])
-    peer.send(encode(Drain()))
+    peer.send_multipart([encode(BEAT), encode(BEAT)])
+    peer.send(encode(BEAT))
     await until(lambda: bool(setup.heard))
-    assert setup.heard == [(b"one", Drain())]
+    assert setup.heard == [(b"one", BEAT)]
     assert setup.gateway.malformed_frames == 5
 
 
 async def test_an_oversized_frame_costs_its_sender_the_connection_only(setup: Setup) -> None:
     good, bad = setup.peer(b"good"), setup.peer(b"bad")
     bad.send(bytes(MAX_REPLY_FRAME_BYTES + 1))
-    good.send(encode(Drain()))
+    good.send(encode(BEAT))
     await until(lambda: bool(setup.heard))
-    assert setup.heard == [(b"good", Drain())]
+    assert setup.heard == [(b"good", BEAT)]
     assert setup.gateway.malformed_frames == 0
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dsi_workers.backend import Run
 from dsi_workers.checkpoints.checkpoint import read_checkpoint
-from dsi_workers.checkpoints.library import LibraryDecoder
+from dsi_workers.checkpoints.library import TransformersDecoder
 from dsi_workers.checkpoints.load import load_model
 from dsi_workers.decoding.decoder import Decoder
 from dsi_workers.decoding.forward import ComputesLogits, Forward
@@ -79,7 +79,7 @@ def test_logits_are_the_librarys(
     model = made(tmp_path, kind, **more)
     expected = model(torch.tensor([TOKENS])).logits[0]
     if without_library:
-        monkeypatch.setattr("dsi_workers.checkpoints.load._load_by_library", None)
+        monkeypatch.setattr("dsi_workers.checkpoints.load._load_with_transformers", None)
     else:
         assert read_checkpoint(tmp_path, torch.float32, torch.device("cpu")) is None
     decoder, config = loaded(tmp_path)
@@ -93,7 +93,7 @@ def test_logits_are_the_librarys(
 def test_other_kinds_stay_with_the_library(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
     model = made(tmp_path, kind, **more)
     decoder, config = loaded(tmp_path)
-    assert isinstance(decoder, LibraryDecoder)
+    assert isinstance(decoder, TransformersDecoder)
     expected = model(torch.tensor([TOKENS])).logits[0]
     torch.testing.assert_close(logits_of(decoder, config), expected, rtol=1e-3, atol=1e-3)
 
@@ -103,8 +103,8 @@ def test_a_model_whose_logits_come_out_otherwise_stays_with_the_library(
 ) -> None:
     made(tmp_path, "mistral", sliding_window=8)
     assert isinstance(loaded(tmp_path)[0], Decoder)
-    monkeypatch.setattr("dsi_workers.decoding.decoder.root_mean_square_normed", lambda x, weight, epsilon: x * weight)
-    assert isinstance(loaded(tmp_path)[0], LibraryDecoder)
+    monkeypatch.setattr("dsi_workers.decoding.decoder.rms_norm", lambda x, weight, epsilon: x * weight)
+    assert isinstance(loaded(tmp_path)[0], TransformersDecoder)
 
 
 @pytest.mark.parametrize("kind", ["llama", "stablelm"])

@@ -195,6 +195,8 @@ def test_the_bits_do_not_depend_on_how_much_of_the_cache_is_read(tmp_path: Path,
                 logprobs += engine.verify(session, start, NoInterrupt()).logprobs[:1]
         found.append(logprobs[:72])
         engine.forget(session)
+    assert len(set(found[0])) > 1, "these positions are not alike"
+    assert [len(logprobs) for logprobs in found] == [72] * 4
     assert all(other == found[0] for other in found[1:])
 
 
@@ -218,7 +220,7 @@ def test_a_device_that_sums_by_what_it_reads_has_all_of_the_cache_read(
     assert torch_backend(engine).forward.read_step == 1024
     monkeypatch.setenv("DSI_CACHE", str(tmp_path / "by chance"))
     monkeypatch.setattr(functional, "scaled_dot_product_attention", by_chance)
-    with pytest.raises(EngineError, match="gives other bits when it computes the same tokens again"):
+    with pytest.raises(EngineError, match="gives different bits when it computes the same tokens again"):
         load_engine("transformers", model=str(tiny_model), **words)
 
 
@@ -242,7 +244,7 @@ def test_a_device_that_sums_by_place_attends_to_each_position_by_itself(
     )
     wants, found = SamplingParameters(logprobs=True), []
     for engine, groups in ((first, (1,) * 8), (first, (8,)), (again, (3, 5))):
-        assert torch_backend(engine).forward.attends_apart
+        assert torch_backend(engine).forward.attends_per_position
         session = Session(1, 2, "", wants)
         session.write(0, [5, 7])
         logprobs: list[float] = []
@@ -260,7 +262,7 @@ def test_a_drafter_on_a_cpu_is_int8_unless_told_otherwise(tiny_model: Path) -> N
     def layers(role: str, **options: Any) -> set[type]:
         words: dict[str, Any] = {"role": role, "device": "cpu:0", "options": {"calibrate": False, **options}}
         engine = load_engine("transformers", model=str(tiny_model), **words)
-        return {type(layer) for layer in torch_backend(engine).forward.products()}
+        return {type(layer) for layer in torch_backend(engine).forward.linear_layers()}
 
     assert layers("drafter") == layers("drafter", quantization="int8") != layers("drafter", quantization="none")
     assert layers("target") == layers("drafter", quantization="none")

@@ -6,7 +6,10 @@ one they run as they would in a worker, in bfloat16.
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,17 +24,18 @@ pytest.importorskip("triton", reason="kernels for a GPU need Triton")
 from dsi_protocol import OptionValue
 from dsi_protocol.gumbel import stream_key
 from dsi_workers.backend import Run
-from dsi_workers.checkpoints.load import load_model, on_a_gpu
+from dsi_workers.checkpoints.load import load_model, with_gpu_kernels
 from dsi_workers.decoding.decoder import Decoder
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.decoding.gpu.decoder import GpuDecoder
-from dsi_workers.decoding.gpu.product import Product
+from dsi_workers.decoding.gpu.linear import GpuLinear
 from dsi_workers.decoding.quantization import Int8Linear
 from dsi_workers.decoding.widths import Trial, Widths
 from dsi_workers.engine import Interrupted
 from dsi_workers.engines import Task, load_engine
 from dsi_workers.engines.model import ModelEngine
 from dsi_workers.sampling import gumbel_noise
+from dsi_workers.tree import Branch
 from support.engines import InterruptAfter, NoInterrupt, make_tiny_model, session_of, torch_backend
 
 GPU = torch.cuda.is_available()
@@ -153,6 +157,45 @@ def test_a_token_has_the_same_bits_in_any_window_and_any_batch() -> None:
     assert torch.equal(second, alone)
 
 
+def branch_runs(fork: int, count: int, width: int) -> list[Run]:
+    """A branch of slot 0 with other tokens, in runs of `width` rows."""
+    tokens = [(11 * place + fork) % WORDS for place in range(count)]
+    return [
+        Run(0, tokens[begin : begin + width], fork + begin, width, fork + begin, fork)
+        for begin in range(0, count, width)
+    ]
+
+
+@pytest.mark.parametrize("more", [{}, {"slides": True, "kv_heads": 2}])
+def test_a_token_on_a_branch_has_the_bits_that_it_has_in_a_chain(more: dict[str, Any]) -> None:
+    """Branches that begin on both sides of where attention is cut, of one window and of several, with another generation's rows
+    between. Afterwards the main path goes on as if there were none."""
+    by_kernels, _ = forwards(**more)
+    length = 124  # attention is cut at 128
+    for slot in range(2):
+        read(by_kernels, slot, length)
+    main = run_of(0, length, WINDOW)
+    after = run_of(0, length + WINDOW, 4)
+    branches = [branch_runs(*shape) for shape in ((125, 5, 5), (128, 2, 2), (130, 3, WINDOW), (125, 19, WINDOW))]
+    [expected_main], [expected_after] = logits_of(by_kernels, [main]), logits_of(by_kernels, [after])
+    expected = []
+    for runs in branches:
+        logits_of(by_kernels, [main])
+        expected.append(torch.cat([logits_of(by_kernels, [replace(run, fork=None)])[0] for run in runs]))
+    logits_of(by_kernels, [main])
+    for chosen in ((0, 1, 2), (3,), (2, 0), (1,)):
+        other = run_of(1, length, 3, width=3)
+        together = [main, *(run for number in chosen for run in branches[number]), other]
+        found = logits_of(by_kernels, together)
+        assert torch.equal(found.pop(0), expected_main)
+        for number in chosen:
+            parts = [found.pop(0) for _ in branches[number]]
+            assert torch.equal(torch.cat(parts), expected[number]), (chosen, number)
+        assert torch.equal(logits_of(by_kernels, [after])[0], expected_after)
+    alone = torch.cat(logits_of(by_kernels, branches[3]))
+    assert torch.equal(alone, expected[3]), "without the main path, which is there already"
+
+
 @torch.inference_mode()
 def test_what_is_beyond_a_text_is_neither_read_nor_written() -> None:
     by_kernels, _ = forwards()
@@ -178,7 +221,7 @@ def engine_on_a_gpu(monkeypatch: pytest.MonkeyPatch, directory: Path, role: str,
         def load_by_kernels(*arguments: Any, **more: Any) -> Any:
             found = load_model(*arguments, **more)
             assert isinstance(found.decoder, Decoder)
-            return replace(found, decoder=on_a_gpu(found.decoder))
+            return replace(found, decoder=with_gpu_kernels(found.decoder))
 
         def widths(trial: Trial, slots: int) -> Widths:
             return Widths({rows: 1.0 for rows in (1, 2, 4, 8, 16, 32, 64)})
@@ -228,6 +271,32 @@ def test_generations_share_no_forward_that_is_too_wide_for_the_kernels(
         engine.step(left, NoInterrupt())
     assert sum(shared) >= len(tasks)
     assert max(shared) > 1
+
+
+def test_a_tree_with_more_branches_than_a_forward_has_rows_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: list[int]
+) -> None:
+    """Each branch takes a whole group of rows. Those that do not fit wait until the answer goes along one of them."""
+    engine = engine_on_a_gpu(monkeypatch, tmp_path, "target", slots=3, calibrate=False)
+    assert engine.info.rows == 64
+    session, others = (
+        session_of([5, 6], prompt_length=1),
+        [session_of([5], generation=2), session_of([5], generation=3)],
+    )
+    own = list[int]()
+    for _ in range(6):
+        own += engine.verify(session, len(session.tokens), NoInterrupt()).tokens
+        session.write(len(session.tokens), own[-1:])
+    session.truncate(2)
+    session.write(2, [*own[:3], (own[3] + 1) % WORDS])
+    wrong = [Branch(2 + number % 4, None, [(own[number % 4] + 2 + number) % WORDS, 1, 2]) for number in range(11)]
+    tree = Task(session, 2, branches=[*wrong, Branch(5, None, own[3:5])])
+    tasks = [tree, *(Task(other, 1) for other in others)]
+    del shared[:]
+    while left := [task for task in tasks if not task.done]:
+        engine.step(left, NoInterrupt())
+    assert tree.answer.tokens == own
+    assert max(shared) == 8, "eight groups of eight rows"
 
 
 @pytest.mark.parametrize("window", [4, 16])
@@ -292,7 +361,7 @@ def test_products_are_the_layers(gated: bool, outputs: int) -> None:
         gate, up = expected.float().chunk(2, dim=-1)
         expected = torch.nn.functional.silu(gate) * up
     with torch.inference_mode():
-        assert_near(Product(linear, gated=gated)(x), expected)
+        assert_near(GpuLinear(linear, gated=gated)(x), expected)
 
 
 def test_int8_weights_are_scaled_back() -> None:
@@ -303,7 +372,7 @@ def test_int8_weights_are_scaled_back() -> None:
     x = random_tensor(5, 72, seed=6)
     with torch.inference_mode():
         expected = x.float() @ (int8.weight.float() * int8.scale.float()[:, None]).T + linear.bias.float()
-        assert_near(Product(int8)(x), expected)
+        assert_near(GpuLinear(int8)(x), expected)
 
 
 @pytest.mark.skipif(not GPU, reason="there is no GPU")
@@ -312,3 +381,9 @@ def test_noise_has_the_same_bits_on_a_gpu() -> None:
     for position in range(3):
         key = stream_key(7, position)
         assert torch.equal(gumbel_noise(key, tokens.to(DEVICE)).cpu(), gumbel_noise(key, tokens))
+
+
+def test_kernels_of_attention_compile_for_a_gpu(tmp_path: Path) -> None:
+    """Also where there is none: the interpreter runs what the compiler refuses."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    subprocess.run([sys.executable, "-m", "support.compile_kernels"], env=environment, check=True)

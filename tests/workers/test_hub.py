@@ -140,7 +140,9 @@ def test_a_fetch_that_always_breaks_off_says_so_and_can_go_on(
     hub: LoopbackHub, files: dict[str, bytes], tmp_path: Path
 ) -> None:
     hub.breaks = [90_000] + [0] * 100
-    with pytest.raises(ModelError, match=r"broke off again and again .*: try later, it goes on behind the 0\.1 MB"):
+    with pytest.raises(
+        ModelError, match=r"interrupted again and again .*: try later, the fetch will continue after the 0\.1 MB"
+    ):
         resolve_model(NAME)
     hub.breaks.clear()
     assert (resolve_model(NAME) / WEIGHTS).read_bytes() == files[WEIGHTS]
@@ -150,7 +152,7 @@ def test_a_fetch_that_always_breaks_off_says_so_and_can_go_on(
 
 def test_a_file_that_is_too_short_is_not_taken(hub: LoopbackHub) -> None:
     hub.truncated_at = 50_000
-    with pytest.raises(ModelError, match="broke off again and again"):
+    with pytest.raises(ModelError, match="interrupted again and again"):
         resolve_model(NAME)
     hub.truncated_at = None
     assert resolve_model(NAME)
@@ -267,9 +269,9 @@ def test_a_gated_model_asks_for_a_token(hub: LoopbackHub, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("reference", "reason"),
     [
-        ("org/nothing", "unknown model 'org/nothing': .* the model hub does not show it; if it is private, log in"),
+        ("org/nothing", "unknown model 'org/nothing': .* the model hub does not have it; if it is private, log in"),
         (f"{NAME}@v9", f"the model '{NAME}' has no revision 'v9'"),
-        ("models/of/mine", "unknown model 'models/of/mine': .* no name that the model hub allows"),
+        ("models/of/mine", "unknown model 'models/of/mine': .* it is not a valid name for the model hub"),
         ("./nowhere", "unknown model './nowhere'"),
         ("two words", "unknown model 'two words'"),
     ],
@@ -284,7 +286,7 @@ def test_a_model_that_is_not_there(hub: LoopbackHub, reference: str, reason: str
     ("lacking", "reason"),
     [
         ({"pytorch_model.bin": b"x"}, r"the weights of org/odd are a pickle \(pytorch_model.bin\), which can run code"),
-        ({"odd-q4.gguf": b"x"}, "org/odd holds GGUF files and no safetensors"),
+        ({"odd-q4.gguf": b"x"}, "org/odd has GGUF files and no safetensors"),
         ({}, r"org/odd has no weights \(model.safetensors is missing\)"),
     ],
 )
@@ -309,7 +311,7 @@ def test_without_a_hub_what_is_here_is_used(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert resolve_model(NAME) == directory
     (directory / WEIGHTS).unlink()
-    assert "HF_HUB_OFFLINE forbids to fetch it" in refusal()
+    assert "HF_HUB_OFFLINE forbids fetching it" in refusal()
     assert resolve_model(NAME, tokenizer_only=True) == directory
 
 
@@ -331,12 +333,12 @@ def test_no_room(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object, **settings: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(fetching._Download, "_go_on", full)
+    monkeypatch.setattr(fetching._Download, "_resume", full)
     assert refusal().startswith(f"fetching '{NAME}' failed (No space left on device)")
 
 
 def test_a_cache_that_cannot_be_written_to(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
-    assert "needs a directory to write to" in refusal()
+    assert "which is not possible (" in refusal()
     assert "HF_HOME" in refusal()

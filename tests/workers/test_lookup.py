@@ -45,7 +45,9 @@ def draft(engine: Engine, session: Session, count: int) -> list[int]:
 def test_it_drafts_what_it_would_have_drafted(model: Path, sampling: SamplingParameters) -> None:
     """Whatever was rejected, written otherwise or interrupted before."""
     plain, guessing = drafter(model), drafter(model, lookup=True)
-    cast("Any", guessing)._lookup = Lookup(FLAT, remember=True, sure=2.0)  # many guesses are worth it, none is copied
+    cast("Any", guessing)._lookup = Lookup(
+        FLAT, remember=True, copy_rate=2.0
+    )  # many guesses are worth it, none is copied
     chance = random.Random(1)
     for generation in range(8):
         sessions = [Session(generation, 5, "test", sampling) for _ in range(2)]
@@ -74,7 +76,7 @@ def test_it_drafts_what_it_would_have_drafted(model: Path, sampling: SamplingPar
 
 def test_text_that_repeats_takes_few_forwards(model: Path) -> None:
     plain, guessing = drafter(model), drafter(model, lookup=True)
-    cast("Any", guessing)._lookup = Lookup(FLAT, remember=True, sure=2.0)
+    cast("Any", guessing)._lookup = Lookup(FLAT, remember=True, copy_rate=2.0)
     text = draft(plain, session_of([3, 14, 15]), 120)
     first = session_of([3, 14, 15], generation=1)
     assert draft(guessing, first, 120) == text

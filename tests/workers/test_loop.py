@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -17,7 +18,6 @@ from dsi_protocol import (
     CloseGeneration,
     Draft,
     Drafted,
-    Drain,
     Failed,
     FromWorker,
     Goodbye,
@@ -33,6 +33,7 @@ from dsi_protocol import (
     prefix_checksum,
 )
 from dsi_workers.connection import WorkSocket
+from dsi_workers.engine import Interrupt, Task
 from dsi_workers.loop import MAX_SESSIONS, WorkerLoop
 from support.engines import CountingEngine, ScriptedSocket, role_for
 
@@ -173,7 +174,23 @@ def test_a_worker_that_is_greeted_again_says_again_that_it_is_ready() -> None:
 
 
 def test_a_worker_that_drains_says_so() -> None:
-    assert served(OPEN, Drain(), verify(1, PROMPT)) == [Failed(1, 1, "draining", "this worker takes no more work")]
+    """What came before is answered, what comes after is told, and the loop ends by itself."""
+
+    class AskedToEnd(CountingEngine):
+        def step(self, tasks: Sequence[Task], interrupt: Interrupt) -> None:
+            loop.drain()
+            socket.inbox.append(verify(2, PROMPT))
+            super().step(tasks, interrupt)
+
+    socket = ScriptedSocket()
+    socket.inbox.extend([OPEN, verify(1, PROMPT)])
+    loop = WorkerLoop(cast(WorkSocket, socket), AskedToEnd(), still_needed=lambda: True, role="target")
+    loop.run()
+    assert [without_time(reply) for reply in socket.sent] == [
+        Failed(1, 2, "draining", "this worker takes no more work"), Verified(1, 1, 3, (13,), (), 1, 0),
+    ]  # fmt: skip
+    assert loop.draining
+    assert loop.farewell is None
 
 
 def test_the_generation_that_was_idle_longest_makes_room() -> None:
@@ -241,7 +258,6 @@ anything: st.SearchStrategy[Message] = st.one_of(
     st.builds(CloseGeneration, small),
     st.sampled_from(
         [
-            Drain(),
             Goodbye("go"),
             Welcome(1, "target", "timed", "", {}, 500, 2000),
             Heartbeat(1, 1),

@@ -65,8 +65,11 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DSI_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache")
     assert cache_directory() == Path("/var/cache/dsi-actors")
+    own = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "dsi-actors"
+    monkeypatch.setenv("XDG_CACHE_HOME", "var/cache")  # relative to whatever: the XDG specification says to ignore it
+    assert cache_directory() == own
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_directory() == Path.home() / ".cache" / "dsi-actors"
+    assert cache_directory() == own
     monkeypatch.setenv("DSI_CACHE", "/elsewhere")
     assert cache_directory() == Path("/elsewhere")
 
@@ -87,7 +90,10 @@ def test_a_user_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert problem_of(gguf) == "this user has no home directory to keep models in: set DSI_CACHE to a directory"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~/.cache/huggingface/hub")
     assert problem_of("org/name") == "this user has no home directory to keep models in: set HF_HOME to a directory"
-    assert problem_of("~nobody-at-all/model") == "there is no such home directory: ~nobody-at-all/model"
+    assert (
+        problem_of("~nobody-at-all/model")
+        == "the home directory in ~nobody-at-all/model does not exist: give the full path"
+    )
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])
@@ -97,7 +103,9 @@ def test_a_cache_that_is_no_directory(tmp_path: Path, monkeypatch: pytest.Monkey
     gguf.write_bytes(b"GGUF, but no more")
     monkeypatch.setenv("DSI_CACHE", str(tmp_path / place))
     problem = problem_of(gguf)
-    assert problem.startswith("converting tiny.gguf needs a directory to write to")
+    assert problem.startswith(
+        f"converting tiny.gguf needs to write to {tmp_path / place / 'models'}, which is not possible"
+    )
     assert "set DSI_CACHE" in problem
 
 
@@ -113,7 +121,7 @@ def test_a_cache_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("DSI_CACHE", str(tmp_path / "cache"))
     with monkeypatch.context() as patched:
         patched.setattr(Path, "mkdir", refuse)
-        assert "is none (Read-only file system)" in problem_of(gguf)
+        assert "which is not possible (Read-only file system)" in problem_of(gguf)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +160,7 @@ def test_a_package_that_carries_no_model(
         (package / name).touch()
     monkeypatch.syspath_prepend(tmp_path)
     assert problem_of(f"package:{package.name}") == (
-        f"the Python package {package.name!r} carries {len(files)} .gguf files, not one"
+        f"the Python package {package.name!r} must contain one .gguf file, but it contains {len(files)}"
     )
     assert package.name not in sys.modules
 
@@ -160,9 +168,11 @@ def test_a_package_that_carries_no_model(
 def test_references_that_name_nothing(tmp_path: Path) -> None:
     assert "is empty" in problem_of("")
     assert problem_of("package:no_such_thing").startswith("no Python package 'no_such_thing' is installed")
-    assert problem_of("/nowhere/x.gguf") == "there is no file /nowhere/x.gguf"
-    assert "cannot be looked at" in problem_of("x" * 5000)
-    assert problem_of(tmp_path) == f"{tmp_path} has no config.json: it holds no transformers model"
+    assert problem_of("/nowhere/x.gguf") == "there is no file /nowhere/x.gguf: check the path"
+    assert "cannot be read (File name too long): check the path" in problem_of("x" * 5000)
+    assert problem_of(tmp_path) == (
+        f"{tmp_path} has no config.json, so it is not a transformers model: give the directory of one"
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1, 2]", b'"text"', b"null"])

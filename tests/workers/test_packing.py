@@ -35,12 +35,12 @@ def test_layers_that_cannot_be_packed_stay(monkeypatch: pytest.MonkeyPatch) -> N
     model = nn.Sequential(Other(4, 4), nn.Linear(4, 4, dtype=torch.float64))
     replace_linear_layers(model, lambda layer: pack(layer, 8))
     assert not any(isinstance(module, PackedLinear) for module in model)
-    packing._arithmetic_of.cache_clear()
+    packing._compute_dtype_for.cache_clear()
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     model = nn.Sequential(nn.Linear(4, 4))
     replace_linear_layers(model, lambda layer: pack(layer, 8))
     assert type(model[0]) is nn.Linear
-    packing._arithmetic_of.cache_clear()
+    packing._compute_dtype_for.cache_clear()
 
 
 @pytest.mark.parametrize("lacks", ["instructions", "the kernel"])
@@ -57,8 +57,8 @@ def test_half_precision_is_multiplied_in_float32_where_the_processor_lacks(
 
         reorder = torch.ops.mkldnn._reorder_linear_weight
         monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
-    packing._arithmetic_of.cache_clear()
+    packing._compute_dtype_for.cache_clear()
     packed = pack(nn.Linear(48, 80, dtype=torch.bfloat16), 8)
-    packing._arithmetic_of.cache_clear()
+    packing._compute_dtype_for.cache_clear()
     assert isinstance(packed, PackedLinear)
-    assert (packed.dtype, packed.arithmetic) == (torch.bfloat16, torch.float32)
+    assert (packed.dtype, packed.compute_dtype) == (torch.bfloat16, torch.float32)

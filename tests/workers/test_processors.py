@@ -38,7 +38,7 @@ def test_kernels_are_those_of_this_setting() -> None:
         pytest.skip("this run uses whatever the processor has")
     assert torch.backends.cpu.get_cpu_capability() == "AVX2"
     torch.backends.quantized.engine = "fbgemm"
-    assert quantization._cuts_sums()
+    assert quantization._int16_sums_saturate()
     with pytest.raises(RuntimeError, match="bf16 path needs"):
         torch.ops.mkldnn._reorder_linear_weight(torch.ones(16, 16, dtype=torch.bfloat16), 8)
 

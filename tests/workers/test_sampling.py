@@ -20,7 +20,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation import logits_process as library
 
 from dsi_protocol.gumbel import gumbel, stream_key
-from dsi_workers.sampling import Sampler, gumbel_noise, kept_scores, log_probability, penalised
+from dsi_workers.sampling import Sampler, apply_repetition_penalty, filter_scores, gumbel_noise, log_probability
 from dsi_workers.session import SamplingParameters, Session
 from support.engines import make_tiny_model
 
@@ -155,8 +155,12 @@ def by_the_library(logits: torch.Tensor, prefix: list[int], parameters: Sampling
 def by_us(logits: torch.Tensor, prefix: list[int], parameters: SamplingParameters) -> torch.Tensor:
     said = torch.zeros(WORDS, dtype=torch.bool)
     said[prefix] = True
-    scores = penalised(logits, said, parameters.repetition_penalty) if parameters.repetition_penalty != 1 else logits
-    return kept_scores(scores, parameters)
+    scores = (
+        apply_repetition_penalty(logits, said, parameters.repetition_penalty)
+        if parameters.repetition_penalty != 1
+        else logits
+    )
+    return filter_scores(scores, parameters)
 
 
 @pytest.mark.parametrize("values", PARAMETERS, ids=lambda values: "+".join(values))
@@ -246,6 +250,10 @@ def test_the_penalty_is_on_what_stands_before_however_the_text_changed(data: st.
         position = data.draw(st.integers(1, len(session.tokens) + len(guess)))
         before = [*session.tokens, *guess][:position]
         assert made.choose(logits, position, guess) == sampler(parameters, before).choose(logits, position)
+        fork = data.draw(st.integers(1, len(session.tokens)))
+        position = data.draw(st.integers(1, fork + len(guess)))
+        before = [*session.tokens[:fork], *guess][:position]
+        assert made.choose(logits, position, guess, fork) == sampler(parameters, before).choose(logits, position)
 
 
 def test_a_token_costs_as_much_after_a_long_text_as_after_a_short_one() -> None:

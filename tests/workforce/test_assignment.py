@@ -99,3 +99,9 @@ def test_only_what_computes_keeps_a_device_busy() -> None:
         )
         assert isinstance(assigned, Assignment)
         assert assigned.occupies_device == computes
+
+
+def test_a_drafter_with_an_engine_of_its_own_is_told_the_model_that_is_configured() -> None:
+    config = Config(target="T", drafter=("ngram", "D"))
+    assigned = assign(config, hello(role="drafter", engine="rust-llm"), targets=1, kinds=())
+    assert assigned == Assignment("drafter", "rust-llm", "D", {"target": "T"}, "rust-llm")

@@ -1,1 +1,1 @@
-"""Workers: one loop, one connection, several engines. Started by `python -m dsi_actors.worker`."""
+"""The worker process: main loop, connection to the orchestrator, engines and models. Start: `python -m dsi_actors.worker`."""

@@ -33,6 +33,9 @@ class Run:
     width: int
     #: Logits are wanted after each input from this position on.
     first_logits: int
+    #: The run lies on a branch that leaves the slot's own path at this position; None: the run lies on the slot's own path. The
+    #: runs of one branch stand one after another, from `fork` on, behind the run of the slot's own path.
+    fork: int | None = None
 
     @property
     def wanted(self) -> range:
@@ -64,6 +67,9 @@ class Backend(Protocol):
     window: int
     #: Most rows of a `compute` for several generations. A generation by itself may take more.
     most_rows: int
+    #: Most tokens of a tree that a target verifies (Verify in SPEC.md). A branch of so many tokens must fit into `most_rows`.
+    #: 1: the backend computes chains only, and no run has a `fork`.
+    tree_rows: int = 1
     #: Further slots, numbered from `slots` on, in which a drafter continues branches. 0: it drafts chains only.
     branch_slots: int = 0
     #: Calls of the model so far. ModelEngine sets it to 0 when it is built.
@@ -74,6 +80,9 @@ class Backend(Protocol):
 
         The logits of a run are [len(run.wanted), vocabulary_size]. Positions before `run.begin` were computed by earlier runs
         of the same slot. What the slot holds from `run.begin` on is out of date and must not be read.
+
+        A run with a `fork` reads what the slot holds before `fork`, runs of this forward included, and from there on the runs of
+        its own branch. Its keys and values are not kept: after the forward the slot holds what it would hold without the branch.
 
         Call `interrupt.check()` now and then, such as between layers: it raises Interrupted when nobody wants the logits any
         more. After that no run counts as computed, so that `compute` may stop anywhere.

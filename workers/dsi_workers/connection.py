@@ -1,7 +1,7 @@
-"""The worker's two sockets: one for work, owned by the main thread, one for heartbeats, owned by a thread of its own.
+"""The worker's two sockets: one for requests, used by the main thread, and one for heartbeats, used by a separate thread.
 
-A heartbeat names the worker's incarnation and so may come over any connection. A separate socket keeps it going while
-the main thread computes, without any lock: a ZMQ socket belongs to one thread.
+With a thread of its own, heartbeats continue while the main thread computes. A ZMQ socket may be used by one thread only, so
+that thread has its own socket. A heartbeat names the worker's incarnation, so it may come over any connection.
 """
 
 from __future__ import annotations
@@ -35,27 +35,32 @@ log = structlog.get_logger("dsi.worker")
 
 _SEND_TIMEOUT_MS = 100
 _RECONNECT_PATIENCE_S = 5.0
-_LINGER_MS = 200  # how long a last message may take to leave at the end
-#: ZeroMQ asks the other process for a sign of life so often, and takes the connection for broken after so long without one.
+#: How long closing a socket may take to send its last message.
+_LINGER_MS = 200
+#: ZeroMQ pings the other process at this interval, and closes the connection after this time without an answer.
 _PING_MS, _PING_TIMEOUT_MS = 1_000, 10_000
-#: An orchestrator that is connected may leave heartbeats unanswered for so many times as long as one that is not.
+#: A connected orchestrator that does not answer heartbeats is considered gone after `_BUSY_FACTOR` times the silence that is
+#: allowed without a connection.
 _BUSY_FACTOR = 12
 
 
+#: Socket events: the orchestrator rejected our keys, or our protocol.
 _REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-#: Whoever is there hung up: one that wants a key does so, and a proxy in front of nobody, too.
+#: Socket event: the connection was closed during the handshake. An orchestrator that requires a key does this. A proxy without a
+#: server behind it does so, too.
 _HUNG_UP = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-#: Within seconds, since a connection is tried again after 0.1 to 1 s.
+#: After this many closed handshakes, the orchestrator is taken to refuse this worker. That is after seconds: ZeroMQ reconnects
+#: after 0.1 to 1 s.
 _MOST_HANG_UPS = 10
 
 
 class Unreachable(Exception):
-    """The orchestrator takes no messages."""
+    """A message could not be sent: the connection to the orchestrator is broken, or its queue stays full."""
 
 
 @dataclass(frozen=True, slots=True)
 class CurveKeys:
-    """What proves to the orchestrator who we are, and to us who it is. Each is 40 characters of Z85."""
+    """The CURVE keys of this worker, and the orchestrator's public key. Each is 40 characters of Z85."""
 
     orchestrator: str
     public: str
@@ -64,14 +69,14 @@ class CurveKeys:
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where the orchestrator listens, and the keys if it wants some."""
+    """The orchestrator's endpoint, and the keys if it requires them."""
 
     endpoint: str
     keys: CurveKeys | None = None
 
 
 class WorkSocket:
-    """The DEALER that speaks the protocol. Frames that cannot be decoded are logged and dropped."""
+    """The DEALER socket for protocol messages. Frames that cannot be decoded are logged and dropped."""
 
     def __init__(
         self,
@@ -81,16 +86,19 @@ class WorkSocket:
         still_needed: Callable[[], bool],
     ) -> None:
         self._still_needed = still_needed
-        # The routing id outlives a broken connection: after reconnecting this is still the same worker.
+        # The routing id stays the same when the connection is replaced, so the orchestrator recognizes this worker.
         self._socket = _dealer(context, address, b"w" + incarnation.to_bytes(8, "little"))
         self._monitor = self._socket.get_monitor_socket(_REFUSED | _HUNG_UP)
-        self._hang_ups = 0
-        #: Signals that something may have come since recv() last said that nothing is there.
+        self._hang_up_points = 0
+        #: Becomes readable when a message may have arrived since recv() last raised Again.
         self._descriptor = int(self._socket.getsockopt(zmq.FD))
-        self._refused = 0
+        self._malformed_frames = 0
 
     def send(self, message: FromWorker) -> None:
-        """Waits for a broken connection to come back; raises Unreachable if it does not, or nobody needs us any more."""
+        """Send a message. If the connection is broken, wait for a new one.
+
+        Raises Unreachable after `_RECONNECT_PATIENCE_S`, or as soon as this worker is no longer needed.
+        """
         deadline_s = time.monotonic() + _RECONNECT_PATIENCE_S
         frame = encode(message)
         while True:
@@ -100,8 +108,8 @@ class WorkSocket:
                 if time.monotonic() > deadline_s or not self._still_needed():
                     raise Unreachable from None
 
-    def offer(self, message: FromWorker) -> bool:
-        """Send if somebody is connected, else do nothing; whether it was sent."""
+    def try_send(self, message: FromWorker) -> bool:
+        """Send a message if there is a connection. Returns whether the message was sent."""
         try:
             self._socket.send(encode(message), zmq.NOBLOCK)
         except zmq.Again:
@@ -109,7 +117,7 @@ class WorkSocket:
         return True
 
     def receive(self, timeout_s: float = 0.0) -> Message | None:
-        """The next message, or None if none comes within `timeout_s`."""
+        """Return the next message, or None if none arrives within `timeout_s`."""
         deadline_s = time.perf_counter() + timeout_s
         while True:
             try:
@@ -118,23 +126,25 @@ class WorkSocket:
                 left_s = deadline_s - time.perf_counter() if timeout_s else 0.0
                 if left_s <= 0:
                     return None
-                select.select([self._descriptor], [], [], left_s)  # poll() would count whole milliseconds
+                select.select([self._descriptor], [], [], left_s)  # zmq's poll() has a resolution of 1 ms
                 continue
             try:
                 return decode(frame)
             except UnknownMessage as error:
-                log.warning("ignored", reason=str(error))
+                log.warning("unknown message ignored", reason=str(error))
             except ProtocolError as error:
-                self._refused += 1
-                log.warning("malformed frame dropped", reason=str(error), so_far=self._refused)
+                self._malformed_frames += 1
+                log.warning("malformed frame dropped", reason=str(error), so_far=self._malformed_frames)
 
-    def refused(self, *, hang_ups_count: bool = True) -> bool:
-        """Whether the other end turns us away, before any message: the keys do not fit. `hang_ups_count`: so it is, too, where
-        it hangs up again and again without a reason."""
+    def is_refused(self, *, hang_ups_count: bool = True) -> bool:
+        """Return whether the orchestrator refuses the connection, because of the keys.
+
+        With `hang_ups_count`, closing the handshake again and again without a reason counts as a refusal, too.
+        """
         while self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)["event"]
-            self._hang_ups += _MOST_HANG_UPS if event & _REFUSED else hang_ups_count
-        return self._hang_ups >= _MOST_HANG_UPS
+            self._hang_up_points += _MOST_HANG_UPS if event & _REFUSED else hang_ups_count
+        return self._hang_up_points >= _MOST_HANG_UPS
 
     def close(self) -> None:
         self._socket.disable_monitor()
@@ -142,13 +152,15 @@ class WorkSocket:
         self._socket.close(linger=_LINGER_MS)
 
 
-class Heart(threading.Thread):
-    """Beats, and sets `gone` when there was no connection for `silence_s`, or when the orchestrator does not know this
-    incarnation (any more): then `farewell` is its answer. Ends with the ZMQ context.
+class HeartbeatThread(threading.Thread):
+    """A thread that sends heartbeats, and sets `gone` when the orchestrator is gone. It ends with the ZMQ context.
 
-    An orchestrator that is connected but does not answer is busy: a program that embeds it may block its event loop for
-    long. ZeroMQ's own heartbeats, which a thread of the library answers, end the connection when its process stops. One that
-    is busy for very long is taken for gone, too: it may not listen to us any more.
+    The orchestrator is gone if there was no connection for `silence_s`, or if it answers with Goodbye, because it does not know
+    this incarnation. Then `farewell` is that Goodbye.
+
+    A connected orchestrator that does not answer is busy: the program that embeds it may block its event loop for a long time.
+    (If its process stops, ZeroMQ's own pings close the connection; a thread of ZeroMQ answers them.) After `_BUSY_FACTOR` times
+    `silence_s` without an answer, it counts as gone as well.
     """
 
     def __init__(
@@ -174,14 +186,14 @@ class Heart(threading.Thread):
         try:
             self._beat(dealer)
         except zmq.ContextTerminated:
-            pass  # the main thread is done
+            pass  # the main thread has closed the context
         finally:
             dealer.close(linger=0)
 
     def _beat(self, dealer: zmq.Socket[bytes]) -> None:
         sequence = unsent = unanswered = 0
         next_beat_s = time.monotonic()
-        # Counted in beats, not in seconds: while a library loads, this thread may not run for seconds.
+        # Silence is counted in heartbeats, not in seconds: while a library is imported, this thread may stop for seconds.
         most = self._silence_s / self._interval_s
         while unsent <= most and unanswered <= _BUSY_FACTOR * most:
             now_s = time.monotonic()
@@ -195,7 +207,7 @@ class Heart(threading.Thread):
                 except zmq.Again:
                     unsent += 1
             if dealer.poll(max(1, round((next_beat_s - now_s) * 1e3))):
-                answer = _understood(dealer.recv())
+                answer = _decode_or_none(dealer.recv())
                 if isinstance(answer, Goodbye):
                     self.farewell = answer
                     break
@@ -204,7 +216,10 @@ class Heart(threading.Thread):
 
 
 def watch_parent() -> threading.Event:
-    """Set once standard input is closed. A supervisor holds the other end of that pipe, and so it ends with it."""
+    """Return an event that is set once standard input is closed.
+
+    A supervisor holds the other end of that pipe, so the pipe closes when the supervisor's process ends.
+    """
     gone = threading.Event()
 
     def wait_for_end() -> None:
@@ -220,7 +235,7 @@ def host_name() -> str:
     return socket.gethostname()[:255]
 
 
-def _understood(frame: bytes) -> Message | None:
+def _decode_or_none(frame: bytes) -> Message | None:
     try:
         return decode(frame)
     except ProtocolError:
@@ -240,7 +255,7 @@ def _dealer(
     dealer.setsockopt(zmq.IPV6, Endpoint.parse(address.endpoint).ip_version() == 6)
     dealer.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
     dealer.setsockopt(zmq.LINGER, _LINGER_MS)
-    dealer.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for an orchestrator that is not there
+    dealer.setsockopt(zmq.IMMEDIATE, 1)  # without a connection, messages are not queued
     dealer.setsockopt(zmq.SNDTIMEO, _SEND_TIMEOUT_MS)
     dealer.setsockopt(zmq.RECONNECT_IVL, 100)
     dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)

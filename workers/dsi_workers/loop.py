@@ -1,8 +1,8 @@
-"""The worker's loop: drain all messages, apply cancels, pick work, do one bounded step, send.
+"""The worker's main loop: handle all messages, choose requests, do one step of work, send the replies.
 
-A step is one forward: a drafted token (or what the engine guesses at once), a verification, a piece of a prompt; where
-several generations want one, it is for all of them together. While it runs the engine looks up at every layer; then
-messages are drained too, so that a cancel reaches into a forward.
+A step is one forward pass of the engine: a drafted token (or several), a verification, or a chunk of a prompt. Requests of
+several generations share a step. During a step, the engine calls `check` between layers, which handles new messages. So a
+cancel takes effect within a forward pass.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from dsi_protocol import (
     CloseGeneration,
     Draft,
     Drafted,
-    Drain,
     Failed,
     Goodbye,
     Heartbeat,
@@ -42,17 +41,20 @@ log = structlog.get_logger("dsi.worker")
 
 MAX_SESSIONS = 256
 MAX_QUEUED_REQUESTS = 4096
-#: How long a wait for work lasts before the loop looks whether it is still wanted at all.
+#: While idle, the loop checks at this interval whether the worker is still needed.
 IDLE_S = 0.1
-#: The last part of a timed wait is spun: waking up takes so long, and has the processor awake for the answer.
+#: The last part of a timed wait is a busy loop: waking up takes about this long, and the processor stays awake for the reply.
 _SPIN_S = 0.00015
-#: Those who were answered together ask again one soon after another. The next forward waits for them while they come, at
-#: most for this share of a forward: else it would be for the first alone, and the others would wait for it, ever after.
-_GATHER_SHARE, _GATHER_GAP_SHARE, _GATHER_GAP_S = 0.25, 0.1, 0.002
+#: After a batched step, the loop waits briefly for the next requests of the same generations. Otherwise the earliest would start
+#: alone, the others would queue behind it, and the batch would never re-form. The wait takes at most this share of the step's
+#: time.
+_GATHER_SHARE = 0.25
+#: The wait ends early when no message has come for this share of the step's time, or for this many seconds, whichever is less.
+_GATHER_GAP_SHARE, _GATHER_GAP_S = 0.1, 0.002
 
 
 class WorkerLoop:
-    """Serves one engine over one socket until it is drained, dismissed, or `still_needed` says no."""
+    """Serves one engine over one socket, until it is drained or dismissed, or `still_needed` returns False."""
 
     def __init__(
         self,
@@ -68,29 +70,30 @@ class WorkerLoop:
         self._engine = engine
         self._role = role
         self._still_needed = still_needed
-        #: What was told already; told again to an orchestrator that asks again.
+        #: The worker's Ready, to repeat it if the orchestrator sends Welcome again.
         self._ready = ready
-        self._sessions: dict[int, Session] = {}  # the one that was used last comes last
+        #: Open generations, the least recently used first.
+        self._sessions: dict[int, Session] = {}
         self._queue = WorkQueue()
-        #: What the step that runs works on. Until it ends the engine is told nothing of these or other generations.
+        #: The requests of the current step; empty between steps. During a step, no method of the engine may be called.
         self._current: Sequence[Work] = ()
-        #: Closed while a step ran: the engine forgets them when it ends.
+        #: Generations closed during a step. `Engine.forget` is called for them after it.
         self._closed: list[Session] = []
-        #: What went wrong in the middle of a step, but not in the engine: a message that could not be handled or answered.
-        self._not_of_the_engine: Exception | None = None
+        #: An error that was raised within a step by handling a message, so not by the engine.
+        self._message_error: Exception | None = None
         self._draining = False
-        #: The orchestrator's last word.
+        #: The Goodbye that the orchestrator sent, if any.
         self.farewell: Goodbye | None = None
 
     def run(self) -> None:
-        """Serve. Returns when there is nothing more to do for this process."""
+        """Serve until the worker is drained, dismissed, or no longer needed."""
         while self.farewell is None and self._still_needed():
             self._drain(0.0 if self._queue or self._draining else IDLE_S)
             batch = self._pick()
             if batch:
                 begun_s = time.perf_counter()
                 self._step(batch)
-                self._gather(batch, time.perf_counter() - begun_s)
+                self._await_batch(batch, time.perf_counter() - begun_s)
             elif self._draining:
                 return
 
@@ -99,17 +102,17 @@ class WorkerLoop:
         return self._draining
 
     def drain(self) -> None:
-        """Take no more work; finish what is here. Safe to call from a signal handler."""
+        """Refuse new requests, and end `run` once all present ones are answered. Safe to call from a signal handler."""
         self._draining = True
 
     def forget_all(self) -> None:
-        """Close every generation, so that the engine can serve another orchestrator. Call after `run`, however that ended."""
+        """Close every generation, so that the engine can serve another orchestrator. Call after `run`, even if `run` failed."""
         self._current = ()
         for generation in list(self._sessions):
             self._close(generation)
         self._forget_closed()
 
-    # Interrupt: what the engine asks in the middle of its work
+    # The protocol Interrupt, called by the engine during a step
 
     def check(self) -> None:
         self._drain(0.0)
@@ -128,7 +131,7 @@ class WorkerLoop:
     # Messages
 
     def _drain(self, wait_s: float) -> bool:
-        """Handle all messages that are here, or that come once one has come within `wait_s`; whether there was one."""
+        """Handle all messages that have arrived; wait up to `wait_s` for the first. Returns whether there was a message."""
         try:
             message = self._socket.receive(wait_s)
             came = message is not None
@@ -136,7 +139,7 @@ class WorkerLoop:
                 self._on_message(message)
                 message = self._socket.receive()
         except Exception as error:
-            self._not_of_the_engine = error
+            self._message_error = error
             raise
         return came
 
@@ -152,24 +155,22 @@ class WorkerLoop:
                 self._open(message)
             case CloseGeneration(generation):
                 self._close(generation)
-            case Drain():
-                self.drain()
             case Goodbye(reason):
                 log.info("dismissed", reason=reason)
                 self.farewell = message
-            case Welcome():  # it did not hear of us, or answers an earlier Hello
+            case Welcome():  # the orchestrator has not received our Ready, or answers an earlier Hello
                 if self._ready is not None:
                     self._socket.send(self._ready)
             case Heartbeat():
                 pass
             case _:
-                log.warning("ignored: not for a worker", message=type(message).__name__)
+                log.warning("message ignored: workers do not receive this type", message=type(message).__name__)
 
     def _open(self, opened: OpenGeneration) -> None:
         if opened.generation in self._sessions:
             return
         if len(self._sessions) >= MAX_SESSIONS and not self._evict():
-            log.warning("too many generations are open: one more is not", limit=MAX_SESSIONS)
+            log.warning("too many generations are open: a new one is refused", limit=MAX_SESSIONS)
             return
         sampling = SamplingParameters(
             opened.temperature, opened.top_k, opened.top_p, opened.min_p, opened.repetition_penalty, opened.seed,
@@ -180,7 +181,10 @@ class WorkerLoop:
         )
 
     def _evict(self) -> bool:
-        """Close the generation that was idle longest: what closes it may be lost. If it goes on, it is opened again."""
+        """Close the generation that has been idle longest: its CloseGeneration may be lost. Returns False if none is idle.
+
+        If that generation continues, the orchestrator opens it again.
+        """
         busy = {work.request.generation for work in self._queue}
         idle = next((generation for generation in self._sessions if generation not in busy), None)
         if idle is not None:
@@ -207,28 +211,31 @@ class WorkerLoop:
             return
         self._sessions[request.generation] = self._sessions.pop(request.generation)
         if not session.is_new(request.attempt):
-            self._answer_again(request, session)
+            self._repeat_reply(request, session)
         elif (refusal := self._refusal(request, session)) is not None:
             self._fail(request, *refusal)
         else:
             if isinstance(request, Draft):
-                self._hear_of_commits(request, session)
+                self._apply_commits(request, session)
             self._queue.add(Work(request, session))
 
-    def _hear_of_commits(self, request: Draft, session: Session) -> None:
-        session.drafts.drop_dead_branches(request.committed)
-        if request.rows > 1 and request.start == request.base + len(request.tokens):
+    def _apply_commits(self, request: Draft, session: Session) -> None:
+        """Drop branches that the committed tokens rule out. End earlier Drafts if this one brings a prefix of its own."""
+        if request.start > request.base + len(request.tokens):
+            session.drafts.drop_dead_branches(request.committed)
+        elif request.rows > 1:  # its tokens may lead down one of these branches, which _prepare_draft looks up
             for work in self._queue:
                 if work.session is session and isinstance(work.request, Draft):
                     work.superseded = True
 
-    def _answer_again(self, request: Draft | Verify, session: Session) -> None:
+    def _repeat_reply(self, request: Draft | Verify, session: Session) -> None:
+        """Send the terminal reply again, for a request that arrived before. Nothing is sent while the request is unfinished."""
         answered = session.reply_to(request.attempt)
         if answered is not None:
             self._socket.send(answered)
         elif request.attempt <= session.cancelled_to and all(
             work.request.attempt != request.attempt or work.session is not session for work in self._queue
-        ):  # it had its reply long ago
+        ):  # it was answered long ago: its reply is no longer remembered
             self._socket.send(Cancelled(request.generation, request.attempt, 0, 0))
 
     def _refusal(self, request: Draft | Verify, session: Session) -> tuple[str, str] | None:
@@ -242,7 +249,7 @@ class WorkerLoop:
     # Work
 
     def _pick(self) -> list[Work]:
-        """What the next step works on. Requests that need no work get their terminal reply on the way."""
+        """Choose the requests for the next step. Requests that need no step, such as cancelled ones, are answered here."""
         oldest: dict[Session, Work] = {}
         for work in self._queue:
             if work.session in oldest:
@@ -257,8 +264,11 @@ class WorkerLoop:
                 oldest[work.session] = work
         return self._queue.choose(list(oldest.values()), self._engine) if oldest else []
 
-    def _gather(self, batch: Sequence[Work], took_s: float) -> None:
-        """Wait a moment for the next requests of those who were just answered, if others are there to share a forward."""
+    def _await_batch(self, batch: Sequence[Work], took_s: float) -> None:
+        """Wait briefly for the next requests of the generations that were just answered, so that they share a step.
+
+        Returns at once if there is nothing to share: the step had one request, and no other one is queued.
+        """
         missing = {work.session for work in batch if isinstance(work.request, Verify)}
         missing -= {work.session for work in self._queue}
         if not missing or (len(batch) == 1 and not self._queue):
@@ -274,8 +284,10 @@ class WorkerLoop:
             missing -= {work.session for work in self._queue}
 
     def _prepare(self, work: Work) -> bool:
-        """Make the session's tokens agree with the request. Also for one that is cancelled: the next one may build
-        on its tokens. False if it was answered: the prefix is not here."""
+        """Make the session's tokens match the request. Also for a cancelled request: the next one may build on its tokens.
+
+        Returns False if the request was answered instead: its prefix is missing here, or its text is empty.
+        """
         request, session = work.request, work.session
         if not session.holds(request.base, request.base_crc):
             held = len(session.tokens) if request.base > len(session.tokens) else 0
@@ -294,8 +306,9 @@ class WorkerLoop:
         return True
 
     def _prepare_draft(self, request: Draft, session: Session) -> None:
+        """Make the session's tokens match a Draft, and keep drafts that still fit."""
         start = request.base + len(request.tokens)
-        if start < request.start:  # it continues what was drafted
+        if start < request.start:  # the request continues earlier drafts
             session.write(request.base, request.tokens)
             session.truncate(request.start)
             if request.rows == 1 or len(session.tokens) < request.start:
@@ -316,6 +329,7 @@ class WorkerLoop:
         session.drafts.restart(session.tokens, start)
 
     def _step(self, batch: Sequence[Work]) -> None:
+        """Do one step of the engine for these requests, and send the replies that it completes."""
         tasks = [work.task for work in batch if work.task is not None]
         self._current = batch
         begun_s, forwards = time.perf_counter(), self._engine.forwards
@@ -328,7 +342,7 @@ class WorkerLoop:
             log.warning("a request cannot be served", reason=str(error))
             failure = error
         except Exception as error:
-            if error is self._not_of_the_engine:
+            if error is self._message_error:
                 raise
             log.exception("the engine failed", correlation=[work.session.correlation for work in batch])
             failure = error
@@ -347,13 +361,14 @@ class WorkerLoop:
                 self._fail(batch[0].request, "request", str(failure)[:1000])
             else:
                 self._fail(batch[0].request, "engine", f"{type(failure).__name__}: {failure}"[:1000])
-        else:  # whose fault it is shows when each is alone
+        else:  # repeat the step for each request alone, to find the one that fails
             for work in batch:
                 if work.wanted():
                     work.begin_task()
                     self._step([work])
 
     def _report(self, work: Work, answer: Answer) -> None:
+        """Send what a step found out for this request. A Draft gets a reply for each block of drafts."""
         request, session, tokens = work.request, work.session, answer.tokens
         if not work.wanted():
             return  # the next _pick answers Cancelled
@@ -384,6 +399,7 @@ class WorkerLoop:
         self._send(Failed(request.generation, request.attempt, code, message))
 
     def _send(self, reply: Reply) -> None:
+        """Send a reply. Terminal replies are remembered, in case the request comes again."""
         session = self._sessions.get(reply.generation)
         if session is not None and not (isinstance(reply, Drafted) and not reply.done):
             session.remember(reply.attempt, reply)

@@ -1,7 +1,7 @@
-"""What a worker on another machine needs of the models that Welcome names, made ready before they are loaded.
+"""Fetches or converts the models that Welcome names, on a worker that no supervisor has prepared.
 
-That may take an hour. It happens in a process of its own (preparation.py); meanwhile this one tells the orchestrator with
-Preparing that it is no loader that hangs, and hears if nobody needs it any more.
+This may take an hour, so it happens in a separate process (models/preparation.py). Meanwhile the worker sends Preparing, so
+that the orchestrator does not think that loading hangs. It also notices if it is no longer needed.
 """
 
 from __future__ import annotations
@@ -17,28 +17,32 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsi_protocol import Drain, Goodbye, Preparing, Welcome
+from dsi_protocol import Goodbye, Preparing, Welcome
 from dsi_workers.connection import WorkSocket
 from dsi_workers.models.files import ModelError, Report
 
-_LOOK_S = 0.1
-#: Between two Preparings.
-_TELL_EVERY_S = 1.0
+#: The interval of checks whether this worker is still needed.
+_CHECK_INTERVAL_S = 0.1
+#: The interval between two Preparing messages.
+_PREPARING_INTERVAL_S = 1.0
 
 
 class NotNeeded(Exception):
-    """Nobody needs what this worker fetches. `farewell` is the orchestrator's word, if it said one."""
+    """This worker is no longer needed. `farewell` is the orchestrator's Goodbye, if it sent one."""
 
     def __init__(self, farewell: Goodbye | None = None) -> None:
         super().__init__()
         self.farewell = farewell
 
 
-def with_own_models(
+def with_local_models(
     welcome: Welcome, device: str, socket: WorkSocket, still_needed: Callable[[], bool], report: Report
 ) -> Welcome:
-    """The same Welcome with directories of this machine in place of model references. Raises ModelError, NotNeeded, and
-    EngineError if there is no such device, which is better known before an hour's fetch."""
+    """Return the Welcome with directories of this machine in place of model references.
+
+    Raises ModelError and NotNeeded. Raises EngineError if the engine is not installed or the device is missing: the user should
+    know this before a fetch of an hour.
+    """
     if welcome.engine != "transformers":
         return welcome
     from dsi_workers.engines import check_installed
@@ -51,17 +55,21 @@ def with_own_models(
     model = preparing.directory_of(welcome.model, tokenizer_only=False)
     options = dict(welcome.options)
     if welcome.role == "drafter" and options.get("target"):
-        with contextlib.suppress(ModelError):  # then engines/translating.py says what follows
+        with contextlib.suppress(ModelError):  # engines/translating.py then drafts without it, and logs a warning
             options["target"] = preparing.directory_of(str(options["target"]), tokenizer_only=True)
     return dataclasses.replace(welcome, model=model, options=options)
 
 
 class _Preparing:
+    """Prepares models in separate processes, and reports their progress."""
+
     def __init__(self, socket: WorkSocket, still_needed: Callable[[], bool], report: Report) -> None:
         self._socket, self._still_needed, self._report = socket, still_needed, report
-        self._told_s = 0.0
+        #: When the last Preparing was sent.
+        self._sent_s = 0.0
 
     def directory_of(self, reference: str, *, tokenizer_only: bool) -> str:
+        """Fetch or convert the model, and return its directory. Raises ModelError and NotNeeded."""
         if Path(reference).is_dir():
             return reference
         words = ["--tokenizer-only"] if tokenizer_only else []
@@ -69,41 +77,44 @@ class _Preparing:
             [sys.executable, "-m", "dsi_workers.models.preparation", *words, "--", reference],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
         ) as process:  # fmt: skip
-            said = _Said(process)
+            progress = _ProgressReader(process)
             try:
-                while said.is_alive():
-                    self._tell(said.last)
-                    self._look()
+                while progress.is_alive():
+                    self._send_progress(progress.last)
+                    self._check_needed()
             finally:
-                process.kill()  # it has ended, or nobody wants it: what it fetched so far is kept
-        if "directory" in said.last:
-            return str(said.last["directory"])
-        problem = said.last.get("error") or f"the process that prepares {reference!r} ended with {process.returncode}"
+                process.kill()  # it has ended, or is no longer needed; what it has fetched stays on the disk
+        if "directory" in progress.last:
+            return str(progress.last["directory"])
+        problem = (
+            progress.last.get("error") or f"the process that prepares {reference!r} ended with {process.returncode}"
+        )
         raise ModelError(str(problem))
 
-    def _tell(self, said: Mapping[str, Any]) -> None:
-        if "what" not in said:
+    def _send_progress(self, line: Mapping[str, Any]) -> None:
+        if "what" not in line:
             return
-        what, done, detail = str(said["what"]), said["done"], str(said["detail"])
+        what, done, detail = str(line["what"]), line["done"], str(line["detail"])
         self._report(what, done, detail)
-        if time.monotonic() - self._told_s > _TELL_EVERY_S:
-            self._told_s = time.monotonic()
-            self._socket.offer(Preparing(what, round(1000 * (done or 0.0))))
+        if time.monotonic() - self._sent_s > _PREPARING_INTERVAL_S:
+            self._sent_s = time.monotonic()
+            self._socket.try_send(Preparing(what, round(1000 * (done or 0.0))))
 
-    def _look(self) -> None:
-        """Raises NotNeeded."""
-        message = self._socket.receive(_LOOK_S)
+    def _check_needed(self) -> None:
+        """Raise NotNeeded if this worker is no longer needed."""
+        message = self._socket.receive(_CHECK_INTERVAL_S)
         if isinstance(message, Goodbye):
             raise NotNeeded(message)
-        if isinstance(message, Drain) or not self._still_needed():
+        if not self._still_needed():
             raise NotNeeded
 
 
-class _Said(threading.Thread):
-    """The last that the process said. Ends with it."""
+class _ProgressReader(threading.Thread):
+    """A thread that reads the JSON lines of the process. It ends with the process."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         super().__init__(name="preparation", daemon=True)
+        #: The last line, decoded.
         self.last: dict[str, Any] = {}
         assert process.stdout is not None
         self._lines = process.stdout

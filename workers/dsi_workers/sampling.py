@@ -1,11 +1,11 @@
-"""From logits to a token: transformers' parameters, then argmax(log p + g) with noise that is the same everywhere.
+"""Samples tokens from logits: apply transformers' sampling parameters, then take argmax(log p + g) with Gumbel noise g.
 
-The choice depends on the logits, the parameters, the seed, the position and the tokens before it, and on nothing else:
-not on who drafted, what was verified together, or which worker it is. A drafter that samples with the same noise agrees
-with the target as often as their distributions are close (arXiv 2408.07978), and only token ids travel.
+The noise is the same on every worker. The token depends only on the logits, the parameters, the seed, the position and the
+tokens before it. It does not depend on the drafter, on how tokens were grouped into verifications, or on the worker. A drafter
+with the same noise agrees with the target as often as their distributions are close (arXiv 2408.07978). Only token ids are sent.
 
-Each parameter is computed as transformers' processor of that name computes it, to the bit (tests/workers/test_sampling.py). The
-library itself is not used: its import takes seconds, and its repetition penalty reads the whole text for each token.
+Each parameter gives the same bits as transformers' processor of that name (tests/workers/test_sampling.py). transformers itself
+is not used: its import takes seconds, and its repetition penalty reads the whole text for each token.
 """
 
 from __future__ import annotations
@@ -35,26 +35,32 @@ class Sampler:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._parameters = session.sampling
-        self._said: _Said | None = None
+        self._seen: _SeenTokens | None = None
         if self._parameters.repetition_penalty != 1:
             session.occurrences = Occurrences()
-            self._said = _Said(session.occurrences)
+            self._seen = _SeenTokens(session.occurrences)
 
-    def choose(self, logits: torch.Tensor, position: int, guess: Sequence[int] = (), *, fork: int | None = None) -> int:
-        """Return the token at `position`. Before it stand the session's tokens and, where those end, `guess`. With `fork` the
-        session's tokens count before that position only: a branch of drafts. logits: [vocabulary]."""
+    def choose(self, logits: torch.Tensor, position: int, guess: Sequence[int] = (), fork: int | None = None) -> int:
+        """Return the token at `position`, from logits [vocabulary].
+
+        The token follows the session's tokens before position `fork` (None: all of them), and then `guess`.
+        """
         candidates, perturbed = self._perturbed(self._scores(logits, position, guess, fork), position)
         return int(candidates[perturbed.argmax()]) if candidates is not None else int(perturbed.argmax())
 
-    def choose_two(self, logits: torch.Tensor, position: int, guess: Sequence[int] = ()) -> tuple[int, int]:
-        """Return the token of `choose` and the runner-up under the same noise: what `choose` would return if the first token
-        could not be chosen. Where the parameters leave one candidate, the runner-up is the most probable of the others."""
-        scores = self._scores(logits, position, guess, None)
+    def choose_two(
+        self, logits: torch.Tensor, position: int, guess: Sequence[int] = (), fork: int | None = None
+    ) -> tuple[int, int]:
+        """Return the token of `choose` and the runner-up under the same noise.
+
+        The runner-up is what `choose` would return if the first token could not be chosen. Where the parameters leave one
+        candidate, the runner-up is the most probable of the other tokens.
+        """
+        scores = self._scores(logits, position, guess, fork)
         candidates, perturbed = self._perturbed(scores, position)
-        if candidates is None:
-            first = int(perturbed.argmax())
-            return first, second_choice(scores, first)
         place = int(perturbed.argmax())
+        if candidates is None:
+            return place, second_choice(scores, place)
         first = int(candidates[place])
         if len(candidates) == 1:
             return first, second_choice(scores, first)
@@ -63,55 +69,54 @@ class Sampler:
     def _scores(self, logits: torch.Tensor, position: int, guess: Sequence[int], fork: int | None) -> torch.Tensor:
         """Finite logits after the repetition penalty."""
         scores = _finite(logits)
-        if self._said is None:
+        if self._seen is None:
             return scores
         tokens = self._session.tokens
-        length = min(position, len(tokens) if fork is None else fork)
-        self._said.move_to(tokens, length)
-        return penalised(
-            scores, self._said.mask(scores, guess[: position - length]), self._parameters.repetition_penalty
-        )
+        end = len(tokens) if fork is None else fork
+        self._seen.move_to(tokens, min(position, end))
+        seen = self._seen.mask(scores, guess[: max(0, position - end)])
+        return apply_repetition_penalty(scores, seen, self._parameters.repetition_penalty)
 
     def _perturbed(self, scores: torch.Tensor, position: int) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Return (candidates, log p + g of each). The largest is the choice. Candidates None: every token, without noise."""
         if self._parameters.greedy:
             return None, scores
-        kept = kept_scores(scores, self._parameters)
+        kept = filter_scores(scores, self._parameters)
         candidates = (kept > -torch.inf).nonzero()[:, 0]
-        if not len(candidates):  # a broken model: no token is possible
+        if not len(candidates):  # the model is broken: every token has probability zero
             return None, scores
         noise = gumbel_noise(stream_key(self._parameters.seed, position), candidates)
         return candidates, kept[candidates].double() + noise
 
 
-class _Said:
-    """Which tokens a text has, as a mask over the vocabulary that is corrected where the text changes."""
+class _SeenTokens:
+    """The set of tokens that occur in a text, as a mask over the vocabulary. Updated in place when the text changes."""
 
     def __init__(self, occurrences: Occurrences) -> None:
         self._occurrences = occurrences
         self._mask: torch.Tensor | None = None
 
     def move_to(self, tokens: Sequence[int], length: int) -> None:
-        """The text is the first `length` of these tokens."""
+        """Change the text to the first `length` of these tokens."""
         self._occurrences.move_to(tokens, length)
 
-    def mask(self, like: torch.Tensor, more: Sequence[int]) -> torch.Tensor:
-        """Of the shape of `like`, for the text with `more` behind it."""
+    def mask(self, scores: torch.Tensor, more: Sequence[int]) -> torch.Tensor:
+        """Return the mask for the text followed by `more`. Its shape and device are those of `scores`."""
         if self._mask is None:
-            self._mask = torch.zeros(like.shape, dtype=torch.bool, device=like.device)
-        for ids, said in zip(self._occurrences.changes(), (True, False), strict=True):
-            self._set(self._mask, ids, said=said)
+            self._mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+        for ids, seen in zip(self._occurrences.changes(), (True, False), strict=True):
+            self._set(self._mask, ids, seen=seen)
         if not more:
             return self._mask
         mask = self._mask.clone()
-        self._set(mask, more, said=True)
+        self._set(mask, more, seen=True)
         return mask
 
     @staticmethod
-    def _set(mask: torch.Tensor, ids: Sequence[int], *, said: bool) -> None:
-        known = [token for token in ids if token < len(mask)]  # a vocabulary may have tokens that no logit belongs to
+    def _set(mask: torch.Tensor, ids: Sequence[int], *, seen: bool) -> None:
+        known = [token for token in ids if token < len(mask)]  # a vocabulary may have tokens without a logit
         if known:
-            mask[torch.tensor(known, device=mask.device)] = said
+            mask[torch.tensor(known, device=mask.device)] = seen
 
 
 def second_choice(scores: torch.Tensor, first: int) -> int:
@@ -122,18 +127,21 @@ def second_choice(scores: torch.Tensor, first: int) -> int:
 
 
 def _finite(logits: torch.Tensor) -> torch.Tensor:
-    """In float32. What is no number counts as impossible, what is infinite as the largest number."""
+    """The logits in float32, with NaN replaced by -inf (an impossible token), and +inf by the largest finite number."""
     return logits.float().nan_to_num(nan=-torch.inf, posinf=_LARGEST, neginf=-torch.inf)
 
 
-def penalised(scores: torch.Tensor, said: torch.Tensor, penalty: float) -> torch.Tensor:
-    """`said`: whether a token stands before."""
+def apply_repetition_penalty(scores: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Return the scores after the repetition penalty. `seen` is True for tokens that occur earlier in the text."""
     changed = torch.where(scores < 0, scores * penalty, scores / penalty).clamp_(max=_LARGEST)
-    return torch.where(said, changed, scores)
+    return torch.where(seen, changed, scores)
 
 
-def kept_scores(scores: torch.Tensor, parameters: SamplingParameters) -> torch.Tensor:
-    """In transformers' order: temperature, top-k, top-p, min-p. Tokens that are dropped have -inf; one stays."""
+def filter_scores(scores: torch.Tensor, parameters: SamplingParameters) -> torch.Tensor:
+    """Apply temperature, top-k, top-p and min-p, in transformers' order.
+
+    Dropped tokens get the score -inf. At least one token is kept.
+    """
     if parameters.temperature != 1:
         scores = (scores / parameters.temperature).clamp_(max=_LARGEST)
     if parameters.top_k:
@@ -153,13 +161,13 @@ def kept_scores(scores: torch.Tensor, parameters: SamplingParameters) -> torch.T
 
 
 def log_probability(logits: torch.Tensor, token: int) -> float:
-    """Of the token in the softmax of logits [vocabulary]: a finite number, whatever they are."""
+    """Return the log probability of the token, from logits [vocabulary]. It is finite for any logits."""
     value = float(_finite(logits).log_softmax(dim=-1)[token])
     return value if value >= -_LARGEST else -_LARGEST
 
 
 def warm_up(logits: torch.Tensor) -> None:
-    """Choose once with every parameter from logits [vocabulary]: what is loaded or built for that is not when somebody waits."""
+    """Sample once with every parameter, from logits [vocabulary], so that the first request does not wait for initialization."""
     parameters = SamplingParameters(0.9, 50, 0.9, 0.01, 1.1, 1, logprobs=True)
     session = Session(0, 1, "warm-up", parameters)
     session.write(0, [0, 1, 0])
@@ -172,7 +180,7 @@ def warm_up(logits: torch.Tensor) -> None:
 
 
 def gumbel_noise(key: int, tokens: torch.Tensor) -> torch.Tensor:
-    """dsi_protocol.gumbel for many tokens of one stream: int64 [n] -> float64 [n], the same bits."""
+    """Return the noise of dsi_protocol.gumbel, bit for bit, for many tokens of one stream: int64 [n] -> float64 [n]."""
     bits = _mix(_signed(key) + (tokens + 1) * _signed(GAMMA))
     bits = torch.where(bits == 0, torch.ones_like(bits), bits)
     zeros = _leading_zeros(bits)
@@ -185,7 +193,7 @@ def gumbel_noise(key: int, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _mix(number: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's output function; int64 arithmetic wraps as unsigned arithmetic does."""
+    """SplitMix64's output function. int64 arithmetic overflows to the same bits as unsigned arithmetic."""
     number = number ^ _shift_right(number, 30)
     number = number * _signed(0xBF58476D1CE4E5B9)
     number = number ^ _shift_right(number, 27)
@@ -194,22 +202,23 @@ def _mix(number: torch.Tensor) -> torch.Tensor:
 
 
 def _shift_right(number: torch.Tensor, by: int) -> torch.Tensor:
-    """Logical, where >> of a signed tensor is arithmetic."""
+    """Logical right shift. The operator >> of a signed tensor is an arithmetic shift."""
     return (number >> by) & ((1 << (64 - by)) - 1)
 
 
 def _leading_zeros(bits: torch.Tensor) -> torch.Tensor:
-    """Of 64-bit patterns that are not zero."""
+    """The number of leading zero bits of 64-bit patterns, none of which may be zero."""
     high, low = _shift_right(bits, 32), bits & 0xFFFFFFFF
     return torch.where(high > 0, 31 - _floor_log2(high.clamp(min=1)), 63 - _floor_log2(low.clamp(min=1)))
 
 
 def _floor_log2(number: torch.Tensor) -> torch.Tensor:
-    """Of positive integers below 2^53: the exponent of the double that is equal to it."""
+    """floor(log2(number)) for positive integers below 2^53: the exponent of the equal double."""
     return torch.frexp(number.double()).exponent.long() - 1
 
 
 def _half_log(fraction: torch.Tensor) -> torch.Tensor:
+    """Interpolate in dsi_protocol.gumbel's table of logarithms."""
     table = _table_on(fraction.device)
     cell, within = fraction >> 32, fraction & 0xFFFFFFFF
     upper = table[cell]

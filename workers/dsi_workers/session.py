@@ -1,4 +1,4 @@
-"""What a worker holds of one generation: its tokens, how to name each prefix of them, and how far they are computed."""
+"""A worker's state of one generation: its tokens, the checksum of each prefix, and how many positions are computed."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from dsi_protocol import FromWorker, prefix_checksum
 from dsi_workers.draft_tree import DraftTree
 
-#: More than can be queued: see loop.py.
+#: The last attempts that are remembered, to detect duplicates. More than can be queued (MAX_QUEUED_REQUESTS in loop.py).
 _REMEMBERED_ATTEMPTS = 8192
-#: As many as come in the time after which an orchestrator asks again, and more.
+#: The last replies that are remembered. More than a worker sends before an orchestrator repeats a request.
 _REMEMBERED_REPLIES = 1024
 
 
-#: Below this temperature the most probable token is taken (SPEC.md section 7).
+#: Below this temperature, sampling is greedy (SPEC.md section 7).
 _LEAST_TEMPERATURE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParameters:
-    """How the tokens of a generation are chosen. The meaning of each is transformers'."""
+    """The sampling parameters of a generation, with the same meaning as in transformers."""
 
     temperature: float = 0.0  # below 1e-6 is greedy
     top_k: int = 0  # 0 is off
@@ -32,17 +32,17 @@ class SamplingParameters:
 
     @property
     def greedy(self) -> bool:
-        """The largest logit, after the penalty."""
+        """True if the token with the largest logit is chosen, after the repetition penalty."""
         return self.temperature < _LEAST_TEMPERATURE
 
     @property
     def plain_greedy(self) -> bool:
-        """The largest logit, as the model gives it."""
+        """True if the token with the largest logit is chosen, without a repetition penalty."""
         return self.greedy and self.repetition_penalty == 1
 
     @property
     def problem(self) -> str:
-        """Why no token can be chosen like that: a parameter lies outside of its range (SPEC.md section 7). "" if none does."""
+        """Names a parameter that is outside its range (SPEC.md section 7). "" if all are valid."""
         if not 0 <= self.temperature <= 1000:
             return f"temperature must lie in [0, 1000], not {self.temperature}"
         if not 0 < self.top_p <= 1:
@@ -55,16 +55,19 @@ class SamplingParameters:
 
 
 class Occurrences:
-    """Which token ids the first `length` tokens of a text have. Costs as much as the text changes, however long it is."""
+    """Counts the token ids among the first `length` tokens of a text.
+
+    The cost depends on how much the text changes, not on its length.
+    """
 
     def __init__(self) -> None:
         self.length = 0
         self._counts: dict[int, int] = {}
-        #: Ids whose count changed since `changes` was last asked.
+        #: Ids whose count changed since the last call of `changes`.
         self._changed: set[int] = set()
 
     def move_to(self, tokens: Sequence[int], length: int) -> None:
-        """Count the first `length` of these tokens. Those that are counted already must still stand there."""
+        """Count the first `length` of these tokens. Tokens that are already counted must not have changed."""
         while self.length < length:
             self._count(tokens[self.length], 1)
             self.length += 1
@@ -73,7 +76,7 @@ class Occurrences:
             self._count(tokens[self.length], -1)
 
     def changes(self) -> tuple[list[int], list[int]]:
-        """Ids that occur and ids that do not, of those that may have changed since this was last asked."""
+        """Return (ids that occur, ids that do not occur), of the ids whose count changed since the last call."""
         changed, self._changed = self._changed, set()
         return [token for token in changed if token in self._counts], [
             token for token in changed if token not in self._counts
@@ -87,7 +90,7 @@ class Occurrences:
 
 
 class Session:
-    """Tokens of one generation on this worker. Positions are absolute, the prompt first."""
+    """The tokens of one generation on this worker. Positions are absolute and begin with the prompt."""
 
     def __init__(
         self, generation: int, prompt_length: int, correlation: str, sampling: SamplingParameters | None = None
@@ -97,32 +100,33 @@ class Session:
         self.prompt_length = prompt_length
         self.correlation = correlation
         self.tokens: list[int] = []
-        #: Of the tokens, as far as whoever needs it has counted.
+        #: Counts of the tokens, for a sampler with repetition penalty.
         self.occurrences: Occurrences | None = None
-        #: The engine has computed positions [0, computed): for a transformer, its KV cache is right that far.
+        #: The engine has computed positions [0, computed). A transformer's KV cache is valid for these.
         self.computed = 0
-        #: Of a drafter: what was drafted and not told yet.
+        #: On a drafter: drafts that are not sent yet.
         self.drafts = DraftTree()
-        #: Requests of this attempt or an earlier one are not wanted.
+        #: Requests with this attempt number or a smaller one are cancelled.
         self.cancelled_to = 0
-        #: _checksums[n] is the checksum of tokens[:n], as far as it was asked for.
+        #: _checksums[n] is the checksum of tokens[:n]. Computed only as far as needed.
         self._checksums = [0]
-        self._seen: dict[int, None] = {}  # in the order of arrival
-        #: The last terminal replies: a request that comes again after its reply gets it again, since that may be lost.
+        #: Attempts that have arrived, in the order of arrival.
+        self._seen: dict[int, None] = {}
+        #: The last terminal replies by attempt. A repeated request gets its reply again, because the first may be lost.
         self._replies: dict[int, FromWorker] = {}
 
     def remember(self, attempt: int, reply: FromWorker) -> None:
-        """This was the terminal reply to the request `attempt`."""
+        """Remember the terminal reply to the request `attempt`."""
         self._replies[attempt] = reply
         if len(self._replies) > _REMEMBERED_REPLIES:
             del self._replies[next(iter(self._replies))]
 
     def reply_to(self, attempt: int) -> FromWorker | None:
-        """The terminal reply that the request `attempt` got, if it is remembered."""
+        """The terminal reply to the request `attempt`, or None if it has none or is no longer remembered."""
         return self._replies.get(attempt)
 
     def is_new(self, attempt: int) -> bool:
-        """False for a request that came before: a frame may be delivered twice, the work is done once."""
+        """Return False if this attempt arrived before: a frame may be delivered twice, but its work is done once."""
         if attempt in self._seen:
             return False
         self._seen[attempt] = None
@@ -131,13 +135,14 @@ class Session:
         return True
 
     def holds(self, length: int, checksum: int) -> bool:
-        """Whether the first `length` tokens here are those that the peer means."""
+        """True if there are at least `length` tokens, and the first `length` of them have this checksum."""
         return length <= len(self.tokens) and self.checksum(length) == checksum
 
     def write(self, base: int, tokens: Sequence[int]) -> None:
-        """Let `tokens` stand at [base, base + len(tokens)). What is here beyond stays only if nothing changed before it.
+        """Write `tokens` to positions [base, base + len(tokens)). Later tokens are kept only if no written token differs.
 
-        `base` must not lie beyond what is here."""
+        `base` must be at most the number of tokens.
+        """
         assert base <= len(self.tokens)
         for offset, token in enumerate(tokens):
             if base + offset == len(self.tokens) or self.tokens[base + offset] != token:
@@ -146,6 +151,7 @@ class Session:
                 return
 
     def truncate(self, length: int) -> None:
+        """Remove all tokens from position `length` on."""
         if length < len(self.tokens):
             if self.occurrences is not None and self.occurrences.length > length:
                 self.occurrences.move_to(self.tokens, length)
@@ -154,7 +160,7 @@ class Session:
             self.computed = min(self.computed, length)
 
     def checksum(self, length: int) -> int:
-        """Of the first `length` tokens, which must be here."""
+        """The checksum of the first `length` tokens, all of which must exist."""
         known = len(self._checksums) - 1
         while known < length:
             self._checksums.append(prefix_checksum((self.tokens[known],), self._checksums[known]))

@@ -1,4 +1,4 @@
-"""Requests in hand, and which of them the next step works on."""
+"""The queue of a worker's unfinished requests, and the choice of the requests for the next step."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from dsi_workers.tree import Branch
 
 @dataclass(slots=True, eq=False)
 class Work:
-    """A request in hand, and what it has cost since the last reply to it."""
+    """An unfinished request, and its cost so far."""
 
     request: Draft | Verify
     session: Session
-    #: What the engine is asked, once the session's tokens agree with the request. A draft has one for each step.
+    #: The engine's task, set once the session's tokens match the request. A draft gets a new task for each step.
     task: Task | None = None
+    #: Forward passes in which the request took part.
     forwards: int = 0
-    #: Its share of the steps that it was in.
+    #: The request's share of the time of its steps, since the last reply to it.
     busy_s: float = 0.0
-    #: Verify: what is checked beside the session's tokens.
+    #: Of a Verify: branches to verify besides the session's tokens.
     branches: Sequence[Branch] = ()
-    #: Draft: a later one brought its own prefix. The step that runs is finished, since its drafts may be of use to that one.
+    #: True for a Draft after which another one arrived with a prefix of its own. The current step still ends normally, because
+    #: the later request may use its drafts.
     superseded: bool = False
-    #: The number of the last step that worked on it.
-    turn: int = 0
+    #: The number of the last step in which the request took part.
+    last_step: int = 0
 
     def wanted(self) -> bool:
         return self.request.attempt > self.session.cancelled_to
@@ -48,7 +50,10 @@ class Work:
 
 
 class WorkQueue:
-    """In the order of arrival. Requests of one session are worked on one after another, those of several together."""
+    """Unfinished requests in the order of arrival.
+
+    Requests of one session are served one after another. Requests of different sessions can share a step.
+    """
 
     def __init__(self) -> None:
         self._works: list[Work] = []
@@ -68,11 +73,12 @@ class WorkQueue:
         self._works.remove(work)
 
     def choose(self, works: Sequence[Work], engine: Engine) -> list[Work]:
-        """Of `works`, one for each session: those for the next step, who waited longest first.
+        """Choose the requests for the next step from `works`, which has one request per session.
 
-        Pieces of long texts and batches of all others take turns: nobody waits for the whole of a long prompt.
+        Requests that have waited longest come first. Chunks of long prompts alternate with batches of the other requests, so
+        that no request waits for a whole prompt.
         """
-        tasks = {work: work.task for work in sorted(works, key=lambda work: work.turn) if work.task is not None}
+        tasks = {work: work.task for work in sorted(works, key=lambda work: work.last_step) if work.task is not None}
         reading = [work for work, task in tasks.items() if engine.reads_alone(task)]
         batch = [work for work in tasks if work not in reading][: max(1, engine.info.slots)]
         reads = bool(reading) and (not batch or not self._read_last)
@@ -81,5 +87,5 @@ class WorkQueue:
         self._read_last = reads
         self._steps += 1
         for work in batch:
-            work.turn = self._steps
+            work.last_step = self._steps
         return batch

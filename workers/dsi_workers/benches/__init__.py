@@ -1,1 +1,1 @@
-"""Processes that benchmarks measure, or measure against. They read JSON requests from standard input."""
+"""Processes that the benchmarks start, to measure them or to compare with them. They read JSON requests from standard input."""

@@ -1,14 +1,15 @@
-"""How near a device comes to its own limit: forwards of models with random weights, for `dsi-actors bench gpu`.
+"""Compares the time of a forward pass with the limit of the device, for `dsi-actors bench gpu`. Models have random weights.
 
 `python -m dsi_workers.benches.device --shape 8b --device cuda:0` reads one JSON request per line and writes one JSON answer
 per line:
 
-    {"forward": width, "repeats": n}  -> {"ms": [each], "floor_ms": bytes that must be read / what the device reads in a ms}
-    {"forward": width, "seconds": s}  -> the same, for so long: to see how processes disturb one another
-    {"cancel": width, "repeats": n}   -> {"ms": [from a cancel in the middle of a forward until the device is free]}
-    {"agree": width}                  -> {"widths": [those that give the bits of this one, alone or as several windows]}
+    {"forward": width, "repeats": n}  -> {"ms": [each pass], "floor_ms": lower limit, "read_bytes": bytes that must be read}
+    {"forward": width, "seconds": s}  -> the same, repeated for s seconds: shows how processes disturb one another
+    {"cancel": width, "repeats": n}   -> {"ms": [from a cancel during a forward pass until the device is free]}
+    {"agree": width}                  -> {"widths": [widths with the bits of this one, alone or as several windows]}
 
-The floor counts each weight once and the keys and values of the context; what a device can move in a ms is measured by copying.
+The lower limit is the time to read each weight, and the keys and values of the context, once. The device's memory bandwidth is
+measured by copying.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 
 from dsi_workers.backend import Run
 from dsi_workers.benches.requests import read_requests
-from dsi_workers.checkpoints.load import on_a_gpu
+from dsi_workers.checkpoints.load import with_gpu_kernels
 from dsi_workers.decoding.decoder import Decoder
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.decoding.packing import pack
@@ -34,13 +35,13 @@ from dsi_workers.decoding.widths import Trial
 from dsi_workers.engine import EngineError, Interrupted, Never
 
 _WARM_UP, _COPIES = 5, 5
-#: Generations whose windows are tried together.
+#: The most windows in one forward pass of the request `agree`.
 _SLOTS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Of Llama 3's family."""
+    """The sizes of a model of the Llama 3 family. `words` is the size of its vocabulary."""
 
     hidden: int
     intermediate: int
@@ -60,11 +61,13 @@ SHAPES = {
 
 
 class DeviceBench:
+    """Answers the requests for one model on one device."""
+
     def __init__(self, shape: Shape, device: torch.device, *, dtype: torch.dtype, context: int, graphs: bool) -> None:
         self._device, self._context, self._window = device, context, 8
         self._shape = shape
         weights = _random_weights(shape, device, dtype)
-        #: The embedding is looked up, not read; the head is another matrix of its shape.
+        #: Without the embedding, of which only a few rows are read. The head is a separate matrix of the same shape.
         self._weight_bytes = sum(
             weight.numel() * weight.element_size() for name, weight in weights.items() if "embed" not in name
         )
@@ -79,13 +82,14 @@ class DeviceBench:
         with torch.inference_mode():
             decoder = Decoder(weights, config, angles.cos().to(dtype), angles.sin().to(dtype))
             weights.clear()
-            decoder.lay_out(lambda linear: pack(linear, self._window))
+            decoder.replace_linear_layers(lambda linear: pack(linear, self._window))
         recorded = graphs and device.type == "cuda"
-        decodes = on_a_gpu(decoder) if recorded else decoder
+        decodes = with_gpu_kernels(decoder) if recorded else decoder
         self._forward = Forward(decodes, config, device, slots=1, capacity=positions)
         self._bytes_per_ms = self._copy_rate()
 
     def forward(self, width: int, repeats: int = 20, seconds: float = 0.0) -> dict[str, Any]:
+        """Time forward passes of `width` rows, at least `repeats` passes and at least `seconds`."""
         run = [Run(0, [1] * width, self._context, width, self._context)]
         for _ in range(_WARM_UP):
             self._forward.timed_s(run, rows=width, logit_rows=width)
@@ -96,7 +100,7 @@ class DeviceBench:
         return {"ms": times_ms, "floor_ms": read_bytes / self._bytes_per_ms, "read_bytes": read_bytes}
 
     def cancel(self, width: int, repeats: int = 20) -> dict[str, Any]:
-        """Cancels come at any moment of a forward."""
+        """Time from a cancel, at a random moment of a forward pass, until the device is free."""
         run = [Run(0, [1] * width, self._context, width, self._context)]
         whole_s = min(self._forward.timed_s(run, rows=width, logit_rows=width) for _ in range(_WARM_UP))
         chance, times_ms = random.Random(5), list[float]()
@@ -115,6 +119,7 @@ class DeviceBench:
         return {"ms": times_ms, "forward_ms": whole_s * 1e3}
 
     def agree(self, width: int) -> dict[str, Any]:
+        """Find the widths whose bits agree with a window of `width` rows (widths.py)."""
         trial = Trial(self._forward, window=width, words=self._shape.words, name=f"a random model on {self._device}")
         try:
             return {"widths": sorted(trial.widths(_SLOTS).costs_s)}
@@ -122,7 +127,7 @@ class DeviceBench:
             return {"widths": [], "problem": str(error)}
 
     def _copy_rate(self) -> float:
-        """Bytes that the device moves in a ms, reading and writing, when it copies."""
+        """Bytes per ms, read and written, of the fastest copy on the device."""
         size = min(1 << 30, max(1 << 24, self._weight_bytes // 8))
         source = torch.zeros(size, dtype=torch.uint8, device=self._device)
         target = torch.empty_like(source)
@@ -136,7 +141,7 @@ class DeviceBench:
 
 
 class _At(Never):
-    """Interrupts from a point in time on."""
+    """An interrupt from a point in time on."""
 
     def __init__(self, due_s: float) -> None:
         self.due_s = due_s

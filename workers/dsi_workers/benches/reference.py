@@ -1,4 +1,4 @@
-"""What our figures are held against: transformers itself, in a process of its own.
+"""Runs transformers itself, in a separate process, for benchmarks that compare with it.
 
 `python -m dsi_workers.benches.reference --model REF` reads one JSON request per line and writes one JSON answer per line:
 
@@ -7,11 +7,11 @@
     {"distance": [ids], "start": n, "temperature": t, "seed": s}
         -> {"total_variation": [...], "ranks": [...], "confidences": [...]}, one for each token from start on
 
-`generate` is the library's own loop, greedy, with its own cache and masks; with `assist` its assisted generation, by "lookup"
-(of what was there before, in the prompt and after it) or by "drafter". `distance` needs --drafter, too: `ranks` says which
-choice of the drafter the token is (1: its first) under the noise of the seed, and `confidences` the drafter's probability of its
-first choice. At temperature 0, which is greedy, the list `total_variation` is empty. --layers keeps the first layers of the
-drafter only.
+`generate` is transformers' own greedy loop, with its own KV cache and masks. With `assist`, it is transformers' assisted
+generation: "lookup" is prompt lookup in the text so far, "drafter" uses the model of --drafter. `distance` also needs --drafter.
+`ranks` says which choice of the drafter the token is (1: its first) under the noise of the seed, and `confidences` is the
+drafter's probability of its first choice. At temperature 0, which is greedy, the list `total_variation` is empty. --layers keeps
+only the first layers of the drafter.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from dsi_workers.models.files import ModelError
 from dsi_workers.models.resolve import resolve_model
 from dsi_workers.sampling import gumbel_noise
 
-#: Of prompt lookup, as in the library's documentation.
+#: Tokens that prompt lookup drafts at once, as in transformers' documentation.
 _LOOKUP_TOKENS = 10
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class _Clock(StoppingCriteria):
-    """Stops nothing; notes when tokens were there: assisted generation gives several at once."""
+    """A stopping criterion that never stops. It records when tokens arrive; assisted generation gives several at once."""
 
     def __init__(self) -> None:
         self.begun = time.perf_counter()
@@ -55,7 +55,7 @@ class _Clock(StoppingCriteria):
 
 
 class Reference:
-    """A target as transformers runs it, and the drafter whose distributions are compared with it."""
+    """A target and a drafter, both run by transformers."""
 
     def __init__(self, model: str, drafter: str, dtype: str, device: torch.device, layers: int | None = None) -> None:
         self._device = device
@@ -99,8 +99,11 @@ class Reference:
 
     @torch.inference_mode()
     def distance(self, tokens: list[int], start: int, temperature: float, seed: int) -> dict[str, Any]:
-        """For each token from `start` on: the total variation between the distributions of target and drafter, which choice of
-        the drafter the token is, and the drafter's probability of its first choice."""
+        """Compare target and drafter at each token from `start` on.
+
+        Returns the total variation distance of their distributions, which choice of the drafter the token is, and the drafter's
+        probability of its first choice.
+        """
         ids = torch.tensor([tokens], device=self._device)
         drafted = self._drafted_logits(ids, start).float()
         distances: list[float] = []
@@ -119,7 +122,10 @@ class Reference:
         return {"total_variation": distances, "ranks": ranks, "confidences": confidences}
 
     def _drafted_logits(self, ids: torch.Tensor, start: int) -> torch.Tensor:
-        """Token after token, as it drafts: a product in int8 gives each row a little of its neighbours."""
+        """The drafter's logits, computed one token at a time as in drafting.
+
+        With int8 inputs, the rows of a product share one scale, so other rows would change the logits.
+        """
         cache, logits = DynamicCache(), []
         for begin, end in [(0, start), *((place, place + 1) for place in range(start, ids.shape[1] - 1))]:
             logits.append(self._drafter(ids[:, begin:end], past_key_values=cache).logits[0, -1:])

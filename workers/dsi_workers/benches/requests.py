@@ -1,4 +1,4 @@
-"""Requests on standard input, one JSON object in each line, for processes that a benchmark measures or measures against."""
+"""Reads requests from standard input, one JSON object per line, for processes that a benchmark starts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from typing import Any
 
 
 def read_requests() -> Iterator[dict[str, Any]]:
-    """Reads from now on, in a thread. When the input ends, so does this process, in the middle of whatever it computes: whoever
-    would have read the answer has ended."""
+    """Start a thread that reads requests, and return an iterator over them.
+
+    When standard input is closed, the process exits at once, even during a computation: the benchmark, which would read the
+    answer, has ended.
+    """
     requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
 
     def read() -> None:

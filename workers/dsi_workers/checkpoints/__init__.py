@@ -1,1 +1,1 @@
-"""From the files of a model to layers in memory: our own reader for the Llama family, transformers for the others."""
+"""Load a model from its files: with our own reader for the Llama family, with transformers for all other models."""

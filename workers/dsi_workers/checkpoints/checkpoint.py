@@ -1,6 +1,6 @@
-"""Models of the Llama family, read as they lie on disk: importing the library takes longer than reading them.
+"""Reads models of the Llama family from safetensors, without transformers, whose import takes longer than reading them.
 
-Only what is known in every detail is taken; for anything else `read_checkpoint` returns None, and the library reads it.
+`read_checkpoint` returns None for every model with a setting that is not supported here. Then transformers reads the model.
 """
 
 from __future__ import annotations
@@ -29,20 +29,23 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What config.json says, under the same names, and the weights by their names."""
+    """The settings of config.json under their own names, and the weights by name."""
 
     config: Any
     weights: dict[str, torch.Tensor]
 
     def rope(self, positions: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine [positions, head_dim] of the rotation at each position, as the library computes them."""
+        """Cosine and sine of RoPE, [positions, head_dim] each, computed as in transformers."""
         angles = torch.arange(positions).float()[:, None] * _inverse_frequencies(self.config)[None]
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def read_checkpoint(directory: Path, dtype: torch.dtype, device: torch.device) -> Checkpoint | None:
-    """Weights are mapped, not copied, where they lie in this dtype for the CPU."""
+    """Read the model in `directory`. Returns None for a model that must be read by transformers.
+
+    If the device is the CPU and the file has this dtype, weights are memory-mapped instead of copied.
+    """
     try:
         raw: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -58,7 +61,7 @@ def read_checkpoint(directory: Path, dtype: torch.dtype, device: torch.device) -
 
 
 def _plain_config(raw: dict[str, Any]) -> Any:
-    """None if it asks for anything that is not done here."""
+    """The settings that the decoder needs, from the contents of config.json. None if a setting is not supported here."""
     slides = raw.get("sliding_window") and raw.get("use_sliding_window", True)
     kinds = set(raw.get("layer_types") or ())
     known = (
@@ -93,6 +96,7 @@ def _is_size(value: object) -> bool:
 
 
 def _weights(directory: Path, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor] | None:
+    """All weights by name, or None if they cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     files = [_SINGLE]
@@ -102,7 +106,7 @@ def _weights(directory: Path, dtype: torch.dtype, device: torch.device) -> dict[
         found: dict[str, torch.Tensor] = {}
         for file in files:
             with safe_open(directory / file, framework="pt", device="cpu") as opened:
-                for name in opened.keys():  # noqa: SIM118  it is no dict
+                for name in opened.keys():  # noqa: SIM118  `opened` is not a dict and has no iterator
                     tensor: torch.Tensor = opened.get_tensor(name)
                     found[name] = tensor.to(device, dtype) if tensor.is_floating_point() else tensor
     except (OSError, ValueError, KeyError, SafetensorError):
@@ -111,7 +115,7 @@ def _weights(directory: Path, dtype: torch.dtype, device: torch.device) -> dict[
 
 
 def _complete(weights: dict[str, torch.Tensor], config: Any) -> bool:
-    """Whether these are all the weights, and no others."""
+    """True if every weight that the model needs is present, and no unknown one."""
     names = {"model.embed_tokens.weight", "model.norm.weight"}
     if not config.tie_word_embeddings:
         names.add("lm_head.weight")
@@ -121,7 +125,7 @@ def _complete(weights: dict[str, torch.Tensor], config: Any) -> bool:
         allowed |= {f"model.layers.{layer}.{part}.weight" for part in _OPTIONAL}
         allowed |= {f"model.layers.{layer}.{part}.bias" for part in _LAYER_WEIGHTS if part.endswith("_proj")}
         allowed.add(f"model.layers.{layer}.self_attn.rotary_emb.inv_freq")
-    # What is computed in one product has biases all over, or none.
+    # Layers that are computed in one product must all have biases, or none. Likewise for the norms of queries and keys.
     together = [("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
                 ("mlp.gate_proj.bias", "mlp.up_proj.bias"), ("self_attn.q_norm.weight", "self_attn.k_norm.weight")]  # fmt: skip
     whole = all(
@@ -132,7 +136,10 @@ def _complete(weights: dict[str, torch.Tensor], config: Any) -> bool:
 
 
 def _inverse_frequencies(config: Any) -> torch.Tensor:
-    """[head_dim / 2]. llama3: long waves are stretched by a factor, short ones are not, those between in part."""
+    """The RoPE frequencies [head_dim / 2].
+
+    With rope type llama3, long wavelengths are stretched by `factor`, short ones are kept, and those between are interpolated.
+    """
     rope, dim = config.rope_parameters, config.head_dim
     plain: torch.Tensor = 1.0 / (rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
     if rope["rope_type"] == "default":

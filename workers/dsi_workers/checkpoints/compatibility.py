@@ -1,4 +1,4 @@
-"""Which models the transformers engine is exact for. What it would compute wrongly it refuses, before loading weights."""
+"""Refuses models that the engine would compute wrongly, before their weights are loaded."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dsi_workers.engine import EngineError
 
-#: Models that name a sliding window and do not use it.
+#: Model types whose configuration names a sliding window that their attention does not use.
 _OTHER_MASKS = {"moshi"}
 
 
 def refuse_if_not_rewindable(config: Any, reference: str) -> None:
-    """Raise EngineError for models that keep a running state (SSM, linear attention): rejecting a token cannot be
-    undone there, and transformers' own rewind leaves such a state silently wrong (5.23)."""
+    """Raise EngineError for a model that cannot go back after a rejected draft, or whose attention masks are not supported.
+
+    Models with a running state (SSM, linear attention) cannot remove a token from it. transformers' own rewind leaves such a
+    state wrong without an error (version 5.23).
+    """
     layer_types = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
     kinds = {type(layer) for layer in DynamicCache(config=config).layers}
     try:
         model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
         raise EngineError(
-            f"{reference} is a {config.model_type!r} model: no causal language model in transformers"
+            f"{reference} is a {config.model_type!r} model, which is not a causal language model in transformers: "
+            "choose another model"
         ) from None
     if getattr(model_class, "_is_stateful", False) or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
         raise EngineError(
@@ -30,12 +34,17 @@ def refuse_if_not_rewindable(config: Any, reference: str) -> None:
             "choose a model with attention layers only"
         )
     if not layer_types <= {"full_attention", "sliding_attention"} or config.model_type in _OTHER_MASKS:
-        raise EngineError(f"{reference} ({config.model_type}) uses attention masks that this engine does not have")
+        raise EngineError(
+            f"{reference} ({config.model_type}) uses attention masks that this engine does not support: choose another model"
+        )
 
 
 def position_limit(config: Any) -> int:
-    """How many positions the model is exact for. Longrope changes the rotation of *all* positions once a sequence is
-    longer than the original limit: cached keys would then be wrong."""
+    """The most positions of a text that the model computes exactly.
+
+    With rope type longrope, a text longer than the original limit changes the rotation of *all* positions. Keys in the
+    cache would then be wrong, so the original limit applies.
+    """
     limit = int(getattr(config, "max_position_embeddings", None) or 2048)
     ropes = getattr(config, "rope_parameters", None) or {}
     for rope in ropes.values() if all(isinstance(value, dict) for value in ropes.values()) else [ropes]:

@@ -1,6 +1,6 @@
-"""Models that the library runs: of whatever kind, through its own layers, attention function and cache interface.
+"""Runs any model with transformers' own layers, through its interfaces for attention functions and caches.
 
-Importing the library takes seconds. What is not needed for a model of the Llama family stands in checkpoint.py and decoder.py.
+Importing transformers takes seconds. Models of the Llama family do without: see checkpoint.py and decoding/decoder.py.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from dsi_workers.decoding.attention import attend, mask_of_group
+from dsi_workers.decoding.attention import additive_group_mask, attend
 from dsi_workers.decoding.decoder import Decoder
-from dsi_workers.decoding.kv_cache import Pieces, SlotCache, SlotLayer
-from dsi_workers.decoding.packed import Masks, Packed
+from dsi_workers.decoding.kv_cache import SegmentTensors, SlotCache, SlotLayer
+from dsi_workers.decoding.packed import Masks, PackedBatch
 from dsi_workers.decoding.packing import PackedLinear
 from dsi_workers.engine import EngineError
 from dsi_workers.models.files import first_line
 
 _DECODER_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
-#: Ropes that depend on more than the position.
+#: RoPE types whose rotation depends on more than the position.
 _OTHER_ROPES = ("dynamic", "longrope")
 
 
 def read_config(directory: Path, reference: str) -> Any:
-    """Raises EngineError. Code that came with a model is never run."""
+    """Read config.json with transformers. Raises EngineError if that fails. Never runs code that came with the model."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -42,7 +42,10 @@ def read_config(directory: Path, reference: str) -> Any:
 
 
 def read_model(directory: Path, dtype: torch.dtype, device: torch.device, config: Any) -> Any:
-    """The model with the configuration of `read_config`. If that has fewer layers than the files, these are the first layers."""
+    """Read the model with transformers, set up for TransformersDecoder. All its linear layers become nn.Linear.
+
+    `config` is that of `read_config`. If it has fewer layers than the files, the model has the first layers of the files.
+    """
     model = AutoModelForCausalLM.from_pretrained(
         directory,
         config=config,
@@ -52,7 +55,7 @@ def read_model(directory: Path, dtype: torch.dtype, device: torch.device, config
         use_safetensors=True,
     )
     model = model.eval().requires_grad_(False).to(device)
-    for module in list(model.modules()):  # GPT-2's own kind of linear layer, whose weight lies the other way
+    for module in list(model.modules()):  # Conv1D: GPT-2's linear layer, whose weight is transposed
         for name, child in list(module.named_children()):
             if type(child) is Conv1D:
                 setattr(module, name, _as_linear(child))
@@ -67,7 +70,7 @@ def _as_linear(layer: Any) -> nn.Linear:
 
 
 def as_decoder(model: Any, config: Any, positions: int) -> Decoder | None:
-    """Our own layers on the model's weights; None for a model of another kind."""
+    """Return our own decoder with the model's weights. None if the model is not of the Llama family."""
     inner: Any = getattr(model, "model", None)
     kinds = {type(layer).__name__ for layer in getattr(inner, "layers", ())}
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
@@ -81,14 +84,17 @@ def as_decoder(model: Any, config: Any, positions: int) -> Decoder | None:
     return Decoder(weights, config, cos[0], sin[0])
 
 
-class LibraryDecoder:
-    """Called like a Decoder."""
+class TransformersDecoder:
+    """Computes logits with transformers' layers. The interface is that of Decoder."""
 
     recorded_rows: Sequence[int] = ()
-    group_rows, sums_in_one_order = 1, False
+    group_rows, batch_invariant = 1, False
 
     def __init__(self, model: Any, config: Any, last_position: int) -> None:
-        """Padding may lie beyond the last position that the model knows, where its rope would change for all."""
+        """`last_position`: the largest position that padding rows may have.
+
+        With some RoPE types, one position that is too large changes the rotation of all rows.
+        """
         self._model = model
         self._masks = Masks(config)
         self._last_position = last_position
@@ -98,9 +104,9 @@ class LibraryDecoder:
         for layer in self._decoder_layers():
             layer.register_forward_pre_hook(lambda module, inputs: self._between_layers())
 
-    def __call__(self, packed: Packed, cache: SlotCache, between_layers: Callable[[], None]) -> torch.Tensor:
+    def __call__(self, packed: PackedBatch, cache: SlotCache, between_layers: Callable[[], None]) -> torch.Tensor:
         self._between_layers = between_layers
-        _attention.apart = packed.apart
+        _attention.per_position = packed.per_position
         device = self._model.device
         if self._cache is None or self._cache.slots is not cache:
             self._cache = _Cache(cache)
@@ -110,33 +116,34 @@ class LibraryDecoder:
             attention_mask=self._masks.of(packed, device),
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=torch.tensor(packed.kept, device=device),
+            logits_to_keep=torch.tensor(packed.logits_to_keep, device=device),
         ).logits
         return logits[0]
 
-    def products(self) -> list[Any]:
+    def linear_layers(self) -> list[Any]:
         return [module for module in self._model.modules() if isinstance(module, nn.Linear | PackedLinear)]
 
     @torch.inference_mode()
     def check_attention(self, forward: Callable[[], object]) -> None:
-        """Raises EngineError if in a forward some layer goes round our attention function."""
+        """Raise EngineError if some layer does not use our attention function. `forward` must compute one forward pass."""
         calls = _attention.calls
-        with contextlib.suppress(AttributeError, TypeError):  # what the cache gives is for our function only
+        # Another attention function fails with these errors, because our cache does not return tensors.
+        with contextlib.suppress(AttributeError, TypeError):
             forward()
         if _attention.calls - calls != len(self._decoder_layers()):
             raise EngineError(
-                f"{self._model.config.model_type} models do not use transformers' attention interface in every layer: "
-                "their masks cannot be trusted here, choose another model"
+                f"{self._model.config.model_type} models do not use transformers' attention interface in every layer, so "
+                "their attention masks cannot be checked: choose another model"
             )
 
     def _decoder_layers(self) -> nn.ModuleList:
-        """The longest list of modules in the model: its decoder layers."""
+        """The decoder layers of the model: its longest list of modules."""
         lists = [module for module in self._model.modules() if isinstance(module, nn.ModuleList)]
         return max(lists, key=len)
 
 
 class _CacheLayer(CacheLayerMixin):
-    """One layer of our cache, as the library wants to see it."""
+    """One layer of our KV cache, behind transformers' interface of a cache layer."""
 
     is_compileable = False
     is_sliding = False
@@ -149,10 +156,11 @@ class _CacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True
 
-    def update(  # type: ignore[override]  # our own attention function takes pieces
+    def update(  # type: ignore[override]  # our attention function takes SegmentTensors
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Pieces, Pieces]:
-        return self._layer.update(key_states, value_states)
+    ) -> tuple[SegmentTensors, SegmentTensors]:
+        segments = self._layer.update(key_states, value_states)
+        return segments, segments
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return max(segment.readable for segment in self._slots.segments), 0
@@ -165,30 +173,32 @@ class _CacheLayer(CacheLayerMixin):
 
 
 class _Cache(Cache):
+    """Our KV cache, behind transformers' interface of a cache."""
+
     def __init__(self, slots: SlotCache) -> None:
         self.slots = slots
         super().__init__(layers=[_CacheLayer(layer, slots) for layer in slots.layers])
 
 
 class _Attention:
-    """SDPA with the query heads of a group as further rows of one head: no repeat_kv, the same bits, less memory.
+    """The attention function that transformers' layers call: `attend` for each segment, instead of SDPA with repeat_kv.
 
-    query: [1, heads, rows, dim]; key, value: for each segment its rows and [1, kv_heads, readable, dim]; attention_mask:
-    [1, 1, rows, the most readable]. Rows of no segment are padding and get zeros.
+    query: [1, heads, rows, dim]. key, which is value, too: the segments of SlotLayer.update, [1, kv_heads, readable, dim] each.
+    attention_mask: [1, 1, rows, readable], for the longest segment. Padding rows get zeros.
     """
 
     def __init__(self) -> None:
-        #: Warm-up looks whether every layer comes by here.
+        #: Calls so far. `check_attention` compares it with the number of layers.
         self.calls = 0
-        #: Each position is computed by itself.
-        self.apart = False
+        #: Compute attention for each position by itself (see `attend`).
+        self.per_position = False
 
     def __call__(
         self,
         module: nn.Module,
         query: torch.Tensor,
-        key: Pieces,
-        value: Pieces,
+        key: SegmentTensors,
+        value: SegmentTensors,
         attention_mask: torch.Tensor,
         scaling: float | None = None,
         dropout: float = 0.0,
@@ -197,13 +207,18 @@ class _Attention:
         self.calls += 1
         for unsupported in ("softcap", "s_aux"):
             if kwargs.get(unsupported) is not None:
-                raise EngineError(f"this model's attention needs {unsupported}, which this engine does not have")
+                raise EngineError(
+                    f"this model's attention needs {unsupported}, which this engine does not support: choose another model"
+                )
         batch, heads, width, _ = query.shape
-        output = query.new_zeros(batch, width, heads, value[0][1].shape[-1])
-        for (rows, keys), (_, values) in zip(key, value, strict=True):
-            mask = mask_of_group(attention_mask[:, :, rows, : keys.shape[2]], heads // keys.shape[1], query.dtype)
-            output[:, rows] = attend(query[:, :, rows], keys, values, mask, scaling, apart=self.apart)
-        return output, None
+        outputs, begin = list[torch.Tensor](), 0
+        for rows, keys, values in key:
+            mask = additive_group_mask(attention_mask[:, :, rows, : keys.shape[2]], heads // keys.shape[1], query.dtype)
+            outputs.append(attend(query[:, :, rows], keys, values, mask, scaling, per_position=self.per_position))
+            begin = rows.stop
+        if begin < width:
+            outputs.append(outputs[0].new_zeros(batch, width - begin, *outputs[0].shape[2:]))
+        return torch.cat(outputs, dim=1), None
 
 
 _ATTENTION = "dsi"

@@ -1,4 +1,4 @@
-"""From a model's directory to what computes its logits, with weights as this machine multiplies by them fastest."""
+"""Loads a model from a directory, with its weights in the form that this machine multiplies fastest."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ from dsi_workers.models.files import first_line
 log = structlog.get_logger("dsi.engine")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-#: Logits are the library's if they are as near: sums in another order, and roundings in between.
-_NEAR = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+#: Relative tolerance between our decoder's logits and those of transformers. Sums in a different order and intermediate
+#: rounding cause smaller differences.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+#: Positions of the forward pass that compares these logits.
 _TRIAL = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """`config` has the library's names. No generation is longer than `positions`."""
+    """A loaded model. `config` uses transformers' names. `positions` is the maximum length of a generation."""
 
     decoder: ComputesLogits
     config: Any
@@ -40,8 +42,11 @@ class Loaded:
 
 
 @contextmanager
-def _one_sentence(reference: str) -> Iterator[None]:
-    """Whatever is wrong with a model's files becomes an EngineError: they come from anywhere, and there is no end of it."""
+def _as_engine_error(reference: str) -> Iterator[None]:
+    """Turn any error into an EngineError with one sentence, except for a lack of memory.
+
+    A model's files come from anywhere, so reading them can fail in any way.
+    """
     try:
         yield
     except (EngineError, MemoryError, torch.OutOfMemoryError):
@@ -50,7 +55,7 @@ def _one_sentence(reference: str) -> Iterator[None]:
         log.debug("the model cannot be read", exc_info=True)
         raise EngineError(
             f"the model {reference} cannot be read ({type(error).__name__}: {first_line(error)}): its files are damaged, or of a "
-            "kind that is not known here"
+            "kind that is not supported: download it again, or choose another model"
         ) from error
 
 
@@ -67,55 +72,65 @@ def load_model(
     exact: bool = True,
     layers: OptionValue | None = None,
 ) -> Loaded:
-    """For products of about `rows` rows; `exact`: its bits matter. On a GPU forwards are recorded as `graphs`. `layers`: keep
-    only so many of the model's layers, the first ones. Raises EngineError."""
+    """Load the model in `directory`.
+
+    `reference`: the model's name in error messages. `rows`: the usual number of rows of a product, for packing weights.
+    `most_positions`: an upper limit for the length of a generation. `graphs`: on a GPU, use our own kernels, recorded as CUDA
+    graphs. `exact`: the bits of the logits matter, as for a target. `layers`: keep only so many of the model's layers, the first
+    ones.
+
+    Raises EngineError.
+    """
     if quantization not in ("none", "int8"):
-        raise EngineError(f"unknown quantization {quantization!r}: choose auto, none, int8")
+        raise EngineError(f"unknown quantization {quantization!r}: choose auto, none or int8")
     int8 = quantization == "int8"
     number_type = int8_dtype(device) if int8 else _dtype(dtype, device)
 
-    def lay_out(linear: nn.Linear) -> nn.Module:
+    def convert(linear: nn.Linear) -> nn.Module:
         return quantize_int8(linear) if int8 else pack(linear, rows)
 
-    with _one_sentence(reference):
+    with _as_engine_error(reference):
         checkpoint = read_checkpoint(directory, number_type, device)
         if checkpoint is None:
-            loaded = _load_by_library(directory, device, reference, number_type, most_positions, lay_out, layers)
+            loaded = _load_with_transformers(directory, device, reference, number_type, most_positions, convert, layers)
         else:
             keep_layers(checkpoint.config, layers, reference)
             positions = min(most_positions, int(checkpoint.config.max_position_embeddings))
             with torch.inference_mode():
                 decoder = Decoder(checkpoint.weights, checkpoint.config, *checkpoint.rope(positions, number_type))
-                decoder.lay_out(lay_out)
+                decoder.replace_linear_layers(convert)
             loaded = Loaded(decoder, checkpoint.config, positions)
     if graphs and device.type == "cuda" and isinstance(loaded.decoder, Decoder):
-        return replace(loaded, decoder=on_a_gpu(loaded.decoder, exact=exact))
+        return replace(loaded, decoder=with_gpu_kernels(loaded.decoder, exact=exact))
     return loaded
 
 
-def on_a_gpu(decoder: Decoder, *, exact: bool = True) -> ComputesLogits:
-    """By kernels of our own, where they can be compiled and run: Triton comes with torch for CUDA, and wants a C compiler."""
+def with_gpu_kernels(decoder: Decoder, *, exact: bool = True) -> ComputesLogits:
+    """Return the decoder with our own GPU kernels, or `decoder` itself where they do not work.
+
+    The kernels are written in Triton, which comes with torch for CUDA and needs a C compiler.
+    """
     try:
         from dsi_workers.decoding.gpu.decoder import GpuDecoder
 
         by_kernels = GpuDecoder(decoder)
-        by_kernels.try_out()
-    except Exception as error:  # of a compiler, a driver, a GPU: whatever it is, there is another way
+        by_kernels.check_kernels()
+    except Exception as error:  # of the compiler, the driver or the GPU: torch's operations may still work
         if exact and isinstance(error, torch.OutOfMemoryError):
-            raise  # by torch's operations it would have other bits than servers that had room
+            raise  # torch's operations would give this target different bits than target servers with enough memory
         reason = f"{type(error).__name__}: {error}"[:300]
-        log.warning("our kernels cannot be used here: forwards take nearly twice as long", reason=reason)
+        log.warning("the GPU kernels do not work here: forward passes take nearly twice as long", reason=reason)
         return decoder
     return by_kernels
 
 
-def _load_by_library(
-    directory: Path, device: torch.device, reference: str, dtype: torch.dtype, most_positions: int, lay_out: Any,
+def _load_with_transformers(
+    directory: Path, device: torch.device, reference: str, dtype: torch.dtype, most_positions: int, convert: Any,
     layers: OptionValue | None,
 ) -> Loaded:  # fmt: skip
-    # Importing the library takes seconds: only for who needs it.
+    # Importing transformers takes seconds, so only models that need it import it.
     from dsi_workers.checkpoints.compatibility import position_limit, refuse_if_not_rewindable
-    from dsi_workers.checkpoints.library import LibraryDecoder, as_decoder, read_config, read_model
+    from dsi_workers.checkpoints.library import TransformersDecoder, as_decoder, read_config, read_model
 
     whole = read_config(directory, reference)
     refuse_if_not_rewindable(whole, reference)
@@ -123,7 +138,7 @@ def _load_by_library(
     positions = min(most_positions, position_limit(config))
     keep_layers(config, layers, reference)
     model = read_model(directory, dtype, device, whole)
-    library = LibraryDecoder(model, config, positions - 1)
+    library = TransformersDecoder(model, config, positions - 1)
 
     def logits(decoder: ComputesLogits) -> torch.Tensor:
         forward = Forward(decoder, config, device, slots=1, capacity=_TRIAL)
@@ -133,10 +148,10 @@ def _load_by_library(
     decoder = as_decoder(model, config, positions)
     if decoder is not None:
         expected = logits(library)
-        if (logits(decoder) - expected).norm() <= _NEAR[dtype] * expected.norm():
-            decoder.lay_out(lay_out)
+        if (logits(decoder) - expected).norm() <= _TOLERANCE[dtype] * expected.norm():
+            decoder.replace_linear_layers(convert)
             return Loaded(decoder, config, positions)
-    replace_linear_layers(model, lay_out)
+    replace_linear_layers(model, convert)
     return Loaded(library, config, positions)
 
 

@@ -1,1 +1,1 @@
-"""Forwards with the same bits however tokens are grouped: layers, attention, KV cache, kernels, and the widths that agree."""
+"""Forward passes of a model: layers, attention, KV cache and kernels. The bits of a token do not depend on its batch."""

@@ -1,7 +1,8 @@
-"""Llama and its kin as few operations for each layer: the library's own take longer than what they compute, for a few rows.
+"""The decoder for models of the Llama family, with few torch operations per layer.
 
-The projections of queries, keys and values are one product, those of gate and up another; query heads that share keys are
-rows of one head. What is computed is what the library's layers compute.
+For a few rows, the overhead of transformers' own layers takes longer than their arithmetic. This decoder computes the same
+function with fewer operations: one matrix product for queries, keys and values, and one for gate and up. Keys are not
+copied for query heads that share them (attention.py).
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dsi_workers.decoding.attention import attend, mask_of_group
-from dsi_workers.decoding.kv_cache import SlotCache, SlotLayer
-from dsi_workers.decoding.packed import Masks, Packed
+from dsi_workers.decoding.attention import additive_group_mask, attend
+from dsi_workers.decoding.kv_cache import SegmentTensors, SlotCache, SlotLayer
+from dsi_workers.decoding.packed import Masks, PackedBatch
 
 
 @dataclass(slots=True)
 class Layer:
+    """The weights of one decoder layer."""
+
+    #: The layer's entry in `layer_types` of config.json, such as "sliding_attention". "" if the model names none.
     kind: str
     input_norm: torch.Tensor
     qkv: nn.Module
@@ -32,28 +36,33 @@ class Layer:
     down: nn.Module
 
 
-_PRODUCTS = ("qkv", "output", "gate_up", "down")
+_LINEAR_LAYERS = ("qkv", "output", "gate_up", "down")
 
 
 @dataclass(slots=True)
-class _Turns:
-    """What the rows of one forward are rotated by, [rows, 1, dim], and what each segment may read, by kind of layer."""
+class _RopeAndMasks:
+    """Inputs of one forward pass that are the same in every layer."""
 
+    #: RoPE of each row: [rows, 1, dim].
     cos: torch.Tensor
     sin: torch.Tensor
+    #: By kind of layer: the attention mask of each segment.
     masks: dict[str, list[torch.Tensor | None]]
-    #: Attention of each position is computed by itself.
-    apart: bool
+    #: See `attend`.
+    per_position: bool
 
 
 class Decoder:
-    """A model as a function of rows of several generations, packed one after another, whose keys a SlotCache holds."""
+    """Computes logits for packed rows of several generations. Their keys and values are in a SlotCache.
+
+    Runs of the generations lie one after another in one batch of rows (packed.py).
+    """
 
     recorded_rows: Sequence[int] = ()
-    group_rows, sums_in_one_order = 1, False
+    group_rows, batch_invariant = 1, False
 
     def __init__(self, weights: Mapping[str, torch.Tensor], config: Any, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Weights and configuration have the library's names; cos and sin are [positions, head_dim]."""
+        """`weights` and `config` use transformers' names. `cos` and `sin` are [positions, head_dim]."""
         self.embedding = weights["model.embed_tokens.weight"]
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.dim = cos.shape[-1]
@@ -64,7 +73,7 @@ class Decoder:
         self._epsilon = torch.tensor(self.epsilon, device=self.device)
         sign = torch.ones(self.dim, dtype=self.dtype, device=self.device)
         sign[: self.dim // 2] = -1
-        #: [positions, dim]. The first half of the sines is negative.
+        #: [positions, dim]. The first half of each row of `sin` is negated: RoPE needs that sign there.
         self.cos, self.sin = cos.to(self.device), sin.to(self.device) * sign
         number = int(config.num_hidden_layers)
         kinds = getattr(config, "layer_types", None) or [""] * number
@@ -73,86 +82,97 @@ class Decoder:
         self.norm = weights["model.norm.weight"]
         self.head: nn.Module = _linear(weights, "lm_head")
 
-    def lay_out(self, lay_out: Callable[[nn.Linear], nn.Module]) -> None:
-        """Replace what multiplies by weights, one after another, so that few weights are there twice."""
+    def replace_linear_layers(self, convert: Callable[[nn.Linear], nn.Module]) -> None:
+        """Replace every linear layer by `convert(layer)`.
+
+        Layers are converted one at a time, so that only one layer's weights are in memory twice.
+        """
         for layer in self.layers:
-            for name in _PRODUCTS:
-                setattr(layer, name, lay_out(getattr(layer, name)))
+            for name in _LINEAR_LAYERS:
+                setattr(layer, name, convert(getattr(layer, name)))
         assert isinstance(self.head, nn.Linear)
-        self.head = lay_out(self.head)
+        self.head = convert(self.head)
 
-    def products(self) -> list[Any]:
-        return [getattr(self.layers[0], name) for name in _PRODUCTS] + [self.head]
+    def linear_layers(self) -> list[Any]:
+        """The linear layers of the first decoder layer, and the head. All decoder layers have the same shapes."""
+        return [getattr(self.layers[0], name) for name in _LINEAR_LAYERS] + [self.head]
 
-    def __call__(self, packed: Packed, cache: SlotCache, between_layers: Callable[[], None]) -> torch.Tensor:
-        """Logits [len(packed.kept), vocabulary]."""
-        turns = self._turns(packed)
+    def __call__(self, packed: PackedBatch, cache: SlotCache, between_layers: Callable[[], None]) -> torch.Tensor:
+        """Compute one forward pass. Returns logits [len(packed.logits_to_keep), vocabulary]."""
+        shared = self._rope_and_masks(packed)
         x = functional.embedding(torch.tensor(packed.ids, device=self.device), self.embedding)
-        for layer, stored in zip(self.layers, cache.layers, strict=True):
+        for layer, cache_layer in zip(self.layers, cache.layers, strict=True):
             between_layers()
-            x = self._advance(x, layer, stored, turns)
-        kept = torch.tensor(packed.kept, device=self.device)
-        logits: torch.Tensor = self.head.forward(self._normed(x[kept], self.norm))
+            x = self._apply_layer(x, layer, cache_layer, shared)
+        kept = torch.tensor(packed.logits_to_keep, device=self.device)
+        logits: torch.Tensor = self.head.forward(self._rms_norm(x[kept], self.norm))
         return logits
 
-    def _turns(self, packed: Packed) -> _Turns:
-        # Padding may lie beyond the last position that the model knows.
+    def _rope_and_masks(self, packed: PackedBatch) -> _RopeAndMasks:
+        # The positions of padding may exceed the model's last position.
         positions = torch.tensor(packed.positions, device=self.device).clamp(max=len(self.cos) - 1)
-        own_masks: dict[str, list[torch.Tensor | None]] = {"": [None] * len(packed.segments)}
-        if not self.masks.hide_nothing(packed):
+        segment_masks: dict[str, list[torch.Tensor | None]] = {"": [None] * len(packed.segments)}
+        if not self.masks.needs_no_mask(packed):
             masks = self.masks.of(packed, self.device)
             kinds = masks if isinstance(masks, Mapping) else {"": masks}
-            own_masks = {kind: self._own_masks(mask, packed) for kind, mask in kinds.items()}
-        return _Turns(self.cos[positions][:, None], self.sin[positions][:, None], own_masks, packed.apart)
+            segment_masks = {kind: self._segment_masks(mask, packed) for kind, mask in kinds.items()}
+        return _RopeAndMasks(
+            self.cos[positions][:, None], self.sin[positions][:, None], segment_masks, packed.per_position
+        )
 
-    def _advance(self, x: torch.Tensor, layer: Layer, stored: SlotLayer, turns: _Turns) -> torch.Tensor:
-        """By one layer. x: [rows, hidden]."""
+    def _apply_layer(
+        self, x: torch.Tensor, layer: Layer, cache_layer: SlotLayer, shared: _RopeAndMasks
+    ) -> torch.Tensor:
+        """Return the output of one decoder layer, and store its keys and values. x: [rows, hidden]."""
         rows, heads, kv_heads, dim = len(x), self.heads, self.kv_heads, self.dim
-        # `forward`, not a call: what torch looks for around a module costs as much as a small product.
-        qkv = layer.qkv.forward(self._normed(x, layer.input_norm)).view(rows, heads + 2 * kv_heads, dim)
+        # `layer.forward(x)` skips torch's hooks. For a few rows, the hook checks of `layer(x)` cost as much as the product.
+        qkv = layer.qkv.forward(self._rms_norm(x, layer.input_norm)).view(rows, heads + 2 * kv_heads, dim)
         queries_keys, values = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
         if layer.query_norm is not None and layer.key_norm is not None:
             queries, keys = queries_keys.split((heads, kv_heads), dim=1)
             queries_keys = torch.cat(
-                (self._normed(queries, layer.query_norm), self._normed(keys, layer.key_norm)), dim=1
+                (self._rms_norm(queries, layer.query_norm), self._rms_norm(keys, layer.key_norm)), dim=1
             )
-        turned = queries_keys.roll(dim // 2, -1)
-        rotated = torch.addcmul(queries_keys * turns.cos, turned, turns.sin).transpose(0, 1)[None]
-        pieces = stored.update(rotated[:, heads:], values.transpose(0, 1)[None])
-        own = turns.masks[layer.kind if len(turns.masks) > 1 else ""]
-        attended = self._attend(rotated[:, :heads], pieces, own, apart=turns.apart)
+        swapped = queries_keys.roll(dim // 2, -1)
+        rotated = torch.addcmul(queries_keys * shared.cos, swapped, shared.sin).transpose(0, 1)[None]
+        keys_values = cache_layer.update(rotated[:, heads:], values.transpose(0, 1)[None])
+        masks = shared.masks[layer.kind if len(shared.masks) > 1 else ""]
+        attended = self._attend(rotated[:, :heads], keys_values, masks, per_position=shared.per_position)
         x = x + layer.output.forward(attended.reshape(rows, heads * dim))
-        gate, up = layer.gate_up.forward(self._normed(x, layer.mlp_norm)).chunk(2, dim=-1)
+        gate, up = layer.gate_up.forward(self._rms_norm(x, layer.mlp_norm)).chunk(2, dim=-1)
         x = x + layer.down.forward(functional.silu(gate) * up)
         return x
 
-    def _own_masks(self, mask: torch.Tensor, packed: Packed) -> list[torch.Tensor | None]:
-        """For each segment: they are the same in each layer."""
+    def _segment_masks(self, mask: torch.Tensor, packed: PackedBatch) -> list[torch.Tensor | None]:
+        """Split the mask [1, 1, rows, readable] into one additive mask per segment."""
         found, begin, group = list[torch.Tensor | None](), 0, self.heads // self.kv_heads
         for segment in packed.segments:
             end = begin + segment.width
-            found.append(mask_of_group(mask[:, :, begin:end, : segment.readable], group, self.dtype))
+            found.append(additive_group_mask(mask[:, :, begin:end, : segment.readable], group, self.dtype))
             begin = end
         return found
 
     def _attend(
-        self, queries: torch.Tensor, pieces: Any, masks: list[torch.Tensor | None], *, apart: bool
+        self, queries: torch.Tensor, segments: SegmentTensors, masks: list[torch.Tensor | None], *, per_position: bool
     ) -> torch.Tensor:
-        """[1, rows, heads, dim]. Rows of no segment are padding and get zeros."""
+        """Attention of each segment to its own slot: [1, rows, heads, dim]. Padding rows get zeros."""
         outputs, begin = [], 0
-        for (rows, keys), (_, values), mask in zip(*pieces, masks, strict=True):
-            outputs.append(attend(queries[:, :, rows], keys, values, mask, self.scaling, apart=apart))
+        for (rows, keys, values), mask in zip(segments, masks, strict=True):
+            outputs.append(attend(queries[:, :, rows], keys, values, mask, self.scaling, per_position=per_position))
             begin = rows.stop
         if begin < queries.shape[2]:
             outputs.append(queries.new_zeros(1, queries.shape[2] - begin, self.heads, self.dim))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
-    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return root_mean_square_normed(x, weight, self._epsilon)
+    def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, weight, self._epsilon)
 
 
-def root_mean_square_normed(x: torch.Tensor, weight: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
-    """Along the last dimension, in float32 as the library does it; the mean by way of the length, which is one pass."""
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: torch.Tensor) -> torch.Tensor:
+    """RMSNorm along the last dimension, computed in float32 as in transformers.
+
+    The mean of squares comes from the vector norm, because that reads `x` only once.
+    """
     wide = x.float()
     length = torch.linalg.vector_norm(wide, 2, -1, True)
     return (wide * torch.addcmul(epsilon, length, length, value=1 / x.shape[-1]).rsqrt_()).to(x.dtype) * weight
@@ -173,7 +193,7 @@ def _layer(weights: Mapping[str, torch.Tensor], name: str, kind: str) -> Layer:
 
 
 def _linear(weights: Mapping[str, torch.Tensor], *names: str) -> nn.Linear:
-    """One layer that gives what these give, one after another."""
+    """Concatenate the named linear layers into one, whose output is their outputs one after another."""
     parts = [weights[f"{name}.weight"] for name in names]
     biases = [weights[f"{name}.bias"] for name in names if f"{name}.bias" in weights]
     weight = parts[0] if len(parts) == 1 else torch.cat(parts)

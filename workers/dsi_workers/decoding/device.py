@@ -1,4 +1,4 @@
-"""What an engine asks of the machine: a device that is there, and memory that stays."""
+"""Settings of the machine for an engine: choose the device, and keep freed memory in the process."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dsi_workers.engine import EngineError
 
 
 def torch_device(name: str) -> torch.device:
+    """Return the device with this name, such as "cpu:0" or "cuda:1", and select it. Raises EngineError if it is missing."""
     kind, _, index = name.partition(":")
     if kind == "cpu":
         return torch.device("cpu")
@@ -23,8 +24,11 @@ def torch_device(name: str) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Give back what loading needed, once. From then on stop glibc from giving large blocks back after each forward:
-    at long contexts the page faults that follow can cost as much as the forward itself."""
+    """Stop glibc from returning large freed blocks to the system after each forward pass.
+
+    With long contexts, the page faults for getting such blocks again can take as long as the forward pass. Memory that loading
+    the model has freed is returned once, before that.
+    """
     if os.uname().sysname == "Linux":
         try:
             libc = ctypes.CDLL("libc.so.6")

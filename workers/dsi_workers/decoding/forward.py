@@ -1,4 +1,4 @@
-"""One forward of a model over runs of positions of one or several generations, packed one after another."""
+"""A forward pass of a model over runs of positions, of one or several generations, packed one after another."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ import torch
 
 from dsi_workers.backend import Run
 from dsi_workers.decoding.kv_cache import SlotCache
-from dsi_workers.decoding.packed import Packed, Segment
+from dsi_workers.decoding.packed import PackedBatch, Segment
 from dsi_workers.engine import Interrupt, Never
 
-#: The readable part of the cache grows in steps of so many positions, if that keeps the bits: shorter reads, few shapes.
+#: A forward pass reads the cache up to a multiple of this many positions, if that keeps the bits. A pass then reads little
+#: more than it needs, and its attention has few different shapes.
 READ_STEP = 512
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
+    """Numbers of query heads and KV heads, and the size and number type of a head."""
+
     heads: int
     kv_heads: int
     dim: int
@@ -27,26 +30,29 @@ class AttentionShape:
 
 
 class ComputesLogits(Protocol):
-    """A Decoder, a LibraryDecoder or a GpuDecoder."""
+    """Computes logits from packed rows: a Decoder, a TransformersDecoder or a GpuDecoder."""
 
     dtype: torch.dtype
-    #: Forwards of so many rows are recorded when they are first computed, others are widened to these; more rows are computed
-    #: in another way, as prompts are. Empty: none is recorded.
+    #: Numbers of rows for which CUDA graphs are recorded, at first use. Fewer rows are padded to the next of these numbers.
+    #: More rows, as of a prompt, are computed without graphs. Empty: there are no graphs.
     recorded_rows: Sequence[int]
-    #: A run takes a multiple of so many rows.
+    #: Each run takes a multiple of this many rows.
     group_rows: int
-    #: Whether attention and norms do not depend on the number of rows: kernels of our own are made so.
-    sums_in_one_order: bool
+    #: True if the bits of attention and norms do not depend on the number of rows. Our GPU kernels guarantee this.
+    batch_invariant: bool
 
-    def __call__(self, packed: Packed, cache: SlotCache, between_layers: Callable[[], None]) -> torch.Tensor:
-        """Logits [len(packed.kept), vocabulary]."""
+    def __call__(self, packed: PackedBatch, cache: SlotCache, between_layers: Callable[[], None]) -> torch.Tensor:
+        """Compute one forward pass. Returns logits [len(packed.logits_to_keep), vocabulary].
 
-    def products(self) -> list[Any]:
-        """What multiplies by weights: called with [rows, in_features] of its dtype."""
+        `between_layers` is called repeatedly during the pass. An exception that it raises ends the pass.
+        """
+
+    def linear_layers(self) -> list[Any]:
+        """Linear layers of every shape in the model. Each maps [rows, in_features] to [rows, out_features]."""
 
 
 class Forward:
-    """A loaded model as a function of runs. Interrupted between layers; then no run has been computed."""
+    """Runs forward passes of a loaded model. An interrupt takes effect between layers; then no run counts as computed."""
 
     def __init__(
         self, decoder: ComputesLogits, config: Any, device: torch.device, *, slots: int, capacity: int
@@ -55,27 +61,27 @@ class Forward:
         self._config = config
         self.device = device
         self.interrupt: Interrupt = Never()
-        #: Forwards so far.
+        #: Forward passes so far.
         self.count = 0
-        #: The cache is read up to the next multiple of this.
+        #: The cache is read up to the next multiple of this many positions.
         self.read_step = READ_STEP
-        #: Attention of each position is computed by itself: where the bits depend on what is beside it.
-        self.attends_apart = False
+        #: Compute attention for each position by itself. Needed where its bits would depend on the other rows.
+        self.attends_per_position = False
         self.cache = SlotCache(int(config.num_hidden_layers), slots=slots, capacity=_round_up(capacity, READ_STEP))
 
     @torch.inference_mode()
     def __call__(self, runs: Sequence[Run], *, rows: int, logit_rows: int) -> list[torch.Tensor]:
-        """For each run the logits [n, vocabulary] after the inputs that it wants them for.
+        """Compute one forward pass. Returns logits [len(run.wanted), vocabulary] for each run.
 
-        The forward has `rows` rows, at least as many as the runs together, and computes logits for at least
-        `logit_rows` of them: the bits of a matrix product may depend on how many rows it has.
+        The pass has `rows` rows, at least as many as the runs together. It computes logits for at least `logit_rows` rows.
+        The caller chooses both numbers, because the bits of a matrix product may depend on its number of rows.
         """
         self.interrupt.check()
         self.count += 1
         ids, positions, segments, wanted = list[int](), list[int](), list[Segment](), list[int]()
         for run in runs:
             readable = min(_round_up(run.begin + run.width, self.read_step), self.cache.capacity)
-            segments.append(Segment(run.slot, run.begin, run.width, readable))
+            segments.append(Segment(run.slot, run.begin, run.width, readable, run.fork))
             wanted += [len(ids) + position - run.begin for position in run.wanted]
             ids += [*run.tokens, *[0] * (run.width - len(run.tokens))]
             positions += range(run.begin, run.begin + run.width)
@@ -84,37 +90,39 @@ class Forward:
         kept = wanted + [0] * max(logit_rows - len(wanted), not wanted)
         self.cache.segments = segments
         logits = self._decoder(
-            Packed(ids, positions, segments, kept, self.attends_apart), self.cache, self.interrupt.check
+            PackedBatch(ids, positions, segments, kept, self.attends_per_position), self.cache, self.interrupt.check
         )
         return list(logits[: len(wanted)].split([len(run.wanted) for run in runs]))
 
     def timed_s(self, runs: Sequence[Run], *, rows: int, logit_rows: int) -> float:
-        """How long a forward takes, to the end: on a GPU a call returns before."""
+        """Seconds of one forward pass, until the device has finished it. On a GPU, the call itself returns earlier."""
         begun = time.perf_counter()
         self(runs, rows=rows, logit_rows=logit_rows)
         self.finish()
         return time.perf_counter() - begun
 
     def finish(self) -> None:
-        """Wait until what was launched is computed."""
+        """Wait until the device has finished all launched work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def products(self) -> list[Any]:
-        """One of each shape."""
-        return list({(layer.in_features, layer.out_features): layer for layer in self._decoder.products()}.values())
+    def linear_layers(self) -> list[Any]:
+        """One linear layer of each shape in the model."""
+        return list(
+            {(layer.in_features, layer.out_features): layer for layer in self._decoder.linear_layers()}.values()
+        )
 
     @property
     def recorded_rows(self) -> Sequence[int]:
         return self._decoder.recorded_rows
 
     def rows_of(self, run: Run) -> int:
-        """What it takes of the most rows that a forward may have."""
+        """Rows that the run takes in a forward pass: its width, rounded up to whole groups."""
         return _round_up(run.width, self._decoder.group_rows)
 
     @property
-    def sums_in_one_order(self) -> bool:
-        return self._decoder.sums_in_one_order
+    def batch_invariant(self) -> bool:
+        return self._decoder.batch_invariant
 
     @property
     def decoder_kind(self) -> str:

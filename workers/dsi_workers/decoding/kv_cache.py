@@ -1,73 +1,98 @@
-"""A KV cache addressed by position: rejecting, rewinding and aborting need no operation on it.
+"""A KV cache addressed by slot and position. Rejected drafts, rewinds and aborted forward passes need no repair.
 
-DynamicCache appends, StaticCache counts: after a rejected token or an aborted forward each must be repaired, or it
-gives wrong logits without an exception. Here the worker says where to write (`Segment.position`), the mask says what may
-be read, and a slot that holds something stale is overwritten before any mask shows it.
+transformers' DynamicCache appends, and its StaticCache counts. Both must be repaired after a rejected token or an aborted
+forward pass; without repair they give wrong logits and no error. Here each segment names the position to write to
+(`Segment.position`), and the mask says which positions may be read. Stale entries do no harm: each is overwritten before
+a mask lets a row read it.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from dsi_workers.decoding.packed import Segment
 
-#: For each segment of a forward: the rows that are its own, and what attention of these rows reads.
-Pieces = list[tuple[slice, torch.Tensor]]
+#: For each segment of a forward pass: its rows, and the keys and values that these rows read. They are right until the next
+#: segment is asked for.
+SegmentTensors = Iterator[tuple[slice, torch.Tensor, torch.Tensor]]
 
 
 class SlotLayer:
-    """One layer: keys and values are [slots, kv_heads, capacity, head_dim], allocated when they are first used."""
+    """One layer of the cache. Keys and values are [slots, kv_heads, capacity, head_dim], allocated at first use."""
 
     def __init__(self, cache: SlotCache) -> None:
         self._cache = cache
-        self._kept: tuple[_Kept, _Kept] | None = None
-        #: [1, kv_heads, capacity, head_dim]: looked up in every forward.
+        self._storage: tuple[_SlotTensor, _SlotTensor] | None = None
+        #: Views of the keys and values of each slot, [1, kv_heads, capacity, head_dim], made once for speed.
         self._of_slot: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[Pieces, Pieces]:
-        """Write [1, kv_heads, rows, dim] where the cache's segments say; return what each of them reads."""
-        begin, readable_keys, readable_values = 0, Pieces(), Pieces()
-        if self._kept is None:
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> SegmentTensors:
+        """Store the new keys and values, one segment after another, and yield what each segment reads.
+
+        key_states, value_states: [1, kv_heads, rows, dim]. `SlotCache.segments` says where each row is stored. A branch is
+        written over the slot's own path, so that attention reads one tensor as for a chain. What the branch overwrites is put
+        back after the branch's last segment.
+        """
+        begin, overwritten = 0, list[tuple[torch.Tensor, torch.Tensor]]()
+        if self._storage is None:
             self.tensors(key_states, value_states)
         for segment in self._cache.segments:
+            if segment.fork is None or segment.fork == segment.position:
+                _put_back(overwritten)
             rows = slice(begin, begin := begin + segment.width)
             written = slice(segment.position, segment.position + segment.width)
             keys, values = self._of_slot[segment.slot]
-            keys[:, :, written] = key_states[:, :, rows]
-            values[:, :, written] = value_states[:, :, rows]
-            readable_keys.append((rows, keys[:, :, : segment.readable]))
-            readable_values.append((rows, values[:, :, : segment.readable]))
-        return readable_keys, readable_values
+            for tensor, states in ((keys, key_states), (values, value_states)):
+                place = tensor[:, :, written]
+                if segment.fork is not None:
+                    overwritten.append((place, place.clone()))
+                place.copy_(states[:, :, rows])
+            yield rows, keys[:, :, : segment.readable], values[:, :, : segment.readable]
+        _put_back(overwritten)
 
-    def tensors(self, like_keys: torch.Tensor, like_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of all slots: for states [1, kv_heads, rows, dim] like these."""
-        if self._kept is None:
+    def tensors(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and values of all slots, [slots, kv_heads, capacity, head_dim].
+
+        The first call allocates them. It takes number of heads, head size, number type and device from the states
+        [1, kv_heads, rows, dim].
+        """
+        if self._storage is None:
             slots, capacity = self._cache.slots, self._cache.capacity
-            keys, values = self._kept = _Kept(like_keys, slots, capacity), _Kept(like_values, slots, capacity)
+            keys, values = self._storage = (
+                _SlotTensor(key_states, slots, capacity),
+                _SlotTensor(value_states, slots, capacity),
+            )
             self._of_slot = list(zip(keys.tensor.split(1), values.tensor.split(1), strict=True))
-        keys, values = self._kept
+        keys, values = self._storage
         return keys.tensor, values.tensor
 
     def copy(self, source: int, destination: int, positions: slice) -> None:
-        for kept in self._kept or ():
-            kept.tensor[destination, :, positions] = kept.tensor[source, :, positions]
+        for stored in self._storage or ():
+            stored.tensor[destination, :, positions] = stored.tensor[source, :, positions]
 
     def release(self, slot: int) -> None:
-        for kept in self._kept or ():
-            kept.release(slot)
+        for stored in self._storage or ():
+            stored.release(slot)
 
     def fill_at_random(self) -> None:
-        for kept in self._kept or ():
-            generator = torch.Generator(device=kept.tensor.device).manual_seed(0)
-            kept.tensor[0].normal_(generator=generator)
+        for stored in self._storage or ():
+            generator = torch.Generator(device=stored.tensor.device).manual_seed(0)
+            stored.tensor[0].normal_(generator=generator)
+
+
+def _put_back(overwritten: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Empty the list of (part of the cache, what it held), the last first."""
+    while overwritten:
+        place, held = overwritten.pop()
+        place.copy_(held)
 
 
 class SlotCache:
-    """`slots` generations of up to `capacity` positions. Set `segments` before a forward."""
+    """Keys and values of `slots` generations, of up to `capacity` positions each. Set `segments` before a forward pass."""
 
     def __init__(self, layers: int, *, slots: int, capacity: int) -> None:
         self.slots = slots
@@ -81,32 +106,35 @@ class SlotCache:
             layer.copy(source, destination, slice(begin, end))
 
     def release(self, slot: int) -> None:
-        """Give back the slot's memory, where memory is taken as it is used."""
+        """Return the slot's memory to the system. Only on a CPU, where memory is taken page by page."""
         for layer in self.layers:
             layer.release(slot)
 
     def fill_at_random(self) -> None:
-        """The first slot: where a test must see what a full cache does."""
+        """Fill slot 0 with random numbers, so that a trial sees the effect of a full cache."""
         for layer in self.layers:
             layer.fill_at_random()
 
 
-class _Kept:
-    """[slots, kv_heads, capacity, head_dim]. Zeros, not garbage: a masked position counts zero times its value, and zero
-    times infinity is not zero. On a CPU memory is taken page by page, when it is first written to."""
+class _SlotTensor:
+    """A zeroed tensor [slots, kv_heads, capacity, head_dim].
 
-    def __init__(self, like: torch.Tensor, slots: int, capacity: int) -> None:
-        shape = (slots, like.shape[1], capacity, like.shape[-1])
+    It must start as zeros: a masked position has weight zero, but zero times an infinity in uninitialized memory is NaN. On a
+    CPU the system provides each page of memory when the page is first written.
+    """
+
+    def __init__(self, states: torch.Tensor, slots: int, capacity: int) -> None:
+        shape = (slots, states.shape[1], capacity, states.shape[-1])
         self._memory: mmap.mmap | None = None
-        if like.device.type != "cpu":
-            self.tensor = like.new_zeros(shape)
+        if states.device.type != "cpu":
+            self.tensor = states.new_zeros(shape)
             return
-        self._slot_bytes = math.prod(shape[1:]) * like.element_size()
+        self._slot_bytes = math.prod(shape[1:]) * states.element_size()
         self._memory = mmap.mmap(-1, slots * self._slot_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.tensor = torch.frombuffer(self._memory, dtype=like.dtype).view(shape)
+        self.tensor = torch.frombuffer(self._memory, dtype=states.dtype).view(shape)
 
     def release(self, slot: int) -> None:
-        """Whole pages of the slot are zeros again."""
+        """Return the whole pages of the slot to the system. They read as zeros afterwards."""
         if self._memory is not None:
             begin = -(-slot * self._slot_bytes // mmap.PAGESIZE)
             end = (slot + 1) * self._slot_bytes // mmap.PAGESIZE

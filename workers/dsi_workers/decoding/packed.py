@@ -1,6 +1,6 @@
-"""What one forward computes: runs of positions of one or several generations, one after another in one row of inputs.
+"""The inputs of one forward pass: runs of positions of one or several generations, packed one after another.
 
-What multiplies by weights sees one long row; only attention must know where each run begins and which slot it reads.
+Linear layers see one batch of rows. Only attention needs to know where each run begins and which slot it reads.
 """
 
 from __future__ import annotations
@@ -11,62 +11,68 @@ from typing import Any
 
 import torch
 
-#: Boolean, [1, 1, rows, readable], True where a row may read; one for each kind of layer if they differ.
+#: Boolean mask [1, 1, rows, readable], True where a row may read. If kinds of layers differ, one mask for each kind.
 MaskTensors = torch.Tensor | Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of positions of one generation in a forward."""
+    """A run of positions of one generation in a forward pass.
+
+    It writes positions [position, position + width) of the slot. It reads positions [0, readable), as far as its mask allows.
+    """
 
     slot: int
-    #: It writes [position, position + width) and reads [0, readable), as far as its mask allows.
     position: int
     width: int
     readable: int
+    #: Of a branch: where it leaves the slot's own path (`Run.fork`).
+    fork: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
-    """ids and positions: one for each row, in the order of the segments. Rows beyond them are padding."""
+class PackedBatch:
+    """The rows of one forward pass, in the order of the segments. Rows after the last segment are padding."""
 
+    #: Token id and position of each row.
     ids: Sequence[int]
     positions: Sequence[int]
     segments: Sequence[Segment]
-    #: Rows after which logits are wanted.
-    kept: Sequence[int]
-    #: Attention of each position is computed by itself.
-    apart: bool = False
+    #: Rows whose logits are wanted.
+    logits_to_keep: Sequence[int]
+    #: Compute attention for each position by itself (see `attend`).
+    per_position: bool = False
 
 
 class Masks:
-    """Who may read what: the input at position p reads positions [0, p], or the last `window` of them."""
+    """Makes attention masks. The input at position p reads positions [0, p], or the last `sliding_window` of them."""
 
     def __init__(self, config: Any) -> None:
-        """The configuration has the library's names."""
+        """`config` uses transformers' names."""
         self._kinds = set(getattr(config, "layer_types", None) or ())
         window: int = getattr(config, "sliding_window", None) or 0
         slides = window > 0 and (not self._kinds or "sliding_attention" in self._kinds)
-        #: Positions that a row of a layer that slides reads at most; 0 where none slides.
-        self.window = window if slides else 0
+        #: The most positions that a row reads in a layer with sliding attention. 0 if the model has no such layer.
+        self.sliding_window = window if slides else 0
 
-    def window_of(self, kind: str) -> int:
-        """Of a layer of this kind; 0: it reads all."""
-        return self.window if kind == "sliding_attention" or not self._kinds else 0
+    def sliding_window_of(self, kind: str) -> int:
+        """The sliding window of a layer of this kind, in positions. 0 if the layer reads all positions."""
+        return self.sliding_window if kind == "sliding_attention" or not self._kinds else 0
 
-    def hide_nothing(self, packed: Packed) -> bool:
-        """Whether each row may read all that is read for it."""
-        return not self.window and all(
+    def needs_no_mask(self, packed: PackedBatch) -> bool:
+        """True if every segment is one row, and that row may read all positions in [0, readable)."""
+        return not self.sliding_window and all(
             segment.width == 1 and segment.readable == segment.position + 1 for segment in packed.segments
         )
 
-    def of(self, packed: Packed, device: torch.device) -> MaskTensors:
+    def of(self, packed: PackedBatch, device: torch.device) -> MaskTensors:
+        """Return the masks of all rows, as wide as the longest readable part."""
         positions = torch.tensor(packed.positions, device=device)
         places = torch.arange(max(segment.readable for segment in packed.segments), device=device)
         full: torch.Tensor = places[None, :] <= positions[:, None]
-        if not self.window:
+        if not self.sliding_window:
             return full[None, None]
-        sliding: torch.Tensor = (full & (places[None, :] > positions[:, None] - self.window))[None, None]
+        sliding: torch.Tensor = (full & (places[None, :] > positions[:, None] - self.sliding_window))[None, None]
         if not self._kinds:
             return sliding
         return {"full_attention": full[None, None], "sliding_attention": sliding}

@@ -1,12 +1,12 @@
-"""Weights laid out once for the kernel that multiplies by them, instead of at every forward.
+"""Linear layers for a CPU whose weights are packed once, at loading, in the memory layout of the oneDNN kernel.
 
-torch's own linear layer on a CPU rearranges its weight inside the multiplication; for a few positions that costs more than the
-multiplication. oneDNN takes a weight that was rearranged before: several positions then cost what one costs, which is
-what verification lives on (docs/exactness.md). Where torch has no such kernel the layers stay as they are.
+torch's own linear layer on a CPU packs its weight again in every call. For a few positions, packing takes longer than the
+multiplication. With a weight that is already packed, oneDNN multiplies several positions in the time of one. This is why
+verifying several drafts at once pays (docs/exactness.md). Where torch has no such kernel, layers stay as they are.
 
-Half precision needs instructions that many processors lack. There weights are laid out in float32: a product of several rows
-then takes a half to a quarter of the time of one in bfloat16, and every processor has the kernel. Inputs and results stay in
-half precision.
+Arithmetic in half precision needs instructions that many processors lack. There, weights are packed in float32: a product of
+several rows then takes a half to a quarter of the time that bfloat16 takes. Every processor has the float32 kernel. Inputs and
+outputs stay in half precision.
 """
 
 from __future__ import annotations
@@ -19,59 +19,62 @@ import torch
 from torch import nn
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Any of these instructions multiplies bfloat16, as torch.cpu.get_capabilities() names them.
+#: Instruction sets that multiply bfloat16, as torch.cpu.get_capabilities() names them. One of them is enough.
 _BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "avx_ne_convert")
-#: Of the norm of a small product: what bfloat16 rounds, and more.
-_NEAR = 0.02
+#: Relative tolerance of the trial product. Rounding to bfloat16 causes smaller errors.
+_TOLERANCE = 0.02
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T + b with W [out, in] packed for products of about `rows` rows, in the number type `arithmetic`. x: [..., in]."""
+    """A linear layer y = x W^T + b that computes in `compute_dtype`. x: [..., in].
 
-    def __init__(self, linear: nn.Linear, rows: int, arithmetic: torch.dtype) -> None:
+    W [out, in] is packed for inputs of about `rows` rows.
+    """
+
+    def __init__(self, linear: nn.Linear, rows: int, compute_dtype: torch.dtype) -> None:
         super().__init__()
-        # Neither parameter nor buffer: a packed tensor can be neither moved nor saved.
-        self._weight: Any = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(arithmetic), rows)
-        self._bias = None if linear.bias is None else linear.bias.detach().to(arithmetic)
+        # Not a parameter or buffer: torch cannot move or save a packed tensor.
+        self._weight: Any = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(compute_dtype), rows)
+        self._bias = None if linear.bias is None else linear.bias.detach().to(compute_dtype)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        #: Of x and y.
+        #: Number type of x and y.
         self.dtype = linear.weight.dtype
-        self.arithmetic = arithmetic
+        self.compute_dtype = compute_dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
-            x.to(self.arithmetic), self._weight, self._bias, "none", [], ""
+            x.to(self.compute_dtype), self._weight, self._bias, "none", [], ""
         )
         return y.to(self.dtype)
 
 
 def pack(linear: nn.Linear, rows: int) -> nn.Module:
-    """The layer packed, or as it is where that cannot be."""
+    """Return the layer packed for inputs of about `rows` rows, or unchanged where packing is not possible."""
     if linear.weight.device.type != "cpu" or linear.weight.dtype not in _DTYPES:
         return linear
-    arithmetic = _arithmetic_of(linear.weight.dtype)
-    return linear if arithmetic is None else PackedLinear(linear, rows, arithmetic)
+    compute_dtype = _compute_dtype_for(linear.weight.dtype)
+    return linear if compute_dtype is None else PackedLinear(linear, rows, compute_dtype)
 
 
 @functools.cache
-def _arithmetic_of(dtype: torch.dtype) -> torch.dtype | None:
-    """The number type in which weights of type `dtype` are multiplied on this processor; None if oneDNN multiplies in none."""
-    own = dtype is torch.float32 or (dtype is torch.bfloat16 and _has_bfloat16_instructions())
-    if own and _multiplies(dtype):
+def _compute_dtype_for(dtype: torch.dtype) -> torch.dtype | None:
+    """The number type in which this processor multiplies weights of type `dtype`. None if oneDNN has no kernel at all."""
+    native = dtype is torch.float32 or (dtype is torch.bfloat16 and _has_bfloat16_instructions())
+    if native and _packed_product_works(dtype):
         return dtype
-    return torch.float32 if _multiplies(torch.float32) else None
+    return torch.float32 if _packed_product_works(torch.float32) else None
 
 
 def _has_bfloat16_instructions() -> bool:
     found = torch.cpu.get_capabilities()
     if not str(found.get("architecture", "")).startswith("x86"):
-        return True  # not known: the trial product decides
+        return True  # torch names no instruction sets here: the trial product decides
     return any(found.get(name) for name in _BFLOAT16_INSTRUCTIONS)
 
 
 @torch.inference_mode()
-def _multiplies(dtype: torch.dtype) -> bool:
-    """Whether a small product by a packed weight can be computed, and comes out right."""
+def _packed_product_works(dtype: torch.dtype) -> bool:
+    """True if a small product with a packed weight can be computed and is right."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     generator = torch.Generator().manual_seed(0)
@@ -81,14 +84,17 @@ def _multiplies(dtype: torch.dtype) -> bool:
     expected = nn.functional.linear(x.double(), weight.double(), bias.double())
     try:
         found = PackedLinear(linear, len(x), dtype)(x)
-    except RuntimeError:  # oneDNN has no kernel for it, or may use none: ONEDNN_MAX_CPU_ISA
+    except RuntimeError:  # oneDNN has no such kernel, or the variable ONEDNN_MAX_CPU_ISA forbids it
         return False
-    return bool((found - expected).norm() <= _NEAR * expected.norm())
+    return bool((found - expected).norm() <= _TOLERANCE * expected.norm())
 
 
-def replace_linear_layers(model: nn.Module, lay_out: Callable[[nn.Linear], nn.Module]) -> None:
-    """Of the library's own model, one after the other, so that few weights are there twice."""
+def replace_linear_layers(model: nn.Module, convert: Callable[[nn.Linear], nn.Module]) -> None:
+    """Replace every linear layer of a transformers model by `convert(layer)`.
+
+    Layers are converted one at a time, so that only one layer's weights are in memory twice.
+    """
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
-                setattr(module, name, lay_out(child))
+                setattr(module, name, convert(child))

@@ -1,7 +1,7 @@
-"""A drafter out of the target's own weights in int8, so that there is nothing to download.
+"""Linear layers with int8 weights, for drafters. The drafter may be the target's own model, so nothing is downloaded.
 
-Each output row of a weight has one scale. On a CPU with fbgemm inputs are rounded to int8, too, as they come: that makes a
-product faster and its result coarser (docs/measured.md). Elsewhere inputs stay in bfloat16.
+Each output row of a weight has one scale. On a CPU with fbgemm, inputs are rounded to int8 as well, in each call. That makes
+products faster and less precise (docs/measured.md). Elsewhere inputs stay in bfloat16.
 """
 
 from __future__ import annotations
@@ -14,32 +14,37 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-#: Rows: about as many tokens are drafted or checked at once. A prompt has more.
-_FEW = 8
+#: The most rows of a drafting step: the next token, and guesses that are checked with it. Prompts have more rows.
+_FEW_ROWS = 8
+#: Avoids a division by zero.
 _TINY = 1e-30
-#: The largest weight in int8, of 8 bits and of 7. Two products of an input (at most 255) and a weight of 7 bits fit 16 bits.
+#: The largest absolute value of a weight, with 8 bits and with 7. The sum of two products of an input (at most 255) and a weight
+#: of 7 bits fits in 16 bits.
 _EIGHT_BITS, _SEVEN_BITS = 127, 64
 
 
 class DynamicInt8Linear(nn.Module):
-    """y = x W^T + b with weights and inputs in int8, sums in int32. x: [..., in] in float32.
+    """y = x W^T + b with weights and inputs in int8, and sums in int32. x: [..., in] in float32.
 
-    The kernel rounds all inputs of a product by one scale. Inside an MLP the first tokens of a text are a thousand times as
-    large as the others, which would all be rounded to nothing: so rows are brought to one size before and back after. That
-    takes time, and is left out for a few rows of what was normed just before, which is all but where an MLP narrows again.
+    The kernel rounds all rows of its input with one scale. Inside an MLP, the first tokens of a text are a thousand times as
+    large as the others, so one scale would round the others to zero. Therefore each row is divided by its largest value
+    before the product, and multiplied by it afterwards. That takes time, so it is omitted for one row, and for a few rows of a
+    layer with at least as many outputs as inputs. Only the down projection of an MLP has fewer outputs than inputs; the rows
+    of the other layers are of similar size, because most were normed just before.
 
-    Processors without VNNI add two products in 16 bits, and a sum that does not fit is cut. There weights have 7 bits, so that
-    every sum fits: of what costs the same that agrees most with the target (docs/exactness.md).
+    Processors without VNNI add two products in 16 bits, and saturate a sum that does not fit. On these, weights have 7 bits,
+    so that every sum fits. Of the options with equal cost, this one agrees most often with the target (docs/exactness.md).
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        torch.backends.quantized.engine = "fbgemm"  # for one row faster than torch's own choice between it and oneDNN
+        torch.backends.quantized.engine = "fbgemm"  # for one row, faster than torch's automatic choice
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach().float()
-        scales = _scales(weight, _SEVEN_BITS if _cuts_sums() else _EIGHT_BITS).double()
+        scales = _scales(weight, _SEVEN_BITS if _int16_sums_saturate() else _EIGHT_BITS).double()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # quantized tensors are to go, but this kernel takes its weights from one
+            # Quantized tensors are deprecated in torch, but this kernel takes its weights as one.
+            warnings.simplefilter("ignore")
             quantized = torch.quantize_per_channel(
                 weight, scales, torch.zeros(len(weight), dtype=torch.long), 0, torch.qint8
             )
@@ -49,16 +54,16 @@ class DynamicInt8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // self.in_features
-        if rows == 1 or (rows <= _FEW and self.in_features <= self.out_features):
+        if rows == 1 or (rows <= _FEW_ROWS and self.in_features <= self.out_features):
             y: torch.Tensor = self._multiply(x, self._weight)
         else:
-            sizes = torch.linalg.vector_norm(x, ord=torch.inf, dim=-1, keepdim=True).clamp_min_(_TINY)
-            y = self._multiply(x / sizes, self._weight).mul_(sizes)
+            largest = torch.linalg.vector_norm(x, ord=torch.inf, dim=-1, keepdim=True).clamp_min_(_TINY)
+            y = self._multiply(x / largest, self._weight).mul_(largest)
         return y if self._bias is None else y + self._bias
 
 
 class Int8Linear(nn.Module):
-    """y = x W^T + b with W as int8 [out, in] and one scale per output row. x: [..., in] in bfloat16."""
+    """y = x W^T + b with W in int8 [out, in] and one scale per output row. x: [..., in] in bfloat16."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -77,15 +82,19 @@ class Int8Linear(nn.Module):
 
 
 def _scales(weight: torch.Tensor, largest: int) -> torch.Tensor:
-    """Of each row [out], whose largest weight becomes `largest`. Without abs(): a copy of all weights would take half a second of
-    a small model's start."""
+    """The scale of each row [out]: the row's largest weight becomes `largest` in int8.
+
+    abs() is avoided: it would copy all weights, which takes half a second when a small model starts.
+    """
     return torch.maximum(weight.amax(dim=1), -weight.amin(dim=1)).clamp_min(1e-8) / largest
 
 
 @functools.cache
-def _cuts_sums() -> bool:
-    """Whether the kernel gives less than the sum of the largest products. Found by trying: which instructions it uses is its own
-    choice."""
+def _int16_sums_saturate() -> bool:
+    """True if the int8 kernel saturates sums of two large products, as processors without VNNI do.
+
+    A trial product decides, because the kernel itself chooses which instructions to use.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ones = torch.quantize_per_tensor(torch.ones(16, 64), 1 / _EIGHT_BITS, 0, torch.qint8)
@@ -95,12 +104,12 @@ def _cuts_sums() -> bool:
 
 
 def int8_dtype(device: torch.device) -> torch.dtype:
-    """What inputs of the int8 layers of this device have."""
+    """The number type of inputs of int8 layers on this device."""
     return torch.float32 if _rounds_inputs(device) else torch.bfloat16
 
 
 def quantize_int8(linear: nn.Linear) -> nn.Module:
-    """The layer in int8, for the device that it is on."""
+    """Return the layer in int8, in the form for the device that holds its weight."""
     return DynamicInt8Linear(linear) if _rounds_inputs(linear.weight.device) else Int8Linear(linear)
 
 

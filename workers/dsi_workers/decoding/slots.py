@@ -1,7 +1,8 @@
-"""Which generation has which slot of the KV cache, and what is still in the slots of those that ended.
+"""Assigns slots of the KV cache to generations, and reuses the prefix that an ended generation left in a slot.
 
-A chat's next turn begins with the text of the turns before. A slot keeps what its last generation read, until another
-needs the memory, the least recently used first; a generation whose prompt begins like that takes the slot over.
+The next turn of a chat begins with the text of the turns before. So a slot keeps its contents after its generation ends,
+until another generation needs the slot. A new generation takes the free slot that shares the longest prefix with its text;
+among equals, the least recently used one.
 """
 
 from __future__ import annotations
@@ -14,32 +15,39 @@ from dsi_workers.session import Session
 
 @dataclass(slots=True)
 class _Slot:
-    #: Whose it is now.
+    #: The session that uses the slot; None if the slot is free.
     session: Session | None = None
-    #: What an earlier generation left: positions [0, len(text)) of the cache were computed for these tokens.
-    text: list[int] = field(default_factory=list)
+    #: In a free slot: positions [0, len(cached_tokens)) of the cache were computed for these tokens.
+    cached_tokens: list[int] = field(default_factory=list)
 
 
 class Slots:
-    """`number` slots. An exact engine reuses whole blocks of the prompt only, which are computed alike in every generation:
-    `block` positions together, from position 0 on. The answer is computed in other forwards than a prompt would be. With
-    `block` None, of an engine that only guesses, everything is reused."""
+    """The slots 0 to `number` - 1.
+
+    A target may reuse only whole blocks of the prompt: `block` positions each, counted from position 0. Every generation
+    computes such a block in the same forward pass, so its bits are the same. Positions after the prompt were computed in
+    other forward passes. With `block` None, as for a drafter, whose bits do not matter, all positions are reused.
+    """
 
     def __init__(self, number: int, block: int | None) -> None:
         self._block = block
         self._slots: OrderedDict[int, _Slot] = OrderedDict(
             (slot, _Slot()) for slot in range(number)
-        )  # next victim first
+        )  # least recently used first
+        #: Slot of each generation.
         self._slot_of: dict[int, int] = {}
-        #: Positions that did not need to be computed.
+        #: Positions reused so far, instead of computed again.
         self.reused = 0
 
     def of(self, session: Session) -> int:
-        """The session's slot. If it has none, it gets one, and session.computed says how much of its text is in there; if
-        all are taken, the least recently used session will compute again."""
+        """Return the session's slot. Assigns one if the session has none.
+
+        After an assignment, `session.computed` is the number of positions that are already in the slot. If all slots are in
+        use, the least recently used session loses its slot and must compute its positions again.
+        """
         number = self._slot_of.get(session.generation)
         if number is None or self._slots[number].session is not session:
-            number = self._take(session)
+            number = self._assign(session)
             self._slot_of[session.generation] = number
         self._slots.move_to_end(number)
         return number
@@ -55,36 +63,38 @@ class Slots:
         return number
 
     def forget(self, session: Session) -> None:
-        """The generation is closed. What it read stays until the slot is needed."""
+        """Free the slot of a closed generation. Its contents stay until the slot is needed."""
         number = self._slot_of.pop(session.generation, None)
         if number is not None:
             slot = self._slots[number]
-            slot.session, slot.text = None, session.tokens[: self._reusable(session)]
+            slot.session, slot.cached_tokens = None, session.tokens[: self._reusable(session)]
 
     def _reusable(self, session: Session) -> int:
+        """How many positions of the session another generation may reuse."""
         if self._block is None:
             return session.computed
         return min(session.computed, session.prompt_length) // self._block * self._block
 
-    def _take(self, session: Session) -> int:
+    def _assign(self, session: Session) -> int:
         free = [number for number, slot in self._slots.items() if slot.session is None]
         if not free:
             number = next(iter(self._slots))
-            loser = self._slots[number].session
-            assert loser is not None
-            loser.computed = 0
-            del self._slot_of[loser.generation]
+            evicted = self._slots[number].session
+            assert evicted is not None
+            evicted.computed = 0
+            del self._slot_of[evicted.generation]
             self._slots[number] = _Slot(session)
             session.computed = 0
             return number
-        held = {number: self._common(self._slots[number].text, session) for number in free}
-        number = max(free, key=lambda number: held[number])  # of equals the one that was not used for longest
-        session.computed = held[number]
-        self.reused += held[number]
+        shared = {number: self._shared_prefix(self._slots[number].cached_tokens, session) for number in free}
+        number = max(free, key=lambda number: shared[number])  # among equals, the least recently used
+        session.computed = shared[number]
+        self.reused += shared[number]
         self._slots[number] = _Slot(session)
         return number
 
-    def _common(self, text: list[int], session: Session) -> int:
-        most = min(len(text), len(session.tokens))
-        same = next((at for at in range(most) if text[at] != session.tokens[at]), most)
+    def _shared_prefix(self, cached_tokens: list[int], session: Session) -> int:
+        """Positions of the slot that the session can reuse."""
+        most = min(len(cached_tokens), len(session.tokens))
+        same = next((at for at in range(most) if cached_tokens[at] != session.tokens[at]), most)
         return same if self._block is None else min(same, session.prompt_length) // self._block * self._block

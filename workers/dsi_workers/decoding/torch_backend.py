@@ -1,4 +1,4 @@
-"""The backend of this project: our own layers, or transformers' layers, on torch."""
+"""The backend on torch, with this project's own decoder or transformers' layers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from dsi_workers.engine import Interrupt, Never
 
 
 class TorchBackend:
-    """`widths`: the forwards of a target whose bits agree (widths.py). None for a drafter, which computes exactly the rows that
-    it must, since nobody compares its bits. `branch_slots`: how many slots of the cache are for branches (backend.py)."""
+    """Computes logits with torch, and pads the runs of a target to widths whose bits agree.
+
+    `widths` names these widths (widths.py). It is None for a drafter, whose bits do not matter: its runs are not padded.
+    `branch_slots`: how many slots of the cache are for branches (backend.py).
+    """
 
     def __init__(
         self,
@@ -34,10 +37,13 @@ class TorchBackend:
         self.window = window
         self.slots = forward.cache.slots - branch_slots
         self.branch_slots = branch_slots
+        self.tree_rows = 1
         self.forward = forward
         self.widths = widths
         recorded = max(forward.recorded_rows, default=1 << 30)
         self.most_rows = recorded if widths is None else min(recorded, widths.most)
+        if widths is not None:  # A branch is computed by windows of one forward.
+            self.tree_rows = max(1, self.most_rows // self.rows(Run(0, [0] * window, 0, window, 0)) * window)
 
     @property
     def forwards(self) -> int:
@@ -49,12 +55,12 @@ class TorchBackend:
 
     def compute(self, runs: Sequence[Run], interrupt: Interrupt) -> list[torch.Tensor]:
         self.forward.interrupt = interrupt
-        runs, rows, logit_rows = self._laid_out(runs)
+        runs, rows, logit_rows = self._plan_rows(runs)
         return self.forward(runs, rows=rows, logit_rows=logit_rows)
 
     def time_s(self, runs: Sequence[Run]) -> float:
         self.forward.interrupt = Never()
-        runs, rows, logit_rows = self._laid_out(runs)
+        runs, rows, logit_rows = self._plan_rows(runs)
         return self.forward.timed_s(runs, rows=rows, logit_rows=logit_rows)
 
     def copy(self, source: int, destination: int, begin: int, end: int) -> None:
@@ -62,7 +68,7 @@ class TorchBackend:
             self.forward.cache.copy(source, destination, begin, end)
 
     def rows(self, run: Run) -> int:
-        return self.forward.rows_of(self._wide(run, alone=False))
+        return self.forward.rows_of(self._with_width(run, alone=False))
 
     def warm_up(self) -> None:
         """Record the graphs of the forwards that are recorded on a GPU."""
@@ -72,18 +78,19 @@ class TorchBackend:
     def release(self) -> None:
         self.forward.cache.release(0)
 
-    def _laid_out(self, runs: Sequence[Run]) -> tuple[Sequence[Run], int, int]:
-        """The runs with their widths, the rows of the forward, and the rows that it computes logits for."""
+    def _plan_rows(self, runs: Sequence[Run]) -> tuple[Sequence[Run], int, int]:
+        """Return the runs with their widths, the rows of the forward pass, and the number of rows to compute logits for."""
         alone, widths = len(runs) == 1, self.widths
-        runs = [self._wide(run, alone=alone) for run in runs]
+        runs = [self._with_width(run, alone=alone) for run in runs]
         rows, logit_rows = sum(run.width for run in runs), sum(len(run.wanted) for run in runs)
         if widths is None:
             return runs, rows, logit_rows
-        if not alone and rows <= widths.most:  # a chunk of a prompt may be wider: it is by itself
+        if not alone and rows <= widths.most:  # a prompt chunk may be wider: it has a forward pass of its own
             rows = widths.cheapest(rows)
         return runs, rows, widths.cheapest(logit_rows) if logit_rows <= widths.most else logit_rows
 
-    def _wide(self, run: Run, *, alone: bool) -> Run:
+    def _with_width(self, run: Run, *, alone: bool) -> Run:
+        """Return the run with a width. `alone`: no other run is in the forward pass."""
         if run.width:
             return run
         length = len(run.tokens)

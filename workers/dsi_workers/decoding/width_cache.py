@@ -1,5 +1,8 @@
-"""Which widths agree is tried once: seconds of a start. What was found is kept in the user's cache directory for as long as
-nothing changes that it depends on: the model's shape, the libraries, the processor, the settings, and this package's code."""
+"""Caches the widths that agree (widths.py) in the user's cache directory, because finding them takes seconds.
+
+The cache key covers everything that the result depends on: the model's configuration, the libraries, the processor, the
+settings, and this package's code.
+"""
 
 from __future__ import annotations
 
@@ -19,36 +22,43 @@ from dsi_workers.decoding.forward import Forward
 from dsi_workers.decoding.widths import Widths
 from dsi_workers.models.files import ModelError, cache_directory
 
-#: Variables of the environment that choose kernels begin so.
-_CHOOSE_KERNELS = ("ATEN_", "CUBLAS_", "CUDA_", "DNNL_", "FBGEMM_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "TORCH_")
+#: Prefixes of environment variables that influence which kernels the libraries choose.
+_KERNEL_VARIABLES = ("ATEN_", "CUBLAS_", "CUDA_", "DNNL_", "FBGEMM_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "TORCH_")
 
 
 def widths_tried(
     forward: Forward, directory: Path, *, window: int, slots: int, try_them: Callable[[], Widths]
 ) -> Widths:
-    """Of the model in `directory`. Raises what `try_them` raises; then nothing is kept."""
+    """Return the widths of the model in `directory` from the cache, or else from `try_them`, whose result is then cached.
+
+    Also sets `read_step` and `attends_per_position` of `forward`. Exceptions of `try_them` are raised, and nothing is cached.
+    """
     try:
         cache = cache_directory()
-    except ModelError:  # no home
+    except ModelError:  # the user has no home directory
         return try_them()
     file = cache / "trials" / f"{_key(forward, directory, window, slots)}.json"
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
         costs_s = {int(width): float(cost_s) for width, cost_s in kept["costs_s"].items()}
-        read_step, attends_apart = int(kept["read_step"]), bool(kept["attends_apart"])
+        read_step, attends_per_position = int(kept["read_step"]), bool(kept["attends_per_position"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        costs_s, read_step, attends_apart = {}, 0, False
+        costs_s, read_step, attends_per_position = {}, 0, False
     if window in costs_s and read_step > 0:
-        forward.read_step, forward.attends_apart = read_step, attends_apart
+        forward.read_step, forward.attends_per_position = read_step, attends_per_position
         return Widths(costs_s)
     widths = try_them()
     with contextlib.suppress(OSError):  # a cache that cannot be written to costs only time
-        found = {"costs_s": widths.costs_s, "read_step": forward.read_step, "attends_apart": forward.attends_apart}
-        _keep(file, found)
+        found = {
+            "costs_s": widths.costs_s,
+            "read_step": forward.read_step,
+            "attends_per_position": forward.attends_per_position,
+        }
+        _store(file, found)
     return widths
 
 
-def _keep(file: Path, found: dict[str, object]) -> None:
+def _store(file: Path, found: dict[str, object]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as written:
         json.dump(found, written)
@@ -60,17 +70,18 @@ def _key(forward: Forward, directory: Path, window: int, slots: int) -> str:
     facts = [
         (directory / "config.json").read_text(encoding="utf-8"),
         f"{forward.decoder_kind} {forward.attention_shape}",
-        str([(type(layer).__name__, layer.in_features, layer.out_features) for layer in forward.products()]),
+        str([(type(layer).__name__, layer.in_features, layer.out_features) for layer in forward.linear_layers()]),
         f"{window} {slots} {forward.cache.capacity} {forward.read_step} {torch.get_num_threads()}",
         torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         torch.__config__.show(),
-        str(sorted(item for item in os.environ.items() if item[0].startswith(_CHOOSE_KERNELS))),
-        _code(),
+        str(sorted(item for item in os.environ.items() if item[0].startswith(_KERNEL_VARIABLES))),
+        _code_digest(),
     ]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
 
 
 def _processor() -> str:
+    """Model and features of this machine's processor."""
     file = Path("/proc/cpuinfo")
     if not file.is_file():
         return platform.processor()
@@ -79,8 +90,8 @@ def _processor() -> str:
 
 
 @functools.cache
-def _code() -> str:
-    """Of this package, and of the library whose layers it may run."""
+def _code_digest() -> str:
+    """A hash of this package's code, and the version of transformers, whose layers a model may use."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(file.read_bytes())

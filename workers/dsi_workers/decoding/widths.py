@@ -1,7 +1,10 @@
-"""Which forwards give the very same bits, found by trying: kernels may sum in another order for another number of rows.
+"""Finds out, by trial forward passes, which widths and batches give the same bits as one full window.
 
-An exact engine computes each token in forwards whose bits agree with those of a full window by itself, so that a token
-does not depend on how tokens were grouped into requests, nor on who else is in the batch (docs/exactness.md).
+A kernel may sum in a different order when its input has a different number of rows. So a target computes each token only in
+forward passes whose bits agree with those of a full window alone. Then a token depends neither on how tokens were grouped
+into requests, nor on other generations in the batch (docs/exactness.md).
+
+The width of a run is its number of rows. A window is the number of positions of a full verification.
 """
 
 from __future__ import annotations
@@ -14,31 +17,38 @@ import torch
 from torch import nn
 
 from dsi_workers.backend import Run
-from dsi_workers.decoding.attention import attend, mask_of_group
-from dsi_workers.decoding.decoder import root_mean_square_normed
+from dsi_workers.decoding.attention import additive_group_mask, attend
+from dsi_workers.decoding.decoder import rms_norm
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.engine import EngineError
 
+#: Widths to try for one run, if they are below the window.
 _NARROW = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+#: Numbers of windows to try in one forward pass.
 _BATCHES = (2, 4, 8, 16, 32, 64)
-#: Of each shape of layer at least so many numbers are compared.
-_PRODUCTS = 20_000
-#: So many rows are normed.
-_NORMS = 64
+#: Windows of one forward that are tried even for one generation: a tree's branches are runs of their own.
+_TREE_WINDOWS = 4
+#: For each shape of linear layer, and for attention, at least this many output values are compared.
+_LEAST_VALUES = 20_000
+#: At least this many rows are compared for norms.
+_NORM_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Widths:
-    """Rows of forwards whose bits agree, and the seconds that each took."""
+    """Numbers of rows of forward passes whose bits agree, with the seconds that each pass took."""
 
     costs_s: dict[int, float]
 
     def cheapest(self, rows: int, most: int = 1 << 30) -> int:
-        """For a forward of at least so many rows. A run of one generation has at most a window: wider ones were tried as
-        several runs."""
+        """The fastest width in [rows, most].
+
+        For the run of one generation, `most` must be the window: larger widths were tried only as several runs.
+        """
         return min((width for width in self.costs_s if rows <= width <= most), key=lambda width: self.costs_s[width])
 
     def narrowest(self, rows: int) -> int:
+        """The smallest width that has room for `rows` rows."""
         return min(width for width in self.costs_s if width >= rows)
 
     @property
@@ -47,7 +57,10 @@ class Widths:
 
 
 class Trial:
-    """Tries forwards of one model. `words`: token ids below it are known to the model."""
+    """Compares the bits of forward passes of one model.
+
+    `window`: positions of a full verification. `words`: size of the model's vocabulary. `name`: the model, for error messages.
+    """
 
     def __init__(self, forward: Forward, *, window: int, words: int, name: str) -> None:
         self._forward = forward
@@ -57,63 +70,69 @@ class Trial:
 
     @torch.inference_mode()
     def widths(self, slots: int) -> Widths:
-        """Of one generation, up to a window, and of batches of up to `slots`. Raises EngineError if not even windows
-        agree with themselves."""
+        """Return the widths whose bits agree: of one run up to a window, and of trees and batches of up to `slots` windows.
+
+        Raises EngineError if even full windows give different bits for the same tokens.
+        """
         self._make_windows_agree()
         window = self._window
         most = min([self._forward.cache.capacity, *self._forward.recorded_rows[-1:]])
         each = self._forward.rows_of(Run(0, (), 0, window, 0))
-        batches = [rows for rows in _BATCHES if rows <= slots and rows * each <= most]
-        begin = self._edges()[0] - window // 2
+        batches = [rows for rows in _BATCHES if rows <= max(slots, _TREE_WINDOWS) and rows * each <= most]
+        begin = self._read_boundaries()[0] - window // 2
         length = window * max(batches, default=1)
         begin = max(0, min(begin, self._forward.cache.capacity - length))
-        expected, cost_s = self._in_groups(begin, length, window)
+        expected, cost_s = self._compute_in_groups(begin, length, window)
         costs_s = {window: cost_s}
         for width in (width for width in _NARROW if width < window):
-            logits, cost_s = self._in_groups(begin, window, width)
+            logits, cost_s = self._compute_in_groups(begin, window, width)
             if torch.equal(logits, expected[:window]) and self._kernels_agree(width):
                 costs_s[width] = cost_s
         for rows in batches:
-            logits, cost_s = self._together(begin, rows)
-            if not (torch.equal(logits, expected[: len(logits)]) and self._products_agree(rows * window)):
+            logits, cost_s = self._compute_as_batch(begin, rows)
+            if not (torch.equal(logits, expected[: len(logits)]) and self._linear_layers_agree(rows * window)):
                 break
             costs_s[rows * window] = cost_s
         return Widths(dict(sorted(costs_s.items())))
 
     def _make_windows_agree(self) -> None:
-        """By the first way of attention in which they do. Raises EngineError if there is none."""
+        """Choose `attends_per_position` and `read_step` of the forward pass so that full windows give the same bits.
+
+        Raises EngineError if no combination does.
+        """
         step, capacity = self._forward.read_step, self._forward.cache.capacity
-        for self._forward.attends_apart in (False, True):
+        for self._forward.attends_per_position in (False, True):
             for self._forward.read_step in (step, capacity):
                 if self._windows_agree():
                     return
         raise EngineError(
-            f"{self._name} gives other bits when it computes the same tokens again: what a target server says "
-            "would depend on chance, choose another model, dtype or device"
+            f"{self._name} gives different bits when it computes the same tokens again, so the target's output would not "
+            "be reproducible: choose another model, dtype or device"
         )
 
     def _kernels_agree(self, width: int) -> bool:
-        if self._forward.sums_in_one_order:
-            return self._products_agree(width)
-        return self._products_agree(width) and self._attention_agrees(width) and self._norms_agree(width)
+        """True if each kind of kernel, given random inputs of this many rows, has the bits of a full window."""
+        if self._forward.batch_invariant:
+            return self._linear_layers_agree(width)
+        return self._linear_layers_agree(width) and self._attention_agrees(width) and self._norms_agree(width)
 
     def _norms_agree(self, width: int) -> bool:
-        """The same of norms, before they are rounded."""
+        """True if RMSNorm of `width` rows has the bits of a full window. Compared in float32, before rounding hides them."""
         count = math.lcm(width, self._window)
-        size = max(layer.in_features for layer in self._forward.products())
-        inputs = torch.randn(count * -(-_NORMS // count), size, generator=torch.Generator().manual_seed(width))
+        size = max(layer.in_features for layer in self._forward.linear_layers())
+        inputs = torch.randn(count * -(-_NORM_ROWS // count), size, generator=torch.Generator().manual_seed(width))
         inputs, epsilon = inputs.to(self._forward.device), torch.zeros((), device=self._forward.device)
         groups, windows = (
-            torch.cat([root_mean_square_normed(part, part.new_ones(size), epsilon) for part in inputs.split(rows)])
+            torch.cat([rms_norm(part, part.new_ones(size), epsilon) for part in inputs.split(rows)])
             for rows in (width, self._window)
         )
         return torch.equal(groups, windows)
 
     def _attention_agrees(self, width: int) -> bool:
-        """The same of attention, whose rows are those of one generation."""
+        """True if attention of `width` rows of one generation has the bits of a full window."""
         shape, window = self._forward.attention_shape, self._window
         group = shape.heads // shape.kv_heads
-        readable, apart = self._forward.read_step, self._forward.attends_apart
+        readable, per_position = self._forward.read_step, self._forward.attends_per_position
         positions = readable - math.lcm(width, window)
         generator = torch.Generator().manual_seed(width)
 
@@ -121,7 +140,7 @@ class Trial:
             made = torch.randn(1, heads, length, shape.dim, generator=generator)
             return made.to(self._forward.device, shape.dtype)
 
-        for _ in range(max(1, _PRODUCTS // (shape.heads * shape.dim * math.lcm(width, window)))):
+        for _ in range(max(1, _LEAST_VALUES // (shape.heads * shape.dim * math.lcm(width, window)))):
             query = random(shape.heads, readable - positions)
             keys, values = random(shape.kv_heads, readable), random(shape.kv_heads, readable)
             mask = torch.ones(readable - positions, readable, dtype=torch.bool, device=self._forward.device)
@@ -129,7 +148,14 @@ class Trial:
             groups, windows = (
                 torch.cat(
                     [
-                        attend(part, keys, values, mask_of_group(part_mask, group, shape.dtype), None, apart=apart)
+                        attend(
+                            part,
+                            keys,
+                            values,
+                            additive_group_mask(part_mask, group, shape.dtype),
+                            None,
+                            per_position=per_position,
+                        )
                         for part, part_mask in zip(query.split(size, 2), mask.split(size, 2), strict=True)
                     ],
                     dim=1,
@@ -140,13 +166,16 @@ class Trial:
                 return False
         return True
 
-    def _products_agree(self, rows: int) -> bool:
-        """Whether products of so many rows have the bits of products of a window. In half precision most sums are rounded to
-        the same number whatever their order, and a few logits do not show it: many random products do."""
+    def _linear_layers_agree(self, rows: int) -> bool:
+        """True if linear layers give `rows` rows the bits of a full window.
+
+        In half precision, rounding hides most differences in summation order, so a few logits do not reveal them. Therefore
+        many random products are compared.
+        """
         window = self._window
-        for layer in self._forward.products():
+        for layer in self._forward.linear_layers():
             dtype = layer.weight.dtype if isinstance(layer, nn.Linear) else layer.dtype
-            count = max(rows, window) * max(1, -(-_PRODUCTS // (max(rows, window) * layer.out_features)))
+            count = max(rows, window) * max(1, -(-_LEAST_VALUES // (max(rows, window) * layer.out_features)))
             count = -(-count // math.lcm(rows, window)) * math.lcm(rows, window)
             inputs = torch.randn(count, layer.in_features, generator=torch.Generator().manual_seed(count))
             inputs = inputs.to(self._forward.device, dtype)
@@ -156,22 +185,23 @@ class Trial:
         return True
 
     def _windows_agree(self) -> bool:
-        """Whether windows that begin elsewhere, and so read another length of the cache, give the same bits.
+        """True if windows that begin at different positions, and so read different lengths of the cache, give the same bits.
 
-        On one processor reading 256 or 512 positions gave other bits for the same token, 512 or 1024 the same. Sums
-        over zeros would not show it: the cache is filled with random numbers.
+        The length of the cache that is read can change the bits: on one processor, reading 256 or 512 positions gave different
+        bits for the same token, and 512 or 1024 gave equal ones. The cache is filled with random numbers, because sums over
+        zeros would not reveal a difference.
         """
         self._forward.cache.fill_at_random()
         half = self._window // 2
-        for edge in self._edges():
-            apart, _ = self._in_groups(edge - self._window, 2 * self._window, self._window)
-            across, _ = self._in_groups(edge - half, self._window, self._window)
-            if not torch.equal(apart[self._window - half :][: self._window], across):
+        for boundary in self._read_boundaries():
+            beside, _ = self._compute_in_groups(boundary - self._window, 2 * self._window, self._window)
+            across, _ = self._compute_in_groups(boundary - half, self._window, self._window)
+            if not torch.equal(beside[self._window - half :][: self._window], across):
                 return False
         return True
 
-    def _edges(self) -> list[int]:
-        """Where a longer part of the cache is read from: the first and the last."""
+    def _read_boundaries(self) -> list[int]:
+        """The first and the last position from which on a longer part of the cache is read."""
         step, capacity = self._forward.read_step, self._forward.cache.capacity
         last = (capacity - self._window) // step * step
         return sorted({step, last}) if last else [capacity // 2]
@@ -179,9 +209,11 @@ class Trial:
     def _tokens(self, begin: int, count: int) -> list[int]:
         return [7 * position % self._words for position in range(begin, begin + count)]
 
-    def _in_groups(self, begin: int, count: int, width: int) -> tuple[torch.Tensor, float]:
-        """Logits after `count` tokens from position `begin` on, read `width` at a time (keys and values, too), and the
-        shortest time that a group took: what disturbs a forward makes it longer."""
+    def _compute_in_groups(self, begin: int, count: int, width: int) -> tuple[torch.Tensor, float]:
+        """Compute the tokens at positions [begin, begin + count), `width` tokens per forward pass.
+
+        Returns their logits, and the seconds of the fastest pass: disturbances only make a pass slower.
+        """
         logits, times_s = [], []
         for first in range(begin, begin + count, width):
             tokens = self._tokens(first, min(width, begin + count - first))
@@ -191,8 +223,11 @@ class Trial:
             times_s.append(time.perf_counter() - begun)
         return torch.cat(logits), min(times_s)
 
-    def _together(self, begin: int, windows: int) -> tuple[torch.Tensor, float]:
-        """The same in one forward, in which each window is a run of its own."""
+    def _compute_as_batch(self, begin: int, windows: int) -> tuple[torch.Tensor, float]:
+        """Compute `windows` windows from position `begin` on in one forward pass, each window as a run of its own.
+
+        Returns their logits, and the seconds of the faster of two passes.
+        """
         starts = range(begin, begin + windows * self._window, self._window)
         runs = [Run(0, self._tokens(first, self._window), first, self._window, first) for first in starts]
         rows = windows * self._window

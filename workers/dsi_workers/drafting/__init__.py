@@ -1,1 +1,1 @@
-"""Guesses without a model, and drafts for a target with another vocabulary."""
+"""Prompt lookup (drafts without a model), and drafts for a target with another vocabulary."""

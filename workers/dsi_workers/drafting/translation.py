@@ -1,8 +1,8 @@
-"""Tokens of one vocabulary into tokens of another: both say the same text, and that is all they share.
+"""Translates tokens between two vocabularies by way of their text, for a drafter whose vocabulary is not the target's.
 
-What a drafter of another family says becomes the target's tokens as the target's own tokenizer cuts the text; what the
-target said becomes the drafter's tokens likewise. A translation that is not the one the model would have used costs a
-rejected draft and nothing else. (Guesses by text are from universal assisted decoding, Timor et al., arXiv 2502.05202.)
+The drafter's text is tokenized with the target's tokenizer, and the target's text with the drafter's. If the target model
+would have tokenized a text differently, a draft is rejected; nothing else happens. (Drafting by way of text is from universal
+assisted decoding, Timor et al., arXiv 2502.05202.)
 """
 
 from __future__ import annotations
@@ -13,42 +13,49 @@ from pathlib import Path
 from dsi_workers.models.files import read_tokenizer
 from dsi_workers.session import Session
 
-#: What stands before a piece from the middle of a text, since some tokenizers treat the beginning of a text otherwise:
-#: something that the piece does not merge with.
+#: Put before a piece from the middle of a text, because some tokenizers treat the beginning of a text differently. The first is
+#: for pieces that begin with a letter or digit. A tokenizer does not merge either character with the piece.
 _BEFORE_LETTERS, _BEFORE_OTHERS = "\n", "a"
-#: What an incomplete character is decoded to.
+#: The tokenizer decodes an incomplete character to this.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-#: Text is cut again from at most so many tokens before its end, and looked at from a beginning of a word so far back.
-_TAIL, _NEAR = 128, 16
-#: A word is not waited for beyond so many tokens: some scripts have no spaces.
-_WORD = 4
-#: Bytes, so tokens at most, of a character.
+#: When more than this many target tokens are not aligned yet, the alignment moves forward.
+_TAIL = 128
+#: The most target tokens before a draft that are tokenized together with the draft.
+_CONTEXT = 16
+#: The most tokens of an unfinished word that are held back: some scripts have no spaces.
+_MOST_HELD_BACK = 4
+#: The most tokens of one character, which has up to four bytes.
 _CHARACTER = 4
 
 
 class Vocabulary:
-    """A tokenizer that may be asked about pieces of texts."""
+    """A tokenizer that also converts pieces from the middle of a text."""
 
     def __init__(self, directory: Path) -> None:
         self._tokenizer = read_tokenizer(directory)
-        self._tokenizer.no_truncation()  # files keep the settings of the last training run
+        self._tokenizer.no_truncation()  # tokenizer files keep these settings from training
         self._tokenizer.no_padding()
-        self._leads: dict[str, list[int]] = {}
+        #: The tokens of each lead character, if the tokenizer can represent it.
+        self._lead_tokens: dict[str, list[int]] = {}
         for text in (_BEFORE_LETTERS, _BEFORE_OTHERS):
             lead = self._tokenizer.encode(text, add_special_tokens=False).ids
             if self._tokenizer.decode(lead) == text:
-                self._leads[text] = lead
+                self._lead_tokens[text] = lead
 
     @property
     def size(self) -> int:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def tokens(self, text: str, *, begins: bool = False) -> list[int]:
-        """Of a whole text that `begins` here, with the special tokens that the model expects around it, or of a piece."""
+        """Tokenize a text.
+
+        With `begins`, the text is complete from its beginning, and gets the special tokens that the model expects. Without it,
+        the text is a piece from the middle of a text.
+        """
         if begins:
             return list(self._tokenizer.encode(text).ids)
         before = _BEFORE_LETTERS if text[:1].isalnum() else _BEFORE_OTHERS
-        lead = self._leads.get(before)
+        lead = self._lead_tokens.get(before)
         if lead:
             tokens: list[int] = self._tokenizer.encode(before + text, add_special_tokens=False).ids
             if tokens[: len(lead)] == lead:
@@ -56,63 +63,75 @@ class Vocabulary:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def text(self, tokens: Sequence[int], *, begins: bool = False) -> str:
-        """Of a whole text or of a piece, as far as its characters are complete; special tokens have none."""
-        text: str = self._tokenizer.decode(list(tokens)) if begins else self._piece(tokens)
+        """The text of these tokens, without an incomplete character at the end. Special tokens have no text.
+
+        `begins`: the tokens are those of a text from its beginning.
+        """
+        text: str = self._tokenizer.decode(list(tokens)) if begins else self._text_of_piece(tokens)
         return text.rstrip(_INCOMPLETE)
 
     def complete(self, tokens: Sequence[int]) -> int:
-        """How many of the tokens there are before a character at the end that lacks some of its bytes."""
+        """The number of tokens before an incomplete character at the end; all of them if the last character is complete."""
         complete = len(tokens)
-        while complete > max(0, len(tokens) - _CHARACTER) and self._piece(tokens[:complete]).endswith(_INCOMPLETE):
+        while complete > max(0, len(tokens) - _CHARACTER) and self._text_of_piece(tokens[:complete]).endswith(
+            _INCOMPLETE
+        ):
             complete -= 1
         return complete
 
     def says_nothing(self, tokens: Sequence[int]) -> bool:
-        """Only special tokens, such as the end of a text."""
-        return not self._piece(tokens)
+        """True if the tokens have no text: they are all special, such as the end-of-text token."""
+        return not self._text_of_piece(tokens)
 
-    def _piece(self, tokens: Sequence[int]) -> str:
-        lead = self._leads.get(_BEFORE_OTHERS, [])
+    def _text_of_piece(self, tokens: Sequence[int]) -> str:
+        lead = self._lead_tokens.get(_BEFORE_OTHERS, [])
         text: str = self._tokenizer.decode([*lead, *tokens])
         return text[len(_BEFORE_OTHERS) :] if lead else text
 
 
 class Translation:
-    """One generation in both vocabularies. `session` is the drafter's: it says what the target's says, and may say more."""
+    """The text of one generation in both vocabularies.
+
+    `session` holds the drafter's tokens. Their text is the target's text, and possibly drafts after it.
+    """
 
     def __init__(self, target: Vocabulary, drafter: Vocabulary, generation: int, correlation: str) -> None:
         self._target, self._drafter = target, drafter
         self.session = Session(generation, 0, correlation)
-        self._followed: list[int] = []
-        #: The target's tokens [0, _settled) say what the session's [0, _anchor) do; what is beyond is compared as text.
-        self._settled = self._anchor = 0
-        #: So many characters of what the session says beyond `_anchor` are the target's.
-        self._length = 0
+        self._target_tokens: list[int] = []
+        #: The target's tokens [0, _aligned_target) and the drafter's tokens [0, _aligned_drafter) are known to have the same
+        #: text. Only tokens after these are compared as text.
+        self._aligned_target = self._aligned_drafter = 0
+        #: Of the drafter's text after `_aligned_drafter`, this many characters are the target's. The rest are drafts.
+        self._known_characters = 0
 
     def follow(self, tokens: Sequence[int]) -> None:
-        """The target's session has these tokens."""
-        if tokens == self._followed:
+        """Bring `session` in line with the target's tokens. Drafts after them are kept if the target's text agrees."""
+        if tokens == self._target_tokens:
             return
-        if tokens[: self._settled] != self._followed[: self._settled]:
-            self._settled = self._anchor = 0
-        self._followed = list(tokens)
-        text = self._target.text(tokens[self._settled :], begins=self._settled == 0)
-        if not self.session.tokens or not self._said().startswith(text):
-            anew = self._drafter.tokens(text, begins=self._anchor == 0)
-            self.session.write(self._anchor, anew)
-            self.session.truncate(self._anchor + len(anew))
-            text = self._said()  # some tokenizers change what they cut
-        self._length = len(text)
-        if len(tokens) - self._settled > _TAIL:
-            self._settle()
+        if tokens[: self._aligned_target] != self._target_tokens[: self._aligned_target]:
+            self._aligned_target = self._aligned_drafter = 0
+        self._target_tokens = list(tokens)
+        text = self._target.text(tokens[self._aligned_target :], begins=self._aligned_target == 0)
+        if not self.session.tokens or not self._unaligned_text().startswith(text):
+            anew = self._drafter.tokens(text, begins=self._aligned_drafter == 0)
+            self.session.write(self._aligned_drafter, anew)
+            self.session.truncate(self._aligned_drafter + len(anew))
+            text = self._unaligned_text()  # some tokenizers change the text that they tokenize
+        self._known_characters = len(text)
+        if len(tokens) - self._aligned_target > _TAIL:
+            self._align()
 
     def drafts(self, *, whole: bool) -> list[int]:
-        """In the target's tokens, what the drafter's session says beyond the target's. Its last word may go on, and would
-        then be cut otherwise: it is not among them unless it is `whole`."""
-        beyond = self._said()[self._length :]
+        """Return the drafter's text after the target's text, in the target's tokens.
+
+        The last word is held back unless the text is `whole`: the word might continue, and the target would then tokenize it
+        differently.
+        """
+        beyond = self._unaligned_text()[self._known_characters :]
         if not beyond:
             return []
-        near = self._near()
+        near = self._context_tokens()
         found = self._target.tokens(self._target.text(near) + beyond)
         if found[: len(near)] == near:
             found = found[len(near) :]
@@ -120,45 +139,52 @@ class Translation:
             found = self._target.tokens(beyond)
         else:
             return []
-        return found if whole else found[: self._certain(found)]
+        return found if whole else found[: self._number_of_final_tokens(found)]
 
-    def _near(self) -> list[int]:
-        """The target's last tokens: from the beginning of a word or, where there is none, of a character, on."""
-        end = len(self._followed)
-        tail = self._followed[max(0, end - _NEAR) :]
-        word = self._word_in(range(max(0, end - _NEAR), end))
-        return tail[self._target.complete(tail) :] if word is None else self._followed[word:]
+    def _context_tokens(self) -> list[int]:
+        """The target's last tokens, starting at a word; where no word starts, at a character."""
+        end = len(self._target_tokens)
+        tail = self._target_tokens[max(0, end - _CONTEXT) :]
+        word = self._last_word_start(range(max(0, end - _CONTEXT), end))
+        return tail[self._target.complete(tail) :] if word is None else self._target_tokens[word:]
 
-    def _certain(self, found: Sequence[int]) -> int:
-        """How many of these tokens are not of the last word, as far as a word goes back, nor of half a character."""
-        certain = len(found)
-        while certain > max(0, len(found) - _WORD):
-            certain -= 1
-            if not self._target.text(found[certain : certain + 1])[:1].isalnum():
+    def _number_of_final_tokens(self, found: Sequence[int]) -> int:
+        """The number of tokens that will not change: those before the last word and before an incomplete character."""
+        final = len(found)
+        while final > max(0, len(found) - _MOST_HELD_BACK):
+            final -= 1
+            if not self._target.text(found[final : final + 1])[:1].isalnum():
                 break
-        return self._target.complete(found[:certain])
+        return self._target.complete(found[:final])
 
-    def _said(self) -> str:
-        return self._drafter.text(self.session.tokens[self._anchor :], begins=self._anchor == 0)
+    def _unaligned_text(self) -> str:
+        """The drafter's text after its aligned tokens."""
+        return self._drafter.text(self.session.tokens[self._aligned_drafter :], begins=self._aligned_drafter == 0)
 
-    def _settle(self) -> None:
-        """Find a beginning of a word, some way before the end, where both have cut: what is before it stays as it is."""
-        word = self._word_in(range(self._settled + 1, len(self._followed) - _TAIL // 4))
+    def _align(self) -> None:
+        """Move the alignment forward to a word, well before the end, that begins a token in both vocabularies."""
+        word = self._last_word_start(range(self._aligned_target + 1, len(self._target_tokens) - _TAIL // 4))
         if word is None:
             return
-        said = self._said()
-        before = len(self._target.text(self._followed[self._settled : word], begins=self._settled == 0))
-        for anchor in range(len(self.session.tokens) - 1, self._anchor, -1):
+        unaligned = self._unaligned_text()
+        before = len(
+            self._target.text(self._target_tokens[self._aligned_target : word], begins=self._aligned_target == 0)
+        )
+        for anchor in range(len(self.session.tokens) - 1, self._aligned_drafter, -1):
             rest = self._drafter.text(self.session.tokens[anchor:])
-            if len(rest) >= len(said) - before:
-                if rest == said[before:]:
-                    self._settled, self._anchor, self._length = word, anchor, self._length - before
+            if len(rest) >= len(unaligned) - before:
+                if rest == unaligned[before:]:
+                    self._aligned_target, self._aligned_drafter, self._known_characters = (
+                        word,
+                        anchor,
+                        self._known_characters - before,
+                    )
                 return
 
-    def _word_in(self, positions: range) -> int | None:
-        """The last of these positions whose token begins a word after a space."""
+    def _last_word_start(self, positions: range) -> int | None:
+        """The last of these positions whose target token is a space and the beginning of a word. None if there is none."""
         for position in reversed(positions):
-            text = self._target.text(self._followed[position : position + 1])
+            text = self._target.text(self._target_tokens[position : position + 1])
             if text[:1] == " " and text[1:2].isalnum():
                 return position
         return None

@@ -64,9 +64,9 @@ class Branches:
         """The most rows of one generation's step. Two generations can have as many at once."""
         return 1 + self._backend.branch_slots // 2
 
-    def rows(self, task: Task) -> int:
-        """How many of the backend's rows the task's branches take."""
-        return len(task.branches) * self._backend.rows(Run(0, [0], 0, 0, 0))
+    def rows(self, tasks: Sequence[Task]) -> int:
+        """How many of the backend's rows the branches of these tasks take."""
+        return sum(len(task.branches) for task in tasks) * self._backend.rows(Run(0, [0], 0, 0, 0))
 
     def begin_step(self, tasks: Sequence[Task]) -> None:
         """Keep the slots of these tasks' branches until the step ends. Call this before the first forward of a step."""

@@ -29,17 +29,18 @@ class Choice:
         """Free what is held for the session."""
         self._samplers.pop(session.generation, None)
 
-    def answer(self, task: Task, logits: torch.Tensor, guess: Sequence[int]) -> bool:
-        """Choose a token from each row of `logits` [n, vocabulary], with a second choice if the task wants alternatives, and
-        add them to the task's answer.
+    def answer(self, task: Task, logits: torch.Tensor, guess: Sequence[int], fork: int | None = None) -> bool:
+        """Choose a token from each row of `logits` [n, vocabulary], with a second choice if the task wants alternatives, and add
+        them to the task's answer.
 
-        `guess` is what a drafter's own drafter expects after session.tokens; empty for a target. Stops at the first token that
-        differs from the session's token at its position, or from the guess, and then returns True.
+        The text is session.tokens before position `fork` (None: all of them), and then `guess`: what a drafter's own drafter
+        expects, or the tokens of a branch. Stops at the first token that differs from the text's token at its position, and then
+        returns True.
 
         Raises RequestError if the request's parameters let no token be chosen.
         """
         session, answer = task.session, task.answer
-        length = len(session.tokens)
+        length = len(session.tokens) if fork is None else fork
         sampler = self._samplers.get(session.generation)
         choices = logits.argmax(dim=-1).tolist() if sampler is None else None
         for row in range(len(logits)):
@@ -51,15 +52,15 @@ class Choice:
                     answer.alternatives.append(second_choice(logits[row], token))
             elif task.alternatives:
                 with _blamed_on_the_request():
-                    token, second = sampler.choose_two(logits[row], at, guess)
+                    token, second = sampler.choose_two(logits[row], at, guess, length)
                 answer.alternatives.append(second)
             else:
                 with _blamed_on_the_request():
-                    token = sampler.choose(logits[row], at, guess)
+                    token = sampler.choose(logits[row], at, guess, length)
             answer.tokens.append(token)
             if session.sampling.logprobs:
                 answer.logprobs.append(log_probability(logits[row], token))
-            expected = session.tokens[at : at + 1] or guess[at - length : at - length + 1]
+            expected = session.tokens[at : at + 1] if at < length else guess[at - length : at - length + 1]
             if expected and expected[0] != token:
                 return True
         return False

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from dsi_workers.backend import PROMPT_CHUNK, Backend, Run
 from dsi_workers.decoding.slots import Slots
 from dsi_workers.drafting.lookup import Lookup
@@ -17,6 +19,7 @@ from dsi_workers.engines.branches import Branches
 from dsi_workers.engines.calibration import measured
 from dsi_workers.engines.choice import Choice
 from dsi_workers.engines.fingerprint import fingerprint_of
+from dsi_workers.engines.trees import Share, answer_along, branches_to_compute, has_tree, main_end, runs_of
 from dsi_workers.sampling import warm_up
 from dsi_workers.session import Session
 from dsi_workers.tree import Branch
@@ -49,7 +52,7 @@ class ModelEngine(Engine):
             latency_us=0,
             slots=backend.slots,
             fingerprint=fingerprint_of(backend) if exact else 0,
-            rows=1 if self._branches is None else self._branches.most_rows,
+            rows=backend.tree_rows if exact else 1 if self._branches is None else self._branches.most_rows,
         )
         self.info = measured(backend, info, exact=exact) if calibrate else info
         backend.release()
@@ -63,9 +66,9 @@ class ModelEngine(Engine):
         if self._branches is not None:
             self._branches.begin_step(tasks)
         try:
-            runs = {id(task): self._run_of(task) for task in tasks}
-            for group in self._groups(tasks, runs):
-                self._compute(group, [runs[id(task)] for task in group], interrupt)
+            shares = {id(task): self._share_of(task) for task in tasks}
+            for group in self._groups(tasks, shares):
+                self._compute(group, [shares[id(task)] for task in group], interrupt)
         finally:
             self.forwards += self._backend.forwards - counted
 
@@ -76,12 +79,14 @@ class ModelEngine(Engine):
             self._lookup.recognize(task.session)
         return len(task.session.tokens) - _position(task) > 1
 
-    def _groups(self, tasks: Sequence[Task], runs: Mapping[int, Run]) -> list[list[Task]]:
+    def _groups(self, tasks: Sequence[Task], shares: Mapping[int, Share]) -> list[list[Task]]:
         """Split the tasks into groups that share a forward. A chunk of a prompt has a forward of its own; other tasks share one
         up to the backend's `most_rows`."""
         groups: list[list[Task]] = [[]]
         for task in tasks:
-            rows = sum(self._rows(each, runs[id(each)]) for each in (*groups[0], task))
+            together = [*groups[0], task]
+            rows = sum(self._rows(shares[id(each)].runs) for each in together)
+            rows += self._branches.rows(together) if self._branches is not None else 0
             if len(tasks) > 1 and self.reads_alone(task):
                 groups.append([task])
             elif groups[0] and rows > self._backend.most_rows:
@@ -90,29 +95,63 @@ class ModelEngine(Engine):
                 groups[0].append(task)
         return [group for group in groups if group]
 
-    def _rows(self, task: Task, run: Run) -> int:
-        return self._backend.rows(run) + (self._branches.rows(task) if self._branches is not None else 0)
+    def _rows(self, runs: Sequence[Run]) -> int:
+        return sum(self._backend.rows(run) for run in runs)
 
-    def _compute(self, tasks: Sequence[Task], runs: Sequence[Run], interrupt: Interrupt) -> None:
-        for task, run in zip(tasks, runs, strict=True):
+    def _compute(self, tasks: Sequence[Task], shares: Sequence[Share], interrupt: Interrupt) -> None:
+        self._add_branches(tasks, shares)
+        known = [task.session.computed for task in tasks]
+        for task, share in zip(tasks, shares, strict=True):
             # Padding or an interrupt may leave anything in the cache from `begin` on.
-            task.session.computed = min(task.session.computed, run.begin)
-        completed = [
-            task
-            for task, run in zip(tasks, runs, strict=True)
-            if run.begin + len(run.tokens) >= len(task.session.tokens)
-        ]
-        beside = self._branches.runs(completed) if self._branches is not None else []
-        answers = self._backend.compute([*runs, *beside], interrupt)
+            task.session.computed = min(task.session.computed, share.runs[0].begin)
+        runs, beside = [run for share in shares for run in share.runs], list[Run]()
         if self._branches is not None:
-            self._branches.answer(answers[len(runs) :])
-        for task, run, logits in zip(tasks, runs, answers[: len(runs)], strict=True):
+            beside = self._branches.runs([task for task, run in zip(tasks, runs, strict=True) if _ends(task, run)])
+        answers = iter(self._backend.compute([*runs, *beside], interrupt))
+        for task, share, computed in zip(tasks, shares, known, strict=True):
+            run = share.main
+            logits = next(answers) if run is not None else None
+            branches = [(branch, torch.cat([next(answers) for _ in runs])) for branch, runs in share.branches]
+            if has_tree(task):
+                task.session.computed = computed if run is None else run.begin + len(run.tokens)
+                answer_along(task, self._choice, logits, branches)
+                continue
+            assert run is not None
+            assert logits is not None
             guess = run.tokens[len(task.session.tokens) - run.begin :]
             task.session.computed = run.begin + len(run.tokens) - len(guess)
             differs = self._choice.answer(task, logits, guess)
             task.done = differs or task.session.computed == len(task.session.tokens)
             if self._lookup is not None and guess:
                 self._lookup.checked(task.session, guess, right=len(task.answer.tokens) - 1)
+        if self._branches is not None:
+            self._branches.answer(list(answers))
+
+    def _share_of(self, task: Task) -> Share:
+        """What the next forward must compute for this task: a run of the main path, or the branch that the answer goes along."""
+        run = self._run_of(task)
+        if run.tokens or not has_tree(task):
+            return Share(run)
+        branch = branches_to_compute(task, run.begin)[0]
+        return Share(None, [(branch, runs_of(branch, task, run.slot, self._backend.window))])
+
+    def _add_branches(self, tasks: Sequence[Task], shares: Sequence[Share]) -> None:
+        """Have the forward compute further branches while there are rows for them. Those that leave the main path first are the
+        first that an answer may need."""
+        if any(run.width for share in shares for run in share.runs):
+            return  # a chunk of a prompt has a forward of its own
+        left = self._backend.most_rows - sum(self._rows(share.runs) for share in shares)
+        found = [
+            (branch.fork - task.start, task, share, branch)
+            for task, share in zip(tasks, shares, strict=True)
+            if has_tree(task)
+            for branch in branches_to_compute(task, share.main_end)
+        ]
+        for _, task, share, branch in sorted(found, key=lambda each: each[0]):
+            runs = runs_of(branch, task, share.runs[0].slot, self._backend.window)
+            if (rows := self._rows(runs)) <= left and all(branch is not each for each, _ in share.branches):
+                share.branches.append((branch, runs))
+                left -= rows
 
     def _run_of(self, task: Task) -> Run:
         """The inputs that the next forward computes for this task.
@@ -125,7 +164,7 @@ class ModelEngine(Engine):
         slot = self._slots.of(session)
         if self._lookup is not None:
             self._lookup.recognize(session)
-        begin, length = _position(task), len(session.tokens)
+        begin, length = _position(task), main_end(task) if has_tree(task) else len(session.tokens)
         guess: list[int] = []
         width = 0
         if not self._exact:
@@ -173,3 +212,8 @@ class ModelEngine(Engine):
 def _position(task: Task) -> int:
     """The position of the first input that the next forward for this task must compute."""
     return min(task.session.computed, task.start - 1 + len(task.answer.tokens))
+
+
+def _ends(task: Task, run: Run) -> bool:
+    """Whether the run reaches the end of the main path."""
+    return run.begin + len(run.tokens) >= len(task.session.tokens)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from dsi_protocol import OptionValue
-from dsi_workers.drafting.suffix_index import LENGTHS, SuffixIndex, Text, Texts
+from dsi_workers.drafting.suffix_index import SUFFIX_LENGTHS, SuffixIndex, Text, Texts
 from dsi_workers.engine import Engine, EngineError, EngineInfo, Interrupt, Task
 from dsi_workers.session import Session
 
@@ -47,13 +47,13 @@ class NgramEngine(Engine):
     def _draft_branches(self, task: Task) -> None:
         session, answer = task.session, task.answer
         if task.alternatives:
-            path = session.tokens[-LENGTHS[0] :]
+            path = session.tokens[-SUFFIX_LENGTHS[0] :]
             for token in answer.tokens:
                 others = (other for other in self._texts.find_next(session, path) if other != token)
                 answer.alternatives.append(next(others, None))
                 path.append(token)
         for branch in task.branches:
-            path = [*session.tokens[max(0, branch.fork - LENGTHS[0]) : branch.fork], *branch.tokens]
+            path = [*session.tokens[max(0, branch.fork - SUFFIX_LENGTHS[0]) : branch.fork], *branch.tokens]
             answer.continued.append(next(iter(self._texts.find_next(session, path)), None))
 
     def forget(self, session: Session) -> None:

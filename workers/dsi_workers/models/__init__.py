@@ -1,1 +1,1 @@
-"""From a model reference to a directory with safetensors: fetched from the hub, or converted from a GGUF."""
+"""Turns a model reference into a directory with safetensors: by fetching from the model hub, or by converting a GGUF file."""

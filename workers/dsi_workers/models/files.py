@@ -1,4 +1,4 @@
-"""The files of a model in its directory: that they are all there and can be read, and where models of our own making are kept."""
+"""Checks and reads the files in a model's directory, and names the cache directory for converted models."""
 
 from __future__ import annotations
 
@@ -9,50 +9,52 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import platformdirs
 from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
 
 from dsi_protocol import vocabulary_hash
 
-#: Told what is being done, the part of it that is done (0 to 1; None: not known), and details for people.
+#: Called with the current step, the share of the step that is done (0 to 1, or None if unknown), and details for people.
 Report: TypeAlias = Callable[[str, float | None, str], None]
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
-#: Reading one of these can run any code that was put into it.
+#: File name endings of pickles. Reading a pickle can run any code that is in it.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 _OTHER_PLACE = (
-    "set DSI_CACHE (for converted models) or HF_HOME (for those of the hub) to a directory that can be written to"
+    "set DSI_CACHE (for converted models) or HF_HOME (for models of the hub) to a directory that can be written to"
 )
 
 
 class ModelError(Exception):
-    """The reference names no model that can be used here: one sentence that says why and what to do."""
+    """The model reference cannot be used. The message is one sentence that says why and what to do."""
 
 
 def unreported(what: str, done: float | None, detail: str) -> None:
-    """The Report of those who do not want one."""
+    """A Report that does nothing."""
 
 
 def cache_directory() -> Path:
-    """Where converted models are kept: $DSI_CACHE, else $XDG_CACHE_HOME/dsi-actors, else ~/.cache/dsi-actors.
-    Raises ModelError."""
+    """Where converted models are kept: $DSI_CACHE, else the user's cache directory, which is ~/.cache/dsi-actors on Linux
+    (or below $XDG_CACHE_HOME) and ~/Library/Caches/dsi-actors on macOS. Raises ModelError."""
     if explicit := os.environ.get("DSI_CACHE"):
         return Path(explicit)
-    if cache := os.environ.get("XDG_CACHE_HOME"):
-        return Path(cache) / "dsi-actors"
     try:
-        return Path.home() / ".cache" / "dsi-actors"
+        return platformdirs.user_cache_path("dsi-actors", appauthor=False)
     except RuntimeError:
         raise ModelError("this user has no home directory to keep models in: set DSI_CACHE to a directory") from None
 
 
 def check_model(directory: Path, *, tokenizer_only: bool = False) -> None:
-    """Raises ModelError if config.json or the weights are missing, damaged, or of a kind that is not read here.
+    """Raise ModelError if config.json or the weights are missing, damaged, or of a kind that is not supported.
 
-    Of a file of weights its header is read, and compared with the length of the file."""
+    Of each file of weights, only the header is read, and compared with the length of the file.
+    """
     if not (directory / "config.json").is_file():
-        raise ModelError(f"{directory} has no config.json: it holds no transformers model")
+        raise ModelError(
+            f"{directory} has no config.json, so it is not a transformers model: give the directory of one"
+        )
     read_json(directory / "config.json")
     if not tokenizer_only:
         for name in weight_files(directory):
@@ -60,22 +62,22 @@ def check_model(directory: Path, *, tokenizer_only: bool = False) -> None:
 
 
 def weight_files(directory: Path) -> list[str]:
-    """The names of the safetensors files that hold the weights of the model in `directory`. Raises ModelError."""
+    """Return the names of the safetensors files with the weights of the model in `directory`. Raises ModelError."""
     if (directory / INDEX_FILE).is_file():
         parts = read_json(directory / INDEX_FILE).get("weight_map")
         names = set(parts.values()) if isinstance(parts, dict) else set()
         if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
             raise ModelError(
-                f"{directory / INDEX_FILE} is damaged: it names no files of weights. Fetch the model again"
+                f"{directory / INDEX_FILE} is damaged (it does not name the files of weights): fetch the model again"
             )
         return sorted(names)
     if (directory / SINGLE_FILE).is_file():
         return [SINGLE_FILE]
-    raise why_no_weights(str(directory), [path.name for path in directory.iterdir()])
+    raise missing_weights_error(str(directory), [path.name for path in directory.iterdir()])
 
 
-def why_no_weights(model: str, files: list[str]) -> ModelError:
-    """What to say of a model whose files are these, none of which is model.safetensors."""
+def missing_weights_error(model: str, files: list[str]) -> ModelError:
+    """The error for a model without safetensors. `files`: the names of the files that it has."""
     pickles = sorted(name for name in files if name.endswith(PICKLES))
     if pickles:
         return ModelError(
@@ -83,49 +85,54 @@ def why_no_weights(model: str, files: list[str]) -> ModelError:
             "choose a model with safetensors"
         )
     if any(name.endswith(".gguf") for name in files):
-        return ModelError(f"{model} holds GGUF files and no safetensors: give the path of one .gguf file instead")
+        return ModelError(f"{model} has GGUF files and no safetensors: give the path of one .gguf file instead")
     return ModelError(f"{model} has no weights ({SINGLE_FILE} is missing): fetch the model again, or choose another")
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of the model in `directory`. Raises ModelError."""
+    """Read the tokenizer of the model in `directory`. Raises ModelError."""
     file = directory / "tokenizer.json"
     if not file.is_file():
         raise ModelError(f"{directory} has no tokenizer.json: use a model that has one")
     try:
         return Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing that is more specific
+    except Exception as error:  # tokenizers raises no more specific type
         raise ModelError(f"{file} is damaged ({first_line(error)}): fetch the model again") from None
 
 
 def read_vocabulary_hash(directory: Path) -> str:
-    """The hash that tells whether two models share a vocabulary (dsi_protocol.vocabulary_hash of tokenizer.json).
-    Raises ModelError."""
+    """Return the hash of the model's vocabulary. Models that share a vocabulary have the same hash. Raises ModelError.
+
+    The hash is dsi_protocol.vocabulary_hash of tokenizer.json.
+    """
     return vocabulary_hash(read_tokenizer(directory).get_vocab(with_added_tokens=True))
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`. Raises ModelError."""
+    """Read the JSON object in `file`. Raises ModelError."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelError(f"{file} cannot be read ({error.strerror})") from None
+        raise ModelError(f"{file} cannot be read ({error.strerror}): check the file and its permissions") from None
     except ValueError as error:
         raise ModelError(f"{file} is damaged ({first_line(error)}): fetch the model again") from None
     if not isinstance(content, dict):
-        raise ModelError(f"{file} is damaged (it holds no JSON object): fetch the model again")
+        raise ModelError(f"{file} is damaged (it is not a JSON object): fetch the model again")
     return content
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of a library says, short enough for a sentence."""
+    """The first line of an exception's message, cut to 200 characters. The exception's type name if there is no message."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 
 
 @contextmanager
-def only_one(lock_file: Path, what: str, report: Report) -> Iterator[None]:
-    """Let no other process in at the same time. The lock ends with its process. Raises ModelError if it cannot be had."""
+def exclusive_lock(lock_file: Path, what: str, report: Report) -> Iterator[None]:
+    """Hold a lock file that only one process can hold at a time. The lock is released when the process ends.
+
+    `what`: the work that needs the lock, for progress and error messages. Raises ModelError if the file cannot be created.
+    """
     lock, wait_s = FileLock(lock_file), 0.0
     try:
         lock_file.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +145,7 @@ def only_one(lock_file: Path, what: str, report: Report) -> Iterator[None]:
     except (OSError, NotImplementedError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ModelError(
-            f"{what} needs a directory to write to, and {lock_file.parent} is none ({reason}): {_OTHER_PLACE}"
+            f"{what} needs to write to {lock_file.parent}, which is not possible ({reason}): {_OTHER_PLACE}"
         ) from None
     try:
         yield
@@ -147,11 +154,12 @@ def only_one(lock_file: Path, what: str, report: Report) -> Iterator[None]:
 
 
 def _check_safetensors(file: Path) -> None:
+    """Raise ModelError if the file is missing or damaged."""
     if not file.is_file():
         raise ModelError(f"{file} is missing: fetch the model again")
     try:
         from safetensors import SafetensorError, safe_open
-    except ImportError:  # nobody reads weights here
+    except ImportError:  # without safetensors, weights are not read on this machine
         return
     try:
         with safe_open(file, framework="np"):

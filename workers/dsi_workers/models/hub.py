@@ -1,8 +1,8 @@
-"""Models of the hub: what is missing is fetched into huggingface_hub's own cache, where other programs find it, too.
+"""Fetches models from the model hub into huggingface_hub's own cache, where other programs find them as well.
 
-The library fetches a file under a new random name each time, so a fetch that is killed begins at zero and leaves its file
-behind. Here a file grows under one name (`<etag>.dsi.incomplete`, beside the library's blobs) until its checksum is the hub's;
-then it is put in place, and the library finds it there.
+huggingface_hub gives an incomplete file a new random name in each fetch. So after a kill, its fetch starts at zero and leaves
+the old file behind. Here, an incomplete file always has the same name (`<etag>.dsi.incomplete`, beside the blobs of
+huggingface_hub), and the next fetch continues it. Once its checksum is the hub's, the file is renamed to a blob.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoSibling
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, though
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, but not exported
 from huggingface_hub.utils import logging as hub_logging
 
 from dsi_workers.models.files import (
@@ -48,30 +48,33 @@ from dsi_workers.models.files import (
     ModelError,
     Report,
     check_model,
+    exclusive_lock,
     first_line,
-    only_one,
+    missing_weights_error,
     weight_files,
-    why_no_weights,
 )
 
-#: What is fetched beside the weights.
+#: Files that are fetched besides the weights.
 _SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
-_AT_ONCE = 4  # files
-#: Tries in a row that brought not one byte, and the pause after the first; each later pause is twice as long.
+#: Files fetched at the same time.
+_AT_ONCE = 4
+#: A fetch gives up after this many tries in a row without a new byte. The first pause between tries; each later one is twice as
+#: long.
 _TRIES, _PAUSE_S = 5, 1.0
-#: For a connection, and for the next bytes.
+#: The longest wait for a connection, and for the next bytes.
 _TIMEOUT_S = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
 _LIBRARY = "dsi-actors"
-#: An incomplete file of others that nobody has written to for so long belongs to a process that was killed.
+#: An incomplete file that was not written to for this long belongs to a process that was killed.
 _ABANDONED_S = 3600.0
 _REPORT_EVERY_S = 0.2
 _LOGIN = "log in (hf auth login) or set HF_TOKEN"
 
 
 def fetch(reference: str, *, tokenizer_only: bool, report: Report) -> Path:
-    """The directory of the model `org/name` or `org/name@revision`. Raises ModelError.
+    """Return the directory of the model `org/name` or `org/name@revision`. Fetches files that are missing. Raises ModelError.
 
-    Without a connection, or with HF_HUB_OFFLINE, what is in the cache is used if it is complete."""
+    If the hub cannot be reached, or HF_HUB_OFFLINE is set, the model is taken from the cache if it is complete there.
+    """
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     repository, _, revision = reference.partition("@")
     try:
@@ -88,13 +91,13 @@ def fetch(reference: str, *, tokenizer_only: bool, report: Report) -> Path:
     except ModelError:
         raise
     except Exception as error:
-        if (problem := _problem(error, reference, repository, revision)) is None:
+        if (problem := _explanation(error, reference, repository, revision)) is None:
             raise
         raise ModelError(problem) from None
 
 
 class _Fetch:
-    """One model, from what the hub says of it to its directory in the cache."""
+    """Fetches one model: asks the hub for its list of files, then fetches those that are missing in the cache."""
 
     def __init__(
         self, reference: str, repository: str, revision: str, storage: Path, tokenizer_only: bool, report: Report
@@ -108,8 +111,9 @@ class _Fetch:
         self._files = {file.rfilename: file for file in listed if "/" not in file.rfilename}
 
     def directory(self) -> Path:
+        """Fetch the files and return the model's directory."""
         if not self._tokenizer_only and INDEX_FILE not in self._files and SINGLE_FILE not in self._files:
-            raise why_no_weights(self._reference, list(self._files))
+            raise missing_weights_error(self._reference, list(self._files))
         small = [name for name in self._files if any(fnmatch.fnmatch(name, pattern) for pattern in _SMALL_FILES)]
         self._get(small, f"fetching tokenizer and configuration of {self._reference}")
         directory = self._storage / "snapshots" / self._commit
@@ -123,11 +127,12 @@ class _Fetch:
         return directory
 
     def _get(self, names: Iterable[str], what: str) -> None:
+        """Fetch the files of these names that are not in the cache, and report progress as `what`."""
         missing = [self._files[name] for name in names if not self._is_cached(self._files[name])]
         if not missing:
             return
         lock = self._storage.parent / ".locks" / self._storage.name / "dsi.lock"
-        with only_one(lock, f"fetching {self._reference}", self._report):
+        with exclusive_lock(lock, f"fetching {self._reference}", self._report):
             missing = [file for file in missing if not self._is_cached(file)]
             blobs = self._storage / "blobs"
             blobs.mkdir(parents=True, exist_ok=True)
@@ -143,35 +148,38 @@ class _Fetch:
             finally:
                 progress.stopped = True
                 pool.shutdown(wait=False, cancel_futures=True)
-            for file in missing:  # the library finds the contents, and gives them their names
+            for file in missing:  # huggingface_hub finds the blobs, and links the file names to them
                 hf_hub_download(self._repository, file.rfilename, revision=self._commit)
 
     def _is_cached(self, file: RepoSibling) -> bool:
+        """True if the file is in the cache with the right size. Deletes a cached file of another size."""
         path = try_to_load_from_cache(self._repository, file.rfilename, revision=self._commit)
         if not isinstance(path, str) or not Path(path).exists():
             return False
         if Path(path).stat().st_size == _size(file):
             return True
-        Path(path).resolve().unlink(missing_ok=True)  # cut short by a full disk, or by whoever copied the cache
+        # Truncated, for example by a full disk or while the cache was copied.
+        Path(path).resolve().unlink(missing_ok=True)
         Path(path).unlink(missing_ok=True)
         return False
 
     def _check_room(self, downloads: list[_Download]) -> None:
+        """Raise ModelError if the disk has too little free space."""
         needed = sum(download.size - download.have for download in downloads)
         free = shutil.disk_usage(self._storage).free
         if needed > free:
             raise ModelError(
-                f"fetching {self._reference} takes {needed / 1e9:.1f} GB in {self._storage.parent}, where {free / 1e9:.1f} GB "
+                f"fetching {self._reference} needs {needed / 1e9:.1f} GB in {self._storage.parent}, where {free / 1e9:.1f} GB "
                 "are free: make room, or set HF_HOME to a directory on another disk"
             )
 
 
 class _Stopped(Exception):
-    """Another file could not be fetched."""
+    """The fetch of this file was stopped, because another file of the model could not be fetched."""
 
 
 class _Download:
-    """One file of a model, and how much of it is here."""
+    """The fetch of one file of a model."""
 
     def __init__(self, file: RepoSibling, repository: str, commit: str, blobs: Path) -> None:
         self.name, self.size = file.rfilename, _size(file)
@@ -183,14 +191,18 @@ class _Download:
 
     @property
     def have(self) -> int:
-        """Bytes that need not be fetched any more."""
+        """Bytes of the file that are already on this machine."""
         for path in (self._blob, self._part):
             if path.exists():
                 return path.stat().st_size
         return 0
 
     def run(self, progress: _Progress) -> None:
-        """Fetch what is missing, from where an earlier try ended. Raises ModelError, and what cannot be mended by trying."""
+        """Fetch the missing bytes, starting where an earlier try ended.
+
+        Raises ModelError after too many tries, or if the file arrives damaged twice. Errors for which another try is no use
+        are raised as they are.
+        """
         failures, damaged = 0, False
         while not self._blob.exists():
             have = self.have
@@ -198,15 +210,15 @@ class _Download:
                 self._part.unlink()
                 have = 0
             try:
-                self._go_on(have, progress)
+                self._resume(have, progress)
             except (httpx2.RequestError, OSError) as error:
-                if not _may_pass(error):
+                if not _is_temporary(error):
                     raise
                 failures = 0 if self.have > have else failures + 1
                 if failures == _TRIES:
                     raise ModelError(
-                        f"fetching {self.name} broke off again and again ({first_line(error)}): "
-                        f"try later, it goes on behind the {_megabytes(self.have)} MB that are here"
+                        f"fetching {self.name} was interrupted again and again ({first_line(error)}): "
+                        f"try later, the fetch will continue after the {_megabytes(self.have)} MB that are already here"
                     ) from None
                 time.sleep(_PAUSE_S * 2**failures)
                 continue
@@ -216,12 +228,15 @@ class _Download:
             self._part.unlink()
             if damaged:
                 raise ModelError(
-                    f"{self.name} arrived damaged twice: its checksum is not the one that the model hub names"
+                    f"{self.name} arrived damaged twice (its checksum is not the one that the model hub names): try later"
                 )
             damaged = True
 
-    def _go_on(self, have: int, progress: _Progress) -> None:
-        """Not by the library's own loop: it keeps up to 10 MB in memory, which are lost when the connection breaks."""
+    def _resume(self, have: int, progress: _Progress) -> None:
+        """Append the bytes after the first `have` to the incomplete file.
+
+        huggingface_hub's own loop is not used: it buffers up to 10 MB, which are lost when the connection breaks.
+        """
         headers = {**build_hf_headers(library_name=_LIBRARY), "Accept-Encoding": "identity"}
         if have:
             headers["Range"] = f"bytes={have}-"
@@ -230,7 +245,7 @@ class _Download:
             return
         with get_session().stream("GET", self._url, headers=headers, timeout=_TIMEOUT_S) as response:
             hf_raise_for_status(response)
-            if response.status_code != 206:  # a server that sends the whole file whatever is asked
+            if response.status_code != 206:  # this server ignores ranges and sends the whole file
                 have = 0
             with self._part.open("ab" if have else "wb") as part:
                 for piece in response.iter_bytes():
@@ -241,7 +256,7 @@ class _Download:
             raise OSError(f"{self.name} ended after {have} of {self.size} bytes")
 
     def _checksum_of_part(self) -> str:
-        """SHA-256 of a large file; of others, git's SHA-1."""
+        """The checksum of the incomplete file, of the kind that the hub uses: SHA-256 for large files, else git's SHA-1."""
         with self._part.open("rb") as part:
             if not self._git:
                 return hashlib.file_digest(part, "sha256").hexdigest()
@@ -252,7 +267,7 @@ class _Download:
 
 
 class _Progress:
-    """Adds up the bytes of all files. Several threads tell it."""
+    """Reports the progress of all files together. Called from several threads."""
 
     def __init__(self, what: str, downloads: Iterable[_Download], report: Report) -> None:
         self._what, self._report = what, report
@@ -263,7 +278,7 @@ class _Progress:
         self.stopped = False
 
     def at(self, download: _Download, size: int) -> None:
-        """So many bytes of this file are here. Raises _Stopped if nobody wants them any more."""
+        """Note that `size` bytes of this file are on this machine. Raises _Stopped if the fetch was stopped."""
         if self.stopped:
             raise _Stopped
         with self._lock:
@@ -276,7 +291,7 @@ class _Progress:
 
 
 def _cached(repository: str, revision: str, storage: Path, tokenizer_only: bool) -> Path | None:
-    """What is in the cache, if it is complete."""
+    """The directory of the model in the cache; None if it is incomplete or missing."""
     try:
         commit = HfApi().resolve_revision(repository, revision=revision or None, local_files_only=True).resolved
         directory = storage / "snapshots" / commit
@@ -287,7 +302,7 @@ def _cached(repository: str, revision: str, storage: Path, tokenizer_only: bool)
 
 
 def _storage(repository: str) -> Path:
-    """Where the library keeps this model."""
+    """The directory in which huggingface_hub keeps this model."""
     try:
         cache = Path(constants.HF_HUB_CACHE).expanduser()
     except RuntimeError:
@@ -296,7 +311,10 @@ def _storage(repository: str) -> Path:
 
 
 def _remove_abandoned(blobs: Path, keep: set[str]) -> None:
-    """What killed processes left: parts of files of earlier revisions, and those that the library cannot go on with."""
+    """Remove incomplete files that killed processes left: of earlier revisions, and those of huggingface_hub.
+
+    `keep`: checksums of the files of this revision, whose incomplete files can be continued.
+    """
     now_s = time.time()
     for part in blobs.glob("*.incomplete"):
         ours = part.name.removesuffix(".dsi.incomplete")
@@ -305,10 +323,10 @@ def _remove_abandoned(blobs: Path, keep: set[str]) -> None:
 
 
 def _etag(file: RepoSibling) -> str:
-    """Its name among the library's blobs, and its checksum."""
+    """The checksum of the file, which is also the name of its blob in huggingface_hub's cache."""
     checksum = file.lfs.sha256 if file.lfs is not None else file.blob_id
     if not checksum:
-        raise ModelError(f"the model hub names no checksum of {file.rfilename}: check HF_ENDPOINT")
+        raise ModelError(f"the model hub gives no checksum for {file.rfilename}: check HF_ENDPOINT")
     return checksum
 
 
@@ -320,56 +338,57 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f}" if size < 10_000_000 else f"{size / 1e6:,.0f}"
 
 
-# What went wrong
+# Error messages
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether the hub is there, and said no: to go on with an old copy would hide it."""
+    """True if the hub answered and refused the request. A copy from the cache must not hide that."""
     return isinstance(error, HfHubHTTPError) and error.response.status_code < 500
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether it is worth another try: the network's fault, or a server's. A full disk is not."""
+def _is_temporary(error: Exception) -> bool:
+    """True if another try may help: an error of the network or of a server, but not a full disk."""
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         return status in (408, 416, 429) or status >= 500
     return isinstance(error, httpx2.RequestError) or (isinstance(error, OSError) and error.errno is None)
 
 
-def _problem(error: Exception, reference: str, repository: str, revision: str) -> str | None:
-    """The sentence for what the library raised. None: it is a bug."""
-    unknown = f"unknown model {reference!r}: it is no directory, no .gguf file, no package:NAME, and"
+def _explanation(error: Exception, reference: str, repository: str, revision: str) -> str | None:
+    """The sentence that explains an error of huggingface_hub to the user. None for an unexpected error, which is a bug."""
+    unknown = f"unknown model {reference!r}: it is not a directory, a .gguf file or package:NAME, and"
     match error:
         case json.JSONDecodeError() | httpx2.InvalidURL():
-            return f"what answers at {constants.ENDPOINT} is no model hub ({first_line(error)}): check HF_ENDPOINT and proxies"
+            return f"{constants.ENDPOINT} does not answer like a model hub ({first_line(error)}): check HF_ENDPOINT and proxies"
         case HFValidationError():
-            return f"{unknown} no name that the model hub allows ({first_line(error)})"
+            return f"{unknown} it is not a valid name for the model hub ({first_line(error)})"
         case GatedRepoError():
             page = f"{constants.ENDPOINT}/{repository}"
             return f"the model {reference!r} is gated: accept its conditions at {page}, then {_LOGIN}"
         case RevisionNotFoundError():
             return f"the model {repository!r} has no revision {revision!r} on the model hub"
         case RepositoryNotFoundError():
-            return f"{unknown} the model hub does not show it; if it is private, {_LOGIN}"
+            return f"{unknown} the model hub does not have it; if it is private, {_LOGIN}"
         case HfHubHTTPError() if error.response.status_code in (401, 403):
             return f"the model hub refused {reference!r} ({error.response.status_code}): {_LOGIN}"
         case HfHubHTTPError():
-            return (
-                f"the model hub did not give {reference!r} (it answered {error.response.status_code}): try again later"
-            )
+            return f"the model hub could not deliver {reference!r} (it answered {error.response.status_code}): try again later"
         case OfflineModeIsEnabled():
-            return _not_cached(reference, "HF_HUB_OFFLINE forbids to fetch it")
+            return _not_cached(reference, "HF_HUB_OFFLINE forbids fetching it")
         case RevisionResolutionError() | httpx2.RequestError():
             if is_offline_mode():
-                return _not_cached(reference, "HF_HUB_OFFLINE forbids to fetch it")
+                return _not_cached(reference, "HF_HUB_OFFLINE forbids fetching it")
             return _not_cached(reference, f"the model hub {constants.ENDPOINT} cannot be reached ({_cause(error)})")
         case OSError():
-            return f"fetching {reference!r} failed ({error.strerror or first_line(error)}), in {constants.HF_HUB_CACHE}"
+            return (
+                f"fetching {reference!r} failed ({error.strerror or first_line(error)}): check the directory "
+                f"{constants.HF_HUB_CACHE} and its disk"
+            )
     return None
 
 
 def _not_cached(reference: str, reason: str) -> str:
-    return f"the model {reference!r} is not here (not in {constants.HF_HUB_CACHE}, or not all of it), and {reason}"
+    return f"the model {reference!r} is missing or incomplete in {constants.HF_HUB_CACHE}, and {reason}"
 
 
 def _cause(error: BaseException) -> str:

@@ -1,7 +1,8 @@
-"""`python -m dsi_workers.models.preparation REF`: fetch or convert a model in a process of its own, so that its parent goes on.
+"""`python -m dsi_workers.models.preparation REF`: fetch or convert a model in a separate process.
 
-It says what it does on standard output, one JSON object in each line: {"what", "done", "detail"} as a Report, at the end
-{"directory"} or {"error"}. It ends when its standard input is closed.
+The parent process can do other work meanwhile. This process writes its progress to standard output, as one JSON object per
+line: {"what", "done", "detail"} (see Report). The last line is {"directory"} or {"error"}. It exits when its standard input is
+closed, as when the parent process ends.
 """
 
 from __future__ import annotations
@@ -19,30 +20,31 @@ from dsi_workers.models.resolve import resolve_model
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m dsi_workers.models.preparation", description=__doc__)
     parser.add_argument("reference", metavar="REF")
-    parser.add_argument("--tokenizer-only", action="store_true", help="the weights are not needed")
+    parser.add_argument("--tokenizer-only", action="store_true", help="do not fetch the weights")
     arguments = parser.parse_args()
-    os.environ["TQDM_DISABLE"] = "1"  # libraries draw bars of their own
-    sys.stdout = sys.stderr  # and may print
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TQDM_DISABLE"] = "1"  # no progress bars of libraries
+    sys.stdout = sys.stderr  # libraries may print; standard output is for JSON lines
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
     def report(what: str, done: float | None, detail: str) -> None:
-        _say(what=what, done=done, detail=detail)
+        _write_line(what=what, done=done, detail=detail)
 
     try:
         directory = resolve_model(arguments.reference, tokenizer_only=arguments.tokenizer_only, report=report)
     except ModelError as error:
-        _say(error=str(error))
-        os._exit(1)  # what else is being fetched is not waited for: the next run goes on there
-    _say(directory=str(directory))
+        _write_line(error=str(error))
+        os._exit(1)  # without waiting for fetches of other files: the next run continues them
+    _write_line(directory=str(directory))
 
 
-def _say(**line: object) -> None:
+def _write_line(**line: object) -> None:
     assert sys.__stdout__ is not None
     sys.__stdout__.write(json.dumps(line) + "\n")
     sys.__stdout__.flush()
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
+    """Exit when standard input is closed."""
     while os.read(0, 1024):
         pass
     os._exit(1)

@@ -1,1 +1,1 @@
-"""Decoding on a GPU: kernels in Triton whose sums have one order, recorded as CUDA graphs."""
+"""Decoding on a GPU: Triton kernels with a fixed order of summation, recorded as CUDA graphs."""

@@ -1,12 +1,13 @@
-"""A decoder for a GPU: few kernels for each layer, recorded once as graphs and replayed.
+"""A decoder for a GPU: seven kernels per layer, recorded once as CUDA graphs and replayed.
 
-A forward of a few rows reads every weight once and computes next to nothing: what it could lose is the time between kernels.
-So there are seven for each layer (kernels.py), and Python starts none of them: each forward is several CUDA graphs, one for a
-few layers, with at most two of them under way, so that a cancel takes effect within a forward.
+In a forward pass of a few rows, reading the weights takes nearly all of the time; gaps between kernels would waste it. So
+there are only seven kernels per layer (kernels.py), and Python launches none of them: a forward pass is several CUDA graphs,
+one for every few layers. At most two graphs are queued at a time, so that a cancel takes effect within a forward pass.
 
-Rows come in groups, each of one generation; where they stand and which slot they read are numbers in device memory. So one
-recording serves all generations, positions and batches of as many rows. A run of more rows than any recording has, as of a
-prompt, is computed by the decoder that this one stands on.
+Rows come in groups, each of one generation. Their positions, their slots and where a branch leaves the slot are numbers in
+device memory. So one recording serves all generations, positions, trees and batches with the same number of rows. The keys and
+values of branches stand beside the cache, in memory for the rows of one layer, and are forgotten after that layer. A run with
+more rows than any recording, as of a prompt, is computed by the torch decoder (decoding/decoder.py).
 """
 
 from __future__ import annotations
@@ -19,69 +20,82 @@ import triton
 from torch.nn import functional
 
 from dsi_workers.decoding.decoder import Decoder, Layer
-from dsi_workers.decoding.gpu.kernels import LEAST_ROWS, SPLIT, attend_in_parts, join_parts, turn_and_keep
-from dsi_workers.decoding.gpu.product import MOST_ROWS, Product, chains, rows_for
+from dsi_workers.decoding.gpu.kernels import (
+    LEAST_ROWS,
+    SPLIT,
+    apply_rope_and_store_kv,
+    attend_to_splits,
+    combine_splits,
+)
+from dsi_workers.decoding.gpu.linear import MOST_ROWS, GpuLinear, rows_for, supports_pdl
 from dsi_workers.decoding.kv_cache import SlotCache, SlotLayer
-from dsi_workers.decoding.packed import Packed
+from dsi_workers.decoding.packed import PackedBatch
 
-#: Rows that read the cache together.
+#: Rows of one generation that read the KV cache together.
 GROUP = 8
-#: Layers of one graph, and runs of a part before it is recorded: kernels are compiled in the first.
-_LAYERS, _WARM_UP = 4, 2
+#: Beyond all positions: where the path of a group without a branch leaves the cache.
+_NO_FORK = 1 << 30
+#: Layers in one CUDA graph.
+_LAYERS = 4
+#: How often a part runs before it is recorded. The first run compiles its kernels.
+_WARM_UP = 2
 
+#: Runs a few consecutive layers of the model: either by launching kernels, or by replaying their CUDA graph.
 Part = Callable[[], None]
 
 
 class GpuDecoder:
-    """Stands for the decoder: same weights, same cache."""
+    """Computes what `decoder` computes, from the same weights and the same KV cache, with our own GPU kernels."""
 
     recorded_rows: Sequence[int] = (16, 32, MOST_ROWS)
-    group_rows, sums_in_one_order = GROUP, True
+    group_rows, batch_invariant = GROUP, True
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._products = [_LayerProducts(layer) for layer in decoder.layers]
-        self._head = Product(decoder.head)
+        self._linear_layers = [_LayerLinears(layer) for layer in decoder.layers]
+        self._head = GpuLinear(decoder.head)
         self._recordings: dict[int, _Recording] = {}
-        self._memory: _Memory | None = None
+        self._buffers: _Buffers | None = None
         self._pool = torch.cuda.graph_pool_handle() if decoder.device.type == "cuda" else None
         self.dtype = decoder.dtype
 
-    def products(self) -> list[Any]:
-        first = self._products[0]
+    def linear_layers(self) -> list[Any]:
+        first = self._linear_layers[0]
         return [first.qkv, first.output, first.gate_up, first.down, self._head]
 
-    def __call__(self, packed: Packed, cache: SlotCache, between_layers: Callable[[], None]) -> torch.Tensor:
-        """Logits [len(packed.kept), vocabulary]."""
+    def __call__(self, packed: PackedBatch, cache: SlotCache, between_layers: Callable[[], None]) -> torch.Tensor:
+        """Compute one forward pass. Returns logits [len(packed.logits_to_keep), vocabulary]."""
         groups = sum(triton.cdiv(segment.width, GROUP) for segment in packed.segments)
         if groups * GROUP > MOST_ROWS:
             assert len(packed.segments) == 1, (
-                "what several generations share would have other bits than what each has alone"
+                "a batch that is too wide for the kernels would have different bits than its runs have alone"
             )
             return self._decoder(packed, cache, between_layers)
         rows = rows_for(groups * GROUP)
         recording = self._recordings.get(rows)
         if recording is None or recording.cache is not cache:
-            if self._memory is None or self._memory.cache is not cache:
-                self._memory = _Memory(self._decoder, self._products[0], self._head, cache)
-            recording = _Recording(self._decoder, self._products, self._head, self._memory, rows)
+            if self._buffers is None or self._buffers.cache is not cache:
+                self._buffers = _Buffers(self._decoder, self._linear_layers[0], self._head, cache)
+            recording = _Recording(self._decoder, self._linear_layers, self._head, self._buffers, rows)
             recording.record(self._capture)
             self._recordings[rows] = recording
-        recording.fill_in(packed)
+        recording.set_inputs(packed)
         return recording.compute(between_layers, packed)
 
     @torch.inference_mode()
-    def try_out(self) -> None:
-        """Compile and run every kernel once. Raises whatever keeps one from it: there may be no compiler, or too little memory
-        in this GPU's processors."""
-        cache = SlotCache(len(self._products), slots=1, capacity=SPLIT.value)
-        memory = _Memory(self._decoder, self._products[0], self._head, cache)
-        _Recording(self._decoder, self._products, self._head, memory, LEAST_ROWS).record(lambda part: part)
+    def check_kernels(self) -> None:
+        """Compile and run every kernel once.
+
+        Raises the error of Triton or CUDA if that fails: for example, there is no C compiler, or too little shared memory.
+        """
+        cache = SlotCache(len(self._linear_layers), slots=1, capacity=SPLIT.value)
+        buffers = _Buffers(self._decoder, self._linear_layers[0], self._head, cache)
+        _Recording(self._decoder, self._linear_layers, self._head, buffers, LEAST_ROWS).record(lambda part: part)
         if self._decoder.device.type == "cuda":
             torch.cuda.synchronize()
 
     def _capture(self, part: Part) -> Part:
-        """The part as a graph, on a GPU; else as it is."""
+        """Return the part as a CUDA graph. Without a GPU, return it unchanged."""
         if self._pool is None:
             return part
         torch.cuda.synchronize()
@@ -91,16 +105,18 @@ class GpuDecoder:
         return graph.replay
 
 
-class _LayerProducts:
+class _LayerLinears:
+    """The linear layers of one decoder layer."""
+
     def __init__(self, layer: Layer) -> None:
-        self.qkv, self.output = Product(layer.qkv), Product(layer.output)
-        self.gate_up, self.down = Product(layer.gate_up, gated=True), Product(layer.down)
+        self.qkv, self.output = GpuLinear(layer.qkv), GpuLinear(layer.output)
+        self.gate_up, self.down = GpuLinear(layer.gate_up, gated=True), GpuLinear(layer.down)
 
 
-class _Memory:
-    """What forwards compute in, one at a time: of MOST_ROWS rows, of which a recording uses the first."""
+class _Buffers:
+    """Intermediate results of a forward pass, for MOST_ROWS rows. All recordings share them and use the first rows."""
 
-    def __init__(self, decoder: Decoder, first: _LayerProducts, head: Product, cache: SlotCache) -> None:
+    def __init__(self, decoder: Decoder, first: _LayerLinears, head: GpuLinear, cache: SlotCache) -> None:
         self.cache = cache
         heads, dim, device = decoder.heads, decoder.dim, decoder.device
 
@@ -110,69 +126,84 @@ class _Memory:
         self.x, self.qkv = rows_of(first.qkv.in_features), rows_of(first.qkv.out_features)
         self.attended, self.gated = rows_of(heads * dim), rows_of(first.down.in_features)
         self.logits = rows_of(head.out_features)
+        self.branches = torch.zeros(2, decoder.kv_heads, MOST_ROWS, dim, dtype=decoder.dtype, device=device)
         self.splits = triton.cdiv(cache.capacity, SPLIT.value)
-        self.sums = torch.zeros(MOST_ROWS, heads, self.splits, dim, device=device)
-        self.peaks, self.totals = torch.zeros(2, MOST_ROWS, heads, self.splits, device=device)
+        self.partial_outputs = torch.zeros(MOST_ROWS, heads, self.splits, dim, device=device)
+        self.maxima, self.exp_sums = torch.zeros(2, MOST_ROWS, heads, self.splits, device=device)
 
 
 class _Recording:
-    """Forwards of so many rows: where they stand, and the parts that compute."""
+    """The recorded forward pass for `rows` rows: its inputs in device memory, and its parts."""
 
     def __init__(
-        self, decoder: Decoder, products: list[_LayerProducts], head: Product, memory: _Memory, rows: int
+        self, decoder: Decoder, linear_layers: list[_LayerLinears], head: GpuLinear, buffers: _Buffers, rows: int
     ) -> None:
-        self.cache = memory.cache
-        self._decoder, self._products, self._head = decoder, products, head
+        self.cache = buffers.cache
+        self._decoder, self._linear_layers, self._head = decoder, linear_layers, head
         groups, device = rows // GROUP, decoder.device
-        self._chained = chains(device)
-        self._fixed = torch.zeros(2 * rows + groups, dtype=torch.int32, device=device)
-        self._ids, self._positions, self._slots = self._fixed.split((rows, rows, groups))
+        self._pdl = supports_pdl(device)
+        self._inputs = torch.zeros(2 * rows + 3 * groups, dtype=torch.int32, device=device)
+        self._ids, self._positions, *of_groups = self._inputs.split((rows, rows, groups, groups, groups))
+        self._slots, self._forks, self._firsts = of_groups
         self._positions.fill_(-1)
-        #: Of the rows of the forward, one after another: where they are among ours.
-        self._places: list[int] = []
+        #: For each row of the packed batch, its row in this recording, where each group starts at a multiple of GROUP.
+        self._row_of_input: list[int] = []
 
-        self._x, self._qkv, self._logits = memory.x[:rows], memory.qkv[:rows], memory.logits[:rows]
-        self._attended, self._gated = memory.attended[:rows], memory.gated[:rows]
-        self._sums, self._peaks, self._totals, self._splits = memory.sums, memory.peaks, memory.totals, memory.splits
+        self._x, self._qkv, self._logits = buffers.x[:rows], buffers.qkv[:rows], buffers.logits[:rows]
+        self._attended, self._gated = buffers.attended[:rows], buffers.gated[:rows]
+        self._partial_outputs, self._maxima, self._exp_sums, self._splits = (
+            buffers.partial_outputs,
+            buffers.maxima,
+            buffers.exp_sums,
+            buffers.splits,
+        )
+        self._branch_keys, self._branch_values = buffers.branches
         self._parts = [
-            self._part(begin, min(begin + _LAYERS, len(products))) for begin in range(0, len(products), _LAYERS)
+            self._part(begin, min(begin + _LAYERS, len(linear_layers)))
+            for begin in range(0, len(linear_layers), _LAYERS)
         ]
 
     def record(self, capture: Callable[[Part], Part]) -> None:
-        """Replace the parts by what `capture` makes of them. All rows are padding meanwhile: the cache stays as it is."""
+        """Run each part, then replace it by `capture(part)`. All rows are padding then, so the KV cache does not change."""
         for part in self._parts * _WARM_UP:
             part()
         self._parts = [capture(part) for part in self._parts]
 
-    def fill_in(self, packed: Packed) -> None:
-        """What the next forward computes."""
-        rows, begin, group = len(self._ids), 0, 0
-        ids, positions, slots = [0] * rows, [-1] * rows, [0] * len(self._slots)
-        self._places = list[int]()
+    def set_inputs(self, packed: PackedBatch) -> None:
+        """Copy the ids, positions, slots and branch points of the next forward pass to the device."""
+        rows, begin, group, first, all_groups = len(self._ids), 0, 0, 0, len(self._slots)
+        ids, positions = [0] * rows, [-1] * rows
+        slots, forks, firsts = [0] * all_groups, [_NO_FORK] * all_groups, [0] * all_groups
+        self._row_of_input = list[int]()
         for segment in packed.segments:
             own = slice(group * GROUP, group * GROUP + segment.width)
             ids[own] = packed.ids[begin : begin + segment.width]
             positions[own] = packed.positions[begin : begin + segment.width]
-            self._places += range(own.start, own.stop)
+            self._row_of_input += range(own.start, own.stop)
             groups = triton.cdiv(segment.width, GROUP)
             slots[group : group + groups] = [segment.slot] * groups
+            if segment.fork is not None:
+                if segment.fork == segment.position:
+                    first = own.start
+                forks[group : group + groups] = [segment.fork] * groups
+                firsts[group : group + groups] = [first] * groups
             begin, group = begin + segment.width, group + groups
-        self._fixed.copy_(torch.tensor([*ids, *positions, *slots], dtype=torch.int32))
+        self._inputs.copy_(torch.tensor([*ids, *positions, *slots, *forks, *firsts], dtype=torch.int32))
 
-    def compute(self, between: Callable[[], None], packed: Packed) -> torch.Tensor:
-        """Logits, as of Decoder."""
+    def compute(self, between: Callable[[], None], packed: PackedBatch) -> torch.Tensor:
+        """Run the parts, with a call of `between` before each. Returns logits as `Decoder` does."""
         under_way: list[torch.cuda.Event] = []
         for part in self._parts:
             between()
             part()
-            if self._fixed.is_cuda:
+            if self._inputs.is_cuda:
                 under_way.append(torch.cuda.Event())
                 under_way[-1].record()
                 if len(under_way) > 1:
                     under_way[-2].synchronize()
-        # What is kept of padding is nobody's.
-        kept = [self._places[row] if row < len(self._places) else 0 for row in packed.kept]
-        return self._logits[torch.tensor(kept, device=self._fixed.device)]
+        # `logits_to_keep` may name padding rows. Their logits are never used, so row 0 stands in for them.
+        kept = [self._row_of_input[row] if row < len(self._row_of_input) else 0 for row in packed.logits_to_keep]
+        return self._logits[torch.tensor(kept, device=self._inputs.device)]
 
     def _part(self, begin: int, end: int) -> Part:
         decoder = self._decoder
@@ -181,44 +212,45 @@ class _Recording:
             if begin == 0:
                 self._x.copy_(functional.embedding(self._ids, decoder.embedding))
             for number in range(begin, end):
-                self._advance(decoder.layers[number], self._products[number], self.cache.layers[number])
+                self._apply_layer(decoder.layers[number], self._linear_layers[number], self.cache.layers[number])
             if end == len(decoder.layers):
                 self._head.multiply(self._x, self._logits, norm=decoder.norm, epsilon=decoder.epsilon)
 
         return part
 
-    def _advance(self, layer: Layer, products: _LayerProducts, stored: SlotLayer) -> None:
-        """x by one layer, in place."""
+    def _apply_layer(self, layer: Layer, linear_layers: _LayerLinears, cache_layer: SlotLayer) -> None:
+        """Apply one decoder layer to x, in place."""
         x, epsilon = self._x, self._decoder.epsilon
-        products.qkv.multiply(x, self._qkv, norm=layer.input_norm, epsilon=epsilon)
-        self._attend(layer, stored)
-        products.output.multiply(self._attended, x, residual=x)
-        products.gate_up.multiply(x, self._gated, norm=layer.mlp_norm, epsilon=epsilon)
-        products.down.multiply(self._gated, x, residual=x)
+        linear_layers.qkv.multiply(x, self._qkv, norm=layer.input_norm, epsilon=epsilon)
+        self._attend(layer, cache_layer)
+        linear_layers.output.multiply(self._attended, x, residual=x)
+        linear_layers.gate_up.multiply(x, self._gated, norm=layer.mlp_norm, epsilon=epsilon)
+        linear_layers.down.multiply(self._gated, x, residual=x)
 
-    def _attend(self, layer: Layer, stored: SlotLayer) -> None:
+    def _attend(self, layer: Layer, cache_layer: SlotLayer) -> None:
         decoder, rows, splits = self._decoder, len(self._ids), self._splits
         heads, kv_heads, dim, capacity = decoder.heads, decoder.kv_heads, decoder.dim, self.cache.capacity
         states = decoder.embedding.new_empty(1, kv_heads, rows, dim)
-        keys, values = stored.tensors(states, states)
-        slides = decoder.masks.window_of(layer.kind)
+        keys, values = cache_layer.tensors(states, states)
+        sliding_window = decoder.masks.sliding_window_of(layer.kind)
         block_d = max(16, triton.next_power_of_2(dim))
         block_m = max(16, triton.next_power_of_2(GROUP * (heads // kv_heads)))
         query_norm = decoder.norm if layer.query_norm is None else layer.query_norm
         key_norm = decoder.norm if layer.key_norm is None else layer.key_norm
-        chained = {"chained": self._chained, **({"launch_pdl": True} if self._chained else {})}
-        turn_and_keep[(rows, heads + 2 * kv_heads)](
-            self._qkv, self._positions, self._slots, decoder.cos, decoder.sin, keys, values, query_norm, key_norm,
-            decoder.epsilon, capacity, len(decoder.cos) - 1, heads=heads, kv_heads=kv_heads, dim=dim,
-            group_rows=GROUP, normed=layer.query_norm is not None, block_half=triton.next_power_of_2(dim // 2),
-            num_warps=1, **chained,
+        pdl = {"pdl": self._pdl, **({"launch_pdl": True} if self._pdl else {})}
+        apply_rope_and_store_kv[(rows, heads + 2 * kv_heads)](
+            self._qkv, self._positions, self._slots, self._forks, self._firsts, decoder.cos, decoder.sin, keys, values,
+            self._branch_keys, self._branch_values, query_norm, key_norm, decoder.epsilon, capacity,
+            len(decoder.cos) - 1, MOST_ROWS, heads=heads, kv_heads=kv_heads, dim=dim, group_rows=GROUP,
+            normed=layer.query_norm is not None, block_half=triton.next_power_of_2(dim // 2), num_warps=1, **pdl,
         )  # fmt: skip
-        attend_in_parts[(len(self._slots), kv_heads, splits)](
-            self._qkv, self._positions, self._slots, keys, values, self._sums, self._peaks, self._totals, capacity,
-            decoder.scaling, splits, heads=heads, kv_heads=kv_heads, dim=dim, group_rows=GROUP, slides=slides,
-            block_m=block_m, block_d=block_d, num_warps=4, **chained,
+        attend_to_splits[(len(self._slots), kv_heads, splits)](
+            self._qkv, self._positions, self._slots, self._forks, self._firsts, keys, values, self._branch_keys,
+            self._branch_values, self._partial_outputs, self._maxima, self._exp_sums, capacity, MOST_ROWS, decoder.scaling,
+            splits, heads=heads, kv_heads=kv_heads, dim=dim, group_rows=GROUP, sliding_window=sliding_window,
+            block_m=block_m, block_d=block_d, num_warps=4, **pdl,
         )  # fmt: skip
-        join_parts[(rows, heads)](
-            self._sums, self._peaks, self._totals, self._positions, self._attended, splits, heads=heads, dim=dim,
-            slides=slides, block_d=block_d, block_splits=triton.next_power_of_2(splits), num_warps=1, **chained,
+        combine_splits[(rows, heads)](
+            self._partial_outputs, self._maxima, self._exp_sums, self._positions, self._attended, splits, heads=heads, dim=dim,
+            sliding_window=sliding_window, block_d=block_d, block_splits=triton.next_power_of_2(splits), num_warps=1, **pdl,
         )  # fmt: skip

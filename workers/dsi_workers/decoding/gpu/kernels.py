@@ -1,11 +1,18 @@
-"""Kernels for forwards of a few rows, in which every byte of the weights is read once and hardly anything is computed.
+"""Triton kernels for forward passes of a few rows, where reading the weights takes nearly all of the time.
 
-Each element of a result is a sum in an order that depends on nothing but its own place: neither on how many rows there are,
-nor on what the others hold, nor on how much of the cache is read beside. So the bits of a token are the same in any batch
-(docs/exactness.md): weights are multiplied block after block along their rows, attention is cut at fixed positions.
+The kernels are batch-invariant: each output is summed in a fixed order. The order depends neither on the number of rows, nor
+on the contents of other rows, nor on how much of the KV cache they read. So a token has the same bits in any batch
+(docs/exactness.md). Matrix products go block by block along the rows of the weight. Attention is split at fixed positions.
 
-Rows are those of a packed forward, in groups of `group_rows` of one generation each; a row whose position is negative
-is padding: it reads and writes nothing of the cache.
+Rows are those of a packed forward pass. They come in groups of `group_rows`, each group of one generation. A row with a negative
+position is padding: it neither reads nor writes the KV cache.
+
+A group may lie on a branch of a tree. From position forks[group] on, such a group reads and writes branch_keys and branch_values
+[kv_heads, branch_rows, dim] in place of the cache: position p stands there at firsts[group] + p - forks[group]. The keys of a
+position are summed in the same order wherever they stand. A group without a branch has a fork beyond all positions.
+
+`pdl` switches on programmatic dependent launch: a kernel starts while the kernel before it is ending, and waits only
+before it reads that kernel's results.
 """
 
 from __future__ import annotations
@@ -14,16 +21,16 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-#: The fewest rows that a tensor core multiplies by; fewer cost the same.
+#: The smallest number of rows of a tensor-core product. Fewer rows would take the same time.
 LEAST_ROWS = 16
-#: Positions of the cache that one program attends to.
+#: Positions of the KV cache in one split, which one program attends to.
 SPLIT = tl.constexpr(128)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _fetch(places):
-    """Have these lines of memory brought nearer."""
+def _prefetch_to_l2(places):
+    """Prefetch the cache lines at these addresses into the L2 cache."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1
     )
@@ -33,27 +40,28 @@ def _fetch(places):
 def multiply(
     x, weight, y, scales, bias, residual, norm, epsilon, outputs,
     inputs: tl.constexpr, gated: tl.constexpr, scaled: tl.constexpr, biased: tl.constexpr, added: tl.constexpr,
-    normed: tl.constexpr, rows: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, chained: tl.constexpr,
-    fetched: tl.constexpr,
+    normed: tl.constexpr, rows: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, pdl: tl.constexpr,
+    prefetched_lines: tl.constexpr,
 ):  # fmt: skip
-    """y [rows, outputs] = x [rows, inputs] times weight [outputs, inputs] transposed, `scaled` by scales [outputs].
+    """Matrix product: y [rows, outputs] = x [rows, inputs] times weight [outputs, inputs] transposed.
 
-    `normed`: x is divided by its root mean square and multiplied by norm [inputs] before. `biased`: bias [outputs] is added,
-    `added`: residual [rows, outputs] is. `gated`: the weight is [2 outputs, inputs], and y is silu of the first half times
-    the second.
+    `normed`: apply RMSNorm with weights norm [inputs] to x first. `scaled`: multiply the product by scales [outputs]. `biased`:
+    add bias [outputs]. `added`: add residual [rows, outputs]. `gated`: the weight is [2 * outputs, inputs], and y is silu of
+    the first half of the product times the second half. `prefetched_lines`: cache lines of each row of the weight to prefetch
+    while the kernel before is still running.
     """
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
     row = tl.program_id(1) * rows + tl.arange(0, rows)
     k = tl.arange(0, block_k)
     inside = n < outputs
     whole: tl.constexpr = inputs % block_k == 0
-    if chained:
+    if pdl:
         gdc_launch_dependents()
-        if fetched > 0:
-            line = tl.arange(0, fetched) * (128 // (weight.dtype.element_ty.primitive_bitwidth // 8))
-            _fetch(weight + n.to(tl.int64)[:, None] * inputs + line[None, :])
+        if prefetched_lines > 0:
+            line = tl.arange(0, prefetched_lines) * (128 // (weight.dtype.element_ty.primitive_bitwidth // 8))
+            _prefetch_to_l2(weight + n.to(tl.int64)[:, None] * inputs + line[None, :])
             if gated:
-                _fetch(weight + (n + outputs).to(tl.int64)[:, None] * inputs + line[None, :])
+                _prefetch_to_l2(weight + (n + outputs).to(tl.int64)[:, None] * inputs + line[None, :])
         gdc_wait()
     sums = tl.zeros((block_n, rows), tl.float32)
     gates = tl.zeros((block_n, rows), tl.float32)
@@ -107,18 +115,20 @@ def multiply(
 
 
 @triton.jit
-def turn_and_keep(
-    qkv, positions, slots, cos, sin, keys, values, query_norm, key_norm, epsilon, capacity, last_position,
+def apply_rope_and_store_kv(
+    qkv, positions, slots, forks, firsts, cos, sin, keys, values, branch_keys, branch_values, query_norm, key_norm, epsilon,
+    capacity, last_position, branch_rows,
     heads: tl.constexpr, kv_heads: tl.constexpr, dim: tl.constexpr, group_rows: tl.constexpr, normed: tl.constexpr,
-    block_half: tl.constexpr, chained: tl.constexpr,
+    block_half: tl.constexpr, pdl: tl.constexpr,
 ):  # fmt: skip
-    """qkv [rows, heads + 2 kv_heads, dim]: queries are rotated where they are, keys are rotated and kept, values kept.
+    """Apply RoPE to queries and keys, and store keys and values in the KV cache. One program for each row and head.
 
-    keys, values: [slots, kv_heads, capacity, dim]. cos, sin: [positions, dim], the first half of a sine negative; positions
-    beyond `last_position`, which only padding has, turn like it. `normed`: queries and keys are normed before. One program for
-    each row and head.
+    qkv: [rows, heads + 2 * kv_heads, dim]; queries are rotated in place. keys, values: the cache, [slots, kv_heads, capacity,
+    dim]. positions: [rows]. slots: [rows / group_rows]. cos, sin: [positions, dim], with the first half of each row of sin
+    negated. Positions above `last_position` are rotated like `last_position`. `normed`: apply RMSNorm with weights
+    query_norm and key_norm [dim] to queries and keys before.
     """
-    if chained:
+    if pdl:
         gdc_launch_dependents()
         gdc_wait()
     row, head = tl.program_id(0), tl.program_id(1)
@@ -136,38 +146,41 @@ def turn_and_keep(
                 weight = query_norm if head < heads else key_norm
                 first = first * size * tl.load(weight + half, mask=inside, other=0).to(tl.float32)
                 second = second * size * tl.load(weight + half + dim // 2, mask=inside, other=0).to(tl.float32)
-            turn = tl.minimum(position, last_position) * dim + half
-            c = tl.load(cos + turn, mask=inside, other=0).to(tl.float32)
-            s = tl.load(sin + turn + dim // 2, mask=inside, other=0).to(tl.float32)
-            turned = first * c - second * s
+            rope_offset = tl.minimum(position, last_position) * dim + half
+            c = tl.load(cos + rope_offset, mask=inside, other=0).to(tl.float32)
+            s = tl.load(sin + rope_offset + dim // 2, mask=inside, other=0).to(tl.float32)
+            rotated = first * c - second * s
             second = second * c + first * s
-            first = turned
+            first = rotated
         if head < heads:
             tl.store(at, first.to(qkv.dtype.element_ty), mask=inside)
             tl.store(at + dim // 2, second.to(qkv.dtype.element_ty), mask=inside)
         else:
             kv_head = (head - heads) % kv_heads
-            place = ((slot * kv_heads + kv_head) * capacity + position) * dim + half
-            if head < heads + kv_heads:
-                tl.store(keys + place, first.to(keys.dtype.element_ty), mask=inside)
-                tl.store(keys + place + dim // 2, second.to(keys.dtype.element_ty), mask=inside)
-            else:
-                tl.store(values + place, first.to(values.dtype.element_ty), mask=inside)
-                tl.store(values + place + dim // 2, second.to(values.dtype.element_ty), mask=inside)
+            kept = keys if head < heads + kv_heads else values
+            place = (slot * kv_heads + kv_head) * capacity + position
+            fork = tl.load(forks + row // group_rows)
+            if position >= fork:
+                kept = branch_keys if head < heads + kv_heads else branch_values
+                place = kv_head.to(tl.int64) * branch_rows + tl.load(firsts + row // group_rows) + position - fork
+            tl.store(kept + place * dim + half, first.to(keys.dtype.element_ty), mask=inside)
+            tl.store(kept + place * dim + half + dim // 2, second.to(keys.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def attend_in_parts(
-    qkv, positions, slots, keys, values, parts, peaks, totals, capacity, scaling, splits,
-    heads: tl.constexpr, kv_heads: tl.constexpr, dim: tl.constexpr, group_rows: tl.constexpr, slides: tl.constexpr,
-    block_m: tl.constexpr, block_d: tl.constexpr, chained: tl.constexpr,
+def attend_to_splits(
+    qkv, positions, slots, forks, firsts, keys, values, branch_keys, branch_values, partial_outputs, maxima, exp_sums, capacity,
+    branch_rows, scaling, splits,
+    heads: tl.constexpr, kv_heads: tl.constexpr, dim: tl.constexpr, group_rows: tl.constexpr, sliding_window: tl.constexpr,
+    block_m: tl.constexpr, block_d: tl.constexpr, pdl: tl.constexpr,
 ):  # fmt: skip
-    """Attention of each group of rows to each part of SPLIT positions: one program for group, kv head and part.
+    """Compute attention to each split of the KV cache. One program for each group of rows, KV head and split.
 
-    parts: float32 [rows, heads, splits, dim], not divided by totals [rows, heads, splits], the sums of exponentials less
-    their peaks [rows, heads, splits], in base two. `slides`: how many positions a row reads at most, 0 for all.
+    Results, all in float32: maxima [rows, heads, splits], the largest score, in base two. exp_sums [rows, heads, splits], the
+    sum of exp2(score - maximum). partial_outputs [rows, heads, splits, dim], the values weighted by exp2(score - maximum), not
+    yet divided by exp_sums. `sliding_window`: the most positions that a row reads; 0 for all.
     """
-    if chained:
+    if pdl:
         gdc_launch_dependents()
         gdc_wait()
     group, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -181,6 +194,7 @@ def attend_in_parts(
     begin = split * SPLIT
     if begin <= last:
         slot = tl.load(slots + group).to(tl.int64)
+        fork = tl.load(forks + group)
         d = tl.arange(0, block_d)
         known = d < dim
         query = tl.load(
@@ -189,51 +203,61 @@ def attend_in_parts(
         )  # fmt: skip
         place = begin + tl.arange(0, SPLIT)
         at = ((slot * kv_heads + kv_head) * capacity + place)[:, None] * dim + d[None, :]
+        aside = (kv_head * branch_rows + tl.load(firsts + group) + place - fork)[:, None] * dim + d[None, :]
+        shared = (place < fork)[:, None]
         readable = (place <= last)[:, None] & known[None, :]
-        key = tl.load(keys + at, mask=readable, other=0)
-        value = tl.load(values + at, mask=readable, other=0)  # now, so that it comes while scores are computed
+        key = tl.load(tl.where(shared, keys + at, branch_keys + aside), mask=readable, other=0)
+        # The values are loaded early, so that they arrive while scores are computed.
+        value = tl.load(tl.where(shared, values + at, branch_values + aside), mask=readable, other=0)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * (scaling * _LOG2_E)
-        seen = place[None, :] <= position[:, None]
-        if slides > 0:
-            seen = seen & (place[None, :] > position[:, None] - slides)
-        scores = tl.where(seen, scores, float("-inf"))
-        peak = tl.max(scores, axis=1)
-        weights = tl.exp2(scores - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
-        part = tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+        visible = place[None, :] <= position[:, None]
+        if sliding_window > 0:
+            visible = visible & (place[None, :] > position[:, None] - sliding_window)
+        scores = tl.where(visible, scores, float("-inf"))
+        maximum = tl.max(scores, axis=1)
+        weights = tl.exp2(scores - tl.where(maximum == float("-inf"), 0.0, maximum)[:, None])
+        partial_output = tl.dot(weights.to(value.dtype), value, input_precision="ieee")
         of = (row * heads + head) * splits + split
-        tl.store(peaks + of, peak, mask=inside)
-        tl.store(totals + of, tl.sum(weights, axis=1), mask=inside)
-        tl.store(parts + of.to(tl.int64)[:, None] * dim + d[None, :], part, mask=inside[:, None] & known[None, :])
+        tl.store(maxima + of, maximum, mask=inside)
+        tl.store(exp_sums + of, tl.sum(weights, axis=1), mask=inside)
+        tl.store(
+            partial_outputs + of.to(tl.int64)[:, None] * dim + d[None, :],
+            partial_output,
+            mask=inside[:, None] & known[None, :],
+        )
 
 
 @triton.jit
-def join_parts(
-    parts, peaks, totals, positions, out, splits,
-    heads: tl.constexpr, dim: tl.constexpr, slides: tl.constexpr, block_d: tl.constexpr, block_splits: tl.constexpr,
-    chained: tl.constexpr,
+def combine_splits(
+    partial_outputs, maxima, exp_sums, positions, out, splits,
+    heads: tl.constexpr, dim: tl.constexpr, sliding_window: tl.constexpr, block_d: tl.constexpr, block_splits: tl.constexpr,
+    pdl: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, heads, dim]: what the parts come to together, one after another. One program for each row and head."""
-    if chained:
+    """Combine the splits into the attention output, out [rows, heads, dim]. One program for each row and head.
+
+    The splits are added one after another, in order of position.
+    """
+    if pdl:
         gdc_launch_dependents()
         gdc_wait()
     row, head = tl.program_id(0), tl.program_id(1)
     position = tl.load(positions + row)
     d = tl.arange(0, block_d)
     known = d < dim
-    end = (position + SPLIT) // SPLIT  # no part for padding
+    end = (position + SPLIT) // SPLIT  # 0 for padding: no split
     begin = 0
-    if slides > 0:
-        begin = tl.maximum(position + 1 - slides, 0) // SPLIT
+    if sliding_window > 0:
+        begin = tl.maximum(position + 1 - sliding_window, 0) // SPLIT
     of = (row * heads + head) * splits
     split = tl.arange(0, block_splits)
-    peak = tl.max(
-        tl.load(peaks + of + split, mask=(split >= begin) & (split < end), other=float("-inf")), axis=0
+    maximum = tl.max(
+        tl.load(maxima + of + split, mask=(split >= begin) & (split < end), other=float("-inf")), axis=0
     )  # fmt: skip
     sums = tl.zeros((block_d,), tl.float32)
-    total = 0.0
+    exp_sum = 0.0
     for each in range(begin, end):
-        share = tl.exp2(tl.load(peaks + of + each) - peak)
-        total += share * tl.load(totals + of + each)
-        sums += share * tl.load(parts + (of + each).to(tl.int64) * dim + d, mask=known, other=0)
-    sums = sums / tl.where(total > 0, total, 1.0)
+        share = tl.exp2(tl.load(maxima + of + each) - maximum)
+        exp_sum += share * tl.load(exp_sums + of + each)
+        sums += share * tl.load(partial_outputs + (of + each).to(tl.int64) * dim + d, mask=known, other=0)
+    sums = sums / tl.where(exp_sum > 0, exp_sum, 1.0)
     tl.store(out + (row * heads + head) * dim + d, sums.to(out.dtype.element_ty), mask=known)

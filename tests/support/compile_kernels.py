@@ -1,0 +1,45 @@
+"""Compiles kernels of attention for GPUs that need not be here. The interpreter runs code that the compiler refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from triton import compile as compile_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dsi_workers.decoding.gpu import kernels
+
+#: An 8B shape.
+SHAPE = {"heads": 32, "kv_heads": 8, "dim": 128, "group_rows": 8}
+HALF = ("qkv", "cos", "sin", "keys", "values", "branch_keys", "branch_values", "query_norm", "key_norm")
+POINTERS = {
+    **dict.fromkeys(HALF, "*bf16"),
+    **dict.fromkeys(("positions", "slots", "forks", "firsts"), "*i32"),
+    **dict.fromkeys(("partial_outputs", "maxima", "exp_sums"), "*fp32"),
+}
+NUMBERS = {"epsilon": "fp32", "scaling": "fp32"}
+
+
+def shared_bytes(kernel: Any, constants: dict[str, Any], *, capability: int) -> int:
+    """Compile for a GPU of this compute capability; return how much of a processor's shared memory a program takes."""
+    signature = {
+        name: "constexpr" if name in constants else POINTERS.get(name) or NUMBERS.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(signature) if name in POINTERS}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"launch_pdl": True} if constants["pdl"] else {}
+    compiled: Any = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert compiled.asm["cubin"]
+    return int(compiled.metadata.shared)
+
+
+if __name__ == "__main__":
+    for capability in (80, 90):
+        constants = {**SHAPE, "pdl": capability >= 90}
+        turn = {**constants, "normed": True, "block_half": 64}
+        attend = {**constants, "sliding_window": 0, "block_m": 32, "block_d": 128}
+        shared_bytes(kernels.apply_rope_and_store_kv, turn, capability=capability)
+        taken = shared_bytes(kernels.attend_to_splits, attend, capability=capability)
+        assert taken <= 48 * 1024, f"attention takes {taken} bytes of shared memory: too few programs run side by side"
