@@ -154,11 +154,11 @@ def test_drafts_are_numbered_in_the_order_in_which_they_are_made(data: st.DataOb
     take()
     assert told == [(path[-1], naive.number_of[path[:-1]]) for path in naive.made]
     for branch in tree.branches:
-        text = [*main[: branch.fork], *branch.tokens]
-        assert naive.number_of[tuple(text)] == branch.number
-        leading = tree.leading_to(text, main)
+        whole = [*main[: branch.fork], *branch.tokens]
+        assert naive.number_of[tuple(whole)] == branch.number
+        leading = tree.leading_to(whole, main)
         assert leading is not None
-        assert [*main[: leading.fork], *leading.tokens][: len(text)] == text
+        assert [*main[: leading.fork], *leading.tokens][: len(whole)] == whole
     committed = data.draw(st.integers(0, len(main)), label="committed")
     tree.drop_dead_branches(committed)
     assert all(branch.fork >= committed for branch in tree.branches)
