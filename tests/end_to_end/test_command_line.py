@@ -213,7 +213,7 @@ def test_bench_exact_cost_measures_both_paths(model: Path, prompts: Path) -> Non
 
 
 def spread_of(row: dict[str, Any]) -> float:
-    return 5 * max(row["standard_error"], 0.01)
+    return 5 * max(float(row["standard_error"]), 0.01)
 
 
 def test_bench_acceptance_of_a_weakened_drafter_that_is_greedy(model: Path, prompts: Path) -> None:

@@ -92,7 +92,8 @@ class Backend(Protocol):
 
     def copy(self, source: int, destination: int, begin: int, end: int) -> None:
         """Copy the keys and values of the positions [begin, end) from one slot to another. Needed with `branch_slots` only."""
-        raise NotImplementedError
+        if self.branch_slots:
+            raise NotImplementedError("a backend with branch_slots must copy keys and values from one slot to another")
 
     def rows(self, run: Run) -> int:
         """How many of `most_rows` the run takes in a forward for several generations."""

@@ -48,13 +48,13 @@ class DraftTree:
         for token in tokens:
             parents.append(self._main_number)
             self._main_number = self._number(token, self._main_number)
-        for branch, token in zip(branches, continued, strict=True):
-            if token is not None:
-                branch.tokens.append(token)
-                branch.number = self._number(token, branch.number)
-        for place, token in enumerate(alternatives):
-            if token is not None:
-                self.branches.append(Branch(position + place, None, [token], self._number(token, parents[place])))
+        for branch, following in zip(branches, continued, strict=True):
+            if following is not None:
+                branch.tokens.append(following)
+                branch.number = self._number(following, branch.number)
+        for place, second in enumerate(alternatives):
+            if second is not None:
+                self.branches.append(Branch(position + place, None, [second], self._number(second, parents[place])))
         self.unsent += len(tokens)
 
     def take(self) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
