@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from dsi_workers import sampling as sampling_module
 from dsi_workers.backend import Run
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.engines import Engine, EngineError, Interrupted, Task, load_engine
+from dsi_workers.sampling import Sampler
 from dsi_workers.session import SamplingParameters, Session
 from dsi_workers.tree import Branch
 from support.engines import InterruptAfter, NoInterrupt, make_tiny_model, torch_backend
@@ -155,10 +158,6 @@ def library_model(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path
 
 
 def test_the_runner_up_is_what_would_be_chosen_without_the_first(sampling: SamplingParameters) -> None:
-    import torch
-
-    from dsi_workers.sampling import Sampler
-
     sampler, generator = Sampler(session(sampling)), torch.Generator().manual_seed(1)
     for position in range(5, 40):
         logits = torch.randn(300, generator=generator)
@@ -171,6 +170,23 @@ def test_the_runner_up_is_what_would_be_chosen_without_the_first(sampling: Sampl
         assert first != second
     only = Sampler(session(SamplingParameters(1.0, top_k=1)))
     assert only.choose_two(torch.tensor([0.1, 3.0, 2.0]), 5) == (1, 2)
+
+
+def test_the_rows_of_a_step_draw_their_noise_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a large vocabulary the noise takes longer than a row of the forward."""
+    drawn: list[int] = []
+    plain = sampling_module.gumbel_noise
+
+    def counted(key: int, tokens: torch.Tensor) -> torch.Tensor:
+        drawn.append(len(tokens))
+        return plain(key, tokens)
+
+    engine = drafter(model)
+    drafted = session(SamplingParameters(1.3, seed=3))
+    grow(engine, [drafted], 3)
+    monkeypatch.setattr(sampling_module, "gumbel_noise", counted)
+    grow(engine, [drafted], 6)
+    assert drawn == [96] * 6
 
 
 def test_a_promoted_branch_goes_on_without_computing_anything_again(

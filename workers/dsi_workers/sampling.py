@@ -36,6 +36,8 @@ class Sampler:
         self._session = session
         self._parameters = session.sampling
         self._seen: _SeenTokens | None = None
+        #: A position, and the noise of all tokens there.
+        self._noise: tuple[int, torch.Tensor] | None = None
         if self._parameters.repetition_penalty != 1:
             session.occurrences = Occurrences()
             self._seen = _SeenTokens(session.occurrences)
@@ -85,8 +87,17 @@ class Sampler:
         candidates = (kept > -torch.inf).nonzero()[:, 0]
         if not len(candidates):  # the model is broken: every token has probability zero
             return None, scores
-        noise = gumbel_noise(stream_key(self._parameters.seed, position), candidates)
-        return candidates, kept[candidates].double() + noise
+        return candidates, kept[candidates].double() + self._noise_of(candidates, position, len(scores))
+
+    def _noise_of(self, candidates: torch.Tensor, position: int, vocabulary: int) -> torch.Tensor:
+        """The noise of these tokens at the position. That of the whole vocabulary is kept: in a step of a tree, the main path
+        and the branches choose for the same position."""
+        key = stream_key(self._parameters.seed, position)
+        if len(candidates) < vocabulary:
+            return gumbel_noise(key, candidates)
+        if self._noise is None or self._noise[0] != position:
+            self._noise = position, gumbel_noise(key, candidates)
+        return self._noise[1]
 
 
 class _SeenTokens:
