@@ -297,7 +297,7 @@ class Adversary:
             self.feed(event)
 
 
-@settings(max_examples=1000, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=600, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_any_interleaving_gives_the_targets_own_text(data: st.DataObject) -> None:
     """Late, lost, duplicate, reordered and forged replies, servers and drafters that come and go; resumed or from the

@@ -54,9 +54,15 @@ def results(process: subprocess.Popen[str]) -> dict[str, Any]:
 def test_our_workers_conform(tmp_path: Path, role: str, engine: str, example_model: Path) -> None:
     endpoint = f"ipc://{tmp_path}/dsi.sock"
     model = ["--model", str(example_model)] if engine == "trigrams" else []
-    with examination(endpoint) as process, workers(endpoint, ["--role", role, "--engine", engine, *model]):
+    # A timed drafter drafts trees if it has alternatives; other engines ignore that.
+    trees = ["--option", "alternatives=0.5"]
+    with examination(endpoint, *trees) as process, workers(endpoint, ["--role", role, "--engine", engine, *model]):
         found = results(process)
     assert [result for result in found["results"] if not result["passed"]] == []
+    of_trees = [result["skipped"] for result in found["results"] if "5.12" in result["check"]]
+    assert len(of_trees) >= 2
+    chains = "its Ready says rows 1: it takes chains only"
+    assert set(of_trees) == ({""} if engine == "timed" else {chains}), "what does not apply is said to be skipped"
     assert len(found["results"]) >= 20
     assert process.returncode == 0
 

@@ -202,6 +202,15 @@ def test_the_drafter_goes_on_from_a_branch_with_what_it_made_there() -> None:
     assert engine.forwards == 4, "one step more, for the third token"
 
 
+def test_a_branch_that_reaches_as_far_as_is_asked_needs_no_step() -> None:
+    loop, socket, engine = a_drafter()
+    asked(loop, socket, Draft(1, 1, 0, 0, PROMPT, 3, 3, 3, rows=3))
+    [block] = asked(loop, socket, Draft(1, 2, 3, prefix_checksum(PROMPT), (104,), 4, 2, 1, rows=3, committed=4))
+    assert isinstance(block, Drafted)
+    assert (block.start, block.tokens, block.done) == (4, (105, 106), True), "and no token beyond those asked for"
+    assert engine.forwards == 3
+
+
 def test_branches_that_left_the_main_path_before_what_is_committed_are_continued_no_more() -> None:
     loop, socket, _ = a_drafter()
     asked(loop, socket, Draft(1, 1, 0, 0, PROMPT, 3, 2, 2, rows=3))

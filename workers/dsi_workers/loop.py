@@ -286,7 +286,8 @@ class WorkerLoop:
     def _prepare(self, work: Work) -> bool:
         """Make the session's tokens match the request. Also for a cancelled request: the next one may build on its tokens.
 
-        Returns False if the request was answered instead: its prefix is missing here, or its text is empty.
+        Returns False if the request was answered instead: its prefix is missing here, its text is empty, or it leaves
+        nothing to do.
         """
         request, session = work.request, work.session
         if not session.holds(request.base, request.base_crc):
@@ -301,6 +302,9 @@ class WorkerLoop:
             self._prepare_draft(request, session)
         if not session.tokens:
             self._fail(request, "limit", "there is nothing to continue: a generation begins with at least one token")
+            return False
+        if isinstance(request, Draft) and len(session.tokens) >= request.start + request.count:
+            self._send_drafts(work, done=True)  # a branch had it all already
             return False
         work.begin_task()
         return True
@@ -392,8 +396,12 @@ class WorkerLoop:
         else:
             work.begin_task()
         if done or session.drafts.unsent >= request.block:
-            start, block, parents = session.drafts.take()
-            self._send(Drafted(request.generation, request.attempt, start, block, done, work.take_busy_us(), parents))
+            self._send_drafts(work, done=done)
+
+    def _send_drafts(self, work: Work, *, done: bool) -> None:
+        start, tokens, parents = work.session.drafts.take()
+        request = work.request
+        self._send(Drafted(request.generation, request.attempt, start, tokens, done, work.take_busy_us(), parents))
 
     def _fail(self, request: Draft | Verify, code: str, message: str) -> None:
         self._send(Failed(request.generation, request.attempt, code, message))
