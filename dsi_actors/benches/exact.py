@@ -1,7 +1,8 @@
 """`dsi-actors bench exact`: is the text the same, whatever the algorithm, the drafter, the servers, the lookahead?
 
 For each dtype and prompt, greedy and sampled, plain decoding (AR) gives the reference. Every other way must give the same
-token ids: AR, SI and DSI × drafters × SP × lookahead, each drafter with worker processes of its own.
+token ids: AR, SI and DSI × drafters × SP × lookahead × chains and trees of drafts, each drafter with worker processes of its
+own. Trees have as many rows as the workers take, up to the number in the table.
 """
 
 from __future__ import annotations
@@ -35,7 +36,12 @@ from dsi_actors.tokenizer import Tokenizer
 
 DRAFTERS = (SELF_INT8, NGRAM, RANDOM)
 LOOKAHEADS: tuple[int | Literal["auto"], ...] = (1, 3, 8, "auto")
+#: Trees of drafts: two tokens between verifications, and up to three branches.
+TREE_LOOKAHEAD, TREE_ROWS = 2, 4
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "top_k": 50, "repetition_penalty": 1.1}
+
+
+_Key = tuple[str, str, str, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,26 +51,28 @@ class Way:
     algorithm: Algorithm
     sp: int
     lookahead: int | Literal["auto"]
+    #: The most rows of a drafting step. 1: chains. 0: the planner chooses.
+    rows: int
 
 
 def ways(servers: int) -> Iterator[Way]:
-    yield Way("ar", 1, "auto")
-    for lookahead in LOOKAHEADS:
-        yield Way("si", 1, lookahead)
+    yield Way("ar", 1, "auto", 1)
+    for lookahead, rows in [*((each, 0 if each == "auto" else 1) for each in LOOKAHEADS), (TREE_LOOKAHEAD, TREE_ROWS)]:
+        yield Way("si", 1, lookahead, rows)
         for sp in range(1, servers + 1):
-            yield Way("dsi", sp, lookahead)
+            yield Way("dsi", sp, lookahead, rows)
 
 
 @dataclass(slots=True)
 class Findings:
-    """Counts by (dtype, drafter, algorithm, sp), and the references: by (dtype, prompt id, greedy or sampled)."""
+    """Counts by (dtype, drafter, algorithm, sp, rows), and the references: by (dtype, prompt id, greedy or sampled)."""
 
-    compared: Counter[tuple[str, str, str, int]] = field(default_factory=Counter)
-    differing: Counter[tuple[str, str, str, int]] = field(default_factory=Counter)
-    tokens: Counter[tuple[str, str, str, int]] = field(default_factory=Counter)
+    compared: Counter[_Key] = field(default_factory=Counter)
+    differing: Counter[_Key] = field(default_factory=Counter)
+    tokens: Counter[_Key] = field(default_factory=Counter)
     references: dict[tuple[str, str, str], list[int]] = field(default_factory=dict)
 
-    def take(self, key: tuple[str, str, str, int], reference: tuple[str, str, str], text: list[int]) -> bool:
+    def take(self, key: _Key, reference: tuple[str, str, str], text: list[int]) -> bool:
         """Compare with the reference, or become it. Returns whether it is the same."""
         expected = self.references.setdefault(reference, text)
         if expected is text:
@@ -75,7 +83,7 @@ class Findings:
         return text == expected
 
     def rows(self) -> list[dict[str, Any]]:
-        names = ("dtype", "drafter", "algorithm", "sp")
+        names = ("dtype", "drafter", "algorithm", "sp", "rows")
         return [
             {
                 **dict(zip(names, key, strict=True)),
@@ -121,12 +129,13 @@ async def run(arguments: argparse.Namespace) -> int:
                     for kind, sampling in samplings.items():
                         for way in ways(arguments.servers):
                             stream = orchestrator.generate(
-                                prompt.ids, sampling, algorithm=way.algorithm, sp=way.sp, lookahead=way.lookahead
-                            )
+                                prompt.ids, sampling, algorithm=way.algorithm, sp=way.sp, lookahead=way.lookahead,
+                                rows=way.rows or None,
+                            )  # fmt: skip
                             text = [token async for tokens in stream for token in tokens]
                             await stream.aclose()
                             if not findings.take(
-                                (dtype, drafter, way.algorithm, way.sp), (dtype, prompt.name, kind), text
+                                (dtype, drafter, way.algorithm, way.sp, way.rows), (dtype, prompt.name, kind), text
                             ):
                                 err.print(f"DIFFERENT: {dtype} {drafter} {prompt.name} {kind} {way}", style="red")
                     err.print(f"{dtype} {drafter} {prompt.name}: {findings.compared.total()} compared so far")
@@ -139,7 +148,7 @@ def _report(findings: Findings, *, as_json: bool) -> int:
         summary = {"compared": compared, "differing": differing, "results": findings.rows()}
         sys.stdout.write(json.dumps({"machine": describe_machine(), **summary}) + "\n")
     else:
-        table = Table("dtype", "drafter", "algorithm", "SP", "compared", "differing", "tokens")
+        table = Table("dtype", "drafter", "algorithm", "SP", "rows", "compared", "differing", "tokens")
         for row in findings.rows():
             table.add_row(*(str(value) for value in row.values()))
         terminal().print(table)

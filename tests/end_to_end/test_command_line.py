@@ -183,10 +183,11 @@ def test_bench_exact_compares_every_way(model: Path, prompts: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    ways = 1 + 4 + 2 * 4  # AR, SI and DSI at four lookaheads, DSI at two SP
+    ways = 1 + 5 + 2 * 5  # AR, SI and DSI at four lookaheads and with a tree, DSI at two SP
     assert result["compared"] == 3 * 2 * 2 * ways - 2 * 2  # three drafters, two prompts, greedy and sampled
     assert result["differing"] == 0
     assert {row["drafter"] for row in result["results"]} == {"self-int8", "ngram", "random"}
+    assert {row["rows"] for row in result["results"]} == {0, 1, 4}
     assert sum(row["compared"] for row in result["results"]) == result["compared"]
 
 
@@ -211,6 +212,24 @@ def test_bench_exact_cost_measures_both_paths(model: Path, prompts: Path) -> Non
         assert 1 << 20 < row["private_bytes"] <= row["resident_bytes"], "of a process, not of nothing"
 
 
+def spread_of(row: dict[str, Any]) -> float:
+    return 5 * max(float(row["standard_error"]), 0.01)
+
+
+def test_bench_acceptance_of_a_weakened_drafter_that_is_greedy(model: Path, prompts: Path) -> None:
+    def measured(*more: str) -> dict[str, Any]:
+        done = dsi_actors(
+            "bench", "acceptance", "--target", model, "--prompts", prompts, "--max-tokens", "20", "--temperatures", "0",
+            "--json", *more,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        [row] = json.loads(done.stdout)["results"]
+        assert row["lower"] is row["upper"] is None
+        return dict(row)
+
+    assert measured("--layers", "1")["acceptance_rate"] < 0.5 < measured()["acceptance_rate"]
+
+
 def test_bench_acceptance_lies_within_its_bounds(model: Path, prompts: Path) -> None:
     """A tiny model and its int8 copy: 2 x 150 tokens. Five standard errors below, or above, would be a bug."""
     done = dsi_actors(
@@ -220,9 +239,13 @@ def test_bench_acceptance_lies_within_its_bounds(model: Path, prompts: Path) -> 
     assert done.returncode == 0, done.stderr
     for row in json.loads(done.stdout)["results"]:
         assert 0 < row["lower"] < row["upper"] < 1
+        *bins, whole = row["choices"]
+        assert sum(each["positions"] for each in bins) == whole["positions"] == row["positions"]
+        assert whole["first"] + whole["second"] + whole["third_to_fifth"] <= 1
+        assert abs(whole["first"] - row["acceptance_rate"]) < spread_of(row)
         assert row["positions"] == 300
         assert row["drafts_compared"] > 30, row
-        spread = 5 * max(row["standard_error"], 0.01)
+        spread = spread_of(row)
         assert row["lower"] - spread < row["acceptance_rate"] < row["upper"] + spread
 
 
@@ -456,7 +479,10 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, when: str) -> None:
             "--library int4 is no dtype and number of threads",
         ),
         (["bench", "acceptance", "--prompts", "Makefile", "--drafter", "ngram"], "'ngram' has no distribution"),
-        (["bench", "acceptance", "--prompts", "Makefile", "--temperatures", "1,0"], "0 is not positive"),
+        (
+            ["bench", "acceptance", "--prompts", "Makefile", "--temperatures", "1,-1"],
+            "-1 is not a number of at least 0",
+        ),
         (["simulate", "--target-ms", "-1"], "--target-ms must be a number of at least 0, not -1"),
         (["simulate", "--target-ms", "nan"], "--target-ms must be a number of at least 0, not nan"),
         (["simulate", "--acceptance", "1.5"], "--acceptance must lie in [0, 1], not 1.5"),

@@ -225,3 +225,15 @@ def test_a_request_with_its_own_prefix_ends_those_before_it() -> None:
     asked(loop, socket, Draft(1, 1, 0, 0, PROMPT, 3, 50, 1, rows=2), steps=2)
     replies = asked(loop, socket, Draft(1, 2, 3, prefix_checksum(PROMPT), (9,), 4, 1, 1, rows=2))
     assert [(type(reply).__name__, reply.attempt) for reply in replies] == [("Cancelled", 1), ("Drafted", 2)]
+
+
+def test_a_drafter_may_have_no_alternative_and_leave_a_branch_as_it_is() -> None:
+    tree = DraftTree()
+    tree.restart([1, 2, 3], 3)
+    tree.add(3, [4, 5], [None, 6], (), ())
+    [branch] = tree.branches
+    assert (branch.fork, branch.tokens) == (4, [6])
+    tree.add(5, [7], [None], [branch], [None])
+    tree.add(6, [8], [None], [branch], [9])
+    assert branch.tokens == [6, 9]
+    assert tree.take() == (3, (4, 5, 6, 7, 8, 9), (2, 3, 3, 4, 6, 5))

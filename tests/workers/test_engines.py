@@ -278,6 +278,7 @@ def test_a_drafter_translates_only_for_a_target_with_another_vocabulary_that_it_
         engine = load_engine("transformers", model=str(tiny_model), **words)
         assert type(engine) is kind
         assert engine.info.vocabulary_size == (64 if target == str(other) else 96)
+        assert (engine.info.rows == 1) == (target == str(other)), "what is translated is a chain"
         assert len(engine.draft(session_of([3, 5, 7]), 1, NoInterrupt())) == 1
 
 

@@ -30,6 +30,7 @@ from dsi_workers.decoding.forward import Forward
 from dsi_workers.decoding.gpu.decoder import GpuDecoder
 from dsi_workers.decoding.gpu.linear import GpuLinear
 from dsi_workers.decoding.quantization import Int8Linear
+from dsi_workers.decoding.torch_backend import TorchBackend
 from dsi_workers.decoding.widths import Trial, Widths
 from dsi_workers.engine import Interrupted
 from dsi_workers.engines import Task, load_engine
@@ -388,3 +389,32 @@ def test_kernels_of_attention_compile_for_a_gpu(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     tests = Path(__file__).parents[1]
     subprocess.run([sys.executable, "-m", "support.compile_kernels"], cwd=tests, env=environment, check=True)
+
+
+def test_a_drafter_s_branches_share_a_recorded_forward() -> None:
+    """Each has a group of rows and a slot of its own, and goes on as a chain would."""
+    made, config = decoder()
+    forward = Forward(GpuDecoder(made), config, DEVICE, slots=2 + 4, capacity=CAPACITY)
+    backend = TorchBackend(
+        forward, None, vocabulary="", vocabulary_size=WORDS, max_length=128, window=WINDOW, branch_slots=4
+    )
+    engine = ModelEngine(backend, exact=False, calibrate=False)
+    assert engine.info.rows == 3
+    drafted, alone = session_of([3, 1, 4], generation=1), session_of([3, 1, 4], generation=2)
+    drafted.drafts.restart(drafted.tokens, 3)
+    for _ in range(3):
+        task = Task(drafted, len(drafted.tokens), 9, drafted.drafts.branches[:2], alternatives=True)
+        engine.step([task], NoInterrupt())
+        answer = task.answer
+        drafted.drafts.add(task.start, answer.tokens, answer.alternatives, task.branches, answer.continued)
+        drafted.write(task.start, answer.tokens)
+    assert engine.forwards == 3
+    first, second, _ = drafted.drafts.branches
+    for begin, path in (
+        (3, drafted.tokens), (4, [3, 1, 4, *first.tokens]), (5, [*drafted.tokens[:4], *second.tokens]),
+    ):  # fmt: skip
+        alone.write(0, path[:begin])
+        alone.truncate(begin)
+        while len(alone.tokens) < len(path):
+            alone.write(len(alone.tokens), engine.draft(alone, 1, NoInterrupt()))
+        assert alone.tokens == path

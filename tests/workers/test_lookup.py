@@ -301,3 +301,38 @@ def test_a_text_that_loses_more_than_is_remembered_is_not_found_where_it_was() -
     assert index.find([8, 9], 2) == ([], 0)
     text.become([7, 8, 9, 1])
     assert index.find([8, 9], 2) == ([1], 2)
+
+
+def test_all_tokens_that_followed_are_found_the_latest_first() -> None:
+    index = SuffixIndex()
+    text = Text(index)
+    text.become([1, 2, 3, 9, 1, 2, 4, 9, 1, 2, 3, 9, 1, 2])
+    assert index.find_next([1, 2]) == [3, 4]
+    assert index.find_next([9, 1, 2]) == [3, 4]
+    assert index.find([1, 2], 3) == ([3, 9, 1], 2)
+    assert index.find_next([7, 7]) == []
+    text.become([1, 2, 3, 9, 1, 2, 4, 9, 1, 2])
+    assert index.find_next([1, 2]) == [4, 3], "what was taken back leaves no trace"
+
+
+def test_the_tree_of_prompt_lookup_has_the_other_matches() -> None:
+    engine = load_engine("ngram", role="drafter", model="", device="cpu:0", options={"remember": False, "block": 3})
+    assert engine.info.rows > 1
+    drafted = session_of([1, 2, 5, 6, 7, 1, 2, 3, 4, 8, 1, 2])
+    task = Task(drafted, 12, 8, alternatives=True)
+    engine.step([task], NoInterrupt())
+    assert task.answer.tokens == engine.draft(drafted, 8, NoInterrupt()) == [3, 4, 8]
+    assert task.answer.alternatives == [5, None, None]
+    drafted.drafts.restart(drafted.tokens, 12)
+    drafted.drafts.add(12, task.answer.tokens, task.answer.alternatives, (), ())
+    drafted.write(12, task.answer.tokens)
+    [branch] = drafted.drafts.branches
+    assert (branch.fork, branch.tokens) == (12, [5])
+    for expected in (6, 7, 1):
+        task = Task(drafted, len(drafted.tokens), 8, [branch], alternatives=True)
+        engine.step([task], NoInterrupt())
+        drafted.drafts.add(
+            len(drafted.tokens), task.answer.tokens, task.answer.alternatives, [branch], task.answer.continued
+        )
+        drafted.write(len(drafted.tokens), task.answer.tokens)
+        assert branch.tokens[-1] == expected

@@ -70,6 +70,8 @@ class Backend(Protocol):
     #: Most tokens of a tree that a target verifies (Verify in SPEC.md). A branch of so many tokens must fit into `most_rows`.
     #: 1: the backend computes chains only, and no run has a `fork`.
     tree_rows: int = 1
+    #: Further slots, numbered from `slots` on, in which a drafter continues branches. 0: it drafts chains only.
+    branch_slots: int = 0
     #: Calls of the model so far. ModelEngine sets it to 0 when it is built.
     forwards: int
 
@@ -87,6 +89,11 @@ class Backend(Protocol):
 
         Runs of the fingerprint and of `time_s` lie at positions [0, PROMPT_CHUNK + window), even where `max_length` is less.
         """
+
+    def copy(self, source: int, destination: int, begin: int, end: int) -> None:
+        """Copy the keys and values of the positions [begin, end) from one slot to another. Needed with `branch_slots` only."""
+        if self.branch_slots:
+            raise NotImplementedError("a backend with branch_slots must copy keys and values from one slot to another")
 
     def rows(self, run: Run) -> int:
         """How many of `most_rows` the run takes in a forward for several generations."""

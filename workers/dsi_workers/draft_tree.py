@@ -39,20 +39,22 @@ class DraftTree:
         self.branches = [branch for branch in self.branches if branch.fork >= committed]
 
     def add(
-        self, position: int, tokens: Sequence[int], alternatives: Sequence[int], branches: Sequence[Branch],
-        continued: Sequence[int],
+        self, position: int, tokens: Sequence[int], alternatives: Sequence[int | None], branches: Sequence[Branch],
+        continued: Sequence[int | None],
     ) -> None:  # fmt: skip
         """What a step drafted: `tokens` of the main path from `position` on, `alternatives` to them, and for each of `branches`
-        the token that continues it."""
+        the token that continues it. None stands for no alternative, and for a branch that is not continued."""
         parents = []
         for token in tokens:
             parents.append(self._main_number)
             self._main_number = self._number(token, self._main_number)
-        for branch, token in zip(branches, continued, strict=True):
-            branch.tokens.append(token)
-            branch.number = self._number(token, branch.number)
-        for place, token in enumerate(alternatives):
-            self.branches.append(Branch(position + place, None, [token], self._number(token, parents[place])))
+        for branch, following in zip(branches, continued, strict=True):
+            if following is not None:
+                branch.tokens.append(following)
+                branch.number = self._number(following, branch.number)
+        for place, second in enumerate(alternatives):
+            if second is not None:
+                self.branches.append(Branch(position + place, None, [second], self._number(second, parents[place])))
         self.unsent += len(tokens)
 
     def take(self) -> tuple[int, tuple[int, ...], tuple[int, ...]]:

@@ -73,9 +73,10 @@ class Answer:
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    #: Of a draft with `rows`: a second choice for each of `tokens`, and a token for each branch of the task.
-    alternatives: list[int] = field(default_factory=list)
-    continued: list[int] = field(default_factory=list)
+    #: Of a draft with `alternatives`: a second choice for each of `tokens`. None: there is no second choice.
+    alternatives: list[int | None] = field(default_factory=list)
+    #: Of a draft: a token for each branch of the task. None: the branch is not continued in this step.
+    continued: list[int | None] = field(default_factory=list)
 
 
 @dataclass(slots=True)

@@ -30,12 +30,14 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 class Sampler:
-    """Chooses the tokens of one session. `choose` takes no longer for a longer text."""
+    """Chooses the tokens of one session. A choice takes no longer for a longer text."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._parameters = session.sampling
         self._seen: _SeenTokens | None = None
+        #: A position, and the noise of all tokens there.
+        self._noise: tuple[int, torch.Tensor] | None = None
         if self._parameters.repetition_penalty != 1:
             session.occurrences = Occurrences()
             self._seen = _SeenTokens(session.occurrences)
@@ -45,21 +47,57 @@ class Sampler:
 
         The token follows the session's tokens before position `fork` (None: all of them), and then `guess`.
         """
+        candidates, perturbed = self._perturbed(self._scores(logits, position, guess, fork), position)
+        return int(candidates[perturbed.argmax()]) if candidates is not None else int(perturbed.argmax())
+
+    def choose_two(
+        self, logits: torch.Tensor, position: int, guess: Sequence[int] = (), fork: int | None = None
+    ) -> tuple[int, int]:
+        """Return the token of `choose` and the runner-up under the same noise.
+
+        The runner-up is what `choose` would return if the first token could not be chosen. Where the parameters leave one
+        candidate, the runner-up is the most probable of the other tokens.
+        """
+        scores = self._scores(logits, position, guess, fork)
+        candidates, perturbed = self._perturbed(scores, position)
+        place = int(perturbed.argmax())
+        if candidates is None:
+            return place, second_choice(scores, place)
+        first = int(candidates[place])
+        if len(candidates) == 1:
+            return first, second_choice(scores, first)
+        return first, int(candidates[second_choice(perturbed, place)])
+
+    def _scores(self, logits: torch.Tensor, position: int, guess: Sequence[int], fork: int | None) -> torch.Tensor:
+        """Finite logits after the repetition penalty."""
         scores = _finite(logits)
-        if self._seen is not None:
-            tokens = self._session.tokens
-            end = len(tokens) if fork is None else fork
-            self._seen.move_to(tokens, min(position, end))
-            seen = self._seen.mask(scores, guess[: max(0, position - end)])
-            scores = apply_repetition_penalty(scores, seen, self._parameters.repetition_penalty)
+        if self._seen is None:
+            return scores
+        tokens = self._session.tokens
+        end = len(tokens) if fork is None else fork
+        self._seen.move_to(tokens, min(position, end))
+        seen = self._seen.mask(scores, guess[: max(0, position - end)])
+        return apply_repetition_penalty(scores, seen, self._parameters.repetition_penalty)
+
+    def _perturbed(self, scores: torch.Tensor, position: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Return (candidates, log p + g of each). The largest is the choice. Candidates None: every token, without noise."""
         if self._parameters.greedy:
-            return int(scores.argmax())
+            return None, scores
         kept = filter_scores(scores, self._parameters)
         candidates = (kept > -torch.inf).nonzero()[:, 0]
         if not len(candidates):  # the model is broken: every token has probability zero
-            return int(scores.argmax())
-        noise = gumbel_noise(stream_key(self._parameters.seed, position), candidates)
-        return int(candidates[(kept[candidates].double() + noise).argmax()])
+            return None, scores
+        return candidates, kept[candidates].double() + self._noise_of(candidates, position, len(scores))
+
+    def _noise_of(self, candidates: torch.Tensor, position: int, vocabulary: int) -> torch.Tensor:
+        """The noise of these tokens at the position. That of the whole vocabulary is kept: in a step of a tree, the main path
+        and the branches choose for the same position."""
+        key = stream_key(self._parameters.seed, position)
+        if len(candidates) < vocabulary:
+            return gumbel_noise(key, candidates)
+        if self._noise is None or self._noise[0] != position:
+            self._noise = position, gumbel_noise(key, candidates)
+        return self._noise[1]
 
 
 class _SeenTokens:
@@ -90,6 +128,13 @@ class _SeenTokens:
         known = [token for token in ids if token < len(mask)]  # a vocabulary may have tokens without a logit
         if known:
             mask[torch.tensor(known, device=mask.device)] = seen
+
+
+def second_choice(scores: torch.Tensor, first: int) -> int:
+    """Return the place of the largest of `scores` [n] beside the place `first`."""
+    others = scores.clone()
+    others[first] = -torch.inf
+    return int(others.argmax())
 
 
 def _finite(logits: torch.Tensor) -> torch.Tensor:
@@ -138,6 +183,7 @@ def warm_up(logits: torch.Tensor) -> None:
     session = Session(0, 1, "warm-up", parameters)
     session.write(0, [0, 1, 0])
     sampler = Sampler(session)
+    sampler.choose_two(logits, 3)
     for guess in ((), (1,)):
         log_probability(logits, sampler.choose(logits, 3 + len(guess), guess))
     session.truncate(1)

@@ -41,10 +41,18 @@ def read_config(directory: Path, reference: str) -> Any:
         raise EngineError(f"transformers cannot read the configuration of {reference}: {first_line(error)}") from None
 
 
-def read_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """Read the model with transformers, set up for TransformersDecoder. All its linear layers become nn.Linear."""
+def read_model(directory: Path, dtype: torch.dtype, device: torch.device, config: Any) -> Any:
+    """Read the model with transformers, set up for TransformersDecoder. All its linear layers become nn.Linear.
+
+    `config` is that of `read_config`. If it has fewer layers than the files, the model has the first layers of the files.
+    """
     model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, attn_implementation=_ATTENTION, trust_remote_code=False, use_safetensors=True
+        directory,
+        config=config,
+        dtype=dtype,
+        attn_implementation=_ATTENTION,
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     model = model.eval().requires_grad_(False).to(device)
     for module in list(model.modules()):  # Conv1D: GPT-2's linear layer, whose weight is transposed

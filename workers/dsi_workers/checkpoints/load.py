@@ -12,6 +12,7 @@ import structlog
 import torch
 from torch import nn
 
+from dsi_protocol import OptionValue
 from dsi_workers.backend import Run
 from dsi_workers.checkpoints.checkpoint import read_checkpoint
 from dsi_workers.decoding.decoder import Decoder
@@ -69,12 +70,14 @@ def load_model(
     most_positions: int,
     graphs: bool = True,
     exact: bool = True,
+    layers: OptionValue | None = None,
 ) -> Loaded:
     """Load the model in `directory`.
 
     `reference`: the model's name in error messages. `rows`: the usual number of rows of a product, for packing weights.
     `most_positions`: an upper limit for the length of a generation. `graphs`: on a GPU, use our own kernels, recorded as CUDA
-    graphs. `exact`: the bits of the logits matter, as for a target.
+    graphs. `exact`: the bits of the logits matter, as for a target. `layers`: keep only so many of the model's layers, the first
+    ones.
 
     Raises EngineError.
     """
@@ -89,8 +92,9 @@ def load_model(
     with _as_engine_error(reference):
         checkpoint = read_checkpoint(directory, number_type, device)
         if checkpoint is None:
-            loaded = _load_with_transformers(directory, device, reference, number_type, most_positions, convert)
+            loaded = _load_with_transformers(directory, device, reference, number_type, most_positions, convert, layers)
         else:
+            keep_layers(checkpoint.config, layers, reference)
             positions = min(most_positions, int(checkpoint.config.max_position_embeddings))
             with torch.inference_mode():
                 decoder = Decoder(checkpoint.weights, checkpoint.config, *checkpoint.rope(positions, number_type))
@@ -121,8 +125,9 @@ def with_gpu_kernels(decoder: Decoder, *, exact: bool = True) -> ComputesLogits:
 
 
 def _load_with_transformers(
-    directory: Path, device: torch.device, reference: str, dtype: torch.dtype, most_positions: int, convert: Any
-) -> Loaded:
+    directory: Path, device: torch.device, reference: str, dtype: torch.dtype, most_positions: int, convert: Any,
+    layers: OptionValue | None,
+) -> Loaded:  # fmt: skip
     # Importing transformers takes seconds, so only models that need it import it.
     from dsi_workers.checkpoints.compatibility import position_limit, refuse_if_not_rewindable
     from dsi_workers.checkpoints.library import TransformersDecoder, as_decoder, read_config, read_model
@@ -131,7 +136,8 @@ def _load_with_transformers(
     refuse_if_not_rewindable(whole, reference)
     config = whole.get_text_config(decoder=True)
     positions = min(most_positions, position_limit(config))
-    model = read_model(directory, dtype, device)
+    keep_layers(config, layers, reference)
+    model = read_model(directory, dtype, device, whole)
     library = TransformersDecoder(model, config, positions - 1)
 
     def logits(decoder: ComputesLogits) -> torch.Tensor:
@@ -147,6 +153,21 @@ def _load_with_transformers(
             return Loaded(decoder, config, positions)
     replace_linear_layers(model, convert)
     return Loaded(library, config, positions)
+
+
+def keep_layers(config: Any, layers: OptionValue | None, reference: str) -> None:
+    """Change the configuration to one of the model's first `layers` layers; None: all. The weights of the others are not read
+    then, or not used."""
+    if layers is None:
+        return
+    number = int(config.num_hidden_layers)
+    if type(layers) is not int or not 1 <= layers <= number:
+        raise EngineError(
+            f"option layers must be a whole number in [1, {number}], the layers of {reference}, not {layers!r}"
+        )
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -70,6 +70,10 @@ class SlotLayer:
         keys, values = self._storage
         return keys.tensor, values.tensor
 
+    def copy(self, source: int, destination: int, positions: slice) -> None:
+        for stored in self._storage or ():
+            stored.tensor[destination, :, positions] = stored.tensor[source, :, positions]
+
     def release(self, slot: int) -> None:
         for stored in self._storage or ():
             stored.release(slot)
@@ -95,6 +99,11 @@ class SlotCache:
         self.capacity = capacity
         self.segments: Sequence[Segment] = ()
         self.layers = [SlotLayer(self) for _ in range(layers)]
+
+    def copy(self, source: int, destination: int, begin: int, end: int) -> None:
+        """Copy the keys and values of the positions [begin, end) from one slot to another."""
+        for layer in self.layers:
+            layer.copy(source, destination, slice(begin, end))
 
     def release(self, slot: int) -> None:
         """Return the slot's memory to the system. Only on a CPU, where memory is taken page by page."""

@@ -52,6 +52,16 @@ class Slots:
         self._slots.move_to_end(number)
         return number
 
+    def exchange(self, session: Session, slot: int) -> int | None:
+        """Give the session the slot number `slot`, which is none of these, for its own. Returns the number of its own, which is
+        none of these then; None, and nothing happens, if the session has no slot."""
+        number = self._slot_of.get(session.generation)
+        if number is None or self._slots[number].session is not session:
+            return None
+        self._slots[slot] = self._slots.pop(number)
+        self._slot_of[session.generation] = slot
+        return number
+
     def forget(self, session: Session) -> None:
         """Free the slot of a closed generation. Its contents stay until the slot is needed."""
         number = self._slot_of.pop(session.generation, None)

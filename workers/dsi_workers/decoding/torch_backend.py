@@ -17,6 +17,7 @@ class TorchBackend:
     """Computes logits with torch, and pads the runs of a target to widths whose bits agree.
 
     `widths` names these widths (widths.py). It is None for a drafter, whose bits do not matter: its runs are not padded.
+    `branch_slots`: how many slots of the cache are for branches (backend.py).
     """
 
     def __init__(
@@ -28,12 +29,14 @@ class TorchBackend:
         vocabulary_size: int,
         max_length: int,
         window: int,
+        branch_slots: int = 0,
     ) -> None:
         self.vocabulary = vocabulary
         self.vocabulary_size = vocabulary_size
         self.max_length = max_length
         self.window = window
-        self.slots = forward.cache.slots
+        self.slots = forward.cache.slots - branch_slots
+        self.branch_slots = branch_slots
         self.tree_rows = 1
         self.forward = forward
         self.widths = widths
@@ -59,6 +62,10 @@ class TorchBackend:
         self.forward.interrupt = Never()
         runs, rows, logit_rows = self._plan_rows(runs)
         return self.forward.timed_s(runs, rows=rows, logit_rows=logit_rows)
+
+    def copy(self, source: int, destination: int, begin: int, end: int) -> None:
+        with torch.inference_mode():
+            self.forward.cache.copy(source, destination, begin, end)
 
     def rows(self, run: Run) -> int:
         return self.forward.rows_of(self._with_width(run, alone=False))

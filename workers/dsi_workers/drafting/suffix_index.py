@@ -18,9 +18,12 @@ _MOST_PLACES = 1 << 17
 _MOST_REVERSIBLE = 1024
 #: Tokens of a new text that are read in one call. This takes about 20 ms, during which no cancel is noticed.
 READ_AT_ONCE = 8192
+#: The most occurrences of one suffix: what followed the earlier ones are alternatives.
+_MOST_OF_ONE = 4
 
 #: The text in which a suffix occurs, and the position after the suffix.
 _Occurrence = tuple[list[int], int]
+_Occurrences = tuple[_Occurrence, ...]
 
 
 class SuffixIndex:
@@ -28,26 +31,26 @@ class SuffixIndex:
 
     def __init__(self, most_places: int = _MOST_PLACES) -> None:
         self._most = most_places
-        #: Occurrences by suffix, in two halves: when the younger half is full, the older half is dropped.
-        self._young: dict[tuple[int, ...], _Occurrence] = {}
-        self._old: dict[tuple[int, ...], _Occurrence] = {}
+        #: Occurrences by suffix, the latest first, in two halves: when the younger half is full, the older half is dropped.
+        self._young: dict[tuple[int, ...], _Occurrences] = {}
+        self._old: dict[tuple[int, ...], _Occurrences] = {}
 
-    def add(self, suffix: tuple[int, ...], occurrence: _Occurrence) -> _Occurrence | None:
-        """Add an occurrence of the suffix. Returns the occurrence that it replaces."""
-        before = self._young.get(suffix)
-        self._young[suffix] = occurrence
+    def add(self, suffix: tuple[int, ...], occurrence: _Occurrence) -> _Occurrences:
+        """Add an occurrence of the suffix. Returns the occurrences before."""
+        before = self._young.get(suffix, ())
+        self._young[suffix] = (occurrence, *before[: _MOST_OF_ONE - 1])
         if len(self._young) > self._most // 2:
             self._old, self._young = self._young, {}
         return before
 
-    def remove(self, suffix: tuple[int, ...], occurrence: _Occurrence, before: _Occurrence | None) -> None:
-        """Undo `add`: remove the occurrence and restore the one before, as returned by `add`."""
+    def remove(self, suffix: tuple[int, ...], occurrence: _Occurrence, before: _Occurrences) -> None:
+        """Undo `add`: remove the occurrence and restore the ones before, as returned by `add`."""
         for half in (self._young, self._old):
-            if half.get(suffix) is occurrence:
-                if before is None:
-                    del half[suffix]
-                else:
+            if suffix in half and half[suffix][0] is occurrence:
+                if before:
                     half[suffix] = before
+                else:
+                    del half[suffix]
 
     def find(self, text: Sequence[int], most: int) -> tuple[list[int], int]:
         """Return up to `most` tokens that may follow `text`, and the length of the suffix that matched.
@@ -55,13 +58,28 @@ class SuffixIndex:
         Returns ([], 0) if there is no match.
         """
         for length in SUFFIX_LENGTHS:
-            suffix = tuple(text[-length:])
-            source, position = self._young.get(suffix) or self._old.get(suffix) or ((), 0)
-            # The tokens there may have changed since: entries older than _MOST_REVERSIBLE tokens are not removed.
-            same = len(suffix) == length and tuple(source[position - length : position]) == suffix
-            if same and (follows := list(source[position : position + most])):
-                return follows, length
+            for source, position in self._occurrences(text, length)[:1]:
+                if follows := source[position : position + most]:
+                    return follows, length
         return [], 0
+
+    def find_next(self, text: Sequence[int]) -> list[int]:
+        """Return the different tokens that may follow `text`, best first: the first is the one of `find`."""
+        found: dict[int, None] = {}
+        for length in SUFFIX_LENGTHS:
+            for source, position in self._occurrences(text, length):
+                found |= dict.fromkeys(source[position : position + 1])
+        return list(found)
+
+    def _occurrences(self, text: Sequence[int], length: int) -> list[_Occurrence]:
+        """Return where the last `length` tokens of the text occur, the latest first."""
+        suffix = tuple(text[-length:])
+        # The tokens there may have changed since: entries older than _MOST_REVERSIBLE tokens are not removed.
+        return [
+            (source, position)
+            for source, position in self._young.get(suffix) or self._old.get(suffix) or ()
+            if len(suffix) == length and tuple(source[position - length : position]) == suffix
+        ]
 
 
 class Text:
@@ -74,10 +92,8 @@ class Text:
     def __init__(self, index: SuffixIndex) -> None:
         self.index = index
         self._tokens: list[int] = []
-        #: For each of the last tokens: the index entries that it added (suffix, occurrence, occurrence before).
-        self._added: deque[list[tuple[tuple[int, ...], _Occurrence, _Occurrence | None]]] = deque(
-            maxlen=_MOST_REVERSIBLE
-        )
+        #: For each of the last tokens: the index entries that it added (suffix, occurrence, occurrences before).
+        self._added: deque[list[tuple[tuple[int, ...], _Occurrence, _Occurrences]]] = deque(maxlen=_MOST_REVERSIBLE)
 
     def become(self, tokens: Sequence[int]) -> bool:
         """Change the text to `tokens`, and update the index.
@@ -116,6 +132,10 @@ class Texts:
     def find(self, session: Session, most: int) -> tuple[list[int], int]:
         """Like SuffixIndex.find, for the session's tokens. Returns ([], 0) while some of the tokens are not read yet."""
         return self._text_of(session).index.find(session.tokens, most) if self.read(session) else ([], 0)
+
+    def find_next(self, session: Session, path: Sequence[int]) -> list[int]:
+        """Like SuffixIndex.find_next, for a text that ends with `path`."""
+        return self._text_of(session).index.find_next(path)
 
     def read(self, session: Session) -> bool:
         """Read new tokens of the session. Returns whether all of its tokens are read now."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from dsi_workers.engine import RequestError, Task
-from dsi_workers.sampling import Sampler, log_probability
+from dsi_workers.sampling import Sampler, log_probability, second_choice
 from dsi_workers.session import Session
+from dsi_workers.tree import Branch
 
 
 class Choice:
@@ -28,7 +30,8 @@ class Choice:
         self._samplers.pop(session.generation, None)
 
     def answer(self, task: Task, logits: torch.Tensor, guess: Sequence[int], fork: int | None = None) -> bool:
-        """Choose a token from each row of `logits` [n, vocabulary] and add the tokens to the task's answer.
+        """Choose a token from each row of `logits` [n, vocabulary], with a second choice if the task wants alternatives, and add
+        them to the task's answer.
 
         The text is session.tokens before position `fork` (None: all of them), and then `guess`: what a drafter's own drafter
         expects, or the tokens of a branch. Stops at the first token that differs from the text's token at its position, and then
@@ -42,11 +45,18 @@ class Choice:
         choices = logits.argmax(dim=-1).tolist() if sampler is None else None
         for row in range(len(logits)):
             at = task.start + len(answer.tokens)
-            if sampler is not None:
-                token = _sampled(sampler, logits[row], at, guess, length)
-            else:
+            if sampler is None:
                 assert choices is not None
                 token = choices[row]
+                if task.alternatives:
+                    answer.alternatives.append(second_choice(logits[row], token))
+            elif task.alternatives:
+                with _blamed_on_the_request():
+                    token, second = sampler.choose_two(logits[row], at, guess, length)
+                answer.alternatives.append(second)
+            else:
+                with _blamed_on_the_request():
+                    token = sampler.choose(logits[row], at, guess, length)
             answer.tokens.append(token)
             if session.sampling.logprobs:
                 answer.logprobs.append(log_probability(logits[row], token))
@@ -55,11 +65,27 @@ class Choice:
                 return True
         return False
 
+    def after(self, session: Session, branches: Sequence[Branch], logits: torch.Tensor) -> list[int]:
+        """Choose the token that continues each branch of drafts beside the session's tokens. logits: [branches, vocabulary].
 
-def _sampled(sampler: Sampler, logits: torch.Tensor, position: int, guess: Sequence[int], fork: int) -> int:
-    """The sampler's token. Any error but one of the device is the request's fault, not the model's: raises RequestError."""
+        Raises RequestError as `answer` does.
+        """
+        sampler = self._samplers.get(session.generation)
+        if sampler is None:
+            tokens: list[int] = logits.argmax(dim=-1).tolist()
+            return tokens
+        with _blamed_on_the_request():
+            return [
+                sampler.choose(row, branch.end, branch.tokens, fork=branch.fork)
+                for branch, row in zip(branches, logits, strict=True)
+            ]
+
+
+@contextmanager
+def _blamed_on_the_request() -> Iterator[None]:
+    """Any error of the sampler but one of the device is the request's fault, not the model's: raises RequestError."""
     try:
-        return sampler.choose(logits, position, guess, fork)
+        yield
     except (
         torch.OutOfMemoryError,
         torch.AcceleratorError,

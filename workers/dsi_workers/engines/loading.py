@@ -11,7 +11,7 @@ from dsi_protocol import OptionValue
 from dsi_workers.backend import PROMPT_CHUNK, Run
 from dsi_workers.checkpoints.load import load_model
 from dsi_workers.decoding.device import keep_freed_memory, torch_device
-from dsi_workers.decoding.forward import Forward
+from dsi_workers.decoding.forward import ComputesLogits, Forward
 from dsi_workers.decoding.torch_backend import TorchBackend
 from dsi_workers.decoding.width_cache import widths_tried
 from dsi_workers.decoding.widths import Trial, Widths
@@ -25,6 +25,8 @@ from dsi_workers.models.resolve import resolve_model
 log = structlog.get_logger("dsi.engine")
 
 _MOST_SLOTS = 1024
+#: The most rows of one generation's drafting step. Rows cost little on a GPU; on a CPU each costs nearly as much as the first.
+_GPU_ROWS, _CPU_ROWS = 16, 8
 
 
 def load_model_engine(model: str, *, device: str, drafter: bool, options: Mapping[str, OptionValue]) -> ModelEngine:
@@ -34,7 +36,8 @@ def load_model_engine(model: str, *, device: str, drafter: bool, options: Mappin
     where nothing is faster); window, max_length, slots, threads (whole numbers); graphs (false: a GPU computes with torch's own
     operations, whose bits differ from those of our kernels); calibrate (false: latencies are not measured). For a drafter also:
     lookup (true: it checks guesses of prompt lookup in its forwards); remember (false: prompt lookup does not look at earlier
-    generations); target (the model whose vocabulary the drafter must answer in; see translating.py).
+    generations); target (the model whose vocabulary the drafter must answer in; see translating.py); layers (keep only so many
+    of the model's layers, the first ones: a faster and weaker drafter).
 
     Raises EngineError and ModelError.
     """
@@ -55,18 +58,21 @@ def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, 
     on = torch_device(device)
     directory = resolve_model(model)
     vocabulary = read_vocabulary_hash(directory)
+    if exact and "layers" in options:
+        raise EngineError("option layers is for a drafter: a target with fewer layers would give another text")
     window = _whole(options, "window", 32 if on.type == "cuda" else 8, most=PROMPT_CHUNK)
     loaded = load_model(
         directory, on, reference=model, dtype=str(options.get("dtype", "auto")),
         quantization=_quantization(options, on, exact=exact), rows=window,
         most_positions=_whole(options, "max_length", 2048), graphs=options.get("graphs", True) is not False, exact=exact,
+        layers=options.get("layers"),
     )  # fmt: skip
     log.info("read", model=model)
     keep_freed_memory()
     slots = _whole(options, "slots", 8, most=_MOST_SLOTS)
-    forward = Forward(
-        loaded.decoder, loaded.config, on, slots=slots, capacity=loaded.positions + max(PROMPT_CHUNK, window)
-    )
+    branch_slots = 0 if exact or options.get("lookup") else _branch_slots(loaded.decoder, on)
+    capacity = loaded.positions + max(PROMPT_CHUNK, window)
+    forward = Forward(loaded.decoder, loaded.config, on, slots=slots + branch_slots, capacity=capacity)
     words = int(loaded.config.vocab_size)
     widths: Widths | None = None
     if exact:
@@ -77,12 +83,22 @@ def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, 
     elif on.type == "cpu":
         forward.read_step = 1
     backend = TorchBackend(
-        forward, widths, vocabulary=vocabulary, vocabulary_size=words, max_length=loaded.positions, window=window
-    )
+        forward, widths, vocabulary=vocabulary, vocabulary_size=words, max_length=loaded.positions, window=window,
+        branch_slots=branch_slots,
+    )  # fmt: skip
     prompt = Run(0, [position % 16 for position in range(PROMPT_CHUNK)], 0, PROMPT_CHUNK, PROMPT_CHUNK - 1)
     backend.compute([prompt], Never())
     backend.warm_up()
     return backend
+
+
+def _branch_slots(decoder: ComputesLogits, device: torch.device) -> int:
+    """For the branches of two generations with as many rows as fit into a recorded forward: more generations take turns. On a
+    CPU a slot takes memory when it is used, on a GPU at once."""
+    rows = _GPU_ROWS if device.type == "cuda" else _CPU_ROWS
+    if decoder.recorded_rows:
+        rows = min(rows, max(decoder.recorded_rows) // decoder.group_rows)
+    return 2 * (rows - 1)
 
 
 def _quantization(options: Mapping[str, OptionValue], device: torch.device, *, exact: bool) -> str:

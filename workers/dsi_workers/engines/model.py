@@ -15,12 +15,14 @@ from dsi_workers.backend import PROMPT_CHUNK, Backend, Run
 from dsi_workers.decoding.slots import Slots
 from dsi_workers.drafting.lookup import Lookup
 from dsi_workers.engine import Engine, EngineInfo, Interrupt, Never, Task
+from dsi_workers.engines.branches import Branches
 from dsi_workers.engines.calibration import measured
 from dsi_workers.engines.choice import Choice
 from dsi_workers.engines.fingerprint import fingerprint_of
 from dsi_workers.engines.trees import Share, answer_along, branches_to_compute, has_tree, main_end, runs_of
 from dsi_workers.sampling import warm_up
 from dsi_workers.session import Session
+from dsi_workers.tree import Branch
 
 
 class ModelEngine(Engine):
@@ -36,6 +38,10 @@ class ModelEngine(Engine):
         self._lookup = lookup
         self._choice = Choice()
         self._slots = Slots(backend.slots, block=PROMPT_CHUNK if exact else None)
+        #: Of a drafter of trees.
+        self._branches: Branches | None = None
+        if backend.branch_slots > 1 and not exact and lookup is None:
+            self._branches = Branches(backend, self._slots, self._choice)
         [logits] = backend.compute([Run(0, [0], 0, 0, 0)], Never())
         warm_up(logits[0])
         info = EngineInfo(
@@ -46,7 +52,7 @@ class ModelEngine(Engine):
             latency_us=0,
             slots=backend.slots,
             fingerprint=fingerprint_of(backend) if exact else 0,
-            rows=backend.tree_rows if exact else 1,
+            rows=backend.tree_rows if exact else 1 if self._branches is None else self._branches.most_rows,
         )
         self.info = measured(backend, info, exact=exact) if calibrate else info
         backend.release()
@@ -57,6 +63,8 @@ class ModelEngine(Engine):
     def step(self, tasks: Sequence[Task], interrupt: Interrupt) -> None:
         tasks = [task for task in tasks if not self._copies(task)]
         counted = self._backend.forwards
+        if self._branches is not None:
+            self._branches.begin_step(tasks)
         try:
             shares = {id(task): self._share_of(task) for task in tasks}
             for group in self._groups(tasks, shares):
@@ -76,7 +84,9 @@ class ModelEngine(Engine):
         up to the backend's `most_rows`."""
         groups: list[list[Task]] = [[]]
         for task in tasks:
-            rows = sum(self._rows(shares[id(each)].runs) for each in (*groups[0], task))
+            together = [*groups[0], task]
+            rows = sum(self._rows(shares[id(each)].runs) for each in together)
+            rows += self._branches.rows(together) if self._branches is not None else 0
             if len(tasks) > 1 and self.reads_alone(task):
                 groups.append([task])
             elif groups[0] and rows > self._backend.most_rows:
@@ -94,7 +104,10 @@ class ModelEngine(Engine):
         for task, share in zip(tasks, shares, strict=True):
             # Padding or an interrupt may leave anything in the cache from `begin` on.
             task.session.computed = min(task.session.computed, share.runs[0].begin)
-        answers = iter(self._backend.compute([run for share in shares for run in share.runs], interrupt))
+        runs, beside = [run for share in shares for run in share.runs], list[Run]()
+        if self._branches is not None:
+            beside = self._branches.runs([task for task, run in zip(tasks, runs, strict=True) if _ends(task, run)])
+        answers = iter(self._backend.compute([*runs, *beside], interrupt))
         for task, share, computed in zip(tasks, shares, known, strict=True):
             run = share.main
             logits = next(answers) if run is not None else None
@@ -111,6 +124,8 @@ class ModelEngine(Engine):
             task.done = differs or task.session.computed == len(task.session.tokens)
             if self._lookup is not None and guess:
                 self._lookup.checked(task.session, guess, right=len(task.answer.tokens) - 1)
+        if self._branches is not None:
+            self._branches.answer(list(answers))
 
     def _share_of(self, task: Task) -> Share:
         """What the next forward must compute for this task: a run of the main path, or the branch that the answer goes along."""
@@ -179,8 +194,16 @@ class ModelEngine(Engine):
             return []
         return self._lookup.guess(task.session, task.count - 1)
 
+    # Branches of a drafter
+
+    def promote(self, session: Session, branch: Branch) -> None:
+        if self._branches is None or not self._branches.promote(session, branch):
+            super().promote(session, branch)
+
     def forget(self, session: Session) -> None:
         self._slots.forget(session)
+        if self._branches is not None:
+            self._branches.forget(session)
         self._choice.forget(session)
         if self._lookup is not None:
             self._lookup.forget(session)
@@ -189,3 +212,8 @@ class ModelEngine(Engine):
 def _position(task: Task) -> int:
     """The position of the first input that the next forward for this task must compute."""
     return min(task.session.computed, task.start - 1 + len(task.answer.tokens))
+
+
+def _ends(task: Task, run: Run) -> bool:
+    """Whether the run reaches the end of the main path."""
+    return run.begin + len(run.tokens) >= len(task.session.tokens)

@@ -6,13 +6,19 @@ import time
 from collections.abc import Mapping, Sequence
 
 from dsi_protocol import OptionValue
-from dsi_workers.drafting.suffix_index import SuffixIndex, Text, Texts
+from dsi_workers.drafting.suffix_index import SUFFIX_LENGTHS, SuffixIndex, Text, Texts
 from dsi_workers.engine import Engine, EngineError, EngineInfo, Interrupt, Task
 from dsi_workers.session import Session
 
+#: Of one generation's step. A row costs microseconds.
+_MOST_ROWS = 16
+
 
 class NgramEngine(Engine):
-    """Options: block (the most tokens of one guess), remember (false: look only at the generation's own text, not at earlier
+    """In a tree, the alternatives to a token are the other tokens that followed the same tokens, and a branch goes on with what
+    followed its last tokens.
+
+    Options: block (the most tokens of one guess), remember (false: look only at the generation's own text, not at earlier
     generations). It cannot verify."""
 
     def __init__(self, options: Mapping[str, OptionValue]) -> None:
@@ -22,8 +28,9 @@ class NgramEngine(Engine):
         Text(SuffixIndex()).become(list(range(512)))
         latency_us = max(1, round((time.perf_counter() - begun) * 1e6 / 512))
         self.info = EngineInfo(
-            vocabulary="", vocabulary_size=0, max_length=1 << 20, window=0, latency_us=latency_us, slots=64
-        )
+            vocabulary="", vocabulary_size=0, max_length=1 << 20, window=0, latency_us=latency_us, slots=64,
+            batch_latency_us=latency_us * 64, rows=_MOST_ROWS,
+        )  # fmt: skip
 
     def step(self, tasks: Sequence[Task], interrupt: Interrupt) -> None:
         for task in tasks:
@@ -34,7 +41,20 @@ class NgramEngine(Engine):
                 continue
             self.forwards += 1
             task.answer.tokens, _ = self._texts.find(task.session, min(self._block, task.count))
+            self._draft_branches(task)
             task.done = True
+
+    def _draft_branches(self, task: Task) -> None:
+        session, answer = task.session, task.answer
+        if task.alternatives:
+            path = session.tokens[-SUFFIX_LENGTHS[0] :]
+            for token in answer.tokens:
+                others = (other for other in self._texts.find_next(session, path) if other != token)
+                answer.alternatives.append(next(others, None))
+                path.append(token)
+        for branch in task.branches:
+            path = [*session.tokens[max(0, branch.fork - SUFFIX_LENGTHS[0]) : branch.fork], *branch.tokens]
+            answer.continued.append(next(iter(self._texts.find_next(session, path)), None))
 
     def forget(self, session: Session) -> None:
         self._texts.forget(session)

@@ -45,7 +45,7 @@ class TranslatingEngine(Engine):
     ) -> None:
         self._drafter, self._own, self._target = drafter, own, target
         self.info = dataclasses.replace(
-            drafter.info, vocabulary=vocabulary, vocabulary_size=max(vocabulary_size, target.size)
+            drafter.info, vocabulary=vocabulary, vocabulary_size=max(vocabulary_size, target.size), rows=1
         )
         self._translations: dict[int, Translation] = {}
         #: By generation: steps since its last draft.
