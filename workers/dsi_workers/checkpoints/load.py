@@ -67,10 +67,8 @@ def load_model(
 ) -> Loaded:
     """For products of about `rows` rows; `exact`: its bits matter. On a GPU forwards are recorded as `graphs`.
     Raises EngineError."""
-    if quantization not in ("none", "int8"):
-        raise EngineError(f"unknown quantization {quantization!r}: choose auto, none, int8")
     int8 = quantization == "int8"
-    number_type = int8_dtype(device) if int8 else _dtype(dtype, device)
+    number_type = number_type_of(dtype, quantization, device)
 
     def lay_out(linear: nn.Linear) -> nn.Module:
         return quantize_int8(linear) if int8 else pack(linear, rows)
@@ -133,6 +131,13 @@ def _load_by_library(
             return Loaded(decoder, config, positions)
     replace_linear_layers(model, lay_out)
     return Loaded(library, config, positions)
+
+
+def number_type_of(dtype: str, quantization: str, device: torch.device) -> torch.dtype:
+    """The number type of weights that are not quantized, of keys and of values. Raises EngineError."""
+    if quantization not in ("none", "int8"):
+        raise EngineError(f"unknown quantization {quantization!r}: choose auto, none, int8")
+    return int8_dtype(device) if quantization == "int8" else _dtype(dtype, device)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

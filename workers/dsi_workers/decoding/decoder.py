@@ -6,7 +6,7 @@ rows of one head. What is computed is what the library's layers compute.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,11 @@ class Decoder:
     recorded_rows: Sequence[int] = ()
     group_rows, sums_in_one_order = 1, False
 
-    def __init__(self, weights: Mapping[str, torch.Tensor], config: Any, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Weights and configuration have the library's names; cos and sin are [positions, head_dim]."""
+    def __init__(
+        self, weights: MutableMapping[str, torch.Tensor], config: Any, cos: torch.Tensor, sin: torch.Tensor
+    ) -> None:
+        """Weights and configuration have the library's names; cos and sin are [positions, head_dim]. Matrices of products are
+        taken out of `weights`."""
         self.embedding = weights["model.embed_tokens.weight"]
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.dim = cos.shape[-1]
@@ -158,7 +161,7 @@ def root_mean_square_normed(x: torch.Tensor, weight: torch.Tensor, epsilon: torc
     return (wide * torch.addcmul(epsilon, length, length, value=1 / x.shape[-1]).rsqrt_()).to(x.dtype) * weight
 
 
-def _layer(weights: Mapping[str, torch.Tensor], name: str, kind: str) -> Layer:
+def _layer(weights: MutableMapping[str, torch.Tensor], name: str, kind: str) -> Layer:
     return Layer(
         kind=kind,
         input_norm=weights[f"{name}.input_layernorm.weight"],
@@ -172,9 +175,10 @@ def _layer(weights: Mapping[str, torch.Tensor], name: str, kind: str) -> Layer:
     )
 
 
-def _linear(weights: Mapping[str, torch.Tensor], *names: str) -> nn.Linear:
-    """One layer that gives what these give, one after another."""
-    parts = [weights[f"{name}.weight"] for name in names]
+def _linear(weights: MutableMapping[str, torch.Tensor], *names: str) -> nn.Linear:
+    """One layer that gives what these give, one after another. Their weights are taken out of `weights`: those that are joined
+    would lie on the device twice until all of the model is loaded."""
+    parts = [weights.pop(f"{name}.weight") for name in names]
     biases = [weights[f"{name}.bias"] for name in names if f"{name}.bias" in weights]
     weight = parts[0] if len(parts) == 1 else torch.cat(parts)
     made = nn.Linear(weight.shape[1], weight.shape[0], bias=bool(biases), device="meta")

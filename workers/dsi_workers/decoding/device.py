@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from pathlib import Path
 
 import torch
 
@@ -20,6 +21,17 @@ def torch_device(name: str) -> torch.device:
         raise EngineError(f"there is no GPU {index}: {has}")
     torch.cuda.set_device(int(index))
     return torch.device(name)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Free memory of the device. None: it is not known. For a CPU it is what the system can give without swapping."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # another system than Linux
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def keep_freed_memory() -> None:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import structlog
 import torch
 
 from dsi_protocol import OptionValue
 from dsi_workers.backend import PROMPT_CHUNK, Run
-from dsi_workers.checkpoints.load import load_model
-from dsi_workers.decoding.device import keep_freed_memory, torch_device
+from dsi_workers.checkpoints.load import load_model, number_type_of
+from dsi_workers.checkpoints.sizes import (
+    MARGIN,
+    cache_bytes,
+    gib,
+    loading_bytes,
+    read_tensors,
+    text_config,
+    weight_bytes,
+)
+from dsi_workers.decoding.device import free_bytes, keep_freed_memory, torch_device
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.decoding.torch_backend import TorchBackend
 from dsi_workers.decoding.width_cache import widths_tried
@@ -19,7 +29,7 @@ from dsi_workers.drafting.lookup import Lookup
 from dsi_workers.engine import EngineError, Never
 from dsi_workers.engines.calibration import guess_costs_us
 from dsi_workers.engines.model import ModelEngine
-from dsi_workers.models.files import read_vocabulary_hash
+from dsi_workers.models.files import read_json, read_vocabulary_hash
 from dsi_workers.models.resolve import resolve_model
 
 log = structlog.get_logger("dsi.engine")
@@ -56,14 +66,19 @@ def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, 
     directory = resolve_model(model)
     vocabulary = read_vocabulary_hash(directory)
     window = _whole(options, "window", 32 if on.type == "cuda" else 8, most=PROMPT_CHUNK)
+    slots = _whole(options, "slots", 8, most=_MOST_SLOTS)
+    max_length = _whole(options, "max_length", 2048)
+    dtype, quantization = str(options.get("dtype", "auto")), _quantization(options, on, exact=exact)
+    _refuse_if_too_large(
+        directory, on, reference=model, dtype=dtype, quantization=quantization, slots=slots, max_length=max_length,
+        window=window,
+    )  # fmt: skip
     loaded = load_model(
-        directory, on, reference=model, dtype=str(options.get("dtype", "auto")),
-        quantization=_quantization(options, on, exact=exact), rows=window,
-        most_positions=_whole(options, "max_length", 2048), graphs=options.get("graphs", True) is not False, exact=exact,
+        directory, on, reference=model, dtype=dtype, quantization=quantization, rows=window, most_positions=max_length,
+        graphs=options.get("graphs", True) is not False, exact=exact,
     )  # fmt: skip
     log.info("read", model=model)
     keep_freed_memory()
-    slots = _whole(options, "slots", 8, most=_MOST_SLOTS)
     forward = Forward(
         loaded.decoder, loaded.config, on, slots=slots, capacity=loaded.positions + max(PROMPT_CHUNK, window)
     )
@@ -83,6 +98,39 @@ def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, 
     backend.compute([prompt], Never())
     backend.warm_up()
     return backend
+
+
+def _refuse_if_too_large(
+    directory: Path, device: torch.device, *, reference: str, dtype: str, quantization: str, slots: int, max_length: int,
+    window: int,
+) -> None:  # fmt: skip
+    """Raise EngineError if weights and KV cache are larger than the device's free memory, before any weight is read.
+
+    On a CPU the KV cache takes memory as it fills: there only weights count, and a cache that could not fill is a warning."""
+    free = free_bytes(device)
+    if free is None:
+        return
+    number_bytes, int8 = number_type_of(dtype, quantization, device).itemsize, quantization == "int8"
+    tensors, config = read_tensors(directory), read_json(directory / "config.json")
+    limit = text_config(config).get("max_position_embeddings")
+    positions = min(max_length, limit) if type(limit) is int and limit > 0 else max_length
+    cache = cache_bytes(config, slots=slots, positions=positions + max(PROMPT_CHUNK, window), number_bytes=number_bytes)
+    weights = weight_bytes(tensors, number_bytes, int8=int8)
+    # On a GPU int8 weights are made out of whole ones that lie there; on a CPU those may be mapped from the files.
+    peak = loading_bytes(tensors, number_bytes) if device.type == "cuda" else 0
+    margin = MARGIN * weights
+    needed = max(peak, weights + (cache if device.type == "cuda" else 0)) + margin
+    if needed > free:
+        raise EngineError(
+            f"{reference} does not fit {device}: loading and running it takes {gib(needed)} (weights {gib(weights)}, KV cache "
+            f"{gib(cache)}{'' if device.type == 'cuda' else ' when full, not counted'}), and {gib(free)} are free; choose fewer "
+            "slots, a shorter max_length, another dtype or quantization, or a larger device (one model cannot be split over "
+            "several devices yet)"
+        )
+    if weights + cache + margin > free:
+        log.warning(
+            "the KV cache cannot fill up in free memory", cache=gib(cache), weights=gib(weights), free=gib(free)
+        )
 
 
 def _quantization(options: Mapping[str, OptionValue], device: torch.device, *, exact: bool) -> str:
