@@ -81,10 +81,8 @@ def load_model(
 
     Raises EngineError.
     """
-    if quantization not in ("none", "int8"):
-        raise EngineError(f"unknown quantization {quantization!r}: choose auto, none or int8")
     int8 = quantization == "int8"
-    number_type = int8_dtype(device) if int8 else _dtype(dtype, device)
+    number_type = number_type_of(dtype, quantization, device)
 
     def convert(linear: nn.Linear) -> nn.Module:
         return quantize_int8(linear) if int8 else pack(linear, rows)
@@ -168,6 +166,13 @@ def keep_layers(config: Any, layers: OptionValue | None, reference: str) -> None
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
+
+
+def number_type_of(dtype: str, quantization: str, device: torch.device) -> torch.dtype:
+    """The number type of weights that are not quantized, of keys and of values. Raises EngineError."""
+    if quantization not in ("none", "int8"):
+        raise EngineError(f"unknown quantization {quantization!r}: choose auto, none or int8")
+    return int8_dtype(device) if quantization == "int8" else _dtype(dtype, device)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

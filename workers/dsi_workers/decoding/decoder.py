@@ -7,7 +7,7 @@ copied for query heads that share them (attention.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +61,13 @@ class Decoder:
     recorded_rows: Sequence[int] = ()
     group_rows, batch_invariant = 1, False
 
-    def __init__(self, weights: Mapping[str, torch.Tensor], config: Any, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """`weights` and `config` use transformers' names. `cos` and `sin` are [positions, head_dim]."""
+    def __init__(
+        self, weights: MutableMapping[str, torch.Tensor], config: Any, cos: torch.Tensor, sin: torch.Tensor
+    ) -> None:
+        """`weights` and `config` use transformers' names. `cos` and `sin` are [positions, head_dim].
+
+        The matrices of linear layers are removed from `weights`, so that they can be freed once they are laid out anew.
+        """
         self.embedding = weights["model.embed_tokens.weight"]
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.dim = cos.shape[-1]
@@ -178,7 +183,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: torch.Tensor) -> to
     return (wide * torch.addcmul(epsilon, length, length, value=1 / x.shape[-1]).rsqrt_()).to(x.dtype) * weight
 
 
-def _layer(weights: Mapping[str, torch.Tensor], name: str, kind: str) -> Layer:
+def _layer(weights: MutableMapping[str, torch.Tensor], name: str, kind: str) -> Layer:
     return Layer(
         kind=kind,
         input_norm=weights[f"{name}.input_layernorm.weight"],
@@ -192,9 +197,12 @@ def _layer(weights: Mapping[str, torch.Tensor], name: str, kind: str) -> Layer:
     )
 
 
-def _linear(weights: Mapping[str, torch.Tensor], *names: str) -> nn.Linear:
-    """Concatenate the named linear layers into one, whose output is their outputs one after another."""
-    parts = [weights[f"{name}.weight"] for name in names]
+def _linear(weights: MutableMapping[str, torch.Tensor], *names: str) -> nn.Linear:
+    """Concatenate the named linear layers into one, whose output is their outputs one after another.
+
+    Their matrices are removed from `weights`: else both copies would stay on the device until the whole model is loaded.
+    """
+    parts = [weights.pop(f"{name}.weight") for name in names]
     biases = [weights[f"{name}.bias"] for name in names if f"{name}.bias" in weights]
     weight = parts[0] if len(parts) == 1 else torch.cat(parts)
     made = nn.Linear(weight.shape[1], weight.shape[0], bias=bool(biases), device="meta")

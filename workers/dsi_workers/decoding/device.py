@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 
+import psutil
 import torch
 
 from dsi_workers.engine import EngineError
@@ -21,6 +22,11 @@ def torch_device(name: str) -> torch.device:
         raise EngineError(f"there is no GPU {index}: {has}")
     torch.cuda.set_device(int(index))
     return torch.device(name)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of the device. For a CPU it is what the system can give without swapping."""
+    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
 
 
 def keep_freed_memory() -> None:

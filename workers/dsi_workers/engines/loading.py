@@ -11,13 +11,14 @@ from dsi_protocol import OptionValue
 from dsi_workers.backend import PROMPT_CHUNK, Run
 from dsi_workers.checkpoints.load import load_model
 from dsi_workers.decoding.device import keep_freed_memory, torch_device
-from dsi_workers.decoding.forward import ComputesLogits, Forward
+from dsi_workers.decoding.forward import Forward
 from dsi_workers.decoding.torch_backend import TorchBackend
 from dsi_workers.decoding.width_cache import widths_tried
 from dsi_workers.decoding.widths import Trial, Widths
 from dsi_workers.drafting.lookup import Lookup
 from dsi_workers.engine import EngineError, Never
 from dsi_workers.engines.calibration import guess_costs_us
+from dsi_workers.engines.memory import refuse_if_too_large
 from dsi_workers.engines.model import ModelEngine
 from dsi_workers.models.files import read_vocabulary_hash
 from dsi_workers.models.resolve import resolve_model
@@ -25,8 +26,9 @@ from dsi_workers.models.resolve import resolve_model
 log = structlog.get_logger("dsi.engine")
 
 _MOST_SLOTS = 1024
-#: The most rows of one generation's drafting step. Rows cost little on a GPU; on a CPU each costs nearly as much as the first.
-_GPU_ROWS, _CPU_ROWS = 16, 8
+#: A drafting step has at most 8 rows of one generation: on a CPU each costs nearly as much as the first, and a recorded forward
+#: of a GPU has room for 8 groups of rows. There is room for the branches of two generations: more take turns.
+_BRANCH_SLOTS = 2 * 7
 
 
 def load_model_engine(model: str, *, device: str, drafter: bool, options: Mapping[str, OptionValue]) -> ModelEngine:
@@ -61,18 +63,22 @@ def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, 
     if exact and "layers" in options:
         raise EngineError("option layers is for a drafter: a target with fewer layers would give another text")
     window = _whole(options, "window", 32 if on.type == "cuda" else 8, most=PROMPT_CHUNK)
+    slots = _whole(options, "slots", 8, most=_MOST_SLOTS)
+    max_length = _whole(options, "max_length", 2048)
+    dtype, quantization = str(options.get("dtype", "auto")), _quantization(options, on, exact=exact)
+    branch_slots = 0 if exact or options.get("lookup") else _BRANCH_SLOTS
+    chunk = max(PROMPT_CHUNK, window)
+    refuse_if_too_large(
+        directory, on, reference=model, dtype=dtype, quantization=quantization, layers=options.get("layers"),
+        slots=slots + branch_slots, max_length=max_length, chunk=chunk,
+    )  # fmt: skip
     loaded = load_model(
-        directory, on, reference=model, dtype=str(options.get("dtype", "auto")),
-        quantization=_quantization(options, on, exact=exact), rows=window,
-        most_positions=_whole(options, "max_length", 2048), graphs=options.get("graphs", True) is not False, exact=exact,
-        layers=options.get("layers"),
+        directory, on, reference=model, dtype=dtype, quantization=quantization, rows=window, most_positions=max_length,
+        graphs=options.get("graphs", True) is not False, exact=exact, layers=options.get("layers"),
     )  # fmt: skip
     log.info("read", model=model)
     keep_freed_memory()
-    slots = _whole(options, "slots", 8, most=_MOST_SLOTS)
-    branch_slots = 0 if exact or options.get("lookup") else _branch_slots(loaded.decoder, on)
-    capacity = loaded.positions + max(PROMPT_CHUNK, window)
-    forward = Forward(loaded.decoder, loaded.config, on, slots=slots + branch_slots, capacity=capacity)
+    forward = Forward(loaded.decoder, loaded.config, on, slots=slots + branch_slots, capacity=loaded.positions + chunk)
     words = int(loaded.config.vocab_size)
     widths: Widths | None = None
     if exact:
@@ -90,15 +96,6 @@ def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, 
     backend.compute([prompt], Never())
     backend.warm_up()
     return backend
-
-
-def _branch_slots(decoder: ComputesLogits, device: torch.device) -> int:
-    """For the branches of two generations with as many rows as fit into a recorded forward: more generations take turns. On a
-    CPU a slot takes memory when it is used, on a GPU at once."""
-    rows = _GPU_ROWS if device.type == "cuda" else _CPU_ROWS
-    if decoder.recorded_rows:
-        rows = min(rows, max(decoder.recorded_rows) // decoder.group_rows)
-    return 2 * (rows - 1)
 
 
 def _quantization(options: Mapping[str, OptionValue], device: torch.device, *, exact: bool) -> str:
