@@ -129,12 +129,12 @@ class DiscreteEventDriver:
             case StartVerify(attempt, server, base, tokens, start, parents):
                 held = self._held[server]
                 assert base <= len(held)
+                main = _main_path_length(parents) if parents else len(tokens)
                 if parents:
-                    answer = walk(self._script.truth, held[:base], tokens, parents, start)
-                    main = _main_path_length(parents)
-                    held[base:] = tokens[:main]
+                    del held[base:]
+                    answer = walk(self._script.truth, held, tokens, parents, start)
+                    held.extend(tokens[:main])
                 else:
-                    main = len(tokens)
                     held[base:] = tokens
                     answer = self._script.answer(held, start)
                 positions = len(held) - min(self._read[server], base, start - 1) + len(tokens) - main

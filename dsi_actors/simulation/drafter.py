@@ -46,15 +46,14 @@ class SimulatedDrafter:
     def go_on(self, base: int, tokens: Sequence[int], end: int) -> bool:
         """`tokens` stand behind the first `base` ones. True if they lead down a branch, or along the main path: then what is
         known beyond them, up to position `end`, stays, and is reported first."""
-        path = [*self.tokens[:base], *tokens]
-        start = len(path)
-        known = next((text for text in self._texts() if text[:start] == path), None)
-        self.tokens = path if known is None else known[: max(end, start)]
+        start = base + len(tokens)
+        tail = self._known_behind(base, list(tokens))
+        self.tokens[base:] = tokens if tail is None else tail[: max(end, start) - base]
         self._branches.clear()
         self._fresh, self._parents = self.tokens[start:], list(range(start - 1, len(self.tokens) - 1))
         self._next_number = len(self.tokens)
         self._main_number = self._next_number - 1
-        return known is not None
+        return tail is not None
 
     def step(self, rows: int, committed: int) -> None:
         """One more token of the main path, and of as many branches as `rows` allow besides."""
@@ -66,8 +65,9 @@ class SimulatedDrafter:
         alternative = self._guesses.alternative(self.tokens) if rows > 1 else None
         self._main_number = self._add(token, fork_number)
         for branch in continued:
-            text = [*self.tokens[: branch.fork], *branch.tokens]
-            branch.tokens.append(self._guesses.draft(text))
+            tail, self.tokens[branch.fork :] = self.tokens[branch.fork :], branch.tokens
+            branch.tokens.append(self._guesses.draft(self.tokens))
+            self.tokens[branch.fork :] = tail
             branch.number = self._add(branch.tokens[-1], branch.number)
         self.tokens.append(token)
         if alternative is not None:
@@ -86,5 +86,8 @@ class SimulatedDrafter:
         self._next_number += 1
         return self._next_number - 1
 
-    def _texts(self) -> list[list[int]]:
-        return [self.tokens, *([*self.tokens[: branch.fork], *branch.tokens] for branch in self._branches)]
+    def _known_behind(self, base: int, tokens: list[int]) -> list[int] | None:
+        """Of a text that begins with the first `base` tokens of the main path and then `tokens`: all behind `base`."""
+        branches = (branch for branch in self._branches if branch.fork >= base)
+        tails = (self.tokens[base:], *([*self.tokens[base : branch.fork], *branch.tokens] for branch in branches))
+        return next((tail for tail in tails if tail[: len(tokens)] == tokens), None)

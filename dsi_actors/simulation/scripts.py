@@ -94,19 +94,21 @@ def recorded(latencies_ms: Sequence[float]) -> LatencyMs:
 
 
 def walk(
-    truth: Callable[[list[int]], int], held: Sequence[int], tokens: Sequence[int], parents: Sequence[int], start: int
+    truth: Callable[[list[int]], int], text: list[int], tokens: Sequence[int], parents: Sequence[int], start: int
 ) -> tuple[int, ...]:
     """What a target server answers to a verification of a tree: its own tokens from `start` on, along the tree.
 
-    `truth` gives the target's token after a text; `held` is the text before `tokens`, `parents` as in StartVerify.
+    `truth` gives the target's token after a text; `text` is the text before `tokens`, `parents` as in StartVerify. While this
+    runs, `text` is extended in place: copies of a long text would take longer than everything else.
     """
-    if start < len(held):  # of what it holds, too, some is checked
+    length = len(text)
+    if start < length:  # of what it holds, too, some is checked
         assert not parents
-        held, tokens = held[:start], [*held[start:], *tokens]
+        return walk(truth, text[:start], [*text[start:], *tokens], (), start)
     children: dict[int, dict[int, int]] = {}
     for place, token in enumerate(tokens, 1):
         children.setdefault(parents[place - 1] if parents else place - 1, {}).setdefault(token, place)
-    text, place = list(held), 0
+    place = 0
     while len(text) < start:
         [(token, place)] = children[place].items()
         text.append(token)
@@ -116,5 +118,6 @@ def walk(
         text.append(answer[-1])
         found = children.get(place, {}).get(answer[-1])
         if found is None:
+            del text[length:]
             return tuple(answer)
         place = found

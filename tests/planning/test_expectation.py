@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,8 +12,8 @@ from hypothesis import strategies as st
 from dsi_actors.core import Policy
 from dsi_actors.planning.arms import ArmChoice, Arms
 from dsi_actors.planning.controller import Controller
-from dsi_actors.planning.expectation import equation_1_servers, expect
-from dsi_actors.planning.search import best_dsi, best_in_turns, best_si
+from dsi_actors.planning.expectation import Branching, equation_1_servers, expect, limit
+from dsi_actors.planning.search import best_dsi, best_in_turns, best_si, with_rows
 from dsi_actors.planning.tuner import Estimates, Tuner, flat
 from dsi_actors.simulation.run import Scenario, simulate_once
 
@@ -43,7 +46,7 @@ def test_the_expectation_is_what_the_core_does(target_ms: float, drafter_ms: flo
         policies.append(Policy.distributed(3, sp, 2, max_ahead=64, span=4))
     for policy in policies:
         expected = expect(policy, flat(target_ms), drafter_ms, acceptance)
-        run = simulate_once(scenario, Fixed(policy), tokens=10_000, seed=1)
+        run = simulate_once(scenario, Fixed(policy), tokens=4_000, seed=1)
         assert run.ms_per_token == pytest.approx(expected.ms_per_token, rel=0.03), policy
         assert run.target_forwards / run.tokens == pytest.approx(expected.target_forwards, rel=0.1), policy
 
@@ -99,7 +102,7 @@ def test_where_drafter_and_target_take_turns_nothing_overlaps(
     si = best_si(flat(target_ms), drafter_ms, acceptance)
     best_ms = min(target_ms, expect(si, flat(target_ms), drafter_ms, acceptance).ms_per_token)
     scenario = Scenario(target_ms=target_ms, drafter_ms=drafter_ms, acceptance=acceptance)
-    run = simulate_once(scenario, Fixed(policy), tokens=10_000, seed=1)
+    run = simulate_once(scenario, Fixed(policy), tokens=4_000, seed=1)
     assert (policy.algorithm, policy.sp) == ("dsi", 3)
     assert run.ms_per_token == pytest.approx(best_ms, rel=0.03)
     busy_ms = run.target_busy_ms + run.drafter_busy_ms
@@ -110,3 +113,48 @@ def test_where_drafter_and_target_take_turns_nothing_overlaps(
 def test_a_drafter_that_takes_no_time_does_not_send_a_message_for_each_token(sp: int) -> None:
     policy = best_dsi(flat(1.2), 0.003, 0.85, sp)
     assert 1.2 / (0.003 * policy.lookahead) <= max(32, 2 * sp)
+
+
+def mean_ms(scenario: Scenario, policy: Policy, *, runs: int, tokens: int) -> tuple[float, float]:
+    """Milliseconds per token over some short runs, and the standard error of that. Short ones differ enough to tell it."""
+    each = [simulate_once(scenario, Fixed(policy), tokens=tokens, seed=seed).ms_per_token for seed in range(runs)]
+    return statistics.fmean(each), statistics.stdev(each) / math.sqrt(runs)
+
+
+@pytest.mark.parametrize(("target_ms", "drafter_ms", "acceptance"), [PAIRS[0], PAIRS[2], (12.0, 1.0, 0.75)])
+@pytest.mark.parametrize("sp", [1, 3])
+def test_the_expectation_of_trees_is_what_the_core_does(
+    target_ms: float, drafter_ms: float, acceptance: float, sp: int
+) -> None:
+    scenario = Scenario(target_ms=target_ms, drafter_ms=drafter_ms, acceptance=acceptance, alternatives=0.5)
+    branching = Branching(0.5, rows=32)
+    chains = [best_dsi(flat(target_ms), drafter_ms, acceptance, sp)]
+    if sp == 1:
+        chains.append(best_si(flat(target_ms), drafter_ms, acceptance))
+    for policy in (with_rows(chain, 8) for chain in chains):
+        expected = expect(policy, flat(target_ms), drafter_ms, acceptance, branching).ms_per_token
+        found, error = mean_ms(scenario, policy, runs=8, tokens=250)
+        assert abs(found - expected) <= 0.03 * expected + 2 * error, policy
+
+
+#: The pairs of the published measurements.
+PUBLISHED = [(37.7, 2.5, 0.63), (26.0, 2.5, 0.59), (12.0, 1.0, 0.75), (5.5, 0.9, 0.8), (20.6, 6.8, 0.93)]
+
+
+@pytest.mark.parametrize(("target_ms", "drafter_ms", "acceptance"), PUBLISHED)
+def test_the_limit_of_a_tree_is_what_the_core_does_with_enough_servers(
+    target_ms: float, drafter_ms: float, acceptance: float
+) -> None:
+    """To within 2 %, as far as so many tokens can tell."""
+    chance = 0.5
+    scenario = Scenario(target_ms=target_ms, drafter_ms=drafter_ms, acceptance=acceptance, alternatives=chance)
+    servers = equation_1_servers(target_ms, drafter_ms) + 2
+    policy = with_rows(Policy.distributed(1, servers, max_ahead=8 * servers), 16)
+    found, error = mean_ms(scenario, policy, runs=8, tokens=250)
+    expected = limit(target_ms, drafter_ms, acceptance, chance)
+    assert abs(found - expected) <= 0.02 * expected + 2 * error
+
+
+def test_without_alternatives_the_limit_is_that_of_a_chain() -> None:
+    assert limit(20.0, 2.0, 0.75) == pytest.approx(0.75 * 2 + 0.25 * 20)
+    assert limit(2.0, 20.0, 0.75) == 2.0, "a slow drafter is of no use"

@@ -156,7 +156,8 @@ def test_drafts_are_numbered_in_the_order_in_which_they_are_made(data: st.DataOb
     for branch in tree.branches:
         whole = [*main[: branch.fork], *branch.tokens]
         assert naive.number_of[tuple(whole)] == branch.number
-        leading = tree.leading_to(whole, main)
+        base = data.draw(st.integers(0, branch.fork), label="base")
+        leading = tree.leading_to(base, whole[base:], main)
         assert leading is not None
         assert [*main[: leading.fork], *leading.tokens][: len(whole)] == whole
     committed = data.draw(st.integers(0, len(main)), label="committed")

@@ -27,10 +27,15 @@ class DraftTree:
         self._next_number = len(main_path)
         self._main_number = self._next_number - 1
 
-    def leading_to(self, path: Sequence[int], main_path: Sequence[int]) -> Branch | None:
-        """A branch whose text begins with `path`."""
+    def leading_to(self, base: int, tokens: Sequence[int], main_path: Sequence[int]) -> Branch | None:
+        """A branch whose text begins with the first `base` tokens of the main path and then `tokens`. The work does not grow with
+        the length of the main path."""
         for branch in self.branches:
-            if [*main_path[: branch.fork], *branch.tokens][: len(path)] == path:
+            length = branch.fork - base  # of the main path's own tokens among `tokens`
+            if length < 0:
+                continue  # it left the main path before `base`
+            along, aside = list(tokens[:length]), list(tokens[length:])
+            if main_path[base : branch.fork][: len(tokens)] == along and branch.tokens[: len(aside)] == aside:
                 return branch
         return None
 

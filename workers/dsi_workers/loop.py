@@ -318,12 +318,11 @@ class WorkerLoop:
             if request.rows == 1 or len(session.tokens) < request.start:
                 session.drafts.restart(session.tokens, len(session.tokens))
             return
-        path = [*session.tokens[: request.base], *request.tokens]
         if request.rows == 1:
             session.write(request.base, request.tokens)
             session.truncate(start)
-        elif session.tokens[:start] != path:
-            branch = session.drafts.leading_to(path, session.tokens)
+        elif session.tokens[request.base : start] != list(request.tokens):
+            branch = session.drafts.leading_to(request.base, request.tokens, session.tokens)
             if branch is not None:
                 self._engine.promote(session, branch)
             else:
