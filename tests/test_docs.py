@@ -134,6 +134,17 @@ def test_python_can_be_compiled(page: str) -> None:
             compile(token.content, page, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
 
+def test_pages_that_the_code_names_exist() -> None:
+    gone = [
+        f"{path.relative_to(ROOT)}: {page}"
+        for folder in ("dsi_actors", "workers", "protocol", "tests", "examples")
+        for path in (ROOT / folder).rglob("*.py")
+        for page in re.findall(r"docs/[\w/-]+\.md", path.read_text(encoding="utf-8"))
+        if not (ROOT / page).exists()
+    ]
+    assert not gone
+
+
 def test_each_setting_is_in_the_tables() -> None:
     service = pkgutil.resolve_name("dsi_actors.serving.service:ServiceConfig")
     first_cells = set().union(*(row[0] for row in rows_of(read(OPERATIONS))))

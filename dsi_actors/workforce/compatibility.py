@@ -7,7 +7,7 @@ from dsi_protocol import Ready
 
 
 class Compatibility:
-    """`memory_s`: a generation may wait so long for a target server. It must not go on with other bits than it began with,
+    """`memory_s`: a generation may wait so long for a target server. It must not go on with different bits than it began with,
     so those of servers that left count for as long."""
 
     def __init__(self, memory_s: float) -> None:
@@ -43,7 +43,7 @@ class Compatibility:
             self._fingerprint = 0
         if self._fingerprint not in (0, ready.fingerprint):
             return (
-                "its logits have other bits than those of the target servers here, so that a text would depend on who "
+                "its logits have different bits than those of the target servers here, so that a text would depend on who "
                 "answers: give all of them the same weights, dtype, threads, kind of device and version of torch"
             )
         self._fingerprint = ready.fingerprint

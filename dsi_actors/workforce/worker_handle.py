@@ -1,7 +1,6 @@
 """A worker process as the orchestrator sees it: typed requests, each with one answer, and everything it still owes.
 
-An answer comes by a callback, not by a future: an awaiting task for each request would cost three turns of the event
-loop and half of the orchestrator's time (docs/limit.md).
+An answer comes by a callback, not by a future: an awaiting task for each request would cost three turns of the event loop.
 
 A request without a reply is sent again, later and later: it or its reply may be lost with a connection. The worker does
 nothing twice, and gives its terminal reply again (SPEC.md section 5.15).

@@ -239,7 +239,7 @@ async def test_target_servers_that_compute_other_bits_are_not_mixed(tmp_path: Pa
         async with running(orchestrator.endpoint, same), running(orchestrator.endpoint, unsaid):
             assert await orchestrator.wait_for_workers(targets=3, drafters=0, timeout_s=limit_s())
             async with running(orchestrator.endpoint, other):
-                assert "other bits" in await until(other.dismissed)
+                assert "different bits" in await until(other.dismissed)
                 assert len(orchestrator.workers) == 3
 
 

@@ -29,7 +29,7 @@ def test_two_that_say_different_ones_are_never_there_together() -> None:
     compatibility = begun()
     assert compatibility.why_not(worker(1), ready(0), 0.0) is None
     assert compatibility.why_not(worker(2), ready(5), 0.0) is None
-    assert "other bits" in (compatibility.why_not(worker(3), ready(6), 0.0) or "")
+    assert "different bits" in (compatibility.why_not(worker(3), ready(6), 0.0) or "")
     assert compatibility.why_not(worker(4), ready(5), 0.0) is None
     assert compatibility.why_not(worker(5), ready(0), 0.0) is None
     assert compatibility.why_not(worker(6, "drafter"), ready(6), 0.0) is None

@@ -1,7 +1,7 @@
 """Linear layers with int8 weights, for drafters. The drafter may be the target's own model, so nothing is downloaded.
 
 Each output row of a weight has one scale. On a CPU with fbgemm, inputs are rounded to int8 as well, in each call. That makes
-products faster and less precise (docs/measured.md). Elsewhere inputs stay in bfloat16.
+products faster and less precise. Elsewhere inputs stay in bfloat16.
 """
 
 from __future__ import annotations

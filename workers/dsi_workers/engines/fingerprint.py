@@ -1,4 +1,4 @@
-"""A checksum of the logits of a fixed text: it differs where two target servers compute other bits."""
+"""A checksum of the logits of a fixed text: it differs where two target servers compute different bits."""
 
 from __future__ import annotations
 
