@@ -34,7 +34,8 @@ from dsi_protocol import (
 )
 from dsi_workers.connection import WorkSocket
 from dsi_workers.engine import Interrupt, Task
-from dsi_workers.loop import MAX_SESSIONS, WorkerLoop
+from dsi_workers.loop import WorkerLoop
+from dsi_workers.sessions import MAX_SESSIONS
 from support.engines import CountingEngine, ScriptedSocket, role_for
 
 OPEN = OpenGeneration(1, 3, "test", 0.0, 0, 1.0, 0.0, 1.0, 0, False)

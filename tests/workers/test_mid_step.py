@@ -31,7 +31,8 @@ from dsi_workers.drafting.lookup import Lookup
 from dsi_workers.engines import Engine, RequestError, load_engine
 from dsi_workers.engines.model import ModelEngine
 from dsi_workers.engines.translating import TranslatingEngine
-from dsi_workers.loop import MAX_SESSIONS, WorkerLoop
+from dsi_workers.loop import WorkerLoop
+from dsi_workers.sessions import MAX_SESSIONS
 from support.engines import CountingEngine, ScriptedSocket, make_tiny_model, role_for, torch_backend
 
 #: Numbers that stand for nothing else in an engine.

@@ -33,13 +33,13 @@ from dsi_protocol import (
 from dsi_workers.connection import WorkSocket
 from dsi_workers.engine import Answer, Engine, Interrupted, RequestError
 from dsi_workers.refusal import refusal
-from dsi_workers.session import SamplingParameters, Session
+from dsi_workers.session import Session
+from dsi_workers.sessions import Sessions
 from dsi_workers.tree import read_tree
 from dsi_workers.work import Work, WorkQueue
 
 log = structlog.get_logger("dsi.worker")
 
-MAX_SESSIONS = 256
 MAX_QUEUED_REQUESTS = 4096
 #: While idle, the loop checks at this interval whether the worker is still needed.
 IDLE_S = 0.1
@@ -72,13 +72,10 @@ class WorkerLoop:
         self._still_needed = still_needed
         #: The worker's Ready, to repeat it if the orchestrator sends Welcome again.
         self._ready = ready
-        #: Open generations, the least recently used first.
-        self._sessions: dict[int, Session] = {}
+        self._sessions = Sessions()
         self._queue = WorkQueue()
         #: The requests of the current step; empty between steps. During a step, no method of the engine may be called.
         self._current: Sequence[Work] = ()
-        #: Generations closed during a step. `Engine.forget` is called for them after it.
-        self._closed: list[Session] = []
         #: An error that was raised within a step by handling a message, so not by the engine.
         self._message_error: Exception | None = None
         self._draining = False
@@ -108,8 +105,7 @@ class WorkerLoop:
     def forget_all(self) -> None:
         """Close every generation, so that the engine can serve another orchestrator. Call after `run`, even if `run` failed."""
         self._current = ()
-        for generation in list(self._sessions):
-            self._close(generation)
+        self._sessions.close_all()
         self._forget_closed()
 
     # The protocol Interrupt, called by the engine during a step
@@ -152,9 +148,11 @@ class WorkerLoop:
                 if session is not None:
                     session.cancelled_to = max(session.cancelled_to, attempt)
             case OpenGeneration():
-                self._open(message)
+                self._sessions.open(message, {work.request.generation for work in self._queue})
+                self._forget_closed()
             case CloseGeneration(generation):
-                self._close(generation)
+                self._sessions.close(generation)
+                self._forget_closed()
             case Goodbye(reason):
                 log.info("dismissed", reason=reason)
                 self.farewell = message
@@ -166,50 +164,17 @@ class WorkerLoop:
             case _:
                 log.warning("message ignored: workers do not receive this type", message=type(message).__name__)
 
-    def _open(self, opened: OpenGeneration) -> None:
-        if opened.generation in self._sessions:
-            return
-        if len(self._sessions) >= MAX_SESSIONS and not self._evict():
-            log.warning("too many generations are open: a new one is refused", limit=MAX_SESSIONS)
-            return
-        sampling = SamplingParameters(
-            opened.temperature, opened.top_k, opened.top_p, opened.min_p, opened.repetition_penalty, opened.seed,
-            opened.logprobs,
-        )  # fmt: skip
-        self._sessions[opened.generation] = Session(
-            opened.generation, opened.prompt_length, opened.correlation, sampling
-        )
-
-    def _evict(self) -> bool:
-        """Close the generation that has been idle longest: its CloseGeneration may be lost. Returns False if none is idle.
-
-        If that generation continues, the orchestrator opens it again.
-        """
-        busy = {work.request.generation for work in self._queue}
-        idle = next((generation for generation in self._sessions if generation not in busy), None)
-        if idle is not None:
-            self._close(idle)
-        return idle is not None
-
-    def _close(self, generation: int) -> None:
-        session = self._sessions.pop(generation, None)
-        if session is not None:
-            session.cancelled_to = 2**64
-            self._closed.append(session)
-            if not self._current:
-                self._forget_closed()
-
     def _forget_closed(self) -> None:
-        closed, self._closed = self._closed, []
-        for session in closed:
-            self._engine.forget(session)
+        """Have the engine forget generations that were closed; during a step this must wait."""
+        if not self._current:
+            for session in self._sessions.take_closed():
+                self._engine.forget(session)
 
     def _on_request(self, request: Draft | Verify) -> None:
-        session = self._sessions.get(request.generation)
+        session = self._sessions.use(request.generation)
         if session is None:
             self._fail(request, "unknown_generation", "the generation is not open on this worker")
             return
-        self._sessions[request.generation] = self._sessions.pop(request.generation)
         if not session.is_new(request.attempt):
             self._repeat_reply(request, session)
         elif (refusal := self._refusal(request, session)) is not None:
@@ -280,7 +245,7 @@ class WorkerLoop:
             if message is None:
                 return
             self._on_message(message)
-            missing = {session for session in missing if session.generation in self._sessions}
+            missing = {session for session in missing if self._sessions.get(session.generation) is session}
             missing -= {work.session for work in self._queue}
 
     def _prepare(self, work: Work) -> bool:
