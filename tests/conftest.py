@@ -1,7 +1,8 @@
-"""Settings of all tests: no test fails because the machine is slow."""
+"""Settings of all tests: no test fails because the machine is slow, or because of how the tests were started."""
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ from support import packages, patience
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+
+# nohup, and a shell's `&`, start a command that ignores these. Commands that tests start would inherit that.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def pytest_runtest_setup() -> None:

@@ -151,7 +151,7 @@ def _ask(url: str, body: bytes) -> _Answer:
 
 
 @contextlib.asynccontextmanager
-async def _served(orchestrator: Orchestrator, tokenizer: Tokenizer, log_level: str) -> AsyncIterator[str]:
+async def _served(orchestrator: Orchestrator, tokenizer: Tokenizer) -> AsyncIterator[str]:
     """The URL for completions."""
     from dsi_actors.serving.address import HttpAddress
     from dsi_actors.serving.app import create_app
@@ -161,7 +161,7 @@ async def _served(orchestrator: Orchestrator, tokenizer: Tokenizer, log_level: s
     app = create_app(orchestrator, tokenizer, ServiceConfig(model=_MODEL))
     address = HttpAddress("127.0.0.1", 0)
     address.listen()
-    server = make_server(app, log_level=log_level, drain_s=1.0)
+    server = make_server(app, drain_s=1.0)
     serving = asyncio.create_task(server.serve(address.sockets))
     try:
         while not server.started:
@@ -184,7 +184,7 @@ async def run(arguments: argparse.Namespace) -> int:
         tokenizer = Tokenizer(await model_directory(arguments.target) if arguments.target else _words(Path(directory)))
         async with (
             Orchestrator(_config(arguments)) as orchestrator,
-            _served(orchestrator, tokenizer, arguments.log_level) as url,
+            _served(orchestrator, tokenizer) as url,
         ):
             bench = _Bench(orchestrator, tokenizer, url, clients)
             results = [await bench.measure(number, arguments.repeats, arguments.tokens) for number in crowds]

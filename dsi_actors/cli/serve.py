@@ -84,7 +84,7 @@ async def run(arguments: argparse.Namespace) -> int:
         async with Orchestrator(config, report=progress) as orchestrator:
             progress.close()
             app = create_app(orchestrator, tokenizer, service_config)
-            server = make_server(app, log_level=arguments.log_level, drain_s=arguments.drain_s)
+            server = make_server(app, drain_s=arguments.drain_s)
             ending.drains(server)
             address.listen()
             err.print(

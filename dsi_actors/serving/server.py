@@ -46,11 +46,11 @@ class Server(uvicorn.Server):
         self._service.hurry()
 
 
-def make_server(app: FastAPI, *, log_level: str, drain_s: float) -> Server:
+def make_server(app: FastAPI, *, drain_s: float) -> Server:
     """A server for an application of `create_app`."""
     service: Service = app.state.service
     config = uvicorn.Config(
-        app, log_level=log_level, access_log=False, log_config=None, lifespan="off", ws="none",
+        app, access_log=False, log_config=None, lifespan="off", ws="none",
         http=partial(Connection, service.config),  # type: ignore[arg-type]
         timeout_keep_alive=service.config.keep_alive_s, timeout_graceful_shutdown=_CLOSING_S,
     )  # fmt: skip

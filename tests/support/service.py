@@ -228,7 +228,7 @@ async def served(
         app = create_app(orchestrator, tokenizer, ServiceConfig(model=MODEL, **(config or {})))
         address = HttpAddress("127.0.0.1", 0)
         address.listen()
-        server = make_server(app, log_level="error", drain_s=drain_s)
+        server = make_server(app, drain_s=drain_s)
         serving = asyncio.create_task(server.serve(address.sockets))
         try:
             async with patience():
