@@ -130,7 +130,7 @@ def test_stop_strings_that_are_special_tokens_are_told(model: Path, tmp_path: Pa
 @pytest.mark.model
 def test_others_run_while_a_long_text_is_encoded() -> None:
     tokenizer = Tokenizer(resolve_model(DEFAULT_TARGET))
-    text = "Hello world, this is a test of speed. " * 20_000
+    text = "Hello world, this is a test of speed. " * 4_000
     turns = 0
     with ThreadPoolExecutor(1) as pool:
         encoding = pool.submit(tokenizer.encode, text)
@@ -138,7 +138,7 @@ def test_others_run_while_a_long_text_is_encoded() -> None:
             time.sleep(0.001)
             turns += 1
     assert turns > 3, "the lock was held all the time"
-    assert len(encoding.result()) == 200_001
+    assert len(encoding.result()) == 40_001
 
 
 def test_threads_may_share_a_tokenizer(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ drafted without alternatives, so until the target has passed what was drafted by
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -122,60 +121,70 @@ def branch_positions(policy: Policy, drafts: int) -> int:
 
 
 class _Cycle:
-    """The walk along a cycle in which every draft is right. Inputs: 0 is the correction, then the drafts 1, 2, ..."""
+    """The walk along a cycle in which every draft is right. Inputs: 0 is the correction, then the drafts 1, 2, ...
+
+    Hundreds of walks are taken for one plan, while a generation waits: hence no helpers in its loop.
+    """
 
     def __init__(self, policy: Policy, cost_ms: CostMs, drafter_ms: float) -> None:
         self._policy = policy
         self._cost_ms = cost_ms
         self._drafter_ms = max(drafter_ms, 1e-6)
-        #: For each server: when it is free, and the last input that it has read.
-        self._servers: list[tuple[float, int]] = [(0.0, -1)] * policy.sp
-        self._live: deque[tuple[float, int, int]] = deque()  # (end, covers inputs up to, server)
+        #: The last input that each idle server has read. Which of them reads next: the one that has read most.
+        self._idle = [-1] * policy.sp
+        #: (end, covers inputs up to), in order of the ends.
+        self._live: list[tuple[float, int]] = []
         self._committed = 0
         self.now_ms = 0.0
         self.started = 0
-        self.busy_ms = 0.0
+        #: Device time of all verifications that were started, of those that run up to their ends.
+        self._busy_ms = 0.0
 
     def next_end(self) -> tuple[int, float]:
         """(tokens known, when): the next verification that ends, in order of time."""
+        live = self._live
         while True:
-            self._start_what_is_due()
-            # While all servers are at work no draft changes anything.
-            arrival = math.inf if len(self._live) == self._policy.sp else self._next_arrival()
-            if self._live and self._live[0][0] <= arrival:
-                self.now_ms, covers, server = self._live.popleft()
-                self._servers[server] = (self.now_ms, covers)
+            arrival = math.inf  # while all servers are at work no draft changes anything
+            if self._idle:
+                self._start_what_is_due()
+                if self._idle:
+                    arrival = self._next_arrival()
+            if live and live[0][0] <= arrival:
+                self.now_ms, covers = live.pop(0)
+                self._idle.append(covers)
                 self._committed = max(self._committed, covers + 1)
-                self._cancel_outrun()
+                for outrun in [each for each in live if each[1] < self._committed]:  # they can yield nothing more
+                    live.remove(outrun)
+                    self._busy_ms -= outrun[0] - self.now_ms
+                    self._idle.append(outrun[1])
                 return self._committed, self.now_ms
             self.now_ms = arrival
 
-    def _cancel_outrun(self) -> None:
-        """Verifications that can yield nothing beyond what is committed; one that reads less can end sooner."""
-        if any(covers < self._committed for _, covers, _ in self._live):
-            self.busy_ms -= sum(end - self.now_ms for end, covers, _ in self._live if covers < self._committed)
-            self._live = deque(each for each in self._live if each[1] >= self._committed)
+    def busy_until_now_ms(self) -> float:
+        """Device time spent: what still runs now is cancelled."""
+        return self._busy_ms - sum(end - self.now_ms for end, _ in self._live)
+
+    def made(self) -> int:
+        """Drafts that the drafter has made by now."""
+        return max(0, int(self.now_ms / self._drafter_ms - _LATE + 1e-9))
 
     def _start_what_is_due(self) -> None:
-        policy = self._policy
-        while len(self._live) < policy.sp:
-            drafted, known = self._drafted(), self._committed
-            front = max((covers for _, covers, _ in self._live), default=known)
-            if not worth_verifying(policy, drafted - known, front - known, running=bool(self._live)):
+        policy, live, known = self._policy, self._live, self._committed
+        drafted = self._drafted()
+        while self._idle:
+            front = max([covers for _, covers in live], default=known)
+            if not worth_verifying(policy, drafted - known, front - known, running=bool(live)):
                 return
-            running = {server for _, _, server in self._live}
-            server = max(
-                (number for number in range(policy.sp) if number not in running),
-                key=lambda number: self._servers[number][1],
-            )
-            covers = min(max(drafted, self._committed), front + policy.span)
-            begin = min(self._servers[server][1] + 1, self._committed)
-            took_ms = self._cost_ms(covers - begin + 1 + branch_positions(policy, covers - self._committed))
+            read = max(self._idle)
+            self._idle.remove(read)
+            covers = min(max(drafted, known), front + policy.span)
+            took_ms = self._cost_ms(covers - min(read + 1, known) + 1 + branch_positions(policy, covers - known))
             self.started += 1
-            self.busy_ms += took_ms
-            self._live.append((self.now_ms + took_ms - _LATE * self._drafter_ms, covers, server))
-            if len(self._live) > 1 and self._live[-1][0] < self._live[-2][0]:
-                self._live = deque(sorted(self._live))
+            self._busy_ms += took_ms
+            end = self.now_ms + took_ms - _LATE * self._drafter_ms
+            live.append((end, covers))
+            if len(live) > 1 and end < live[-2][0]:  # one that reads less can end sooner
+                live.sort()
 
     def _drafted(self) -> int:
         """Drafts that have arrived by now: the first block has `first_wait` tokens, the others `lookahead`."""
@@ -192,10 +201,6 @@ class _Cycle:
         if made - self._committed > 2 * self._policy.max_ahead and self._live:
             return math.inf  # the drafter has stopped until something is committed
         return (wait + ((made - wait) // block + 1) * block + _LATE) * self._drafter_ms
-
-    def made(self) -> int:
-        """Drafts that the drafter has made by now."""
-        return max(0, int(self.now_ms / self._drafter_ms - _LATE + 1e-9))
 
 
 class _Survival:
@@ -254,9 +259,9 @@ def _expect_dsi(
         chance = survived - left
         time_ms += chance * now_ms
         forwards += chance * cycle.started
-        busy_ms += chance * _busy_until(cycle, now_ms)
+        busy_ms += chance * cycle.busy_until_now_ms()
         known, survived = now_known, left
-        marks.append((known, now_ms, cycle.started, _busy_until(cycle, now_ms)))
+        marks.append((known, now_ms, cycle.started, cycle.busy_until_now_ms()))
         if survived < _NEGLIGIBLE:
             break
     # What is left goes on at the pace of the second half of the walk.
@@ -270,8 +275,3 @@ def _expect_dsi(
         for expected, at_end, slope in zip((time_ms, forwards, busy_ms), last[1:], pace, strict=True)
     )
     return Expectation(time_ms, forwards, busy_ms, time_ms)
-
-
-def _busy_until(cycle: _Cycle, now_ms: float) -> float:
-    """Device time spent: what still runs now is cancelled."""
-    return cycle.busy_ms - sum(end - now_ms for end, _, _ in cycle._live)

@@ -17,8 +17,10 @@ _MOST_ROUNDS = 4
 #: Blocks of drafts in the time of one target forward, if it has not more servers than half as many.
 _MOST_BLOCKS = 32
 _CANDIDATES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
-#: Rows of a drafting step that are considered. A tree must be this much faster than a chain: what it costs is known less well.
-_ROWS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
+#: Rows of a drafting step that are considered. Of trees that are equally fast to within the tie, the one with the fewest wins.
+_ROWS = (2, 4, 8, 16)
+_ROWS_TIE = 0.01
+#: A tree must be this much faster than a chain: what it costs is known less well.
 _TREE_MARGIN = 0.98
 
 
@@ -29,7 +31,7 @@ def best_si(
     expected = functools.cache(lambda policy: expect(policy, cost_ms, drafter_ms, acceptance, branching))
     policies = [Policy.speculative(lookahead) for lookahead in range(1, most + 1)]
     best = _best(policies, expected)
-    trees = [with_rows(policy, rows) for rows in _rows(branching) for policy in policies if policy.lookahead > 1]
+    trees = [with_rows(Policy.speculative(k), rows) for rows in _rows(branching) for k in _CANDIDATES if 1 < k <= most]
     return _better_tree(best, trees, expected)
 
 
@@ -79,13 +81,14 @@ def best_dsi(
 
     expected = functools.cache(lambda policy: expect(policy, cost_ms, drafter_ms, acceptance, branching))
 
-    def fastest(best: Policy, rows: int) -> Policy:
-        """One setting at a time, until nothing gets better: they hardly depend on one another."""
+    def fastest(best: Policy, rows: int, among: Callable[[list[int], int], list[int]]) -> Policy:
+        """One setting at a time, until nothing gets better: they hardly depend on one another. `among`: those of all values that
+        are tried beside the present one."""
         for _ in range(_MOST_ROUNDS):
             before, wait, span = best, best.first_wait, best.span
-            best = _best([policy(wait, k, span, rows) for k in lookaheads], expected)
-            best = _best([policy(wait, best.lookahead, span, rows) for wait in waits], expected)
-            best = _best([policy(best.first_wait, best.lookahead, span, rows) for span in spans], expected)
+            best = _best([policy(wait, k, span, rows) for k in among(lookaheads, best.lookahead)], expected)
+            best = _best([policy(w, best.lookahead, span, rows) for w in among(waits, wait)], expected)
+            best = _best([policy(best.first_wait, best.lookahead, s, rows) for s in among(spans, span)], expected)
             if best == before:
                 break
         return best
@@ -94,16 +97,27 @@ def best_dsi(
     if spans != [UNLIMITED]:
         si = best_si(cost_ms, drafter_ms, acceptance, most=most)
         start = policy(min(si.lookahead, waits[-1]), lookaheads[0], si.lookahead, 1)
-    best = fastest(start, 1)
+    best = fastest(start, 1, _all)
     plain = Policy.distributed(best.lookahead, sp, max_ahead=best.max_ahead, span=0)
     others = [plain]
     if queued is None:
         others.append(best_in_turns(cost_ms, drafter_ms, acceptance, sp, branching, most=most))
     trees = [with_rows(best, rows) for rows in _rows(branching)]
-    if trees:
-        rows = _best(trees, expected).rows
-        trees = [fastest(with_rows(best, rows), rows)]
+    if trees:  # what is best for a chain is nearly so for a tree
+        least_ms = min(expected(tree).ms_per_token for tree in trees)
+        rows = next(tree.rows for tree in trees if expected(tree).ms_per_token <= least_ms * (1 + _ROWS_TIE))
+        trees = [fastest(with_rows(best, rows), rows, _near)]
     return _better_tree(_best([best, *others], expected), trees, expected)
+
+
+def _all(values: list[int], value: int) -> list[int]:
+    return values
+
+
+def _near(values: list[int], value: int) -> list[int]:
+    """The value and those beside it; `values` are sorted, either way."""
+    place = min(range(len(values)), key=lambda place: abs(values[place] - value))
+    return values[max(0, place - 1) : place + 2]
 
 
 def with_rows(policy: Policy, rows: int) -> Policy:

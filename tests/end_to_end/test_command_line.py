@@ -252,7 +252,7 @@ def test_bench_acceptance_lies_within_its_bounds(model: Path, prompts: Path) -> 
 def test_simulate_agrees_with_the_closed_forms() -> None:
     done = dsi_actors(
         "simulate", "--target-ms", "20", "--drafter-ms", "5", "--acceptance", "0.7", "--sp", "4", "--tokens", "2000",
-        "--repeats", "30", "--json",
+        "--repeats", "12", "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     ar, si, dsi = json.loads(done.stdout)["results"]

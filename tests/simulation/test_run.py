@@ -15,7 +15,7 @@ PAIRS = [(20.6, 6.8, 0.93), (37.7, 2.5, 0.63), (20.0, 6.0, 0.5)]
 
 
 def mean_ms(
-    scenario: Scenario, algorithm: str, *, sp: int = 1, lookahead: int | None = None, tokens: int = 3000
+    scenario: Scenario, algorithm: str, *, sp: int = 1, lookahead: int | None = None, tokens: int = 1500
 ) -> float:
     runs = simulate(scenario, algorithm, sp=sp, lookahead=lookahead, tokens=tokens, repeats=10, seed=3)
     return statistics.fmean(run.ms_per_token for run in runs)
@@ -27,9 +27,9 @@ def test_closed_forms(target_ms: float, drafter_ms: float, acceptance: float) ->
     assert mean_ms(scenario, "ar") == pytest.approx(target_ms)
     for lookahead in (1, 5):
         si_ms = (lookahead * drafter_ms + target_ms) * (1 - acceptance) / (1 - acceptance ** (lookahead + 1))
-        assert mean_ms(scenario, "si", lookahead=lookahead) == pytest.approx(si_ms, rel=0.01)
+        assert mean_ms(scenario, "si", lookahead=lookahead, tokens=3000) == pytest.approx(si_ms, rel=0.01)
     limit_ms = acceptance * drafter_ms + (1 - acceptance) * target_ms
-    assert mean_ms(scenario, "dsi", sp=16, lookahead=1) == pytest.approx(limit_ms, rel=0.01)
+    assert mean_ms(scenario, "dsi", sp=16, lookahead=1, tokens=3000) == pytest.approx(limit_ms, rel=0.01)
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.3])
