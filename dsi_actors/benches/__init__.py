@@ -11,6 +11,7 @@ from dsi_actors.benches import (
     heatmap,
     http,
     load,
+    long,
     never_slower,
     overhead,
     real,
@@ -23,7 +24,7 @@ from dsi_actors.console.options import SubParsers, add_group
 
 #: What tells a user how fast this machine is with real models; and what developers hold the project to.
 _FOR_USERS = (real, gpu, overhead, load, start)
-_FOR_DEVELOPERS = (exact, exact_cost, acceptance, timed, table2, never_slower, heatmap, http, flood, soak)
+_FOR_DEVELOPERS = (exact, exact_cost, acceptance, timed, table2, never_slower, heatmap, long, http, flood, soak)
 _DESCRIPTION = """For users: real, gpu, overhead, load and start measure this machine.
 For developers: the others hold the project to its promises of exactness, speed and endurance."""
 

@@ -18,6 +18,8 @@ class DrafterView:
         self.end = tree.root
         #: The n-th has the number _first + n.
         self._nodes: list[Node] = [tree.root]
+        #: The same, to look one up: there may be as many as the text has tokens.
+        self._known = {tree.root}
         self._first = tree.root.position
         #: Numbers that have a child: the first child is the main path's.
         self._parents: set[int] = set()
@@ -30,12 +32,12 @@ class DrafterView:
     @property
     def knows_the_main_path(self) -> bool:
         """Whether the main path ends with a draft of this drafter, so that it can go on from there."""
-        return self._tree.main_end in self._nodes
+        return self._tree.main_end in self._known
 
     def restart(self) -> None:
         """The drafter is told the main path, and goes on behind it."""
         self.end = self._tree.main_end
-        self._nodes, self._first = [self.end], self.end.position
+        self._nodes, self._known, self._first = [self.end], {self.end}, self.end.position
         self._parents.clear()
 
     def add(self, number: int, tokens: Sequence[int], parents: Sequence[int], end: int) -> bool:
@@ -54,6 +56,7 @@ class DrafterView:
             self._parents.add(parent_number)
             node = self._node(parent, token, first=first)
             self._nodes.append(node)
+            self._known.add(node)
             if first and parent is self.end:
                 self.end = node
             number += 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from dsi_actors.core.policy import Policy
+from dsi_actors.core.policy import UNLIMITED, Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +16,8 @@ class ServerJoined:
     """A target server is idle and may be used by this generation. It holds nothing of it."""
 
     server: int
+    #: The most tokens of one request that is a tree, the main path's among them. 1: chains only.
+    rows: int = UNLIMITED
 
 
 @dataclass(frozen=True, slots=True)

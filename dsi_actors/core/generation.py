@@ -87,6 +87,8 @@ def _urgency(action: Action) -> int:
 
 @dataclass(slots=True)
 class _Server:
+    #: The most tokens of one request that is a tree.
+    rows: int
     #: The server holds tokens[:held] of the current list (it may hold more, of lists that are dead).
     held: int = 0
     #: What it was last asked and has not answered; live if and only if the attempt is in `_verifications`.
@@ -213,9 +215,9 @@ class GenerationCore:
                 self._on_verification_abandoned(attempt, server, held)
             case DraftsLate():
                 self._drafts_late = True
-            case ServerJoined(server):
+            case ServerJoined(server, rows):
                 assert server not in self._servers, f"server {server} joined twice"
-                self._servers[server] = _Server()
+                self._servers[server] = _Server(rows)
             case ServerLost(server):
                 if server == self._warm_server:
                     self._warm_server = None
@@ -457,9 +459,11 @@ class GenerationCore:
         base, end = state.held, min(len(self.tokens), self._verified_front() + self.policy.span)
         nodes = set(self._tree.main[: end - start])
         nodes.add(self._tree.root)
-        branches = self._tree.branches(end, self.policy.branches) if self.policy.branches else ()
+        # A branch may leave the main path before what the server holds: all from the root on is told again, then. A server that
+        # has a long text to read gets no branches with it.
+        room = min(self.policy.branches, state.rows - (end - min(base, start)))
+        branches = self._tree.branches(end, room) if room > 0 else ()
         if branches:
-            # A branch may leave the main path before what the server holds: all from the root on is told again, then.
             base = min(base, start)
             nodes.update(branches)
             tokens = (*self.tokens[base:end], *(node.token for node in branches))

@@ -47,12 +47,14 @@ from dsi_actors.planning.controller import Controller
 from dsi_actors.results import CommittedTokens, GenerationReport
 from dsi_actors.workforce.scheduler import Exchanged, GivenBack, Released, Requested, Scheduler
 from dsi_actors.workforce.worker_handle import WorkerHandle
-from dsi_protocol import Draft, Drafted, Reply, Verify
+from dsi_protocol import MAX_TOKENS_PER_MESSAGE, Draft, Drafted, Reply, Verify
 
 log = get_logger("generation")
 
 #: How long the end of a generation waits for the replies that workers still owe, for an exact account.
 _SETTLE_S = 1.0
+#: Of a tree, in one frame: as many parents come with its tokens.
+MOST_ROWS = MAX_TOKENS_PER_MESSAGE // 2
 
 
 class Generation(Actor[GenerationMessage]):
@@ -243,7 +245,7 @@ class Generation(Actor[GenerationMessage]):
             self._servers[worker.number] = worker
             self._most_servers = max(self._most_servers, len(self._servers))
             self._count_servers()
-            self._feed(ServerJoined(worker.number))
+            self._feed(ServerJoined(worker.number, min(rows_of([worker]), MOST_ROWS)))
         else:
             self._drafter = worker
             latency_ms = worker.ready.latency_us / 1e3 if worker.ready is not None else 0.0

@@ -44,12 +44,16 @@ class Choice:
 
     index: int
     seed: int
-    text: str = ""
+    #: A text that grew with each piece would be copied each time.
     pieces: list[Piece] = field(default_factory=list)
     finish_reason: str | None = None
     report: GenerationReport | None = None
     #: Up to and including the one that completed a stop string, whatever was committed behind it.
     tokens: int = 0
+
+    @property
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +130,6 @@ class Completion:
 
     async def _show(self, choice: Choice, piece: Piece, queue: asyncio.Queue[Update | BaseException]) -> None:
         if piece.text or piece.tokens:
-            choice.text += piece.text
             choice.pieces.append(piece)
             await queue.put(Update(choice, piece))
 

@@ -52,8 +52,8 @@ class Drafts:
         self._first_number = 0
         #: Live draft attempts.
         self._attempts: set[int] = set()
-        #: What the drafter's main path is, from the first token behind the prompt on.
-        self._path: list[int] = []
+        #: What the drafter's main path is, from `first` on.
+        self._path: list[Guess] = []
         #: Numbers behind which the drafter has guessed something.
         self._followed: set[int] = set()
 
@@ -74,9 +74,10 @@ class Drafts:
                 self._begin(start)
             assert self.first is not None
             behind = self.first.position + 1  # of the prompt
-            del self._path[max(0, base - behind) :]
-            self._path += tokens[max(0, behind - base) :]
-            self._numbered, self._first_number = [self._at_the_end_of(self._path)], start - 1
+            del self._path[max(0, base - behind) + 1 :]
+            for token in tokens[max(0, behind - base) :]:
+                self._go_along(token)
+            self._numbered, self._first_number = [self._path[-1]], start - 1
             self._followed.clear()
             self._attempts.clear()
         self._attempts.add(attempt)
@@ -96,7 +97,7 @@ class Drafts:
             if not self._first_number <= before < number:
                 break
             parent = self._numbered[before - self._first_number]
-            on_main_path = parent.main and before not in self._followed
+            on_main_path = parent is self._path[-1] and before not in self._followed
             self._followed.add(before)
             guess = parent.children.get(token)
             if guess is None:
@@ -105,10 +106,8 @@ class Drafts:
                 new.append(guess)
             self._numbered.append(guess)
             if on_main_path:
-                assert self.first is not None
                 guess.main = True
-                del self._path[guess.position - self.first.position - 1 :]
-                self._path.append(token)
+                self._path.append(guess)
         return new
 
     def committed(
@@ -135,20 +134,17 @@ class Drafts:
     def _begin(self, start: int) -> None:
         """Everything before position `start` is given. What was seen of it is of no use: something was missed."""
         self.first = self._root = Guess(0, start - 1, main=True)
-        self._path, self._numbered = [], []
+        self._path, self._numbered = [self.first], []
         self._attempts.clear()
 
-    def _at_the_end_of(self, path: Sequence[int]) -> Guess:
-        """The place behind these tokens, which are the drafter's main path now."""
-        guess = self.first
-        assert guess is not None
-        for token in path:
-            found = guess.children.get(token)
-            if found is None:
-                found = guess.children[token] = Guess(token, guess.position + 1, main=True)
-            found.main = True
-            guess = found
-        return guess
+    def _go_along(self, token: int) -> None:
+        """The drafter's main path goes on with this token."""
+        before = self._path[-1]
+        guess = before.children.get(token)
+        if guess is None:
+            guess = before.children[token] = Guess(token, before.position + 1, main=True)
+        guess.main = True
+        self._path.append(guess)
 
 
 def main_path_end(base: int, tokens: Sequence[int], parents: Sequence[int]) -> tuple[int, int]:

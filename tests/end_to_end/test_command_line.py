@@ -307,6 +307,29 @@ def test_bench_timed_stands_beside_its_ideal() -> None:
         assert row["ideal_ms_per_token"] <= row["ms_per_token"] * 1.001, "nothing is faster than its ideal"
 
 
+def test_bench_long_compares_a_short_and_a_long_text(model: Path) -> None:
+    words = ["bench", "long", "--tokens", "12", "--repeats", "2", "--json"]
+    done = dsi_actors(*words, "--positions", "400,20")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["results"]
+    ways = ["AR", "SI", "DSI SP=2 chain", "DSI SP=2 tree", "DSI SP=2 ngram"]
+    assert [(row["way"], row["positions"]) for row in rows] == [(way, length) for way in ways for length in (20, 400)]
+    for row in rows:
+        assert row["fastest_ms_per_token"] <= row["ms_per_token"] <= row["slowest_ms_per_token"]
+        assert row["ratio_to_shortest"] == 1 or row["positions"] == 400
+        assert row["orchestrator_processor_ms_per_token"] > 0
+    real = [*words, "--target", model, "--drafter", "ngram", "--gpu", "cpu", "--sp", "1"]
+    done = dsi_actors(*real, "--positions", "40,300,4000")
+    assert done.returncode == 0, done.stderr
+    assert "lengths over 500 are left out: the target takes 512 positions" in done.stderr
+    rows = json.loads(done.stdout)["results"]
+    ways = ["AR", "SI ngram", "DSI SP=1 chain ngram", "DSI SP=1 tree ngram"]
+    assert [(row["way"], row["positions"]) for row in rows] == [(way, length) for way in ways for length in (40, 300)]
+    done = dsi_actors(*real, "--positions", "4000")
+    assert done.returncode == 1
+    assert "no length of --positions and --tokens 12 fit the target's limit of 512 positions" in done.stderr
+
+
 def test_bench_table2_prints_the_papers_factors() -> None:
     done = dsi_actors("bench", "table2", "--pairs", "1", "--tokens", "10", "--repeats", "1", "--sp", "1,2")
     assert done.returncode == 0, done.stderr

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import dsi_actors
+from dsi_actors.core.events import ServerLost
 from support.engines import make_tiny_model
 from support.timed import text_of
 
@@ -53,3 +54,21 @@ async def test_prompt_lookup_drafts_trees(model: Path) -> None:
         for algorithm in ("si", "dsi"):
             stream = orchestrator.generate(prompt, sampling, algorithm=algorithm, lookahead=2, rows=4)
             assert await text_of(stream) == expected
+
+
+async def test_no_server_is_lost_by_trees_after_a_long_prompt(model: Path) -> None:
+    """A server that had the prompt still to read got it within the tree, refused so large a tree, and was not used again."""
+    settings = config(model, str(model), layers=2, quantization="none")
+    sampling, lost = dsi_actors.Sampling(max_tokens=60), list[ServerLost]()
+
+    def look(generation: int, item: object) -> None:
+        if isinstance(item, ServerLost):
+            lost.append(item)
+
+    async with dsi_actors.Orchestrator(settings) as orchestrator:
+        for number in range(4):  # each prompt is new to both servers
+            prompt = [number + 1, *PROMPT * 60]
+            with orchestrator.observe(look):
+                found = await text_of(orchestrator.generate(prompt, sampling, lookahead=2, rows=6))
+            assert found == await text_of(orchestrator.generate(prompt, sampling, algorithm="ar"))
+    assert lost == []

@@ -22,6 +22,17 @@ from support.engines import InterruptAfter, NoInterrupt, make_tiny_model, sessio
 FLAT = {1: 10.0, 8: 11.0}
 
 
+def become(text: Text, tokens: Sequence[int]) -> bool:
+    """Give the text's session these tokens, and have the text read them."""
+    text.session.write(0, tokens)
+    text.session.truncate(len(tokens))
+    return text.read()
+
+
+def text_in(index: SuffixIndex) -> Text:
+    return Text(index, session_of([]))
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny"))
@@ -226,9 +237,9 @@ def test_what_is_dear_is_not_done() -> None:
 @given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 5))
 def test_what_is_found_did_follow(text: list[int], most: int) -> None:
     index = SuffixIndex()
-    grown = Text(index)
+    grown = text_in(index)
     for end in range(len(text) + 1):
-        grown.become(text[:end])
+        become(grown, text[:end])
     found, match = index.find(text, most)
     assert len(found) <= most
     if found:
@@ -240,12 +251,12 @@ def test_what_is_found_did_follow(text: list[int], most: int) -> None:
 
 def test_an_index_forgets_the_oldest() -> None:
     index = SuffixIndex(most_places=200)
-    Text(index).become([1, 2, 3])
+    become(text_in(index), [1, 2, 3])
     assert index.find([1, 2], 1) == ([3], 2)
-    Text(index).become(list(range(1000, 1400)))
+    become(text_in(index), list(range(1000, 1400)))
     assert index.find([1398, 1399], 1) == ([], 0)
     assert index.find([1396, 1397], 1) == ([1398], 2)
-    Text(index).become(list(range(2000, 2400)))
+    become(text_in(index), list(range(2000, 2400)))
     assert index.find([1, 2], 1) == ([], 0)
     assert len(index._young) + len(index._old) < 2000
 
@@ -285,33 +296,33 @@ _Tokens = st.lists(st.integers(0, 3), max_size=40)
 def test_what_was_rejected_leaves_no_trace(versions: list[list[int]], text: list[int]) -> None:
     """A text that was guessed wrongly, again and again, answers as one that always was what it is."""
     index, straight = SuffixIndex(), SuffixIndex()
-    changing = Text(index)
+    changing = text_in(index)
     for version in [*versions, text]:
-        changing.become(version)
-    Text(straight).become(text)
+        become(changing, version)
+    become(text_in(straight), text)
     assert index.find(text, 3) == straight.find(text, 3)
     assert index._young.keys() == straight._young.keys()
 
 
 def test_a_text_that_loses_more_than_is_remembered_is_not_found_where_it_was() -> None:
     index = SuffixIndex()
-    text = Text(index)
-    text.become(list(range(5000)))
-    text.become([7])
+    text = text_in(index)
+    become(text, list(range(5000)))
+    become(text, [7])
     assert index.find([8, 9], 2) == ([], 0)
-    text.become([7, 8, 9, 1])
+    become(text, [7, 8, 9, 1])
     assert index.find([8, 9], 2) == ([1], 2)
 
 
 def test_all_tokens_that_followed_are_found_the_latest_first() -> None:
     index = SuffixIndex()
-    text = Text(index)
-    text.become([1, 2, 3, 9, 1, 2, 4, 9, 1, 2, 3, 9, 1, 2])
+    text = text_in(index)
+    become(text, [1, 2, 3, 9, 1, 2, 4, 9, 1, 2, 3, 9, 1, 2])
     assert index.find_next([1, 2]) == [3, 4]
     assert index.find_next([9, 1, 2]) == [3, 4]
     assert index.find([1, 2], 3) == ([3, 9, 1], 2)
     assert index.find_next([7, 7]) == []
-    text.become([1, 2, 3, 9, 1, 2, 4, 9, 1, 2])
+    become(text, [1, 2, 3, 9, 1, 2, 4, 9, 1, 2])
     assert index.find_next([1, 2]) == [4, 3], "what was taken back leaves no trace"
 
 

@@ -12,6 +12,37 @@ tokens = st.lists(st.integers(0, 3), max_size=12)
 
 
 @given(st.data())
+def test_who_asks_what_is_unchanged_is_told_all_that_surely_is(data: st.DataObject) -> None:
+    """At each revision: the tokens then, and the fewest that were left by any removal since."""
+    session = Session(1, 3, "")
+    seen: dict[int, tuple[list[int], int | None]] = {}
+    for _ in range(data.draw(st.integers(1, 20))):
+        revision, before = session.revision, list(session.tokens)
+        if data.draw(st.booleans()):
+            session.truncate(data.draw(st.integers(0, len(before))))
+            left = len(session.tokens)
+        else:
+            base = data.draw(st.integers(0, len(before)))
+            new = data.draw(tokens)
+            session.write(base, new)
+            written = [*before[:base], *new]
+            left = next(
+                (at for at, token in enumerate(before) if at < len(written) and token != written[at]), len(before)
+            )
+        assert session.revision == revision + (left < len(before))
+        if left < len(before):
+            seen = {
+                number: (then, left if fewest is None else min(left, fewest)) for number, (then, fewest) in seen.items()
+            }
+        seen[session.revision] = list(session.tokens), None
+        for number, (then, fewest) in seen.items():
+            unchanged = session.unchanged_since(number)
+            assert unchanged == (len(session.tokens) if fewest is None else fewest)
+            common = min(unchanged, len(then))
+            assert session.tokens[:common] == then[:common]
+
+
+@given(st.data())
 def test_writes_truncations_and_checksums(data: st.DataObject) -> None:
     session = Session(1, 3, "")
     model: list[int] = []

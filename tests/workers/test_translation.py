@@ -280,9 +280,11 @@ def test_a_character_that_is_not_complete_is_waited_for(vocabularies: dict[tuple
     target, own = vocabularies["byte level", 420], vocabularies["bytes for the rare", 800]
     text = "naïve 🙂 end"
     tokens = target.tokens(text)
-    translation = Translation(target, own, 1, "test")
+    followed = session_of([])
+    translation = Translation(target, own, followed)
     for length in range(1, len(tokens) + 1):
-        translation.follow(tokens[:length])
+        followed.write(0, tokens[:length])
+        translation.follow()
         said = own.text(translation.session.tokens, begins=True)
         assert text.startswith(said)
     assert said == text

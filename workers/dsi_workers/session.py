@@ -1,7 +1,12 @@
-"""A worker's state of one generation: its tokens, the checksum of each prefix, and how many positions are computed."""
+"""A worker's state of one generation: its tokens, the checksum of each prefix, and how many positions are computed.
+
+Whoever keeps something that was made of the tokens, such as an index, asks `Session.unchanged_since` how many of them are
+still the same. So nobody compares whole texts, and a token costs no more in a long text than in a short one.
+"""
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -100,6 +105,10 @@ class Session:
         self.prompt_length = prompt_length
         self.correlation = correlation
         self.tokens: list[int] = []
+        #: How often tokens were removed.
+        self.revision = 0
+        #: (revision, number of tokens left) of removals, without those that a later one went below. So both numbers rise.
+        self._cuts: list[tuple[int, int]] = []
         #: Counts of the tokens, for a sampler with repetition penalty.
         self.occurrences: Occurrences | None = None
         #: The engine has computed positions [0, computed). A transformer's KV cache is valid for these.
@@ -155,9 +164,21 @@ class Session:
         if length < len(self.tokens):
             if self.occurrences is not None and self.occurrences.length > length:
                 self.occurrences.move_to(self.tokens, length)
+            self.revision += 1
+            while self._cuts and self._cuts[-1][1] >= length:
+                self._cuts.pop()
+            self._cuts.append((self.revision, length))
             del self.tokens[length:]
             del self._checksums[length + 1 :]
             self.computed = min(self.computed, length)
+
+    def unchanged_since(self, revision: int) -> int:
+        """How many of the first tokens are the same as when `self.revision` had this value, of those that there were then.
+
+        All tokens that are there now, if none was removed since. The time grows with the logarithm of the number of removals.
+        """
+        later = bisect.bisect_right(self._cuts, revision, key=_revision_of)
+        return self._cuts[later][1] if later < len(self._cuts) else len(self.tokens)
 
     def checksum(self, length: int) -> int:
         """The checksum of the first `length` tokens, all of which must exist."""
@@ -166,3 +187,7 @@ class Session:
             self._checksums.append(prefix_checksum((self.tokens[known],), self._checksums[known]))
             known += 1
         return self._checksums[length]
+
+
+def _revision_of(cut: tuple[int, int]) -> int:
+    return cut[0]

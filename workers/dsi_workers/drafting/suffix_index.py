@@ -83,25 +83,29 @@ class SuffixIndex:
 
 
 class Text:
-    """A growing text whose tokens are in an index. The end of the text may be replaced at any time.
+    """The text of a session, whose tokens are in an index. The end of the text may be replaced at any time.
 
     The text of a drafter contains many drafts that are rejected later. Their entries are removed from the index, because they
     would hide earlier occurrences.
     """
 
-    def __init__(self, index: SuffixIndex) -> None:
+    def __init__(self, index: SuffixIndex, session: Session) -> None:
         self.index = index
+        self.session = session
+        #: The tokens that are in the index: the session's own, as they were at `_revision`.
         self._tokens: list[int] = []
+        self._revision = session.revision
         #: For each of the last tokens: the index entries that it added (suffix, occurrence, occurrences before).
         self._added: deque[list[tuple[tuple[int, ...], _Occurrence, _Occurrences]]] = deque(maxlen=_MOST_REVERSIBLE)
 
-    def become(self, tokens: Sequence[int]) -> bool:
-        """Change the text to `tokens`, and update the index.
+    def read(self) -> bool:
+        """Bring the index in line with the session's tokens. The time depends on how many have changed.
 
         One call reads at most READ_AT_ONCE new tokens. Returns False if there are more: then call again.
         """
-        known = self._tokens
-        keeps = _common_prefix_length(known, tokens)
+        known, tokens = self._tokens, self.session.tokens
+        keeps = min(len(known), self.session.unchanged_since(self._revision))
+        self._revision = self.session.revision
         while len(known) > keeps:
             known.pop()
             for suffix, occurrence, before in reversed(self._added.pop() if self._added else []):
@@ -139,27 +143,13 @@ class Texts:
 
     def read(self, session: Session) -> bool:
         """Read new tokens of the session. Returns whether all of its tokens are read now."""
-        return self._text_of(session).become(session.tokens)
+        return self._text_of(session).read()
 
     def _text_of(self, session: Session) -> Text:
         text = self._texts.get(session.generation)
-        if text is None:
-            text = self._texts[session.generation] = Text(self._shared or SuffixIndex())
+        if text is None or text.session is not session:
+            text = self._texts[session.generation] = Text(self._shared or SuffixIndex(), session)
         return text
 
     def forget(self, session: Session) -> None:
         self._texts.pop(session.generation, None)
-
-
-def _common_prefix_length(left: Sequence[int], right: Sequence[int]) -> int:
-    """The number of equal tokens at the beginning. Binary search: comparing slices is faster than comparing single tokens."""
-    low, high = 0, min(len(left), len(right))
-    if left[:high] == right[:high]:
-        return high
-    while high - low > 1:  # the first `low` are the same, the first `high` are not
-        middle = (low + high) // 2
-        if left[low:middle] == right[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low

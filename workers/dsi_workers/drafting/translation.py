@@ -7,7 +7,8 @@ assisted decoding, Timor et al., arXiv 2502.05202.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dsi_workers.models.files import read_tokenizer
@@ -20,6 +21,10 @@ _BEFORE_LETTERS, _BEFORE_OTHERS = "\n", "a"
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 #: When more than this many target tokens are not aligned yet, the alignment moves forward.
 _TAIL = 128
+#: So far before the end of the text the alignment stays: tokens there may still change.
+_UNSETTLED = _TAIL // 4
+#: So many tokens before that are looked through for a place to align at, and so many places are tried.
+_LOOKED_THROUGH, _MOST_ANCHORS = 4 * _TAIL, 8
 #: The most target tokens before a draft that are tokenized together with the draft.
 _CONTEXT = 16
 #: The most tokens of an unfinished word that are held back: some scripts have no spaces.
@@ -92,26 +97,39 @@ class Vocabulary:
 class Translation:
     """The text of one generation in both vocabularies.
 
-    `session` holds the drafter's tokens. Their text is the target's text, and possibly drafts after it.
+    `followed` holds the target's tokens, `session` the drafter's. The text of `session` is that of `followed`, and possibly
+    drafts after it.
     """
 
-    def __init__(self, target: Vocabulary, drafter: Vocabulary, generation: int, correlation: str) -> None:
+    def __init__(self, target: Vocabulary, drafter: Vocabulary, followed: Session) -> None:
         self._target, self._drafter = target, drafter
-        self.session = Session(generation, 0, correlation)
-        self._target_tokens: list[int] = []
-        #: The target's tokens [0, _aligned_target) and the drafter's tokens [0, _aligned_drafter) are known to have the same
-        #: text. Only tokens after these are compared as text.
-        self._aligned_target = self._aligned_drafter = 0
-        #: Of the drafter's text after `_aligned_drafter`, this many characters are the target's. The rest are drafts.
+        self.followed = followed
+        self.session = Session(followed.generation, 0, followed.correlation)
+        #: Of `followed`, the revision and the number of tokens that `session` is in line with.
+        self._seen = followed.revision, 0
+        #: Alignments, the latest last. The target's tokens [0, a) and the drafter's tokens [0, b) are known to have the same
+        #: text. Only tokens after the latest one are compared as text. The earlier ones are for a correction that lies before it.
+        self._alignments = [(0, 0)]
+        #: Of the drafter's text after its aligned tokens, this many characters are the target's. The rest are drafts.
         self._known_characters = 0
 
-    def follow(self, tokens: Sequence[int]) -> None:
+    @property
+    def _aligned_target(self) -> int:
+        return self._alignments[-1][0]
+
+    @property
+    def _aligned_drafter(self) -> int:
+        return self._alignments[-1][1]
+
+    def follow(self) -> None:
         """Bring `session` in line with the target's tokens. Drafts after them are kept if the target's text agrees."""
-        if tokens == self._target_tokens:
+        tokens, seen = self.followed.tokens, (self.followed.revision, len(self.followed.tokens))
+        if seen == self._seen:
             return
-        if tokens[: self._aligned_target] != self._target_tokens[: self._aligned_target]:
-            self._aligned_target = self._aligned_drafter = 0
-        self._target_tokens = list(tokens)
+        unchanged = self.followed.unchanged_since(self._seen[0])
+        while self._aligned_target > unchanged:
+            self._alignments.pop()
+        self._seen = seen
         text = self._target.text(tokens[self._aligned_target :], begins=self._aligned_target == 0)
         if not self.session.tokens or not self._unaligned_text().startswith(text):
             anew = self._drafter.tokens(text, begins=self._aligned_drafter == 0)
@@ -143,10 +161,10 @@ class Translation:
 
     def _context_tokens(self) -> list[int]:
         """The target's last tokens, starting at a word; where no word starts, at a character."""
-        end = len(self._target_tokens)
-        tail = self._target_tokens[max(0, end - _CONTEXT) :]
-        word = self._last_word_start(range(max(0, end - _CONTEXT), end))
-        return tail[self._target.complete(tail) :] if word is None else self._target_tokens[word:]
+        tokens = self.followed.tokens
+        tail = tokens[-_CONTEXT:]
+        word = next(self._word_starts(range(max(0, len(tokens) - _CONTEXT), len(tokens))), None)
+        return tail[self._target.complete(tail) :] if word is None else tokens[word:]
 
     def _number_of_final_tokens(self, found: Sequence[int]) -> int:
         """The number of tokens that will not change: those before the last word and before an incomplete character."""
@@ -162,29 +180,42 @@ class Translation:
         return self._drafter.text(self.session.tokens[self._aligned_drafter :], begins=self._aligned_drafter == 0)
 
     def _align(self) -> None:
-        """Move the alignment forward to a word, well before the end, that begins a token in both vocabularies."""
-        word = self._last_word_start(range(self._aligned_target + 1, len(self._target_tokens) - _TAIL // 4))
-        if word is None:
-            return
+        """Move the alignment forward to a place, well before the end, that begins a token in both vocabularies: a word, or, in
+        scripts without spaces, a character."""
+        end = len(self.followed.tokens) - _UNSETTLED
+        positions = range(max(self._aligned_target + 1, end - _LOOKED_THROUGH), end)
+        places: Iterator[int] = itertools.islice(self._word_starts(positions), _MOST_ANCHORS)
+        if len(positions) > _TAIL:
+            places = itertools.chain(places, itertools.islice(self._character_starts(positions), _MOST_ANCHORS))
         unaligned = self._unaligned_text()
-        before = len(
-            self._target.text(self._target_tokens[self._aligned_target : word], begins=self._aligned_target == 0)
-        )
-        for anchor in range(len(self.session.tokens) - 1, self._aligned_drafter, -1):
-            rest = self._drafter.text(self.session.tokens[anchor:])
-            if len(rest) >= len(unaligned) - before:
-                if rest == unaligned[before:]:
-                    self._aligned_target, self._aligned_drafter, self._known_characters = (
-                        word,
-                        anchor,
-                        self._known_characters - before,
-                    )
+        for place in places:
+            settled = self.followed.tokens[self._aligned_target : place]
+            before = len(self._target.text(settled, begins=self._aligned_target == 0))
+            anchor = self._token_that_begins(unaligned[before:])
+            if anchor is not None:
+                self._known_characters -= before
+                self._alignments.append((place, anchor))
                 return
 
-    def _last_word_start(self, positions: range) -> int | None:
-        """The last of these positions whose target token is a space and the beginning of a word. None if there is none."""
-        for position in reversed(positions):
-            text = self._target.text(self._target_tokens[position : position + 1])
-            if text[:1] == " " and text[1:2].isalnum():
-                return position
+    def _token_that_begins(self, text: str) -> int | None:
+        """The position of the drafter's token from which on the drafter's text is `text`. None if no token begins there."""
+        for anchor in range(len(self.session.tokens) - 1, self._aligned_drafter, -1):
+            rest = self._drafter.text(self.session.tokens[anchor:])
+            if len(rest) >= len(text):
+                return anchor if rest == text else None
         return None
+
+    def _word_starts(self, positions: range) -> Iterator[int]:
+        """Those of these positions whose target token is a space and the beginning of a word, the last first."""
+        for position in reversed(positions):
+            text = self._target.text(self.followed.tokens[position : position + 1])
+            if text[:1] == " " and text[1:2].isalnum():
+                yield position
+
+    def _character_starts(self, positions: range) -> Iterator[int]:
+        """Those of these positions that have a whole character before them and begin another one, the last first."""
+        for position in reversed(positions):
+            before = self.followed.tokens[max(0, position - _CHARACTER) : position]
+            begins = self._target.text(self.followed.tokens[position : position + 1])
+            if begins and self._target.complete(before) == len(before):
+                yield position

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -23,12 +23,15 @@ from dsi_workers.tree import Branch
 
 @dataclass(slots=True)
 class _Slot:
-    """What a slot holds: positions [0, computed) of a branch, of which the first were copied for the tokens `text`."""
+    """What a slot holds: positions [0, computed) of a branch. The first `copied` ones belong to the main path of `source`, as
+    it was at `revision`."""
 
     session: Session | None = None
     branch: Branch | None = None
     computed: int = 0
-    text: list[int] = field(default_factory=list)
+    source: Session | None = None
+    revision: int = 0
+    copied: int = 0
     #: The number of the last step that used the slot.
     step: int = 0
 
@@ -36,10 +39,15 @@ class _Slot:
         """Whether the drafts of the generation still have the branch. The loop drops branches without telling the engine."""
         return self.session is not None and self.branch in self.session.drafts.branches
 
-    def in_common(self, path: Sequence[int]) -> int:
-        """How many positions of the path `path` were copied for the same tokens, if all that can be were; else 0."""
-        length = min(len(self.text), len(path))
-        return length if self.text[:length] == path[:length] else 0
+    def in_common(self, session: Session, length: int) -> int:
+        """Of the first `length` positions of the session's main path, how many the slot holds.
+
+        Only for the slot of another session are tokens compared.
+        """
+        if self.source is None:
+            return 0
+        held = min(length, self.copied, self.source.unchanged_since(self.revision))
+        return held if self.source is session else _common_prefix_length(self.source.tokens, session.tokens, held)
 
 
 class Branches:
@@ -103,7 +111,8 @@ class Branches:
         if left is None:
             return False
         computed = self._slots.pop(number).computed
-        self._slots[left] = _Slot(text=session.tokens[: min(branch.fork, session.computed)])
+        kept = min(branch.fork, session.computed)
+        self._slots[left] = _Slot(source=session, revision=session.revision, copied=kept)
         session.write(branch.fork, branch.tokens)
         session.computed = computed
         return True
@@ -139,10 +148,21 @@ class Branches:
         unused = [number for number in free if not self._slots[number].in_use()]
         if not free:
             return None
-        path = session.tokens[: min(branch.fork, session.computed)]
-        number = max(unused or free[:1], key=lambda number: self._slots[number].in_common(path))
-        begin = self._slots[number].in_common(path)
-        if begin < len(path):
-            self._backend.copy(self._main_slots.of(session), number, begin, len(path))
-        self._slots[number] = _Slot(session, branch, len(path), path)
+        candidates = unused or free[:1]
+        own = [number for number in candidates if self._slots[number].source is session]
+        length = min(branch.fork, session.computed)
+        held = {number: self._slots[number].in_common(session, length) for number in own or candidates}
+        number = max(held, key=lambda number: held[number])
+        if held[number] < length:
+            self._backend.copy(self._main_slots.of(session), number, held[number], length)
+        self._slots[number] = _Slot(session, branch, length, session, session.revision, length)
         return number
+
+
+def _common_prefix_length(left: Sequence[int], right: Sequence[int], most: int) -> int:
+    """The number of equal tokens at the beginning, at most `most`. Slices are compared: that is faster than single tokens."""
+    begin, step = 0, 64
+    while begin < most and left[begin : min(begin + step, most)] == right[begin : min(begin + step, most)]:
+        begin, step = begin + step, 2 * step
+    end = min(begin + step, most)
+    return next((at for at in range(begin, end) if left[at] != right[at]), end)

@@ -24,8 +24,10 @@ class NgramEngine(Engine):
     def __init__(self, options: Mapping[str, OptionValue]) -> None:
         self._block = int(options.get("block", 8))
         self._texts = Texts(remember=options.get("remember", True) is not False)
+        example = Session(0, 512, "calibration")
+        example.write(0, range(512))
         begun = time.perf_counter()
-        Text(SuffixIndex()).become(list(range(512)))
+        Text(SuffixIndex(), example).read()
         latency_us = max(1, round((time.perf_counter() - begun) * 1e6 / 512))
         self.info = EngineInfo(
             vocabulary="", vocabulary_size=0, max_length=1 << 20, window=0, latency_us=latency_us, slots=64,

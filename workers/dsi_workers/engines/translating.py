@@ -87,10 +87,10 @@ class TranslatingEngine(Engine):
     def _follow(self, session: Session) -> Translation:
         """The generation's translation, brought up to the session's tokens."""
         translation = self._translations.get(session.generation)
-        if translation is None:
-            translation = Translation(self._target, self._own, session.generation, session.correlation)
+        if translation is None or translation.followed is not session:
+            translation = Translation(self._target, self._own, session)
             self._translations[session.generation] = translation
-        translation.follow(session.tokens)
+        translation.follow()
         return translation
 
     def _own_task(self, task: Task, translation: Translation) -> Task | None:
