@@ -145,8 +145,13 @@ def test_packages_that_a_tokenizer_needs_are_named(
 ) -> None:
     monkeypatch.setenv("DSI_CACHE", str(tmp_path / "cache"))
     find = importlib.util.find_spec
-    lacking = ("sentencepiece", "google.protobuf", "tiktoken")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in lacking else find(name))
+
+    def find_others(name: str) -> Any:
+        if name == "google.protobuf":
+            raise ModuleNotFoundError(name)  # as where no package of Google's is installed
+        return None if name in ("sentencepiece", "tiktoken") else find(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_others)
     model = Path(shutil.copytree(whole, tmp_path / "model"))
     (model / "tokenizer.json").unlink()
     (model / "tokenizer.model").write_bytes(content)

@@ -74,7 +74,7 @@ def _make_tokenizer(directory: Path, files: Sequence[str], work: Path) -> None:
     if _SENTENCEPIECE in files:  # a protocol buffer, or a list of words in base64, as tiktoken has it
         with (directory / _SENTENCEPIECE).open("rb") as file:
             needed += ["sentencepiece", "protobuf"] if file.read(1) == b"\n" else ["tiktoken"]
-    lacking = [package for package in needed if importlib.util.find_spec(_MODULES.get(package, package)) is None]
+    lacking = [package for package in needed if not _is_installed(package)]
     if lacking:
         raise ModelError(
             f"{about}, and converting needs {' and '.join(lacking)}: pip install {' '.join(lacking)}, or use a model that "
@@ -96,8 +96,11 @@ def _make_tokenizer(directory: Path, files: Sequence[str], work: Path) -> None:
     shutil.rmtree(made)
 
 
-#: How packages are imported, where that is not their own name.
-_MODULES = {"protobuf": "google.protobuf"}
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec("google.protobuf" if package == "protobuf" else package) is not None
+    except ModuleNotFoundError:  # there is no package `google` at all
+        return False
 
 
 def _make_safetensors(files: Sequence[Path], work: Path, what: str, report: Report) -> None:
