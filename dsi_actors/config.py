@@ -174,6 +174,11 @@ class Config:
         return threads if type(threads) is int and threads > 0 else 1
 
 
+def adapter_of(options: Mapping[str, OptionValue]) -> str:
+    """The directory of the LoRA adapter that these options of an engine name; "" for none."""
+    return str(options.get("adapter", ""))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How to choose tokens and when to stop. The meaning of each parameter is that of transformers. Raises ConfigError.

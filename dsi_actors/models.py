@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dsi_actors.config import NGRAM, NGRAM_FOR, RANDOM, SELF_INT8, TRANSFORMERS, Config
+from dsi_actors.config import NGRAM, NGRAM_FOR, RANDOM, SELF_INT8, TRANSFORMERS, Config, adapter_of
 from dsi_actors.errors import ConfigError
 from dsi_actors.host.requirements import require
 from dsi_actors.logs import get_logger
@@ -19,23 +19,36 @@ log = get_logger("models")
 
 _LINE_BYTES = 1 << 20
 #: What this process has resolved: a reference means the same for as long as it runs, and is looked up once.
-_known: dict[tuple[str, bool], Path] = {}
+_known: dict[tuple[str, str, bool], Path] = {}
+#: What a directory has from which a model is loaded as it is.
+_FILES, _WEIGHTS = ("config.json", "tokenizer.json"), ("model.safetensors", "model.safetensors.index.json")
 
 
-async def resolve_model(reference: str, *, tokenizer_only: bool = False, report: Report | None = None) -> Path:
+async def resolve_model(
+    reference: str, *, adapter: str = "", tokenizer_only: bool = False, report: Report | None = None
+) -> Path:
     """The directory of a model. Fetches or converts what is missing, which may take long and may be cancelled: the next call
     goes on there. `report` is told how far it is (without one, the log is). Raises ConfigError.
 
-    `tokenizer_only`: the weights are not needed, as where other machines load them."""
-    known = _known.get((reference, tokenizer_only)) or _known.get((reference, False))
+    `adapter`: the directory of a LoRA adapter to merge into the model. `tokenizer_only`: the weights are not needed, as where
+    other machines load them; nothing is merged then."""
+    known = _known.get((reference, adapter, tokenizer_only)) or _known.get((reference, adapter, False))
     if known is not None and known.is_dir():
         return known
     require(f"the model {reference!r}", models=[reference])
-    directory = _plain_directory(reference) or await _prepared(
-        reference, tokenizer_only, report if report is not None else ProgressLines(log.info)
-    )
-    _known[reference, tokenizer_only] = directory
+    directory = None if adapter else _plain_directory(reference, tokenizer_only)
+    if directory is None:
+        report = report if report is not None else ProgressLines(log.info)
+        directory = await _prepared(reference, adapter, tokenizer_only, report)
+    _known[reference, adapter, tokenizer_only] = directory
     return directory
+
+
+async def resolve_target(config: Config, report: Report | None = None) -> Path:
+    """The directory of the target, with all that local workers load; only its tokenizer where no local worker loads it. Raises
+    ConfigError."""
+    adapter = adapter_of(config.target_options)
+    return await resolve_model(config.target, adapter=adapter, tokenizer_only=not config.local_models, report=report)
 
 
 async def prepare_models(config: Config, report: Report | None = None) -> None:
@@ -44,27 +57,29 @@ async def prepare_models(config: Config, report: Report | None = None) -> None:
     Does nothing for an engine other than transformers: such an engine gets its models itself."""
     if config.engine != TRANSFORMERS:
         return
-    for reference in dict.fromkeys((config.target, *(drafter.removeprefix(NGRAM_FOR) for drafter in config.drafters))):
+    await resolve_model(config.target, adapter=adapter_of(config.target_options), report=report)
+    for reference in dict.fromkeys(drafter.removeprefix(NGRAM_FOR) for drafter in config.drafters):
         if reference not in (SELF_INT8, NGRAM, RANDOM):
-            await resolve_model(reference, report=report)
+            await resolve_model(reference, adapter=adapter_of(config.drafter_options), report=report)
 
 
-def _plain_directory(reference: str) -> Path | None:
-    """The model, if it is a directory already. Its files are looked at by whoever loads them."""
+def _plain_directory(reference: str, tokenizer_only: bool) -> Path | None:
+    """The model, if it is a directory already that lacks nothing. Its files are looked at by whoever loads them."""
     with contextlib.suppress(OSError, RuntimeError, ValueError):  # no name of a file; its worker says why
         path = Path(reference).expanduser()
-        if reference and (path / "config.json").is_file():
+        whole = all((path / name).is_file() for name in _FILES)
+        if reference and whole and (tokenizer_only or any((path / name).is_file() for name in _WEIGHTS)):
             return path
     return None
 
 
-async def _prepared(reference: str, tokenizer_only: bool, report: Report) -> Path:
-    if "\0" in reference:
+async def _prepared(reference: str, adapter: str, tokenizer_only: bool, report: Report) -> Path:
+    if "\0" in reference + adapter:
         raise ConfigError(f"a model reference has no zero bytes: {reference!r}")
     # In a session of its own, so that the terminal's Ctrl-C reaches us alone. It ends when its standard input does.
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "dsi_workers.models.preparation", *(["--tokenizer-only"] if tokenizer_only else []),
-        "--", reference,
+        *([f"--adapter={adapter}"] if adapter else []), "--", reference,
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True, limit=_LINE_BYTES,
     )  # fmt: skip
     assert process.stdout is not None

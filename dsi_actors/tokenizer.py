@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer as LibraryTokenizer
 
@@ -16,6 +14,8 @@ from dsi_actors.tokenization.chat_template import ChatTemplate
 from dsi_actors.tokenization.control_tokens import ControlTokens
 from dsi_actors.tokenization.detokenizer import Detokenizer, TokenStream
 from dsi_actors.tokenization.library import encode, library_errors, pattern_of
+from dsi_actors.tokenization.sampling_defaults import sampling_defaults
+from dsi_actors.tokenization.settings import Settings, read_text
 from dsi_protocol import vocabulary_hash
 
 __all__ = ["TokenStream", "Tokenizer"]
@@ -38,10 +38,13 @@ class Tokenizer:
             self._library.no_truncation()  # files keep the settings of the last training run
             self._library.no_padding()
             self._detokenizer = Detokenizer(self._library)
-        config = _Settings(directory / "tokenizer_config.json")
+        config = Settings(directory / "tokenizer_config.json")
         self._template = _chat_template(directory, config)
         self._named_tokens = {key: config.token(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
-        self.stop_token_ids = self._find_stop_tokens(_Settings(directory / "generation_config.json"))
+        generation, model = (Settings(directory / name) for name in ("generation_config.json", "config.json"))
+        self.stop_token_ids = self._find_stop_tokens(generation, model)
+        #: Sampling parameters by name, as generation_config.json has them for those that a user does not give.
+        self.sampling_defaults = sampling_defaults(generation)
         #: Tokens that have no text, by number: "<|im_end|>" and so on.
         self.special_tokens: Mapping[int, str] = {
             number: token.content for number, token in self._library.get_added_tokens_decoder().items() if token.special
@@ -105,18 +108,24 @@ class Tokenizer:
     def names_special_token(self, text: str) -> bool:
         return self._special_names.search(text) is not None
 
-    def _find_stop_tokens(self, generation_config: _Settings) -> tuple[int, ...]:
-        found = set(generation_config.token_ids("eos_token_id"))
+    def _find_stop_tokens(self, generation: Settings, model: Settings) -> tuple[int, ...]:
+        """What generation_config.json names, or config.json where that names none; and the tokenizer's own end of text."""
+        inner = model.within("text_config")  # of a model that takes more than text
+        places = (generation, model, inner)
+        found = set(next((ids for place in places if (ids := place.token_ids("eos_token_id"))), ()))
         token = self._library.token_to_id(self._named_tokens["eos_token"])
         if token is not None:
             found.add(token)
         return tuple(sorted(found))
 
 
-def _chat_template(directory: Path, config: _Settings) -> ChatTemplate | None:
+def _chat_template(directory: Path, config: Settings) -> ChatTemplate | None:
     file = directory / "chat_template.jinja"
     if file.is_file():
-        return ChatTemplate(_read_text(file))
+        return ChatTemplate(read_text(file))
+    processor = Settings(directory / "chat_template.json")
+    if processor.values.get("chat_template") is not None:  # as processors of several kinds of input are saved
+        config = processor
     source = config.values.get("chat_template")
     if isinstance(source, list):  # several, by name
         if not all(isinstance(entry, dict) for entry in source):
@@ -127,49 +136,3 @@ def _chat_template(directory: Path, config: _Settings) -> ChatTemplate | None:
     if not isinstance(source, str):
         raise config.wrong("chat_template", "a text, or a list of templates with names")
     return ChatTemplate(source)
-
-
-class _Settings:
-    """A JSON object in a file of the model; empty without the file. Raises ConfigError for what cannot be used."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self.values: dict[str, Any] = {}
-        if not file.is_file():
-            return
-        try:
-            values = json.loads(_read_text(file))
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{file} is no JSON ({error}): download the model again") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{file} holds no JSON object: download the model again")
-        self.values = values
-
-    def token(self, key: str) -> str:
-        """The text of a token; empty if the file names none."""
-        token = self.values.get(key)
-        if isinstance(token, dict):
-            token = token.get("content")
-        if token is not None and not isinstance(token, str):
-            raise self.wrong(key, "a token's text")
-        return token or ""
-
-    def token_ids(self, key: str) -> list[int]:
-        """One token id, or several, or none."""
-        ids = self.values.get(key)
-        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        if not all(type(token) is int and 0 <= token < 1 << 32 for token in ids):
-            raise self.wrong(key, "a token id, or a list of token ids")
-        return ids
-
-    def wrong(self, key: str, meant: str) -> ConfigError:
-        return ConfigError(f"{self._file}: {key} must be {meant}, not {json.dumps(self.values[key])[:60]}")
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} is no UTF-8 text (byte {error.start}): download the model again") from None

@@ -33,6 +33,10 @@ def main() -> int:
         help="auto (the orchestrator decides), transformers, timed, ngram, or an engine that an installed package brings",
     )  # fmt: skip
     parser.add_argument("--model", default="", metavar="REF", help="directory, .gguf file, package:NAME or hub name")
+    parser.add_argument(
+        "--adapter", default="", metavar="DIR",
+        help="the directory of a LoRA adapter, which is merged into this worker's model (default: what the orchestrator names)",
+    )  # fmt: skip
     parser.add_argument("--key", metavar="FILE", help="the key that dsi-actors keys new made for this worker")
     parser.add_argument(
         "--once", action="store_true", help="end with the orchestrator, instead of waiting for the next one"
@@ -67,6 +71,7 @@ def _work(arguments: argparse.Namespace) -> int:
         role=arguments.role,
         engine=arguments.engine,
         model=arguments.model,
+        adapter=arguments.adapter,
         supervised=arguments.supervised,
         once=arguments.once,
         incarnation=int(incarnation) if incarnation else None,

@@ -77,6 +77,35 @@ def test_stop_tokens_come_from_both_files(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("generation", "model_config", "expected"),
+    [
+        (None, {"eos_token_id": 4}, (4,)),
+        ({}, {"eos_token_id": [4, 6]}, (4, 6)),
+        ({}, {"text_config": {"eos_token_id": [4, 6]}}, (4, 6)),
+        ({"eos_token_id": 7}, {"eos_token_id": [4, 6]}, (7,)),
+    ],
+)
+def test_stop_tokens_of_config_json(
+    model: Path, tmp_path: Path, generation: object, model_config: object, expected: tuple[int, ...]
+) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(model_config))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert Tokenizer(tmp_path).stop_token_ids == expected
+
+
+def test_a_template_in_a_file_of_its_own(model: Path, tmp_path: Path) -> None:
+    """As processors save it; chat_template.jinja, which is newer, comes first."""
+    (tmp_path / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "w1"}))
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "w2"}))
+    assert Tokenizer(tmp_path).encode_chat(MESSAGES) == [2]
+    (tmp_path / "chat_template.jinja").write_text("w3")
+    assert Tokenizer(tmp_path).encode_chat(MESSAGES) == [3]
+
+
+@pytest.mark.parametrize(
     ("file", "content", "problem"),
     [
         ("tokenizer.json", b'{"version": "1.0", "model": {"type": "BPE", "voc', "cannot be used: download the model again"),
@@ -96,6 +125,8 @@ def test_stop_tokens_come_from_both_files(model: Path) -> None:
         ),
         ("tokenizer_config.json", b'{"eos_token": 2}', "eos_token must be a token's text, not 2"),
         ("tokenizer_config.json", b'{"bos_token": {"content": []}}', "bos_token must be a token's text"),
+        ("chat_template.json", b'{"chat_template": 5}', "chat_template must be a text, or a list .*, not 5"),
+        ("config.json", b"gibberish", "is no JSON"),
         ("generation_config.json", b"null", "holds no JSON object"),
         ("generation_config.json", b'{"eos_token_id": "w2"}', 'eos_token_id must be a token id, .*, not "w2"'),
         ("generation_config.json", b'{"eos_token_id": [2, [3]]}', "eos_token_id must be"),

@@ -32,10 +32,11 @@ from dsi_actors.console.terminal import can_show, terminal
 from dsi_actors.errors import ConfigError, NoTargetError
 from dsi_actors.host.advice import worker_command
 from dsi_actors.host.requirements import require_models
-from dsi_actors.models import resolve_model
+from dsi_actors.models import resolve_target
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.planning.tuner import Estimates
 from dsi_actors.results import CommittedTokens, GenerationReport
+from dsi_actors.tokenization.sampling_defaults import DEFAULT_NAMES, described_defaults
 from dsi_actors.tokenizer import Tokenizer, TokenStream
 from dsi_actors.tracing.record import Recorder, open_recording
 
@@ -108,10 +109,10 @@ async def run(arguments: argparse.Namespace) -> int:
     sampling_from(arguments)  # what cannot be used shows before anything is fetched
     prompt = _prompt(arguments)
     with ShownProgress() as progress:
-        directory = await resolve_model(config.target, tokenizer_only=not config.local_models, report=progress)
+        directory = await resolve_target(config, progress)
         tokenizer = Tokenizer(directory)
     stop = () if arguments.ignore_eos else tokenizer.stop_token_ids
-    sampling = sampling_from(arguments, stop_token_ids=stop, logprobs=arguments.logprobs)
+    sampling = sampling_from(arguments, tokenizer.sampling_defaults, stop_token_ids=stop, logprobs=arguments.logprobs)
     prompt_ids = _encode(prompt, arguments, tokenizer)
     continues = prompt_ids if _is_raw(arguments, tokenizer) else []
     out, err = terminal(soft_wrap=True), terminal(stderr=True)
@@ -124,6 +125,11 @@ async def run(arguments: argparse.Namespace) -> int:
                 await _wait_for_workers(orchestrator, arguments, err)
             progress.close()
             err.print(_calibration(orchestrator.estimates))
+            if tokenizer.sampling_defaults:
+                err.print(
+                    f"sampling: {_settings(sampling)} ({described_defaults(tokenizer.sampling_defaults)})",
+                    soft_wrap=True,
+                )
             session = _Session(orchestrator, prompt_ids, continues, resumed, sampling, arguments)
             recorder = None if record is None else Recorder(record, {w.number: str(w) for w in orchestrator.workers})
             try:
@@ -140,7 +146,8 @@ async def run(arguments: argparse.Namespace) -> int:
                 return await _compare(session, first, arguments, tokenizer, out)
     if arguments.json:
         assert first.report is not None
-        out.print_json(data=first.as_dict(tokenizer) | {"trace": asdict(first.report.trace)}, ensure_ascii=True)
+        more = {"sampling": _settings_dict(sampling), "trace": asdict(first.report.trace)}
+        out.print_json(data=first.as_dict(tokenizer) | more, ensure_ascii=True)
     else:
         _print_summary(out, first)
     return 0
@@ -259,6 +266,14 @@ def _calibration(known: Estimates) -> str:
     window = f" ({known.window_ms:.1f} for {known.window} positions)" if known.window > 1 else ""
     drafter = f", a drafted token {known.drafter_ms:.1f} ms" if known.drafter_ms > 0 else ""
     return f"calibrated: a verification takes {known.target_ms:.1f} ms{window}{drafter}"
+
+
+def _settings_dict(sampling: Sampling) -> dict[str, float | None]:
+    return {name: getattr(sampling, name) for name in (*DEFAULT_NAMES, "seed")}
+
+
+def _settings(sampling: Sampling) -> str:
+    return ", ".join(f"{name} {value}" for name, value in _settings_dict(sampling).items() if value is not None)
 
 
 async def _wait_for_workers(orchestrator: Orchestrator, arguments: argparse.Namespace, err: Console) -> None:

@@ -13,8 +13,9 @@ from dsi_actors.console.running import Ending
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
 from dsi_actors.host.requirements import require_models
-from dsi_actors.models import resolve_model
+from dsi_actors.models import resolve_target
 from dsi_actors.orchestrator import Orchestrator
+from dsi_actors.tokenization.sampling_defaults import described_defaults
 from dsi_actors.tokenizer import Tokenizer
 
 _KEYS_VARIABLE = "DSI_API_KEYS"
@@ -79,7 +80,7 @@ async def run(arguments: argparse.Namespace) -> int:
             soft_wrap=True,
         )
     with ShownProgress() as progress:
-        directory = await resolve_model(config.target, tokenizer_only=not config.local_models, report=progress)
+        directory = await resolve_target(config, progress)
         tokenizer = Tokenizer(directory)
         async with Orchestrator(config, report=progress) as orchestrator:
             progress.close()
@@ -90,6 +91,10 @@ async def run(arguments: argparse.Namespace) -> int:
             err.print(
                 f"workers connect to {orchestrator.endpoint}" if config.listen else "workers are ready", soft_wrap=True
             )
+            if tokenizer.sampling_defaults:
+                err.print(
+                    f"where a request says nothing: {described_defaults(tokenizer.sampling_defaults)}", soft_wrap=True
+                )
             err.print(f"serving {service_config.model} at {address.url}/v1", soft_wrap=True)
             await server.serve(address.sockets)
     return 128 + ending.hurried_by if ending.hurried_by else 0

@@ -6,10 +6,11 @@ import argparse
 import dataclasses
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 from dsi_actors.config import ALGORITHMS, Config, Sampling
-from dsi_actors.engine_options import read_settings
+from dsi_actors.engine_options import KNOWN, read_settings
 from dsi_actors.errors import ConfigError
 from dsi_protocol import OptionValue
 
@@ -81,6 +82,9 @@ def add_drafter_option(parser: argparse.ArgumentParser) -> None:
 def add_worker_options(parser: argparse.ArgumentParser) -> None:
     """Which models run where."""
     add_target_option(parser)
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="the directory of a LoRA adapter, which is merged into the target once"
+    )
     parser.add_argument(
         "--drafter", action="append", default=[], metavar="REF", dest="drafters",
         help="self-int8 (the target's own weights in int8), ngram (prompt lookup), none, or a model, of another "
@@ -173,26 +177,31 @@ def add_algorithm_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Names and defaults are those of `Sampling`, which checks them."""
+    """Names and defaults are those of `Sampling`, which checks them. Those of all but the seed are the model's own, if it has
+    some."""
     helps = {
         "temperature": ("T", "0 takes the most probable token; higher values draw more freely"),
-        "top_k": ("K", "keep the K most probable tokens (default: all)"),
+        "top_k": ("K", "keep the K most probable tokens"),
         "top_p": ("P", "keep the most probable tokens that together have this probability"),
         "min_p": ("P", "keep tokens with at least this share of the most probable token's probability"),
         "repetition_penalty": ("R", "above 1, tokens that were there before become less probable"),
-        "seed": ("S", "the same seed gives the same text"),
     }
     for name, (metavar, text) in helps.items():
+        otherwise = "all" if name == "top_k" else f"{default_of(Sampling, name):g}"
         parser.add_argument(
-            f"--{name.replace('_', '-')}", type=int if name in ("top_k", "seed") else float, metavar=metavar, help=text,
-            default=default_of(Sampling, name),
+            f"--{name.replace('_', '-')}", type=int if name == "top_k" else float, metavar=metavar,
+            help=f"{text} (default: what the model's generation_config.json says, else {otherwise})",
         )  # fmt: skip
+    parser.add_argument(
+        "--seed", type=int, metavar="S", default=default_of(Sampling, "seed"), help="the same seed gives the same text"
+    )
 
 
-def sampling_from(arguments: argparse.Namespace, **more: Any) -> Sampling:
-    """Raises ConfigError."""
+def sampling_from(arguments: argparse.Namespace, defaults: Mapping[str, float] | None = None, **more: Any) -> Sampling:
+    """The sampling parameters that the user gave, and for the others `defaults`, the model's own. Raises ConfigError."""
     names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    return Sampling(**{name: getattr(arguments, name) for name in names}, **more)
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    return Sampling(**{**(defaults or {}), **given, **more})
 
 
 def lookahead(text: str) -> int | Literal["auto"]:
@@ -239,6 +248,11 @@ def config_from(
         if (value := getattr(arguments, name)) is not None
     }
     settings = read_settings(arguments.settings, arguments.engine)
+    adapter: dict[str, OptionValue] = {} if arguments.adapter is None else {"adapter": arguments.adapter}
+    if adapter and "adapter" not in KNOWN.get(arguments.engine, adapter):
+        raise ConfigError(
+            f"--adapter: the engine {arguments.engine} has no weights to merge an adapter into: leave it out"
+        )
     return Config(
         target=arguments.target,
         drafter=_drafters(arguments.drafters),
@@ -249,7 +263,7 @@ def config_from(
         keys=keys,
         max_generations=max_generations,
         engine=arguments.engine,
-        target_options={**engine, "dtype": arguments.dtype, **settings["target"]},
+        target_options={**engine, "dtype": arguments.dtype, **adapter, **settings["target"]},
         drafter_options={**engine, **settings["drafter"]},
         calibrate=arguments.calibrate,
         ready_timeout_s=arguments.ready_timeout,

@@ -73,12 +73,13 @@ class _Request(_Strict):
     stop: Annotated[list[str], BeforeValidator(_stops)] = Field(default_factory=list)
     #: Signed or unsigned: both name the same 64 bits.
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
+    # Of sampling: None means that the model's defaults count, and OpenAI's where it has none.
+    temperature: float | None = None
+    top_p: float | None = None
     #: Not OpenAI's, but everybody's.
     top_k: int | None = None
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     ignore_eos: bool = False
     dsi: DsiOptions = Field(default_factory=DsiOptions)
     # Refused unless they say nothing.

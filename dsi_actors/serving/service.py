@@ -27,6 +27,7 @@ from dsi_actors.serving.limits import BodyMemory, FairThreads, Places
 from dsi_actors.serving.metrics import Metrics
 from dsi_actors.serving.schemas import AnyRequest, ChatRequest, CompletionRequest, parse
 from dsi_actors.serving.watch import Watch
+from dsi_actors.tokenization.sampling_defaults import DEFAULT_NAMES
 from dsi_actors.tokenizer import Tokenizer
 from dsi_protocol import MAX_TOKENS_PER_MESSAGE
 
@@ -39,6 +40,8 @@ _MANY_TOKENS = 500
 _BYTES_PER_TOKEN = 64
 #: Once requests are cut off, how long their clients have to take the last event.
 _FAREWELL_S = 1.0
+#: OpenAI's, where neither a request nor the model's generation_config.json names one.
+_TEMPERATURE = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,10 +197,10 @@ class Service:
                 f"{len(prompt_ids) + max_tokens} are over the target's limit of {max_length}",
                 code="context_length_exceeded",
             )  # fmt: skip
+        given = {name: value for name in DEFAULT_NAMES if (value := getattr(asked, name)) is not None}
         sampling = Sampling(
-            max_tokens=max_tokens,
-            temperature=asked.temperature, top_p=asked.top_p, top_k=asked.top_k, min_p=asked.min_p,
-            repetition_penalty=asked.repetition_penalty, seed=seed_or_any(asked.seed),
+            **{"temperature": _TEMPERATURE, **self._tokenizer.sampling_defaults, **given},
+            max_tokens=max_tokens, seed=seed_or_any(asked.seed),
             stop_token_ids=() if asked.ignore_eos else self._tokenizer.stop_token_ids, logprobs=asked.wants_logprobs,
         )  # fmt: skip
         options = asked.dsi

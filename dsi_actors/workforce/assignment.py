@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dsi_actors.config import NGRAM, NGRAM_FOR, RANDOM, SELF_INT8, TIMED, Config
+from dsi_actors.config import NGRAM, NGRAM_FOR, RANDOM, SELF_INT8, TIMED, Config, adapter_of
 from dsi_protocol import PROTOCOL_VERSION, Hello, OptionValue
 
 
@@ -81,6 +81,8 @@ def _assign_drafter(config: Config, hello: Hello, kinds: Sequence[str]) -> Assig
     if reference == SELF_INT8:
         reference = config.target
         options["quantization"] = "int8"
+        if adapter := adapter_of(config.target_options):
+            options.setdefault("adapter", adapter)  # the target's own weights have it, too
     elif config.target:
         options["target"] = config.target  # its vocabulary may be another one
     return Assignment("drafter", engine, reference, options, kind)

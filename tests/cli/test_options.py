@@ -84,7 +84,10 @@ def test_engine_options_are_set_by_name() -> None:
         (["--gpus", "0"], "--gpus 0: give a number from 1 to 64"),
         (["--gpus", "2", "--gpu", "cpu"], "both say where workers run"),
         (["--set", "graphs=false"], "--set graphs=false: write target.KEY=VALUE or drafter.KEY=VALUE"),
-        (["--set", "target.graph=false"], "the engine transformers has no option graph; it has calibrate, dtype"),
+        (
+            ["--set", "target.graph=false"],
+            "the engine transformers has no option graph; it has adapter, calibrate, dtype",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused(words: list[str], problem: str) -> None:

@@ -117,6 +117,7 @@ async def test_nothing_waits_while_a_model_is_fetched_and_a_cancel_ends_it(hub: 
     entering = asyncio.create_task(orchestrator.__aenter__())
     await until(hub.held.is_set)
     assert f"fetching {TARGET}" in reported
+    await until(lambda: any(path.stat().st_size for path in (tmp_path / "home").rglob("*.incomplete")))
     [fetcher] = preparations()
     assert not entering.done()
     entering.cancel()

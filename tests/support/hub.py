@@ -33,8 +33,10 @@ class LoopbackHub:
         self._models: dict[str, tuple[str, dict[str, bytes]]] = {}
         self._servers = [_Server(self) for _ in range(2 if redirects else 1)]
         self.requests: list[Request] = []
-        #: Models that want a token.
+        #: Models that want a token for their files, but not to be described.
         self.gated: set[str] = set()
+        #: Models of which nothing is told without a token.
+        self.private: set[str] = set()
         #: Each body of a large file is cut after so many bytes, in turn, and then none.
         self.breaks: list[int] = []
         #: The same files, but a byte is another: so many times.
@@ -165,8 +167,8 @@ class _Handler(BaseHTTPRequestHandler):
         """What a revision is, and which files it has."""
         name, _, revision = path.partition("/revision/")
         model = self.hub.model(name)
-        if model is None:
-            self._refuse(404, "RepoNotFound")
+        if model is None or (name in self.hub.private and not self.headers.get("Authorization")):
+            self._refuse(401 if name in self.hub.private else 404, "RepoNotFound")
             return
         commit, files = model
         if revision not in ("", "main", commit):

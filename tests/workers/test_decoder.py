@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from dsi_workers.checkpoints.load import load_model
 from dsi_workers.decoding.decoder import Decoder
 from dsi_workers.decoding.forward import ComputesLogits, Forward
 from dsi_workers.decoding.quantization import quantize_int8
+from dsi_workers.models.files import ModelError
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -81,7 +83,7 @@ def test_logits_are_the_librarys(
     if without_library:
         monkeypatch.setattr("dsi_workers.checkpoints.load._load_with_transformers", None)
     else:
-        assert read_checkpoint(tmp_path, torch.float32, torch.device("cpu")) is None
+        assert read_checkpoint(tmp_path, torch.float32, torch.device("cpu"), "made") is None
     decoder, config = loaded(tmp_path)
     assert isinstance(decoder, Decoder)
     torch.testing.assert_close(logits_of(decoder, config), expected, rtol=1e-3, atol=1e-3)
@@ -130,21 +132,26 @@ def test_the_library_is_not_imported_for_a_model_that_does_not_need_it(tmp_path:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("more", [{}, {"attention_bias": True}])
-def test_a_checkpoint_that_is_not_whole_is_left_to_the_library(tmp_path: Path, more: dict[str, Any]) -> None:
+@pytest.mark.parametrize("more", [{}, {"attention_bias": True, "mlp_bias": True}])
+def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path: Path, more: dict[str, Any]) -> None:
     made(tmp_path, "llama", **more)
-    where = torch.float32, torch.device("cpu")
+    where = torch.float32, torch.device("cpu"), "made"
     assert read_checkpoint(tmp_path, *where) is not None
     file = tmp_path / "model.safetensors"
     weights = load_file(file)
     for name in weights:
-        if name.startswith("model.layers.1") and not name.endswith(("o_proj.bias", "down_proj.bias")):
+        if name.startswith("model.layers.1"):
             save_file({other: weights[other] for other in weights if other != name}, file)
-            assert read_checkpoint(tmp_path, *where) is None, name
+            with pytest.raises(
+                ModelError, match=re.escape(f"the weights of made do not fit its config.json (missing: {name})")
+            ):
+                read_checkpoint(tmp_path, *where)
     save_file({**weights, "model.layers.0.surprise": torch.ones(1)}, file)
-    assert read_checkpoint(tmp_path, *where) is None
+    with pytest.raises(ModelError, match=r"unknown: model\.layers\.0\.surprise"):
+        read_checkpoint(tmp_path, *where)
     file.write_bytes(b"no safetensors")
-    assert read_checkpoint(tmp_path, *where) is None
+    with pytest.raises(ModelError, match="damaged"):
+        read_checkpoint(tmp_path, *where)
 
 
 @torch.inference_mode()

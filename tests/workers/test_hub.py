@@ -63,7 +63,11 @@ def test_a_model_is_fetched_once(
 ) -> None:
     reported: list[tuple[str, float | None]] = []
     with LoopbackHub(redirects=redirects) as hub:
-        commit = hub.add(NAME, {**files, "onnx.bin": b"x" * 100, "consolidated.safetensors": b"y" * 100})
+        others = (
+            "onnx.bin", "consolidated.safetensors", "pytorch_model.bin", "original/model.safetensors", "onnx/model.onnx",
+            "tf_model.h5", "consolidated.00.pth", "tiny-q4.gguf",
+        )  # fmt: skip
+        commit = hub.add(NAME, {**files, **dict.fromkeys(others, b"x" * 100)})
         use(hub, tmp_path, monkeypatch)
         directory = resolve_model(NAME, report=lambda what, done, detail: reported.append((what, done)))
         assert directory.name == commit
@@ -247,6 +251,38 @@ def test_weights_in_several_files(files: dict[str, bytes], tmp_path: Path, monke
         assert all((directory / name).read_bytes() == (parted / name).read_bytes() for name in parts)
 
 
+def test_pytorch_files_are_fetched_where_there_is_nothing_else(
+    hub: LoopbackHub, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, or in parts that an index names; and read as tensors, never as a program."""
+    import json
+
+    import torch
+    from safetensors.torch import load, load_file
+
+    monkeypatch.setenv("DSI_CACHE", str(tmp_path / "cache"))
+    weights = load(files[WEIGHTS])
+    for name, place in (
+        ("org/whole", dict.fromkeys(weights, "pytorch_model.bin")),
+        ("org/parts", {tensor: f"pytorch_model-0000{1 + ('lm_head' in tensor)}-of-00002.bin" for tensor in weights}),
+    ):
+        source = tmp_path / name
+        source.mkdir(parents=True)
+        for part in set(place.values()):
+            torch.save({tensor: weights[tensor] for tensor in weights if place[tensor] == part}, source / part)
+        if len(set(place.values())) > 1:
+            (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": place}))
+        for file in ("config.json", "tokenizer.json"):
+            (source / file).write_bytes(files[file])
+        hub.add(name, source)
+        directory = resolve_model(name)
+        found = {key: value for file in directory.glob("*.safetensors") for key, value in load_file(file).items()}
+        assert all(torch.equal(found[tensor], weights[tensor]) for tensor in weights)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert resolve_model(name) == directory
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
 # What the hub refuses
 
 
@@ -262,6 +298,13 @@ def test_a_gated_model_asks_for_a_token(hub: LoopbackHub, monkeypatch: pytest.Mo
     assert refusal() == (
         f"the model '{NAME}' is gated: accept its conditions at {hub.url}/{NAME}, then log in (hf auth login) or set HF_TOKEN"
     )
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert resolve_model(NAME)
+
+
+def test_a_private_model_asks_for_a_token(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.private.add(NAME)
+    assert refusal().endswith("if it is private, log in (hf auth login) or set HF_TOKEN")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert resolve_model(NAME)
 
@@ -285,7 +328,11 @@ def test_a_model_that_is_not_there(hub: LoopbackHub, reference: str, reason: str
 @pytest.mark.parametrize(
     ("lacking", "reason"),
     [
-        ({"pytorch_model.bin": b"x"}, r"the weights of org/odd are a pickle \(pytorch_model.bin\), which can run code"),
+        (
+            {"model.ckpt": b"x"},
+            r"the weights of org/odd are a pickle of an unknown kind \(model.ckpt\), which can run code",
+        ),
+        ({"adapter_config.json": b"{}"}, "org/odd is an adapter .*--adapter DIR"),
         ({"odd-q4.gguf": b"x"}, "org/odd has GGUF files and no safetensors"),
         ({}, r"org/odd has no weights \(model.safetensors is missing\)"),
     ],

@@ -18,6 +18,7 @@ from dsi_workers.decoding.quantization import Int8Linear
 from dsi_workers.engine import EngineError
 from dsi_workers.engines import load_engine, loading, memory
 from dsi_workers.models.files import ModelError
+from dsi_workers.models.headers import read_tensors
 from support.engines import make_tiny_model
 
 ROOT = Path(__file__).parent.parent.parent
@@ -35,13 +36,13 @@ def bytes_of(weights: dict[str, torch.Tensor]) -> int:
 
 def test_weights_are_the_bytes_of_the_tensors(tiny_model: Path) -> None:
     weights = load_file(tiny_model / "model.safetensors")
-    tensors = sizes.read_tensors(tiny_model)
+    tensors = read_tensors(tiny_model)
     assert sizes.weight_bytes(tensors, 4) == bytes_of(weights)
     assert sizes.weight_bytes(tensors, 2) == bytes_of({name: each.bfloat16() for name, each in weights.items()})
 
 
 def test_layers_that_are_left_out_do_not_count(tiny_model: Path) -> None:
-    tensors = sizes.read_tensors(tiny_model)
+    tensors = read_tensors(tiny_model)
     one = sizes.weight_bytes(sizes.of_first_layers(tensors, 1), 4)
     whole, layer = (
         sizes.weight_bytes(tensors, 4),
@@ -51,7 +52,7 @@ def test_layers_that_are_left_out_do_not_count(tiny_model: Path) -> None:
 
 
 def test_a_shape_with_grouped_queries_has_the_tensors_of_the_files(tiny_model: Path) -> None:
-    of_files = {name: shape for name, (_, shape) in sizes.read_tensors(tiny_model).items()}
+    of_files = {name: shape for name, (_, shape) in read_tensors(tiny_model).items()}
     assert {name: shape for name, (_, shape) in TINY.tensors().items()} == of_files
 
 
@@ -59,13 +60,13 @@ def test_tied_embeddings_count_once(tmp_path: Path, tiny_model: Path) -> None:
     weights = load_file(tiny_model / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, tmp_path / "model.safetensors")
-    assert sizes.weight_bytes(sizes.read_tensors(tmp_path), 4) == bytes_of(weights)
+    assert sizes.weight_bytes(read_tensors(tmp_path), 4) == bytes_of(weights)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_int8_counts_what_its_layers_hold(tiny_model: Path, tied: bool) -> None:
     weights = load_file(tiny_model / "model.safetensors")
-    tensors = dict(sizes.read_tensors(tiny_model))
+    tensors = dict(read_tensors(tiny_model))
     if tied:
         del tensors["lm_head.weight"]  # the product by the embedding has a copy in int8
     expected = 0
@@ -95,7 +96,7 @@ def test_an_unknown_configuration_counts_no_cache(config: dict[str, Any]) -> Non
 def test_a_damaged_header_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\x09" + bytes(7) + b"no header")
     with pytest.raises(ModelError, match=r"header of .*model\.safetensors is damaged"):
-        sizes.read_tensors(tmp_path)
+        read_tensors(tmp_path)
 
 
 def test_a_model_that_does_not_fit_is_refused_before_weights_are_read(
@@ -132,7 +133,7 @@ def test_a_file_larger_than_any_memory_is_refused(tmp_path: Path, tiny_model: Pa
 def test_only_a_gpu_needs_room_for_the_whole_cache(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, device: str, fits: bool
 ) -> None:
-    weights = sizes.weight_bytes(sizes.read_tensors(tiny_model), 4)
+    weights = sizes.weight_bytes(read_tensors(tiny_model), 4)
     monkeypatch.setattr(memory, "free_bytes", lambda device: math.ceil(weights * 1.1))
     arguments: dict[str, Any] = {
         "reference": "tiny", "dtype": "float32", "quantization": "none", "layers": None, "slots": 8, "max_length": 512,

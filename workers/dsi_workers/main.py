@@ -56,6 +56,8 @@ class WorkerConfig:
     role: str = "auto"
     engine: str = "auto"
     model: str = ""
+    #: The directory of a LoRA adapter for this worker's model; "": the one that the orchestrator names, if it names one.
+    adapter: str = ""
     #: A supervisor started this process and holds its standard input: exit when that is closed.
     supervised: bool = False
     #: End with the orchestrator, instead of waiting for the next one.
@@ -248,6 +250,8 @@ def _load(
 ) -> _Loaded:
     """Load the engine that Welcome asks for. Raises WorkerError and NotNeeded."""
     welcome = asked
+    if config.adapter:
+        welcome = replace(welcome, options={**welcome.options, "adapter": config.adapter})
     structlog.contextvars.bind_contextvars(role=welcome.role)
     try:
         if not config.supervised:  # a supervisor has already fetched the models

@@ -19,7 +19,7 @@ from typing import Any
 
 from dsi_protocol import Goodbye, Preparing, Welcome
 from dsi_workers.connection import WorkSocket
-from dsi_workers.models.files import ModelError, Report
+from dsi_workers.models.files import ModelError, Report, is_ready
 
 #: The interval of checks whether this worker is still needed.
 _CHECK_INTERVAL_S = 0.1
@@ -52,8 +52,9 @@ def with_local_models(
 
     torch_device(device)
     preparing = _Preparing(socket, still_needed, report)
-    model = preparing.directory_of(welcome.model, tokenizer_only=False)
     options = dict(welcome.options)
+    adapter = str(options.pop("adapter", ""))  # merged into the directory that the engine is given
+    model = preparing.directory_of(welcome.model, adapter=adapter)
     if welcome.role == "drafter" and options.get("target"):
         with contextlib.suppress(ModelError):  # engines/translating.py then drafts without it, and logs a warning
             options["target"] = preparing.directory_of(str(options["target"]), tokenizer_only=True)
@@ -68,11 +69,12 @@ class _Preparing:
         #: When the last Preparing was sent.
         self._sent_s = 0.0
 
-    def directory_of(self, reference: str, *, tokenizer_only: bool) -> str:
-        """Fetch or convert the model, and return its directory. Raises ModelError and NotNeeded."""
-        if Path(reference).is_dir():
+    def directory_of(self, reference: str, *, adapter: str = "", tokenizer_only: bool = False) -> str:
+        """Fetch or convert the model, merge the adapter, and return the directory. Raises ModelError and NotNeeded."""
+        if not adapter and is_ready(Path(reference)):
             return reference
-        words = ["--tokenizer-only"] if tokenizer_only else []
+        words = [f"--adapter={adapter}"] if adapter else []
+        words += ["--tokenizer-only"] if tokenizer_only else []
         with subprocess.Popen(
             [sys.executable, "-m", "dsi_workers.models.preparation", *words, "--", reference],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,

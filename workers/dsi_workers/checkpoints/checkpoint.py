@@ -1,12 +1,13 @@
 """Reads models of the Llama family from safetensors, without transformers, whose import takes longer than reading them.
 
 `read_checkpoint` returns None for every model with a setting that is not supported here. Then transformers reads the model.
+Weights that do not fit the settings are refused.
 """
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,17 +15,15 @@ from typing import Any
 
 import torch
 
+from dsi_workers.models.files import read_json, weight_files
+from dsi_workers.models.headers import read_tensors
+from dsi_workers.models.misfit import refuse_misfit
+
 _ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-_LAYER_WEIGHTS = (
-    "input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
-    "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-)  # fmt: skip
-_OPTIONAL = ("self_attn.q_norm", "self_attn.k_norm")
 _SIZES = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
-    "max_position_embeddings",
+    "max_position_embeddings", "intermediate_size",
 )  # fmt: skip
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,22 +40,21 @@ class Checkpoint:
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def read_checkpoint(directory: Path, dtype: torch.dtype, device: torch.device) -> Checkpoint | None:
+def read_checkpoint(directory: Path, dtype: torch.dtype, device: torch.device, reference: str) -> Checkpoint | None:
     """Read the model in `directory`. Returns None for a model that must be read by transformers.
 
-    If the device is the CPU and the file has this dtype, weights are memory-mapped instead of copied.
+    If the device is the CPU and the file has this dtype, weights are memory-mapped instead of copied. `reference`: the model's
+    name in error messages. Raises ModelError if weights are missing, unknown, or of another shape than config.json says.
     """
-    try:
-        raw: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    config = _plain_config(raw)
+    config = _plain_config(read_json(directory / "config.json"))
     if config is None:
         return None
+    _refuse_misfit(config, {name: shape for name, (_, shape) in read_tensors(directory).items()}, reference)
     weights = _weights(directory, dtype, device)
-    if weights is None or not _complete(weights, config):
-        return None
-    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    for name, other in ((head, embedding), (embedding, head)):  # one where they are tied
+        if name not in weights:
+            weights[name] = weights[other]
     return Checkpoint(config, weights)
 
 
@@ -64,14 +62,18 @@ def _plain_config(raw: dict[str, Any]) -> Any:
     """The settings that the decoder needs, from the contents of config.json. None if a setting is not supported here."""
     slides = raw.get("sliding_window") and raw.get("use_sliding_window", True)
     kinds = set(raw.get("layer_types") or ())
+    architecture = (raw.get("architectures") or [""])[0]
     known = (
-        (raw.get("architectures") or [""])[0] in _ARCHITECTURES
+        architecture in _ARCHITECTURES
         and raw.get("hidden_act") == "silu"
         and not slides
         and kinds <= {"full_attention"}
         and not any(raw.get(name) for name in ("quantization_config", "auto_map", "partial_rotary_factor"))
     )
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "rms_norm_eps", "model_type")
+    names = (
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "rms_norm_eps", "model_type",
+        "intermediate_size",
+    )  # fmt: skip
     if not known or any(name not in raw for name in (*names, "max_position_embeddings")):
         return None
     if not all(_is_size(raw[name]) for name in _SIZES if raw.get(name) is not None):
@@ -85,6 +87,9 @@ def _plain_config(raw: dict[str, Any]) -> Any:
     config.max_position_embeddings = raw["max_position_embeddings"]
     config.num_key_value_heads = raw.get("num_key_value_heads") or raw["num_attention_heads"]
     config.head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+    config.intermediate_size = raw["intermediate_size"]
+    config.biases = _biases(raw, architecture)
+    config.normalizes_heads = architecture == "Qwen3ForCausalLM"
     config.tie_word_embeddings = bool(raw.get("tie_word_embeddings", False))
     config.rope_parameters = rope
     config.sliding_window, config.layer_types = None, None
@@ -95,44 +100,75 @@ def _is_size(value: object) -> bool:
     return type(value) is int and value > 0
 
 
-def _weights(directory: Path, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor] | None:
-    """All weights by name, or None if they cannot be read."""
-    from safetensors import SafetensorError, safe_open
+def _weights(directory: Path, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+    """All weights by name."""
+    from safetensors import safe_open
 
-    files = [_SINGLE]
-    try:
-        if (directory / _INDEX).is_file():
-            files = sorted(set(json.loads((directory / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        found: dict[str, torch.Tensor] = {}
-        for file in files:
-            with safe_open(directory / file, framework="pt", device="cpu") as opened:
-                for name in opened.keys():  # noqa: SIM118  `opened` is not a dict and has no iterator
-                    tensor: torch.Tensor = opened.get_tensor(name)
-                    found[name] = tensor.to(device, dtype) if tensor.is_floating_point() else tensor
-    except (OSError, ValueError, KeyError, SafetensorError):
-        return None
+    found: dict[str, torch.Tensor] = {}
+    for file in weight_files(directory):
+        with safe_open(directory / file, framework="pt", device="cpu") as opened:
+            for name in opened.keys():  # noqa: SIM118  `opened` is not a dict and has no iterator
+                tensor: torch.Tensor = opened.get_tensor(name)
+                found[name] = tensor.to(device, dtype) if tensor.is_floating_point() else tensor
     return found
 
 
-def _complete(weights: dict[str, torch.Tensor], config: Any) -> bool:
-    """True if every weight that the model needs is present, and no unknown one."""
-    names = {"model.embed_tokens.weight", "model.norm.weight"}
+def _refuse_misfit(config: Any, found: Mapping[str, Sequence[int]], reference: str) -> None:
+    """Raise ModelError if the tensors, given by name and shape, are not those that the model has by its settings."""
+    required: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, config.hidden_size), "model.norm.weight": (config.hidden_size,),
+    }  # fmt: skip
+    head = {"lm_head.weight": (config.vocab_size, config.hidden_size)}
+    allowed: dict[str, tuple[int, ...]] = {}
     if not config.tie_word_embeddings:
-        names.add("lm_head.weight")
-    allowed = {*names, "lm_head.weight"}
+        required |= head
+    elif "model.embed_tokens.weight" in found:
+        allowed |= head
+    else:  # either of the two names will do
+        required = {**head, "model.norm.weight": (config.hidden_size,)}
     for layer in range(config.num_hidden_layers):
-        names |= {f"model.layers.{layer}.{part}.weight" for part in _LAYER_WEIGHTS}
-        allowed |= {f"model.layers.{layer}.{part}.weight" for part in _OPTIONAL}
-        allowed |= {f"model.layers.{layer}.{part}.bias" for part in _LAYER_WEIGHTS if part.endswith("_proj")}
-        allowed.add(f"model.layers.{layer}.self_attn.rotary_emb.inv_freq")
-    # Layers that are computed in one product must all have biases, or none. Likewise for the norms of queries and keys.
-    together = [("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
-                ("mlp.gate_proj.bias", "mlp.up_proj.bias"), ("self_attn.q_norm.weight", "self_attn.k_norm.weight")]  # fmt: skip
-    whole = all(
-        sum(f"model.layers.{layer}.{part}" in weights for part in parts) in (0, len(parts))
-        for layer in range(config.num_hidden_layers) for parts in together
-    )  # fmt: skip
-    return whole and names <= weights.keys() <= names | allowed
+        prefix = f"model.layers.{layer}."
+        required |= {prefix + name: shape for name, shape in _layer_shapes(config).items()}
+        allowed[f"{prefix}self_attn.rotary_emb.inv_freq"] = (config.head_dim // 2,)
+    known = allowed | required
+    refuse_misfit(
+        reference,
+        missing=required.keys() - found.keys(),
+        unexpected=found.keys() - known.keys(),
+        mismatched=[
+            (name, found[name], shape) for name, shape in known.items() if name in found and tuple(found[name]) != shape
+        ],
+        words=config.vocab_size,
+    )
+
+
+def _layer_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """The weights of each layer, as transformers' classes have them."""
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    matrices = {
+        "self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries), "mlp.gate_proj": (intermediate, hidden), "mlp.up_proj": (intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+    }  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in matrices.items()}
+    shapes |= {f"{name}.bias": matrices[name][:1] for name in matrices if name.endswith(config.biases)}
+    shapes |= {f"{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+    if config.normalizes_heads:
+        shapes |= {f"self_attn.{name}.weight": (config.head_dim,) for name in ("q_norm", "k_norm")}
+    return shapes
+
+
+def _biases(raw: dict[str, Any], architecture: str) -> tuple[str, ...]:
+    """Endings of the names of matrices that have a bias."""
+    if architecture == "Qwen2ForCausalLM":
+        return ("q_proj", "k_proj", "v_proj")
+    names: tuple[str, ...] = ()
+    if raw.get("attention_bias") and architecture != "MistralForCausalLM":
+        names += ("q_proj", "k_proj", "v_proj", "o_proj")
+    if raw.get("mlp_bias") and architecture == "LlamaForCausalLM":
+        names += ("gate_proj", "up_proj", "down_proj")
+    return names
 
 
 def _inverse_frequencies(config: Any) -> torch.Tensor:

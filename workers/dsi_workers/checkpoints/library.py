@@ -6,6 +6,7 @@ Importing transformers takes seconds. Models of the Llama family do without: see
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from dsi_workers.checkpoints.quantized import COMPRESSED_TENSORS, refuse_if_quantized, refuse_quantized_activations
 from dsi_workers.decoding.attention import additive_group_mask, attend
 from dsi_workers.decoding.decoder import Decoder
 from dsi_workers.decoding.kv_cache import SegmentTensors, SlotCache, SlotLayer
@@ -25,6 +27,7 @@ from dsi_workers.decoding.packed import Masks, PackedBatch
 from dsi_workers.decoding.packing import PackedLinear
 from dsi_workers.engine import EngineError
 from dsi_workers.models.files import first_line
+from dsi_workers.models.misfit import refuse_loading_info
 
 _DECODER_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 #: RoPE types whose rotation depends on more than the position.
@@ -41,25 +44,55 @@ def read_config(directory: Path, reference: str) -> Any:
         raise EngineError(f"transformers cannot read the configuration of {reference}: {first_line(error)}") from None
 
 
-def read_model(directory: Path, dtype: torch.dtype, device: torch.device, config: Any) -> Any:
+def read_model(
+    directory: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    config: Any,
+    reference: str,
+    *,
+    first_layers: bool = False,
+) -> Any:
     """Read the model with transformers, set up for TransformersDecoder. All its linear layers become nn.Linear.
 
-    `config` is that of `read_config`. If it has fewer layers than the files, the model has the first layers of the files.
+    `config` is that of `read_config`. `first_layers`: it has fewer layers than the files, and those of the files that it lacks
+    are left out. `reference`: the model's name in error messages.
+
+    Raises ModelError if the weights do not fit the configuration, and EngineError if they stay quantized.
     """
-    model = AutoModelForCausalLM.from_pretrained(
+    quantization = dict(getattr(config, "quantization_config", None) or {})
+    method = str(quantization.get("quant_method"))
+    refuse_quantized_activations(quantization, reference)
+    if method == COMPRESSED_TENSORS:
+        config.quantization_config = {**quantization, "dequantize": True}
+    model, info = AutoModelForCausalLM.from_pretrained(
         directory,
         config=config,
         dtype=dtype,
         attn_implementation=_ATTENTION,
         trust_remote_code=False,
         use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below, with their names
     )
+    if first_layers:
+        layers = int(config.get_text_config(decoder=True).num_hidden_layers)
+        info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not _is_of_later_layer(name, layers)]
+    refuse_loading_info(info, model, reference)
+    if quantization:
+        refuse_if_quantized(model, method, reference)
     model = model.eval().requires_grad_(False).to(device)
     for module in list(model.modules()):  # Conv1D: GPT-2's linear layer, whose weight is transposed
         for name, child in list(module.named_children()):
             if type(child) is Conv1D:
                 setattr(module, name, _as_linear(child))
     return model
+
+
+def _is_of_later_layer(name: str, layers: int) -> bool:
+    """Whether the weight `name` is of a layer behind the first `layers` ones."""
+    found = re.search(r"(?:^|\.)(?:layers|h)\.(\d+)\.", name)
+    return found is not None and int(found[1]) >= layers
 
 
 def _as_linear(layer: Any) -> nn.Linear:

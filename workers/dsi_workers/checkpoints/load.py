@@ -20,7 +20,7 @@ from dsi_workers.decoding.forward import ComputesLogits, Forward
 from dsi_workers.decoding.packing import pack, replace_linear_layers
 from dsi_workers.decoding.quantization import int8_dtype, quantize_int8
 from dsi_workers.engine import EngineError
-from dsi_workers.models.files import first_line
+from dsi_workers.models.files import ModelError, first_line
 
 log = structlog.get_logger("dsi.engine")
 
@@ -43,14 +43,20 @@ class Loaded:
 
 @contextmanager
 def _as_engine_error(reference: str) -> Iterator[None]:
-    """Turn any error into an EngineError with one sentence, except for a lack of memory.
+    """Turn any error into an EngineError with one sentence, except for a lack of memory and for what has a sentence already.
 
     A model's files come from anywhere, so reading them can fail in any way.
     """
     try:
         yield
-    except (EngineError, MemoryError, torch.OutOfMemoryError):
+    except (EngineError, ModelError, MemoryError, torch.OutOfMemoryError):
         raise
+    except ImportError as error:  # as for a quantization that needs a package of its own
+        log.debug("the model cannot be read", exc_info=True)
+        raise EngineError(
+            f"the model {reference} needs a package that is not installed here ({first_line(error)}): install it where the "
+            "worker runs, or choose another model"
+        ) from error
     except Exception as error:
         log.debug("the model cannot be read", exc_info=True)
         raise EngineError(
@@ -79,7 +85,7 @@ def load_model(
     graphs. `exact`: the bits of the logits matter, as for a target. `layers`: keep only so many of the model's layers, the first
     ones.
 
-    Raises EngineError.
+    Raises EngineError and ModelError.
     """
     int8 = quantization == "int8"
     number_type = number_type_of(dtype, quantization, device)
@@ -88,7 +94,7 @@ def load_model(
         return quantize_int8(linear) if int8 else pack(linear, rows)
 
     with _as_engine_error(reference):
-        checkpoint = read_checkpoint(directory, number_type, device)
+        checkpoint = read_checkpoint(directory, number_type, device, reference)
         if checkpoint is None:
             loaded = _load_with_transformers(directory, device, reference, number_type, most_positions, convert, layers)
         else:
@@ -135,7 +141,7 @@ def _load_with_transformers(
     config = whole.get_text_config(decoder=True)
     positions = min(most_positions, position_limit(config))
     keep_layers(config, layers, reference)
-    model = read_model(directory, dtype, device, whole)
+    model = read_model(directory, dtype, device, whole, reference, first_layers=layers is not None)
     library = TransformersDecoder(model, config, positions - 1)
 
     def logits(decoder: ComputesLogits) -> torch.Tensor:

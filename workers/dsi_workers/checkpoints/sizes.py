@@ -5,28 +5,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from dsi_protocol import OptionValue
 from dsi_workers.backend import PROMPT_CHUNK
-from dsi_workers.models.files import ModelError, weight_files
+from dsi_workers.models.headers import FLOAT_BYTES, Tensors
 
 GIB = 1 << 30
 #: For activations and the allocator's rounding, as a part of the weights. An estimate: activations depend on the forward.
 MARGIN = 0.03
-_HEADER_LIMIT_BYTES = 100_000_000
-#: Bytes of each number type that safetensors names and that is loaded in another one.
-_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
-
-#: For each tensor its name in safetensors' header ("F32", "BF16", ...) of the number type, and its shape.
-Tensors: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,24 +66,6 @@ SHAPES = {
 }
 
 
-def read_tensors(directory: Path) -> Tensors:
-    """Number types and shapes of all weights of the model in `directory`: only headers are read. Raises ModelError."""
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name in weight_files(directory):
-        try:
-            with (directory / name).open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header: dict[str, Any] = json.loads(file.read(min(length, _HEADER_LIMIT_BYTES)))
-            found |= {
-                tensor: (str(entry["dtype"]), tuple(map(int, entry["shape"])))
-                for tensor, entry in header.items()
-                if tensor != "__metadata__"
-            }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise ModelError(f"the header of {directory / name} is damaged: fetch the model again") from None
-    return found
-
-
 def of_first_layers(tensors: Tensors, layers: OptionValue | None) -> Tensors:
     """`tensors` without those of later layers than the first `layers`; None: all."""
     if type(layers) is not int:
@@ -102,7 +76,7 @@ def of_first_layers(tensors: Tensors, layers: OptionValue | None) -> Tensors:
 
 def loading_bytes(tensors: Tensors, number_bytes: int) -> int:
     """Bytes of all weights in a number type of `number_bytes` bytes, as they are read: int8 is made out of them."""
-    return sum(math.prod(shape) * number_bytes for kind, shape in tensors.values() if kind in _FLOATS)
+    return sum(math.prod(shape) * number_bytes for kind, shape in tensors.values() if kind in FLOAT_BYTES)
 
 
 def weight_bytes(tensors: Tensors, number_bytes: int, *, int8: bool = False) -> int:
@@ -112,7 +86,7 @@ def weight_bytes(tensors: Tensors, number_bytes: int, *, int8: bool = False) -> 
         return loading_bytes(tensors, number_bytes)
     tied = "lm_head.weight" not in tensors
     return sum(
-        _int8_bytes(name, shape, number_bytes, tied) for name, (kind, shape) in tensors.items() if kind in _FLOATS
+        _int8_bytes(name, shape, number_bytes, tied) for name, (kind, shape) in tensors.items() if kind in FLOAT_BYTES
     )
 
 

@@ -36,10 +36,11 @@ def load_model_engine(model: str, *, device: str, drafter: bool, options: Mappin
 
     Options: dtype (auto, float32, bfloat16, float16); quantization (none, int8, or auto, which is int8 for a drafter on a CPU,
     where nothing is faster); window, max_length, slots, threads (whole numbers); graphs (false: a GPU computes with torch's own
-    operations, whose bits differ from those of our kernels); calibrate (false: latencies are not measured). For a drafter also:
-    lookup (true: it checks guesses of prompt lookup in its forwards); remember (false: prompt lookup does not look at earlier
-    generations); target (the model whose vocabulary the drafter must answer in; see translating.py); layers (keep only so many
-    of the model's layers, the first ones: a faster and weaker drafter).
+    operations, whose bits differ from those of our kernels); calibrate (false: latencies are not measured); adapter (the
+    directory of a LoRA adapter to merge into the model). For a drafter also: lookup (true: it checks guesses of prompt lookup
+    in its forwards); remember (false: prompt lookup does not look at earlier generations); target (the model whose vocabulary
+    the drafter must answer in; see translating.py); layers (keep only so many of the model's layers, the first ones: a faster
+    and weaker drafter).
 
     Raises EngineError and ModelError.
     """
@@ -58,7 +59,7 @@ def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, 
     log.info("imported")
     torch.set_num_threads(_whole(options, "threads", 1))
     on = torch_device(device)
-    directory = resolve_model(model)
+    directory = resolve_model(model, adapter=str(options.get("adapter", "")))
     vocabulary = read_vocabulary_hash(directory)
     if exact and "layers" in options:
         raise EngineError("option layers is for a drafter: a target with fewer layers would give another text")

@@ -15,13 +15,13 @@ from dsi_workers.checkpoints.sizes import (
     gib,
     loading_bytes,
     of_first_layers,
-    read_tensors,
     text_config,
     weight_bytes,
 )
 from dsi_workers.decoding.device import free_bytes
 from dsi_workers.engine import EngineError
 from dsi_workers.models.files import read_json
+from dsi_workers.models.headers import read_tensors
 
 log = structlog.get_logger("dsi.engine")
 

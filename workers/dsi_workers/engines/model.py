@@ -8,6 +8,7 @@ every later position (backend.py). A drafter only guesses: it computes no more r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -107,7 +108,7 @@ class ModelEngine(Engine):
         runs, beside = [run for share in shares for run in share.runs], list[Run]()
         if self._branches is not None:
             beside = self._branches.runs([task for task, run in zip(tasks, runs, strict=True) if _ends(task, run)])
-        answers = iter(self._backend.compute([*runs, *beside], interrupt))
+        answers = iter(self._cut(self._backend.compute([*runs, *beside], interrupt)))
         for task, share, computed in zip(tasks, shares, known, strict=True):
             run = share.main
             logits = next(answers) if run is not None else None
@@ -126,6 +127,16 @@ class ModelEngine(Engine):
                 self._lookup.checked(task.session, guess, right=len(task.answer.tokens) - 1)
         if self._branches is not None:
             self._branches.answer(list(answers))
+
+    def limit_vocabulary(self, words: int) -> None:
+        """Of a drafter: never draft a token from `words` on. The target has none of these, and the drafter's embedding only has
+        rows for them to fill it up."""
+        self.info = replace(self.info, vocabulary_size=min(words, self.info.vocabulary_size))
+
+    def _cut(self, answers: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The logits of the tokens that may be chosen."""
+        words = self.info.vocabulary_size
+        return answers if words == self._backend.vocabulary_size else [logits[:, :words] for logits in answers]
 
     def _share_of(self, task: Task) -> Share:
         """What the next forward must compute for this task: a run of the main path, or the branch that the answer goes along."""

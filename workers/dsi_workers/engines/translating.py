@@ -10,6 +10,7 @@ import structlog
 
 from dsi_workers.drafting.translation import Translation, Vocabulary
 from dsi_workers.engine import Engine, EngineError, Interrupt, Task
+from dsi_workers.engines.model import ModelEngine
 from dsi_workers.models.files import ModelError, read_json, read_vocabulary_hash
 from dsi_workers.models.resolve import resolve_model
 from dsi_workers.session import Session
@@ -21,7 +22,8 @@ _PATIENCE = 16
 
 
 def in_vocabulary_of(target: str, drafter: Engine, model: str) -> Engine:
-    """Return the drafter, wrapped if its model `model` has another vocabulary than the model `target`.
+    """Return the drafter, wrapped if its model `model` has another vocabulary than the model `target`. If it has the same one, it
+    never drafts tokens that only its embedding has, as one that is padded to a round size.
 
     Where the target's tokenizer cannot be read, as on another machine, the drafter is returned as it is. If its vocabulary is
     not the target's, the orchestrator refuses it.
@@ -33,6 +35,8 @@ def in_vocabulary_of(target: str, drafter: Engine, model: str) -> Engine:
         return drafter
     vocabulary = read_vocabulary_hash(directory)
     if vocabulary == drafter.info.vocabulary:
+        if isinstance(drafter, ModelEngine) and (words := _words(directory)):
+            drafter.limit_vocabulary(words)
         return drafter
     return TranslatingEngine(drafter, Vocabulary(own), Vocabulary(directory), vocabulary, _words(directory))
 

@@ -1,73 +1,72 @@
-"""Converts a GGUF file, once, to a directory with safetensors and tokenizer.json in the user's cache directory."""
+"""Keeps what is made out of a model's files, such as the safetensors of a GGUF file, in the user's cache directory.
+
+It is made once. If several processes need it, one of them works and the others wait.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from dsi_workers.models.files import ModelError, Report, cache_directory, exclusive_lock, first_line
 
 _COMPLETE = "complete"
-_MAGIC = b"GGUF"
+#: Part of each key. Increased when a conversion gives other files than it did.
+_VERSION = "2"
 
 
-def convert_gguf(gguf: Path, report: Report) -> Path:
-    """Return the directory of the converted model. Converts it if this has not been done yet. Raises ModelError."""
-    stat = gguf.stat()
-    key = hashlib.sha256(f"{gguf.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:12]
-    directory = cache_directory() / "models" / f"{gguf.stem}-{key}"
+def kept(name: str, key: Iterable[str], source: Path, what: str, make: Callable[[Path], None], report: Report) -> Path:
+    """Return the directory that `make` fills. Calls `make`, with an empty directory, only if this has not been done yet.
+
+    `name`: the beginning of the directory's name. `key`: texts that identify all that goes into the result (see `identity`).
+    `source` and `what`: what is read and the work, as in "converting x.gguf", for messages. Raises ModelError.
+    """
+    digest = hashlib.sha256("\0".join((_VERSION, *key)).encode()).hexdigest()[:12]
+    directory = cache_directory() / "models" / f"{name}-{digest}"
     if (directory / _COMPLETE).exists():
         return directory
-    with exclusive_lock(directory.with_suffix(".lock"), f"converting {gguf.name}", report):
+    with exclusive_lock(directory.parent / f"{directory.name}.lock", what, report):
         if not (directory / _COMPLETE).exists():
-            _convert(gguf, directory, report)
+            _fill(directory, source, what, make)
     return directory
 
 
-def _convert(gguf: Path, directory: Path, report: Report) -> None:
-    with gguf.open("rb") as file:
-        if file.read(len(_MAGIC)) != _MAGIC:
-            raise ModelError(f"{gguf} is not a GGUF file, or it is damaged: fetch it again")
-    what = f"converting {gguf.name}, once"
-    report(what, 0.0, "importing transformers")
-    try:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise ModelError(f"converting {gguf.name} needs torch: pip install 'dsi-actors[torch]' ({error})") from None
+def identity(*files: Path) -> str:
+    """A text that is another one if the place, the size or the time of a file changes."""
+    stats = [(file.resolve(), file.stat()) for file in sorted(files)]
+    return "\0".join(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}" for path, stat in stats)
+
+
+def link_others(source: Path, directory: Path, leave_out: Iterable[str] = ()) -> None:
+    """Make links in `directory` to the files of `source`, but not to those of the names in `leave_out` and not in place of files
+    that `directory` has."""
+    for file in source.iterdir():
+        if file.is_file() and file.name not in {*leave_out, _COMPLETE} and not (directory / file.name).exists():
+            os.symlink(file.resolve(), directory / file.name)
+
+
+def _fill(directory: Path, source: Path, what: str, make: Callable[[Path], None]) -> None:
     _remove_leftovers(directory)
-    source, name = str(gguf.parent), gguf.name
     try:
         work = Path(tempfile.mkdtemp(prefix=directory.name, dir=directory.parent))
         try:
-            with _quiet_transformers():
-                # transformers does not report its progress. The shares of the steps below are measured constants.
-                report(what, 0.1, "reading weights")
-                model = AutoModelForCausalLM.from_pretrained(
-                    source, gguf_file=name, dtype=torch.float32, trust_remote_code=False
-                )
-                report(what, 0.7, "reading the vocabulary")
-                AutoTokenizer.from_pretrained(source, gguf_file=name, trust_remote_code=False).save_pretrained(work)
-                report(what, 0.9, "writing safetensors")
-                # The weights are not quantized any more, but with these settings transformers would refuse to save them.
-                setattr(model, "hf_quantizer", None)  # noqa: B010
-                del model.config.quantization_config
-                model.save_pretrained(work)
-                report(what, 1.0, "")
-            (work / _COMPLETE).write_text(json.dumps({"source": name}))
+            make(work)
+            (work / _COMPLETE).touch()
             work.chmod(0o755)
             work.rename(directory)
         finally:
             shutil.rmtree(work, ignore_errors=True)
+    except ModelError:
+        raise
     except Exception as error:  # the libraries raise any kind of error for a damaged file or a full disk
         raise ModelError(
-            f"{gguf} cannot be converted into {directory.parent} ({type(error).__name__}: {first_line(error)}): the file is "
-            "damaged, or transformers does not support its kind, or the disk is full"
+            f"{what} failed in {directory.parent} ({type(error).__name__}: {first_line(error)}): {source} is damaged, or of a "
+            "kind that transformers does not support, or the disk is full"
         ) from error
 
 
@@ -78,7 +77,7 @@ def _remove_leftovers(directory: Path) -> None:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Suppress the log messages and progress bars of transformers."""
     from transformers.utils import logging
 

@@ -1,10 +1,10 @@
-"""Checks and reads the files in a model's directory, and names the cache directory for converted models."""
+"""Names and reads the files in a model's directory, and the cache directory for converted models."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,6 +19,10 @@ from dsi_protocol import vocabulary_hash
 Report: TypeAlias = Callable[[str, float | None, str], None]
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+#: PyTorch's files of weights. They are pickles: only tensors are read from them (completion.py).
+PICKLE_INDEX_FILE, SINGLE_PICKLE_FILE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+#: What makes a directory an adapter of peft.
+ADAPTER_CONFIG = "adapter_config.json"
 #: File name endings of pickles. Reading a pickle can run any code that is in it.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -46,42 +50,55 @@ def cache_directory() -> Path:
         raise ModelError("this user has no home directory to keep models in: set DSI_CACHE to a directory") from None
 
 
-def check_model(directory: Path, *, tokenizer_only: bool = False) -> None:
-    """Raise ModelError if config.json or the weights are missing, damaged, or of a kind that is not supported.
-
-    Of each file of weights, only the header is read, and compared with the length of the file.
-    """
-    if not (directory / "config.json").is_file():
-        raise ModelError(
-            f"{directory} has no config.json, so it is not a transformers model: give the directory of one"
-        )
-    read_json(directory / "config.json")
-    if not tokenizer_only:
-        for name in weight_files(directory):
-            _check_safetensors(directory / name)
+def is_ready(directory: Path) -> bool:
+    """Whether `directory` is a model with all that is loaded, so that nothing must be fetched or converted first. Its files may
+    be damaged."""
+    names = ("config.json", "tokenizer.json")
+    weights = (INDEX_FILE, SINGLE_FILE)
+    return all((directory / name).is_file() for name in names) and any((directory / name).is_file() for name in weights)
 
 
 def weight_files(directory: Path) -> list[str]:
     """Return the names of the safetensors files with the weights of the model in `directory`. Raises ModelError."""
     if (directory / INDEX_FILE).is_file():
-        parts = read_json(directory / INDEX_FILE).get("weight_map")
-        names = set(parts.values()) if isinstance(parts, dict) else set()
-        if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
-            raise ModelError(
-                f"{directory / INDEX_FILE} is damaged (it does not name the files of weights): fetch the model again"
-            )
-        return sorted(names)
+        return _files_of_index(directory / INDEX_FILE)
     if (directory / SINGLE_FILE).is_file():
         return [SINGLE_FILE]
     raise missing_weights_error(str(directory), [path.name for path in directory.iterdir()])
 
 
-def missing_weights_error(model: str, files: list[str]) -> ModelError:
-    """The error for a model without safetensors. `files`: the names of the files that it has."""
+def pickle_files(directory: Path) -> list[str]:
+    """Return the names of the PyTorch files (.bin) with the weights of a model that has no safetensors. Empty for a model that
+    has safetensors, or no weights at all. Raises ModelError."""
+    names = {path.name for path in directory.iterdir()}
+    if names & {INDEX_FILE, SINGLE_FILE}:
+        return []
+    if PICKLE_INDEX_FILE in names:
+        return _files_of_index(directory / PICKLE_INDEX_FILE)
+    return [SINGLE_PICKLE_FILE] if SINGLE_PICKLE_FILE in names else []
+
+
+def _files_of_index(index: Path) -> list[str]:
+    parts = read_json(index).get("weight_map")
+    names = set(parts.values()) if isinstance(parts, dict) else set()
+    if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
+        raise ModelError(f"{index} is damaged (it does not name the files of weights): fetch the model again")
+    return sorted(names)
+
+
+def missing_weights_error(model: str, files: list[str], base: str = "") -> ModelError:
+    """The error for a model without weights that can be read. `files`: the names of the files that it has. `base`: the model
+    that an adapter names as its base."""
+    if ADAPTER_CONFIG in files:
+        named = f" ({base})" if base else ""
+        return ModelError(
+            f"{model} is an adapter (LoRA), not a model: give its base model{named} as the model, and the directory of the "
+            "adapter with --adapter DIR"
+        )
     pickles = sorted(name for name in files if name.endswith(PICKLES))
     if pickles:
         return ModelError(
-            f"the weights of {model} are a pickle ({pickles[0]}), which can run code when it is read: "
+            f"the weights of {model} are a pickle of an unknown kind ({pickles[0]}), which can run code when it is read: "
             "choose a model with safetensors"
         )
     if any(name.endswith(".gguf") for name in files):
@@ -121,6 +138,13 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def some_names(names: Iterable[str], most: int = 3) -> str:
+    """A few of the names, in order, and how many more there are: "a, b, c and 12 more"."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(ordered[:most]) + more
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, cut to 200 characters. The exception's type name if there is no message."""
     lines = str(error).strip().splitlines()
@@ -151,20 +175,3 @@ def exclusive_lock(lock_file: Path, what: str, report: Report) -> Iterator[None]
         yield
     finally:
         lock.release()
-
-
-def _check_safetensors(file: Path) -> None:
-    """Raise ModelError if the file is missing or damaged."""
-    if not file.is_file():
-        raise ModelError(f"{file} is missing: fetch the model again")
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:  # without safetensors, weights are not read on this machine
-        return
-    try:
-        with safe_open(file, framework="np"):
-            pass
-    except ImportError:
-        return
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{file} is damaged ({first_line(error)}): fetch the model again") from None

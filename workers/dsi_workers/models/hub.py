@@ -42,20 +42,25 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, but not exported
 from huggingface_hub.utils import logging as hub_logging
 
+from dsi_workers.models.check import check_model
 from dsi_workers.models.files import (
     INDEX_FILE,
+    PICKLE_INDEX_FILE,
     SINGLE_FILE,
+    SINGLE_PICKLE_FILE,
     ModelError,
     Report,
-    check_model,
     exclusive_lock,
     first_line,
     missing_weights_error,
+    pickle_files,
     weight_files,
 )
 
 #: Files that are fetched besides the weights.
 _SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+#: One of these says where the weights are.
+_WEIGHTS = {INDEX_FILE, SINGLE_FILE, PICKLE_INDEX_FILE, SINGLE_PICKLE_FILE}
 #: Files fetched at the same time.
 _AT_ONCE = 4
 #: A fetch gives up after this many tries in a row without a new byte. The first pause between tries; each later one is twice as
@@ -112,19 +117,28 @@ class _Fetch:
 
     def directory(self) -> Path:
         """Fetch the files and return the model's directory."""
-        if not self._tokenizer_only and INDEX_FILE not in self._files and SINGLE_FILE not in self._files:
+        if not self._tokenizer_only and not self._files.keys() & _WEIGHTS:
             raise missing_weights_error(self._reference, list(self._files))
         small = [name for name in self._files if any(fnmatch.fnmatch(name, pattern) for pattern in _SMALL_FILES)]
         self._get(small, f"fetching tokenizer and configuration of {self._reference}")
         directory = self._storage / "snapshots" / self._commit
         if not self._tokenizer_only:
-            names = weight_files(directory) if INDEX_FILE in self._files else [SINGLE_FILE]
+            names = self._weights(directory)
             if absent := [name for name in names if name not in self._files]:
                 raise ModelError(
                     f"the model hub lacks {absent[0]} of {self._reference}: choose another model or revision"
                 )
             self._get(names, f"fetching {self._reference}")
         return directory
+
+    def _weights(self, directory: Path) -> list[str]:
+        """The names of the files of weights: PyTorch's only if there are no safetensors. The index, if there is one, has been
+        fetched."""
+        if INDEX_FILE in self._files:
+            return weight_files(directory)
+        if SINGLE_FILE in self._files:
+            return [SINGLE_FILE]
+        return pickle_files(directory) if PICKLE_INDEX_FILE in self._files else [SINGLE_PICKLE_FILE]
 
     def _get(self, names: Iterable[str], what: str) -> None:
         """Fetch the files of these names that are not in the cache, and report progress as `what`."""

@@ -21,6 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m dsi_workers.models.preparation", description=__doc__)
     parser.add_argument("reference", metavar="REF")
     parser.add_argument("--tokenizer-only", action="store_true", help="do not fetch the weights")
+    parser.add_argument("--adapter", metavar="DIR", default="", help="merge this LoRA adapter into the model")
     arguments = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"  # no progress bars of libraries
     sys.stdout = sys.stderr  # libraries may print; standard output is for JSON lines
@@ -30,7 +31,9 @@ def main() -> None:
         _write_line(what=what, done=done, detail=detail)
 
     try:
-        directory = resolve_model(arguments.reference, tokenizer_only=arguments.tokenizer_only, report=report)
+        directory = resolve_model(
+            arguments.reference, adapter=arguments.adapter, tokenizer_only=arguments.tokenizer_only, report=report
+        )
     except ModelError as error:
         _write_line(error=str(error))
         os._exit(1)  # without waiting for fetches of other files: the next run continues them

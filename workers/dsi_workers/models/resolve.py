@@ -11,17 +11,28 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from dsi_workers.models.files import ModelError, Report, check_model, unreported
+from dsi_workers.models.adapter import check_adapter, merged
+from dsi_workers.models.check import check_model
+from dsi_workers.models.completion import completed
+from dsi_workers.models.files import ModelError, Report, unreported
 
 
-def resolve_model(reference: str, *, tokenizer_only: bool = False, report: Report = unreported) -> Path:
+def resolve_model(
+    reference: str, *, adapter: str = "", tokenizer_only: bool = False, report: Report = unreported
+) -> Path:
     """Return the directory of the model, after fetching or converting it if needed, and after checking its files.
 
-    With `tokenizer_only`, the weights are neither fetched nor checked. Raises ModelError.
+    `adapter`: the directory of a LoRA adapter to merge into the model; "" for none. With `tokenizer_only`, the weights are
+    neither fetched nor checked, and no adapter is merged. Raises ModelError.
     """
+    if tokenizer_only:
+        adapter = ""
+    if adapter:
+        check_adapter(adapter)  # before a fetch that may take an hour
     directory = _directory_of(reference, tokenizer_only, report)
     check_model(directory, tokenizer_only=tokenizer_only)
-    return directory
+    directory = completed(directory, tokenizer_only=tokenizer_only, report=report)
+    return merged(directory, adapter, report) if adapter else directory
 
 
 def _directory_of(reference: str, tokenizer_only: bool, report: Report) -> Path:
@@ -50,7 +61,7 @@ def _directory_of(reference: str, tokenizer_only: bool, report: Report) -> Path:
 
 
 def _convert_gguf(gguf: Path, report: Report) -> Path:
-    from dsi_workers.models.conversion import convert_gguf
+    from dsi_workers.models.gguf_file import convert_gguf
 
     return convert_gguf(gguf, report)
 
