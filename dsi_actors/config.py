@@ -37,7 +37,8 @@ class Config:
     * `target`: the model. A directory, a .gguf file, package:NAME, or a hub name (org/name, org/name@revision).
     * `drafter`: a model reference, self-int8 (the target's weights in int8), ngram (prompt lookup), or None for no drafter. A
       model with another vocabulary than the target's is translated. ngram+REF is the drafter REF, for which prompt lookup
-      guesses. A tuple names several: each generation takes the one that turns out to be the fastest for it.
+      guesses. A tuple names several: each generation takes the one that turns out to be the fastest for it, or all of them
+      together, of which the first one named that is not ngram leads.
     * `sp`: target servers: how many local ones to start, and the most that one generation uses. None: one for each device
       that the drafter leaves; and for a generation all that are there.
     * `devices`: devices of the local workers, in turn: "0" is a CUDA device, "cpu" the CPU. Empty: all CUDA devices, else

@@ -50,7 +50,8 @@ class GenerationReport:
     total_ms: float
     #: Of the drafted tokens that were compared with the target's own, the share that was equal.
     acceptance_rate: float
-    #: The drafter, as the configuration calls it: of several the last one. Empty if nothing was drafted.
+    #: The drafter, as the configuration calls it: of several the last one, or those that drafted together at the end, the leader
+    #: first, with " & " between them. Empty if nothing was drafted.
     drafter: str
     drafted_tokens: int
     #: Corrections: the target's token was neither the drafter's first choice nor an alternative.

@@ -21,6 +21,8 @@ from markdown_it.token import Token
 import dsi_actors
 from dsi_actors.cli.main import _parser
 from dsi_actors.core import GenerationCore, Policy, actions, events
+from dsi_actors.tracing.drafts import Came
+from dsi_actors.tracing.lanes import draw
 from dsi_actors.tracing.record import Moment, read_recording
 from test_architecture import LAYERS
 
@@ -206,6 +208,7 @@ def test_the_worked_rejection_is_what_the_core_does() -> None:
         done = [action for action in core.handle(event(**values)) if type(action).__name__ in told]
         expected = [_like(moment, action, recording.moments) for action in done]
     assert core.finish_reason == "length"
+    assert draw(recording).came.count(Came.OWN) == 2, "the page's command draws it"
 
 
 def _like(event: Moment, action: Any, recorded: Sequence[Moment]) -> Moment:

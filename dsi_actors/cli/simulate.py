@@ -46,6 +46,13 @@ def add_parser(commands: SubParsers) -> None:
         metavar="auto|R",
         help="the most rows of a drafting step; 1 drafts chains (default %(default)s: chosen)",
     )
+    parser.add_argument(
+        "--second-drafter-ms", type=float, default=0.0, metavar="D", help="a token of a second drafter beside the first"
+    )
+    parser.add_argument(
+        "--second-acceptance", type=float, default=0.0, metavar="A",
+        help="chance that the second drafter is right, whatever the first says; 0: there is none (default %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--sp", type=int, default=2, metavar="N", help="target servers (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=100, metavar="S", help="of a generation (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=20, metavar="R", help="generations (default %(default)s)")
@@ -62,8 +69,15 @@ def run(arguments: argparse.Namespace) -> int:
     check_sizes(arguments, "sp", "tokens", "repeats")
     if not 0 <= arguments.cancel_ms < float("inf"):
         raise ConfigError(f"--cancel-ms must be at least 0, not {arguments.cancel_ms:g}")
+    if not 0 <= arguments.second_drafter_ms < float("inf"):
+        raise ConfigError(f"--second-drafter-ms must be a number of at least 0, not {arguments.second_drafter_ms:g}")
+    if not 0 <= arguments.second_acceptance <= 1:
+        raise ConfigError(f"--second-acceptance must lie in [0, 1], not {arguments.second_acceptance:g}")
     trace = _read_trace(arguments.trace) if arguments.trace else Trace()
-    scenario = scenario_from(arguments, cancel_ms=arguments.cancel_ms, trace=trace)
+    scenario = scenario_from(
+        arguments, cancel_ms=arguments.cancel_ms, trace=trace, second_drafter_ms=arguments.second_drafter_ms,
+        second_acceptance=arguments.second_acceptance,
+    )  # fmt: skip
     algorithms = ALGORITHMS[::-1] if arguments.algorithm == "all" else (arguments.algorithm,)
     rows = [mean_of(_simulate(scenario, algorithm, arguments)) for algorithm in algorithms]
     if arguments.json:

@@ -89,7 +89,7 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
         "--drafter", action="append", default=[], metavar="REF", dest="drafters",
         help="self-int8 (the target's own weights in int8), ngram (prompt lookup), none, or a model, of another "
         "vocabulary, too; ngram+REF is the drafter REF, for which prompt lookup guesses; several: each generation takes "
-        f"the one that is the fastest for it (default {default_of(Config, 'drafter')})",
+        f"the one that is the fastest for it, or all together (default {default_of(Config, 'drafter')})",
     )  # fmt: skip
     parser.add_argument(
         "--sp", type=int, metavar="N",

@@ -11,7 +11,7 @@ class StartDraft:
     """Have the drafter guess [start, start + count), in blocks of at most `block` tokens.
 
     It holds the first `base` tokens of the generation already; `tokens` follow them. If start > base + len(tokens)
-    the request continues the drafter's own main path. Otherwise it ends the requests before it: the drafter goes on behind
+    the request continues the drafter's own path. Otherwise it ends the requests before it: the drafter goes on behind
     these tokens, from a branch of its own if they lead there.
     """
 
@@ -25,6 +25,7 @@ class StartDraft:
     rows: int = 1
     #: Tokens before this position are committed: branches that left the main path before it are dead.
     committed: int = 0
+    drafter: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,10 @@ class StartVerify:
 
 @dataclass(frozen=True, slots=True)
 class CancelDrafts:
-    """All draft attempts up to `attempt` are dead."""
+    """All draft attempts of this drafter up to `attempt` are dead."""
 
     attempt: int
+    drafter: int = 0
 
 
 @dataclass(frozen=True, slots=True)

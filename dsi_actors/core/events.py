@@ -1,6 +1,7 @@
 """What happened (past tense). The driver feeds each to `GenerationCore.handle`.
 
-A *server* is a target server, named by a small integer that the driver chose. Positions are absolute, ranges half-open.
+A *server* is a target server, named by a small integer that the driver chose. So is a *drafter*, of which there may be several:
+events of one that was lost, or never joined, are dropped. Positions are absolute, ranges half-open.
 """
 
 from __future__ import annotations
@@ -29,12 +30,21 @@ class ServerLost:
 
 @dataclass(frozen=True, slots=True)
 class DrafterJoined:
-    """A drafter may be used by this generation. It holds nothing of it."""
+    """A drafter may be used by this generation, beside those that are there. It holds nothing of it."""
+
+    drafter: int = 0
+    #: Of several drafters the one with the lowest rank leads: where it has drafted, the main path is its own. No two that are
+    #: there have the same rank.
+    rank: int = 0
+    #: The most rows that a step of it may have.
+    rows: int = UNLIMITED
 
 
 @dataclass(frozen=True, slots=True)
 class DrafterLost:
-    """The drafter is gone. Decoding goes on without."""
+    """The drafter is gone. Decoding goes on with the others, or without. What it has drafted stays."""
+
+    drafter: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +60,7 @@ class DraftsArrived:
     start: int
     tokens: tuple[int, ...]
     parents: tuple[int, ...] = ()
+    drafter: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +73,7 @@ class DraftEnded:
     attempt: int
     complete: bool
     held: int | None = None
+    drafter: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,11 @@ A generation is one growing list of tokens, and a tree of guesses behind it::
                        ^           ^                        ^
                  prompt_length  committed              len(tokens)
 
-*Committed* tokens are the target's own and never change. *Drafted* tokens are guesses of the drafter: the main path, and
-branches that leave it where the drafter was unsure. Target servers are asked, several at a time, to *verify*: to read
-everything not yet committed (or as much of it as the policy allows) and to answer with the target's own tokens from there
-on, along the tree: up to and including the first that no branch has, or one beyond the end of a branch.
+*Committed* tokens are the target's own and never change. *Drafted* tokens are guesses of the drafters: the main path, and
+branches that leave it where a drafter was unsure, or where several drafters said different things (drafting.py). Target
+servers are asked, several at a time, to *verify*: to read everything not yet committed (or as much of it as the policy
+allows) and to answer with the target's own tokens from there on, along the tree: up to and including the first that no
+branch has, or one beyond the end of a branch.
 
 Lossless argument. A verification answers with the target's continuation of the prefix before its `start`. When it
 was started, `start` was the committed length, so that prefix was committed, and committed tokens never change. Hence
@@ -23,8 +24,8 @@ that is no longer wanted is dropped because its attempt id is dead.
 
 A rejection. The first committed token that differs from the main path's at its place makes the rest of the main path
 worthless. If an *alternative* has this token, that branch becomes the main path: live verifications whose tree holds it go
-on, and the drafter goes on from its end. If none has it, the token is a *correction*: all drafts are dropped, every live
-verification and every live draft attempt is cancelled, and both drafter and the server that just answered start again
+on, and so does the drafter that made it. If none has it, the token is a *correction*: all drafts are dropped, every live
+verification and every live draft attempt is cancelled, and the drafters and the server that just answered start again
 behind it.
 
 Never slower than plain decoding. After each commit the server that answered is free and holds the prefix, and if no
@@ -58,7 +59,7 @@ from dsi_actors.core.actions import (
     StartDraft,
     StartVerify,
 )
-from dsi_actors.core.drafter_view import DrafterView
+from dsi_actors.core.drafting import Drafting
 from dsi_actors.core.events import (
     CancelRequested,
     DraftEnded,
@@ -106,14 +107,6 @@ class _Verification:
     nodes: set[Node]
     #: One past the last position of these.
     deepest: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Draft:
-    """Asked to extend the main path to [start, end)."""
-
-    start: int
-    end: int
 
 
 @dataclass(slots=True)
@@ -166,23 +159,17 @@ class GenerationCore:
         self._next_attempt = 1
         self._servers: dict[int, _Server] = {}
         self._tree = DraftTree(self.tokens[-1], self.committed - 1)
-        #: Live verifications by attempt. Ends rise strictly with the attempt; each holds the tree's root.
+        #: Live verifications by attempt. Each holds the tree's root, and a draft that no earlier one holds: where there is one
+        #: drafter their ends rise strictly.
         self._verifications: dict[int, _Verification] = {}
-        self._drafter_present = False
-        #: The drafter's own main path starts with tokens[:_drafter_held]; it goes on from there.
-        self._drafter_held = 0
-        self._drafter = DrafterView(self._tree, self._judge_late)
-        #: What was committed when the drafter last heard of it.
-        self._drafter_heard = 0
-        #: Live draft attempts: contiguous, in order; the first one extends the main path at _drafter_held.
-        self._drafts: dict[int, _Draft] = {}
-        #: The drafter had nothing to offer here. Ask again after the next commit.
-        self._drafter_exhausted = False
+        self._actions: list[Action] = []
+        self._drafting = Drafting(
+            self._tree, self.tokens, take_attempt=self._take_attempt, act=self._act, on_late=self._judge_late
+        )
         #: Nothing waits for drafts until some come.
         self._drafts_late = False
         #: The server that answered last: it holds the prefix and its KV cache is warm.
         self._warm_server: int | None = None
-        self._actions: list[Action] = []
         #: Of the event in hand.
         self._judged = _NOTHING_JUDGED
 
@@ -199,18 +186,25 @@ class GenerationCore:
     def waits_for_drafts(self) -> bool:
         """Whether a server is idle and nothing is verified because drafts are to come first."""
         return not (self.finished or self._verifications or self._drafts_late) and (
-            self._draft_front() > len(self.tokens) and self._idle_server() is not None
+            self._drafting.coming and self._idle_server() is not None
         )
+
+    def acceptance_of(self, drafter: int) -> tuple[int, int]:
+        """Of the first choices of a drafter that is there, those that were compared with the target's own tokens, and those that
+        were equal."""
+        return self._drafting.acceptance(drafter)
 
     def handle(self, event: Event) -> list[Action]:
         """Take in what happened; return what to do now, in this order."""
         match event:
             case VerificationFinished(attempt, server, start, tokens):
                 self._on_verification_finished(attempt, server, start, tokens)
-            case DraftsArrived(attempt, start, tokens, parents):
-                self._on_drafts_arrived(attempt, start, tokens, parents)
-            case DraftEnded(attempt, complete, held):
-                self._on_draft_ended(attempt, complete, held)
+            case DraftsArrived(attempt, start, tokens, parents, drafter):
+                if self._is_live(drafter, attempt):
+                    self._on_drafts_arrived(drafter, attempt, start, tokens, parents)
+            case DraftEnded(attempt, complete, held, drafter):
+                if self._is_live(drafter, attempt):
+                    self._drafting.ended(drafter, attempt, complete=complete, held=held)
             case VerificationAbandoned(attempt, server, held):
                 self._on_verification_abandoned(attempt, server, held)
             case DraftsLate():
@@ -224,24 +218,22 @@ class GenerationCore:
                 lost = self._servers.pop(server, None)
                 if lost is not None and lost.attempt is not None:
                     self._verifications.pop(lost.attempt, None)
-            case DrafterJoined():
-                self._drafter_present, self._drafter_held, self._drafter_exhausted = True, 0, False
+            case DrafterJoined(drafter, rank, rows):
+                self._drafting.joined(drafter, rank, rows)
                 self._drafts_late = False
-                self._drafts.clear()
-            case DrafterLost():
-                self._drafter_present = False
-                self._drafts.clear()
+            case DrafterLost(drafter):
+                self._drafting.lost(drafter)
             case PolicyChanged(policy):
                 assert policy.sp >= self.policy.sp, "what runs must stay allowed"
                 self.policy = policy
                 if not policy.max_ahead:
-                    self._cancel_drafts()  # nobody waits for them any more
+                    self._drafting.cancel_all()  # nobody waits for them any more
             case CancelRequested():
                 if not self.finished:
                     self._finish("cancelled")
                     self._actions.append(Finish("cancelled"))
         if not self.finished:
-            self._plan_drafts()
+            self._drafting.plan(self.policy, self.end)
             self._plan_verifications()
         if self._judged is not _NOTHING_JUDGED:
             self._actions.append(self._judged)
@@ -296,6 +288,7 @@ class GenerationCore:
         reason: str | None = None
         for token in target_tokens:
             offered = len(self._tree.root.children) > 1
+            self._drafting.judge(token)
             step = self._tree.advance(token)
             accepted.append(step in (Step.ACCEPTED, Step.ALTERNATIVE))
             if step is Step.ALTERNATIVE:
@@ -303,7 +296,11 @@ class GenerationCore:
             if step is not Step.UNDRAFTED:
                 self._judge(step, offered=offered)
             if step is not Step.ACCEPTED:
-                self._replace_main_path(self.committed, step)
+                self._replace_main_path(self.committed)
+                self.counters.rejections += step is Step.CORRECTED
+            self._drafting.root_moved()
+            if step is Step.CORRECTED:
+                self._drafting.cancel_all()
             self.committed += 1
             if token in self.stop_tokens:
                 reason = "stop"
@@ -311,9 +308,9 @@ class GenerationCore:
                 reason = "length"
             if reason or self._tree.root not in verified:
                 break
-        self._drafter_exhausted = False
         if reason is None:
-            self._cancel_outrun_work()
+            self._cancel_outrun_verifications()
+            self._drafting.committed()
         else:
             self._finish(reason)
         committed = tuple(self.tokens[start : self.committed])
@@ -321,33 +318,33 @@ class GenerationCore:
         if reason is not None:
             self._actions.append(Finish(reason))
 
-    def _replace_main_path(self, position: int, step: Step) -> None:
-        """The root moved to `position` on another way than the main path: that is another one now."""
-        self.counters.rejections += step is Step.CORRECTED
+    def _replace_main_path(self, position: int) -> None:
+        """The main path is another one from this position on."""
         del self.tokens[position:]
         for server in self._servers.values():
             server.held = min(server.held, position)
-        self._drafter_held = min(self._drafter_held, position)
-        self.tokens += (node.token for node in (self._tree.root, *self._tree.main))
-        if step is Step.CORRECTED:
-            self._cancel_drafts()
+        self.tokens += (
+            node.token for node in (self._tree.root, *self._tree.main)[position - self._tree.root.position :]
+        )
 
-    def _cancel_outrun_work(self) -> None:
-        """Work that can yield nothing beyond the committed tokens, or no more than earlier work, is not wanted any more."""
-        front, root, outrun = -1, self._tree.root, []
+    def _cancel_outrun_verifications(self) -> None:
+        """Those that can yield nothing beyond the committed tokens, or no more than earlier ones: neither on the main path nor on
+        that of another drafter."""
+        root, outrun = self._tree.root, []
+        paths = [self._tree.main, *(self._tree.path_to(view.end) for view in self._drafting.beside)]
+        fronts = [-1] * len(paths)
         for attempt, verification in self._verifications.items():
             if root in verification.nodes:
-                verification.end = self._tree.reach(verification.nodes)
-                if verification.end > front:
-                    front = verification.end
+                reached = [self._tree.reach(verification.nodes, path) for path in paths]
+                verification.end = reached[0]
+                if any(map(int.__gt__, reached, fronts)):
+                    fronts = list(map(max, reached, fronts))
                     continue
             outrun.append(attempt)
         self._cancel_verifications(outrun)
-        if self._drafts and self._draft_front() <= self.committed:
-            self._cancel_drafts()  # the drafter fell behind altogether: let it skip ahead
 
     def _judge(self, step: Step, *, offered: bool) -> None:
-        """What the drafter thought most probable was compared with the target's own. `offered`: it had an alternative, too."""
+        """The main path's draft was compared with the target's own token. `offered`: there was an alternative, too."""
         now, counters = self._judged, self.counters
         accepted, wrong, hit = step is Step.ACCEPTED, step is not Step.ACCEPTED and offered, step is Step.ALTERNATIVE
         self._judged = Judged(
@@ -361,108 +358,54 @@ class GenerationCore:
     def _judge_late(self, right: bool) -> None:
         self._judge(Step.ACCEPTED if right else Step.CORRECTED, offered=False)
 
-    # What the drafter said
+    # What the drafters said
 
-    def _on_drafts_arrived(self, attempt: int, start: int, tokens: Sequence[int], parents: Sequence[int]) -> None:
-        draft = self._drafts.get(attempt)
-        if draft is None:
-            self.counters.stale_events += 1
-            return
-        placed = self._drafter.add(start, tokens, parents, draft.end)
-        self.tokens += (node.token for node in self._tree.main[len(self.tokens) - self.committed :])
-        if not placed:
-            # A gap or an overrun: what came in between was lost, so what follows stands on nothing we know. Go on
-            # without drafts until the next commit, or a drafter that always errs would keep us waiting.
-            self._drafter_exhausted = True
-            self._cancel_drafts()
-            return
-        self._drafts_late = False
-        self.counters.drafted += len(tokens)
-        if not self._drafter.astray:
-            self._drafter_held = self._drafter.end.position + 1
-        elif not self._drafter.knows_the_main_path:
-            self._cancel_drafts()  # it goes on behind a token that the target has contradicted since
+    def _is_live(self, drafter: int, attempt: int) -> bool:
+        live = self._drafting.is_live(drafter, attempt)
+        self.counters.stale_events += not live
+        return live
 
-    def _on_draft_ended(self, attempt: int, complete: bool, held: int | None) -> None:
-        draft = self._drafts.pop(attempt, None)
-        if draft is None:
-            self.counters.stale_events += 1
-        elif held is not None:
-            self._drafter_held = min(self._drafter_held, held)  # it lost its prefix: send that again
-            self._cancel_drafts()
-        elif not complete or self._drafter_held < draft.end:
-            self._drafter_exhausted = True
-            self._cancel_drafts()
-        else:  # and so are those before it, though their ends are still to come
-            for earlier in [number for number in self._drafts if number < attempt]:
-                del self._drafts[earlier]
+    def _on_drafts_arrived(
+        self, drafter: int, attempt: int, start: int, tokens: Sequence[int], parents: Sequence[int]
+    ) -> None:
+        placed = self._drafting.arrived(drafter, attempt, start, tokens, parents)
+        self._follow_main_path()
+        if placed:
+            self.counters.drafted += len(tokens)
+            if self._drafting.leads(drafter):
+                self._drafts_late = False
+
+    def _follow_main_path(self) -> None:
+        """Drafts came: the main path is longer, or that of a drafter that leads those whose it was."""
+        tree = self._tree
+        if tree.replaced_from is not None and tree.replaced_from < len(self.tokens):
+            self._replace_main_path(tree.replaced_from)
+            for verification in self._verifications.values():
+                verification.end = tree.reach(verification.nodes, tree.main)
+        else:
+            self.tokens += (node.token for node in tree.main[len(self.tokens) - self.committed :])
+        tree.replaced_from = None
 
     # What to do next
-
-    def _plan_drafts(self) -> None:
-        """Keep the drafter busy, `max_ahead` beyond the committed tokens and never past the last useful position."""
-        if not self._drafter_present or self._drafter_exhausted:
-            return
-        policy = self.policy
-        limit = min(self.committed + policy.max_ahead, self.end - 1)
-        astray = bool(self._drafts) and self._drafter.astray
-        front = len(self.tokens) if astray else self._draft_front()
-        if front >= limit:
-            if astray:
-                self._cancel_drafts()
-            return
-        if astray:
-            self._drafts.clear()  # the next request says where it goes on, and ends those before it
-        if self._drafts:
-            # Extend a running plan well before it runs out, but not by one token at each commit; and not while the
-            # drafter is behind, where more of the same plan is of no use.
-            remaining = front - self._drafter_held
-            enough = remaining > max(policy.lookahead, policy.max_ahead // 2)
-            branches_are_dead = policy.rows > 1 and self.committed - self._drafter_heard >= policy.lookahead
-            if self._drafter_held < self.committed or (enough and not branches_are_dead):
-                return
-            tokens: tuple[int, ...] = ()
-        else:
-            tokens = tuple(self.tokens[self._drafter_held :])
-        base = self._drafter_held
-        if not self._drafts:  # it is told all of the main path, and numbers what it drafts from there on
-            self._drafter_held = len(self.tokens)
-            self._drafter.restart()
-        wait = self.committed + policy.first_wait
-        if front < wait < limit and policy.first_wait != policy.lookahead:
-            # What the first verification waits for comes in one block, and no later than it is complete.
-            self._start_draft(base, tokens, front, wait, wait - front)
-            base, tokens, front = self._drafter_held, (), wait
-        self._start_draft(base, tokens, front, limit, policy.lookahead)
-
-    def _start_draft(self, base: int, tokens: tuple[int, ...], start: int, end: int, block: int) -> None:
-        attempt = self._take_attempt()
-        self._drafts[attempt] = _Draft(start, end)
-        self._drafter_heard = self.committed
-        self._actions.append(
-            StartDraft(attempt, base, tokens, start, end - start, block, self.policy.rows, self.committed)
-        )
-
-    def _draft_front(self) -> int:
-        """One past the last position that the drafter has been asked for."""
-        return next(reversed(self._drafts.values())).end if self._drafts else len(self.tokens)
 
     def _plan_verifications(self) -> None:
         while len(self._verifications) < self.policy.sp and self._worth_verifying():
             server = self._idle_server()
-            if server is None:
+            if server is None or not self._start_verification(server, self._servers[server]):
                 return
-            self._start_verification(server, self._servers[server])
 
-    def _start_verification(self, server: int, state: _Server) -> None:
-        attempt, start = self._take_attempt(), self.committed
+    def _start_verification(self, server: int, state: _Server) -> bool:
+        """False if there is nothing to verify that is not verified: a branch may be too much for the server, or the policy."""
+        start = self.committed
         base, end = state.held, min(len(self.tokens), self._verified_front() + self.policy.span)
         nodes = set(self._tree.main[: end - start])
         nodes.add(self._tree.root)
         # A branch may leave the main path before what the server holds: all from the root on is told again, then. A server that
         # has a long text to read gets no branches with it.
         room = min(self.policy.branches, state.rows - (end - min(base, start)))
-        branches = self._tree.branches(end, room) if room > 0 else ()
+        branches = self._tree.branches(end, self._deepest(end), room) if room > 0 else ()
+        if self._verifications and end <= self._verified_front() and all(map(self._is_verified, branches)):
+            return False
         if branches:
             base = min(base, start)
             nodes.update(branches)
@@ -472,10 +415,30 @@ class GenerationCore:
             base = min(base, end)
             tokens, parents = tuple(self.tokens[base:end]), ()
         deepest = max([end, *(node.position + 1 for node in branches)])
+        attempt = self._take_attempt()
         self._verifications[attempt] = _Verification(server, start, end, nodes, deepest)
         state.attempt, state.held = attempt, end
         self.counters.verifications += 1
         self._actions.append(StartVerify(attempt, server, base, tokens, start, parents))
+        return True
+
+    def _is_verified(self, node: Node) -> bool:
+        """Whether a live verification checks it."""
+        return any(node in verification.nodes for verification in self._verifications.values())
+
+    def _deepest(self, end: int) -> int:
+        """Where a verification that reads the main path up to `end` ends on branches. Not before the drafters' own paths do, or
+        what lies between would wait for the main path to be as long."""
+        nodes = [view.end for view in self._drafting.beside]
+        return max([end, *(node.position + 1 - max(0, self._unverified(node) - self.policy.span) for node in nodes)])
+
+    def _unverified(self, node: Node) -> int:
+        """Of the drafts on the path to a live node, how many at its end no live verification checks."""
+        found = 0
+        while node is not self._tree.root and not self._is_verified(node):
+            assert node.parent is not None
+            found, node = found + 1, node.parent
+        return found
 
     def _parents_of(self, base: int, end: int, branches: Sequence[Node]) -> tuple[int, ...]:
         """For tokens [base, end) and these nodes: the place among them of the token before each, counted from 1. 0 is the token
@@ -491,13 +454,23 @@ class GenerationCore:
         return tuple(parents)
 
     def _worth_verifying(self) -> bool:
-        running = bool(self._verifications)
-        front = len(self.tokens)
-        drafts_coming = bool(self._drafts) and self._draft_front() > front
-        drafted, covered = front - self.committed, self._verified_front() - self.committed
-        if worth_verifying(self.policy, drafted, covered, running=running, drafts_coming=drafts_coming):
+        policy, drafting, running = self.policy, self._drafting, bool(self._verifications)
+        if not running and (self._drafts_late or self._has_much_to_read()):
             return True
-        return not running and (self._drafts_late or self._has_much_to_read())
+        covered = self._verified_front() - self.committed
+        for view in drafting.views[
+            self._drafts_late :
+        ]:  # of which the first one with something to verify, or to come, decides
+            coming, drafted = drafting.has_more_to_come(view), drafting.front(view) - self.committed
+            if not (coming or drafted):
+                continue
+            left = self._unverified(view.end) if drafting.is_beside(view) else drafted - covered
+            if worth_verifying(policy, left if running else drafted, 0, running=running, drafts_coming=coming):
+                return True
+            if coming:
+                return False
+        drafted = len(self.tokens) - self.committed
+        return worth_verifying(policy, drafted, covered, running=running, drafts_coming=drafting.coming)
 
     def _has_much_to_read(self) -> bool:
         """Whether the server would read more before the drafts than there may be drafts. Then they come while it reads: DSI
@@ -508,8 +481,8 @@ class GenerationCore:
         return self.committed - self._servers[server].held > self.policy.max_ahead
 
     def _verified_front(self) -> int:
-        """One past the last drafted token that is being verified."""
-        return next(reversed(self._verifications.values())).end if self._verifications else self.committed
+        """One past the last token of the main path that is being verified."""
+        return max((verification.end for verification in self._verifications.values()), default=self.committed)
 
     def _idle_server(self) -> int | None:
         """The idle server with the least to read: the one that answered last, else the one that holds most."""
@@ -524,20 +497,18 @@ class GenerationCore:
         for attempt in list(attempts):
             self._actions.append(CancelVerify(attempt, self._verifications.pop(attempt).server))
 
-    def _cancel_drafts(self) -> None:
-        if self._drafts:
-            self._actions.append(CancelDrafts(max(self._drafts)))
-            self._drafts.clear()
-
     def _finish(self, reason: str) -> None:
         self.finish_reason = reason
         self._tree.clear()
         del self.tokens[self.committed :]
         for server in self._servers.values():
             server.held = min(server.held, self.committed)
-        self._drafter_held = min(self._drafter_held, self.committed)
         self._cancel_verifications(self._verifications)
-        self._cancel_drafts()
+        self._drafting.root_moved()
+        self._drafting.cancel_all()
+
+    def _act(self, action: Action) -> None:
+        self._actions.append(action)
 
     def _take_attempt(self) -> int:
         attempt = self._next_attempt
@@ -555,22 +526,18 @@ class GenerationCore:
         assert (tree.root.token, tree.root.position) == (self.tokens[self.committed - 1], self.committed - 1)
         assert [node.token for node in tree.main] == self.tokens[self.committed :]
         assert len(self._verifications) <= self.policy.sp
-        ends = [v.end for v in self._verifications.values()]
-        assert ends == sorted(set(ends)), "a later verification covers more"
+        earlier: set[Node] = set()
         for attempt, verification in self._verifications.items():
             assert self._servers[verification.server].attempt == attempt, "a live verification has its server"
             assert verification.start <= self.committed <= verification.end <= len(self.tokens)
-            assert verification.end == tree.reach(verification.nodes), "and its tree holds the root"
-            assert tree.root in verification.nodes
+            assert verification.end == tree.reach(verification.nodes, tree.main)
+            assert tree.root in verification.nodes, "its tree holds the root"
+            assert any(node.live for node in verification.nodes - earlier), "a later verification covers more"
+            earlier |= verification.nodes
         for server in self._servers.values():
             assert 0 <= server.held <= len(self.tokens)
-        assert self._drafter_held <= max(len(self.tokens), self._draft_front())
-        expected = None
-        for draft in self._drafts.values():
-            assert expected is None or draft.start == expected, "live draft attempts are contiguous"
-            assert draft.start < draft.end <= self.end - 1
-            expected = draft.end
+        self._drafting.check(self.end)
         if self.finished:
             assert not self._verifications, "a finished generation holds nothing"
-            assert not self._drafts, "a finished generation holds nothing"
+            assert self._drafting.idle, "a finished generation holds nothing"
             assert len(self.tokens) == self.committed

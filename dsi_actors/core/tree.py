@@ -1,7 +1,8 @@
 """The tree of drafts behind the committed tokens.
 
-The root is the last committed token. Below it stands what was drafted: a node's first child is what the drafter thinks
-most probable there, its other children are alternatives. The *main path* follows first children from the root::
+The root is the last committed token. Below it stands what was drafted, by one drafter or by several: a node's first child is
+what the drafter thinks most probable there (of several drafters the one that leads), its other children are alternatives.
+The *main path* follows first children from the root::
 
     root ── 7 ── 3 ── 9        main path: 7 3 9
        │     └─── 4 ── 2       4: an alternative to 3, with one token drafted behind it
@@ -13,7 +14,7 @@ root to the child that has this token; what was built on its siblings dies with 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from enum import Enum
 
 
@@ -31,15 +32,17 @@ class Step(Enum):
 
 
 class Node:
-    """A token at a position. `live`: it stands in the tree, or is committed."""
+    """A token at a position. `live`: it stands in the tree, or is committed. `drafted_by`: the ranks of its drafters, and
+    whether it was their first choice there. What several drafters say at one place is one node."""
 
-    __slots__ = ("children", "live", "parent", "position", "token")
+    __slots__ = ("children", "drafted_by", "live", "parent", "position", "token")
 
     def __init__(self, token: int, position: int, parent: Node | None = None, *, live: bool = True) -> None:
         self.token = token
         self.position = position
         self.parent = parent
         self.children: list[Node] = []
+        self.drafted_by: dict[int, bool] = {}
         self.live = live
 
 
@@ -51,6 +54,8 @@ class DraftTree:
         self.root = Node(token, position)
         #: Nodes of the main path, from the root's first child on.
         self.main: list[Node] = []
+        #: From this position on `lead` has made it another one. Whoever follows the main path takes note, and resets this.
+        self.replaced_from: int | None = None
 
     @property
     def front(self) -> int:
@@ -72,6 +77,19 @@ class DraftTree:
         if len(parent.children) == 1 and parent is self.main_end:
             self.main.append(node)
         return node
+
+    def lead(self, node: Node) -> None:
+        """Make a live node the first child of its parent, and if that stands on the main path, have the main path go there."""
+        assert node.parent is not None
+        siblings = node.parent.children
+        if siblings[0] is node:
+            return
+        siblings.remove(node)
+        siblings.insert(0, node)
+        place = node.position - self.root.position - 1
+        if self.main[place - 1] is node.parent if 0 < place <= len(self.main) else node.parent is self.root:
+            self.main[place:] = [node, *_first_children(node)]
+            self.replaced_from = min(node.position, self.replaced_from or node.position)
 
     def advance(self, token: int) -> Step:
         """The target's own token follows the root: the root moves there."""
@@ -98,23 +116,32 @@ class DraftTree:
         self.root.children = []
         self.main = []
 
-    def branches(self, end: int, most: int) -> list[Node]:
-        """Nodes beside the main path at positions before `end`, at most so many, each after its parent. Branches that leave the
-        main path early come first: they are needed soonest."""
+    def branches(self, end: int, deepest: int, most: int) -> list[Node]:
+        """Nodes beside the main path, at most so many, each after its parent: those at positions before `deepest` on branches
+        that leave the main path before `end`. Branches that leave it early come first: they are needed soonest."""
         found: list[Node] = []
         parent = self.root
         for node in self.main:
-            if node.position >= end or len(found) >= most:
+            if node.position > end or node.position >= deepest or len(found) >= most:
                 break
             for sibling in parent.children[1:]:
-                found += (below for below in _subtree(sibling) if below.position < end)
+                found += (below for below in _subtree(sibling) if below.position < deepest)
             parent = node
         return found[:most]
 
-    def reach(self, held: Collection[Node]) -> int:
-        """One past the last position of the main path whose nodes, from the root on, are all in `held`."""
+    def path_to(self, node: Node) -> list[Node]:
+        """The nodes from the root, which is left out, to a live node below it."""
+        path: list[Node] = []
+        while node is not self.root:
+            path.append(node)
+            assert node.parent is not None
+            node = node.parent
+        return path[::-1]
+
+    def reach(self, held: Collection[Node], path: Sequence[Node]) -> int:
+        """One past the last position of a path from the root whose nodes are all in `held`."""
         position = self.root.position
-        for node in self.main:
+        for node in path:
             if node not in held:
                 break
             position = node.position

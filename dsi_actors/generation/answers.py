@@ -90,7 +90,7 @@ class Answers:
         self, request: Draft, worker: WorkerHandle, block: Drafted, waited_ms: float, *, in_use: bool
     ) -> Meaning:
         """A block of drafts, the last one or not. `waited_ms`: since it was asked, or the block before. `in_use`: the drafter
-        was not exchanged for another one meanwhile."""
+        is the one that is planned with: it was not exchanged for another one meanwhile, and leads if there are several."""
         steps = _steps(block)
         self._account.drafting(block.busy_us, len(block.tokens))
         if (
@@ -101,20 +101,20 @@ class Answers:
             return Misbehaved(worker, f"{len(block.tokens)} drafts with {len(block.parents)} parents")
         if max(block.tokens) >= self._vocabulary_size:
             return Misbehaved(worker, f"token {max(block.tokens)} is outside the target's vocabulary")
-        return DraftsArrived(request.attempt, block.start, block.tokens, block.parents)
+        return DraftsArrived(request.attempt, block.start, block.tokens, block.parents, worker.number)
 
     def to_draft(self, request: Draft, worker: WorkerHandle, reply: Reply | None, *, cancelled: bool) -> Meaning:
         """The terminal reply to a draft request. `cancelled`: we did that."""
         match reply:
             case Drafted():  # whether it is complete the core sees, which knows where the main path ends
-                return DraftEnded(request.attempt, complete=True)
+                return DraftEnded(request.attempt, complete=True, drafter=worker.number)
             case Cancelled(_, attempt, _, busy_us) if cancelled:
                 self._account.drafting(busy_us)
-                return DraftEnded(attempt, complete=False)
+                return DraftEnded(attempt, complete=False, drafter=worker.number)
             case Cancelled():  # because it took too long (WorkerHandle.cancel_overdue): do not wait for it again here
                 return Misbehaved(worker, "it did not answer in time", fault=False)
             case NeedPrefix(_, attempt, held) if held < request.base:
-                return DraftEnded(attempt, complete=False, held=held)
+                return DraftEnded(attempt, complete=False, held=held, drafter=worker.number)
             case None:
                 return Withdrawn(worker)
         return _refused(worker, reply)

@@ -39,10 +39,12 @@ from dsi_actors.errors import NoTargetError
 from dsi_actors.generation.account import Account
 from dsi_actors.generation.answers import Answered, Answers, Misbehaved, Withdrawn
 from dsi_actors.generation.draft_timeout import DraftTimeout
-from dsi_actors.generation.knowledge import Knowledge, can_overlap, rows_of
+from dsi_actors.generation.knowledge import Knowledge, can_overlap, rows_of, rows_of_trees
+from dsi_actors.generation.lent_drafters import LentDrafter, LentDrafters
 from dsi_actors.generation.messages import GenerationMessage, Granted, Reclaimed, Settled, WaitedForTarget
 from dsi_actors.generation.prefix_checksums import PrefixChecksums
 from dsi_actors.logs import get_logger
+from dsi_actors.planning.arms import TOGETHER, arms_of
 from dsi_actors.planning.controller import Controller
 from dsi_actors.results import CommittedTokens, GenerationReport
 from dsi_actors.workforce.scheduler import Exchanged, GivenBack, Released, Requested, Scheduler
@@ -93,15 +95,12 @@ class Generation(Actor[GenerationMessage]):
         self._observe = observe
         self._servers: dict[int, WorkerHandle] = {}
         self._most_servers = 0
-        self._drafter: WorkerHandle | None = None
-        self._last_draft = 0
+        self._drafters = LentDrafters()
         self._workers_used: dict[int, WorkerHandle] = {}
         self._sent_away: set[int] = set()
         self._checksums = PrefixChecksums(core)
         self._error: Exception | None = None
         self._last_failure = ""
-        self._drafts_cancelled_to = 0
-        self._drafter_heard_s = 0.0
         self._pending = 0  # requests without a terminal reply
         self._account = Account()
         self._answers = Answers(
@@ -123,7 +122,7 @@ class Generation(Actor[GenerationMessage]):
         policy = self._core.policy
         self._account.begin()
         drafts = policy.algorithm != "ar"
-        self._scheduler.tell(Requested(self, policy.sp, wants_drafter=drafts, kind=self._controller.drafter))
+        self._scheduler.tell(Requested(self, policy.sp, drafts, self._kinds_of(self._controller.drafter)))
         self._wait_for_target(self._first_target_wait_s)
 
     def cancel(self) -> None:
@@ -152,8 +151,8 @@ class Generation(Actor[GenerationMessage]):
             case Reclaimed(worker):
                 worker.close(self.number)
                 self._let_go(worker)
-                if worker is self._drafter:
-                    self._drop_drafter()
+                if worker.number in self._drafters:
+                    self._drop_drafter(worker)
             case Misbehaved(worker, reason, fault):
                 self._send_away(worker, reason, fault=fault)
             case WaitedForTarget(waits):
@@ -198,20 +197,16 @@ class Generation(Actor[GenerationMessage]):
             case StartVerify(attempt, server, base, tokens, start, parents):
                 verify = Verify(self.number, attempt, base, self._checksums.of_first(base), tokens, start, parents)
                 self._verify(verify, self._servers[server])
-            case StartDraft(attempt, base, tokens, start, count, block, rows, committed):
-                assert self._drafter is not None
-                self._last_draft = attempt
-                if start == base + len(tokens):  # it ends those before it
-                    self._drafts_cancelled_to = attempt - 1
+            case StartDraft(attempt, base, tokens, start, count, block, rows, committed, number):
+                self._drafters[number].asked(action)
                 checksum = self._checksums.of_first(base)
                 draft = Draft(self.number, attempt, base, checksum, tokens, start, count, block, rows, committed)
-                self._draft(draft, self._drafter)
+                self._draft(draft, self._drafters[number])
             case CancelVerify(attempt, server):
                 self._servers[server].cancel(self.number, attempt)
-            case CancelDrafts(attempt):
-                self._drafts_cancelled_to = attempt
-                if self._drafter is not None:
-                    self._drafter.cancel(self.number, attempt)
+            case CancelDrafts(attempt, number):
+                self._drafters[number].cancelled_to = attempt
+                self._drafters[number].worker.cancel(self.number, attempt)
             case EmitTokens(start, tokens, accepted, alternatives):
                 self._learn_pace(len(tokens))
                 first, logprobs = self._logprobs
@@ -226,13 +221,18 @@ class Generation(Actor[GenerationMessage]):
                 self._end_stream()
 
     def _learn_pace(self, tokens: int) -> None:
-        kind = self._controller.committed(
+        kinds = self._scheduler.drafter_kinds(self)
+        trees = self._controller.tuner.may_branch and rows_of(self._servers.values()) > 1
+        another = self._controller.committed(
             tokens, self._account.commit(tokens), self._core.committed,
-            drafts=self._drafter is not None, drafters=self._scheduler.drafter_kinds(self),
+            drafts=len(self._drafters) > 0, drafters=arms_of(kinds, trees=trees),
         )  # fmt: skip
-        if kind is not None:
-            self._log.info("another drafter", kind=kind)
-            self._scheduler.tell(Exchanged(self, kind))
+        if another is not None:
+            self._log.info("another drafter", kinds=self._kinds_of(another))
+            self._scheduler.tell(Exchanged(self, self._kinds_of(another)))
+
+    def _kinds_of(self, arm: str) -> tuple[str, ...]:
+        return tuple(self._scheduler.drafter_kinds(self)) if arm == TOGETHER else (arm,)
 
     # Workers
 
@@ -247,19 +247,31 @@ class Generation(Actor[GenerationMessage]):
             self._count_servers()
             self._feed(ServerJoined(worker.number, min(rows_of([worker]), MOST_ROWS)))
         else:
-            self._drafter = worker
-            latency_ms = worker.ready.latency_us / 1e3 if worker.ready is not None else 0.0
-            guesser = self._knowledge.guesser(worker.kind, self._core.committed, latency_ms)
-            self._controller.drafter_joined(worker.kind, guesser, len(self._core.tokens))
-            self._count_servers()
-            self._feed(DrafterJoined())
+            lent = self._drafters.add(worker, self._knowledge.rank(worker.kind))
+            self._plan_with_drafters()
+            self._feed(DrafterJoined(worker.number, lent.rank, rows_of([worker])))
 
-    def _drop_drafter(self) -> None:
-        """What it still does for us is cancelled: it was closed, or is gone."""
+    def _drop_drafter(self, worker: WorkerHandle) -> None:
+        """What it still does for us is cancelled: it was closed, or is gone. The others go on."""
         self._learn()
-        self._drafts_cancelled_to = self._last_draft
-        self._drafter = None
-        self._feed(DrafterLost())
+        if len(self._drafters) > 1:
+            judged, accepted = self._core.acceptance_of(worker.number)
+            self._log.info("a drafter leaves the others", worker=str(worker), judged=judged, accepted=accepted)
+        self._drafters.remove(worker.number)
+        self._plan_with_drafters()
+        self._feed(DrafterLost(worker.number))
+
+    def _plan_with_drafters(self) -> None:
+        """Others are there than before. Those that are there are the arm in use."""
+        leader = self._drafters.leader
+        if leader is None:
+            return
+        kinds, ready = self._drafters.kinds, leader.worker.ready
+        guesser = self._knowledge.guesser(
+            kinds, self._core.committed, ready.latency_us / 1e3 if ready is not None else 0.0
+        )
+        self._controller.drafter_joined(TOGETHER if len(kinds) > 1 else kinds[0], guesser, len(self._core.tokens))
+        self._count_servers()
 
     def _lose(self, worker: WorkerHandle) -> None:
         """The worker is gone, or not to be used here again. Hearing of it twice changes nothing."""
@@ -268,9 +280,9 @@ class Generation(Actor[GenerationMessage]):
             self._let_go(worker)
             if not self._servers:
                 self._wait_for_target(self._target_wait_s)
-        elif self._drafter is worker:
+        elif worker.number in self._drafters:
             self._log.warning("drafter lost: decoding goes on without", worker=str(worker))
-            self._drop_drafter()
+            self._drop_drafter(worker)
 
     def _let_go(self, worker: WorkerHandle) -> None:
         if self._servers.pop(worker.number, None) is not None:
@@ -278,11 +290,10 @@ class Generation(Actor[GenerationMessage]):
             self._feed(ServerLost(worker.number))
 
     def _count_servers(self) -> None:
-        drafters = [] if self._drafter is None else [self._drafter]
+        servers, drafters = self._servers.values(), self._drafters.workers
         self._controller.set_servers(
-            len(self._servers), overlaps=can_overlap(self._servers.values(), drafters),
-            rows=rows_of([*self._servers.values(), *drafters]),
-        )  # fmt: skip
+            len(servers), overlaps=can_overlap(servers, drafters[:1]), rows=rows_of_trees(servers, drafters)
+        )
 
     def _wait_for_target(self, patience_s: float) -> None:
         self._waits += 1
@@ -324,19 +335,20 @@ class Generation(Actor[GenerationMessage]):
         self._pending += 1
         worker.verify(request, on_reply)
 
-    def _draft(self, request: Draft, worker: WorkerHandle) -> None:
+    def _draft(self, request: Draft, lent: LentDrafter) -> None:
+        worker = lent.worker
         asked_s = time.perf_counter()
 
         def on_drafted(block: Drafted) -> None:
             now_s = time.perf_counter()
-            waited_ms = (now_s - max(asked_s, self._drafter_heard_s)) * 1e3
-            self._drafter_heard_s = now_s
-            in_use = worker is self._drafter
+            waited_ms = (now_s - max(asked_s, lent.heard_s)) * 1e3
+            lent.heard_s = now_s
+            in_use = lent is self._drafters.leader
             self.deliver(self._answers.drafted(request, worker, block, waited_ms, in_use=in_use))
 
         def on_reply(reply: Reply | None) -> None:
             self._pending -= 1
-            cancelled = request.attempt <= self._drafts_cancelled_to or self._core.finished
+            cancelled = request.attempt <= lent.cancelled_to or self._core.finished
             self.deliver(self._answers.to_draft(request, worker, reply, cancelled=cancelled))
 
         self._pending += 1
@@ -354,7 +366,7 @@ class Generation(Actor[GenerationMessage]):
 
     def _conclude(self) -> None:
         if self.report is None:
-            self.report = self._account.report(self._core, self._most_servers, self._controller.drafter)
+            self.report = self._account.report(self._core, self._most_servers, self._drafters.name)
             self.stop()
 
     def on_stop(self) -> None:
@@ -365,7 +377,7 @@ class Generation(Actor[GenerationMessage]):
         if not self._core.finished:
             self._core.handle(CancelRequested())
         if self.report is None:
-            self.report = self._account.report(self._core, self._most_servers, self._controller.drafter)
+            self.report = self._account.report(self._core, self._most_servers, self._drafters.name)
         self._controller.ended()
         if self._core.counters.judged or self._controller.estimates.sharers > 1:
             self._learn()

@@ -11,9 +11,10 @@ from dataclasses import replace
 from typing import TypeVar
 
 from dsi_actors.config import NGRAM, Algorithm, Config
-from dsi_actors.planning.arms import ArmChoice, Arms, Context, chooses_arms
+from dsi_actors.core.policy import UNLIMITED
+from dsi_actors.planning.arms import TOGETHER, ArmChoice, Arms, Context, arms_of, chooses_arms
 from dsi_actors.planning.controller import Controller
-from dsi_actors.planning.tuner import Estimates, Guesser, Tuner
+from dsi_actors.planning.tuner import Estimates, Guesser, Tuner, may_branch
 from dsi_actors.workforce.worker_handle import WorkerHandle
 from dsi_protocol import Ready
 
@@ -23,6 +24,8 @@ Learnt = TypeVar("Learnt", Estimates, Guesser)
 _FULL_WEIGHT = 64
 #: Texts that are this much shorter or longer (powers of two) differ as much as one running generation from two.
 _LENGTHS_FOR_A_LOAD = 3
+#: Behind all other ranks.
+_LAST = 1 << 20
 
 
 class Knowledge:
@@ -37,8 +40,10 @@ class Knowledge:
         self._arms = Arms(running)
         #: Of the target servers, by context.
         self._learned: dict[Context, Estimates] = {}
-        #: Of drafters, by kind and context.
+        #: Of drafters, by kind (TOGETHER: of all of them) and context.
         self._guessers: dict[str, dict[Context, Guesser]] = {}
+        #: See `rank`.
+        self._ranks = {kind: rank for rank, kind in enumerate(sorted(config.drafters, key=NGRAM.__eq__))}
 
     def estimates(self, position: int = 0) -> Estimates:
         """What the next generation begins with, for a text of so many tokens."""
@@ -53,21 +58,27 @@ class Knowledge:
         self._arms.generation_begins()
         choice = ArmChoice(self._arms, left_to_us=chooses_arms(algorithm, lookahead), never_left=(NGRAM,))
         choice.position = position
-        kind = choice.first(self._kinds())
-        choice.use(kind)
         targets = self._of_role("target")
         sp = sp or self._config.sp or len(targets)
-        known = self._of_drafter(kind, self._arms.context(position))
-        known.rows = rows_of([*targets, *self._drafters(kind)])
-        overlaps = can_overlap(targets, self._drafters(kind))
+        kind = choice.first(arms_of(self._kinds(), trees=may_branch(lookahead, rows) and rows_of(targets) > 1))
+        choice.use(kind)
+        known, kinds = self._of_drafter(kind, self._arms.context(position)), self._kinds_of(kind)
+        known.rows = rows_of_trees(targets, [worker for each in kinds for worker in self._drafters(each)])
+        overlaps = can_overlap(targets, self._drafters(kinds[0]))
         tuner = Tuner(algorithm, sp, lookahead, known, rows=rows, overlaps=overlaps)
         tuner.servers = min(sp, max(1, len(targets)))
         tuner.estimates.sharers = -(-(self._running() + 1) // max(1, len(targets)))
         return Controller(tuner, choice)
 
-    def guesser(self, kind: str, position: int, latency_ms: float) -> Guesser:
-        """What is known of a drafter that measured this latency at its start."""
-        return _nearest(self._guessers.get(kind, {}), self._arms.context(position)) or Guesser.unjudged(latency_ms)
+    def rank(self, kind: str) -> int:
+        """Of drafters that draft together the one with the lowest rank leads (core/drafting.py): in the order of the
+        configuration, others behind. Prompt lookup comes last: it has no idea most of the time, and a plan is made for the
+        leader."""
+        return self._ranks.setdefault(kind, len(self._ranks)) if kind != NGRAM else _LAST
+
+    def guesser(self, kinds: Sequence[str], position: int, latency_ms: float) -> Guesser:
+        """What is known of a drafter, or of several together, the leader first, which measured this latency at its start."""
+        return self._guesser(kinds, self._arms.context(position), latency_ms)
 
     def learn(self, estimates: Estimates, drafter: str, position: int, tokens: int) -> None:
         """From a generation of so many tokens that ended at `position`, with the kind of its last drafter, if it had one."""
@@ -92,17 +103,23 @@ class Knowledge:
         )
 
     def _of_drafter(self, kind: str, context: Context) -> Estimates:
+        """Of several together: the leader's, as far as nothing is known of all of them."""
         estimates = _nearest(self._learned, context)
         if estimates is None:
             estimates = _as_measured([worker.ready for worker in self._of_role("target") if worker.ready is not None])
-        latencies_us = [worker.ready.latency_us for worker in self._drafters(kind) if worker.ready is not None]
+        kinds = self._kinds_of(kind)
+        latencies_us = [worker.ready.latency_us for worker in self._drafters(kinds[0]) if worker.ready is not None]
         if not latencies_us:
-            return estimates
-        guesser = _nearest(self._guessers.get(kind, {}), context) or Guesser.unjudged(latencies_us[0] / 1e3)
+            return replace(estimates)
+        guesser = self._guesser(kinds, context, latencies_us[0] / 1e3)
         return replace(
             estimates, drafter_ms=guesser.drafter_ms, accepted=guesser.accepted, judged=guesser.judged,
-            alternatives=guesser.alternatives, offered=guesser.offered, drafter_row=self._row_share(kind),
+            alternatives=guesser.alternatives, offered=guesser.offered, drafter_row=self._row_share(kinds[0]),
         )  # fmt: skip
+
+    def _guesser(self, kinds: Sequence[str], context: Context, latency_ms: float) -> Guesser:
+        together = _nearest(self._guessers.get(TOGETHER, {}), context) if len(kinds) > 1 else None
+        return together or _nearest(self._guessers.get(kinds[0], {}), context) or Guesser.unjudged(latency_ms)
 
     def _row_share(self, kind: str) -> float:
         """What a further row adds to a step of this drafter, as a share of the step."""
@@ -119,6 +136,10 @@ class Knowledge:
         named = [kind for kind in self._config.drafters if kind in kinds]
         return [*named, *sorted(kinds.difference(named))]
 
+    def _kinds_of(self, arm: str) -> list[str]:
+        """The leader first."""
+        return sorted(self._kinds(), key=self.rank) if arm == TOGETHER else [arm]
+
     def _drafters(self, kind: str) -> list[WorkerHandle]:
         return [worker for worker in self._of_role("drafter") if worker.kind == kind]
 
@@ -132,6 +153,12 @@ def can_overlap(targets: Collection[WorkerHandle], drafters: Collection[WorkerHa
 def rows_of(workers: Collection[WorkerHandle]) -> int:
     """Rows of a tree that all of these take: 1 is a chain."""
     return max(1, min((worker.ready.rows for worker in workers if worker.ready is not None), default=1))
+
+
+def rows_of_trees(targets: Collection[WorkerHandle], drafters: Collection[WorkerHandle]) -> int:
+    """Rows that a step of some drafter may have: its trees are verified by all of these targets."""
+    most = max((rows_of([drafter]) for drafter in drafters), default=UNLIMITED)
+    return min(rows_of(targets) if targets or not drafters else UNLIMITED, most)
 
 
 def _nearest(by_context: dict[Context, Learnt], context: Context) -> Learnt | None:

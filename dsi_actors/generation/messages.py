@@ -17,7 +17,7 @@ class Granted:
 
 @dataclass(frozen=True, slots=True)
 class Reclaimed:
-    """The server is another generation's now; or the drafter was exchanged for another one, which is granted next."""
+    """The server is another generation's now; or the drafter was exchanged for others, which are granted next."""
 
     worker: WorkerHandle
 

@@ -1,9 +1,9 @@
 """Whether a generation speculates, and with which drafter: a bandit whose arms are measured by the time of a token. Pure.
 
-The arms are plain decoding and each kind of drafter. No model of costs knows what drafting takes from the target
-servers (processors, memory, turns on a GPU), and no number of a drafter's own says what it is worth: one that has no
-idea most of the time may be right whenever it has one. So each arm is judged by milliseconds per committed token,
-measured under like conditions: in the same *context*, which is the load (generations that run at a time) and the
+The arms are plain decoding, each kind of drafter, and all of them together. No model of costs knows what drafting takes
+from the target servers (processors, memory, turns on a GPU), and no number of a drafter's own says what it is worth: one
+that has no idea most of the time may be right whenever it has one. So each arm is judged by milliseconds per committed
+token, measured under like conditions: in the same *context*, which is the load (generations that run at a time) and the
 length of the text, both in powers of two.
 
 One rule holds for all arms. The first WARM_UP tokens after a change are not counted (a drafter reads the text then);
@@ -22,8 +22,9 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-#: The arm that drafts nothing. The others are called what the configuration calls their drafter.
-PLAIN = ""
+#: The arm that drafts nothing, and that of all drafters together. The others are called what the configuration calls their
+#: drafter.
+PLAIN, TOGETHER = "", "&"
 #: Tokens, of each generation in the context.
 WARM_UP, TRIAL, MEMORY = 8, 24, 64
 #: Tokens in other arms after which one is tried again: at first, and at most.
@@ -45,6 +46,11 @@ _SHORT = 256
 def chooses_arms(algorithm: str, lookahead: int | None) -> bool:
     """Whether a generation that was asked for so may change between speculation and plain decoding."""
     return algorithm == "dsi" and lookahead is None
+
+
+def arms_of(kinds: Sequence[str], *, trees: bool) -> list[str]:
+    """The arms that draft, of drafters of these kinds. `trees`: whether what several say at one place can be verified."""
+    return [*kinds, TOGETHER] if trees and len(kinds) > 1 else list(kinds)
 
 
 class Context(NamedTuple):
@@ -179,7 +185,8 @@ class Arms:
 
 
 class ArmChoice:
-    """Of one generation: the drafter it has, or should ask for, and whether it speculates.
+    """Of one generation: the drafter it has, or should ask for, and whether it speculates. A drafter is an arm here: TOGETHER
+    stands for all of them.
 
     `left_to_us`: whether to speculate may be chosen. Where the user fixed how to speculate, drafters are still compared.
     `never_left`: drafters that are not left for plain decoding, since they take nothing from the target and their drafts come in
@@ -241,7 +248,8 @@ class ArmChoice:
         if self._asked is not None and self._since < self._asked + _ASK_AGAIN:
             return None
         best = min(drafters, key=self._value, default=present)
-        if best == present or not self.pays(best) or self._value(best) >= _BETTER * self._value(present):
+        margin = 1.0 if present == TOGETHER else _BETTER  # one of those that draft together has read the text
+        if best == present or not self.pays(best) or self._value(best) >= margin * self._value(present):
             return None
         self._asked = self._since
         return best

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from dsi_actors.core import Policy
 from dsi_actors.core.actions import Judged
-from dsi_actors.planning.arms import PLAIN, ArmChoice, Arms, chooses_arms
+from dsi_actors.planning.arms import PLAIN, TOGETHER, ArmChoice, Arms, chooses_arms
 from dsi_actors.planning.tuner import Estimates, Guesser, Tuner
 
 
@@ -22,7 +22,7 @@ class Controller:
         self.choice = choice
         #: Drafts from this position on are the present drafter's own.
         self._own_from = 0
-        tuner.speculates = choice.speculates
+        tuner.speculates, tuner.together = choice.speculates, choice.drafter == TOGETHER
 
     @staticmethod
     def with_one_drafter(
@@ -35,7 +35,7 @@ class Controller:
 
     @property
     def drafter(self) -> str:
-        """The kind in use, or to begin with."""
+        """The kind in use, or to begin with; TOGETHER: all of them."""
         return self.choice.drafter
 
     @property
@@ -52,11 +52,12 @@ class Controller:
         self.tuner.estimates.rows = rows
 
     def drafter_joined(self, kind: str, guesser: Guesser, position: int) -> None:
-        """This drafter is there; what is drafted before `position` is another one's. `guesser`: what is known of it, if it is not
-        the one that was planned with."""
+        """This drafter is there (TOGETHER: several); what is drafted before `position` is another one's. `guesser`: what is known
+        of it, if it is not the one that was planned with."""
         if kind != self.choice.drafter:
             self.tuner.another_drafter(guesser)
         self.choice.use(kind)
+        self.tuner.together = kind == TOGETHER
         self._own_from = position
         self._decide()
         self.tuner.look_again()
@@ -72,7 +73,8 @@ class Controller:
         self, tokens: int, took_ms: float, position: int, *, drafts: bool, drafters: Sequence[str] = ()
     ) -> str | None:
         """`tokens` tokens, up to `position`, `took_ms` after the ones before (0 where that says nothing). `drafts`: a drafter is
-        there; `drafters`: the kinds that could be had. Returns another kind to ask for, if that is better."""
+        there; `drafters`: the kinds that could be had, and TOGETHER if they could be had at the same time. Returns another one
+        to ask for, if that is better."""
         tuner, choice = self.tuner, self.choice
         choice.position = position
         if took_ms <= 0 or (tuner.drafting and not drafts):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from dsi_actors.core import Policy
 from dsi_actors.core.actions import Judged
+from dsi_actors.core.policy import UNLIMITED
 from dsi_actors.planning.expectation import MAX_LOOKAHEAD, Branching, CostMs
 from dsi_actors.planning.search import best_dsi, best_in_turns, best_si, with_rows
 
@@ -177,8 +178,8 @@ class Tuner:
         self.servers = sp
         self._fixed = lookahead
         self._most_rows = rows
-        #: Whether to speculate at all: decided elsewhere (arms.py).
-        self.speculates = True
+        #: Whether to speculate at all, and whether several drafters draft at the same time: decided elsewhere (arms.py).
+        self.speculates, self.together = True, False
         self._drafted = _DRAFTED_PRIOR if known.drafter_ms > 0 else 0.0
         #: Whether the drafter can compute while targets do.
         self.overlaps = overlaps
@@ -191,14 +192,21 @@ class Tuner:
         return self._policy is not None and self._policy.max_ahead > 0
 
     @property
-    def _circumstances(self) -> tuple[int, bool, bool, int]:
-        return self.servers, self.speculates, self.overlaps, self.estimates.rows
+    def may_branch(self) -> bool:
+        return may_branch(self._fixed, self._most_rows)
+
+    @property
+    def _circumstances(self) -> tuple[int, bool, bool, int, bool]:
+        return self.servers, self.speculates, self.overlaps, self.estimates.rows, self.together
 
     def choose(self) -> Policy:
         """The policy to begin with."""
         self._planned_for = (replace(self.estimates), self._circumstances)
-        self._policy = self._best()
-        return self._policy
+        policy = self._best()
+        if self.together and policy.max_ahead:  # even if each of them drafts a chain
+            policy = replace(policy, branches=UNLIMITED)
+        self._policy = policy
+        return policy
 
     def verified(self, positions: int, took_ms: float, *, sharers: int = 1, waited_ms: float = 0.0) -> None:
         """A verification that read so many positions. One that read more than a window read a prompt: not counted. Of
@@ -285,7 +293,8 @@ class Tuner:
         target_ms, window_ms = known.latencies_ms
         if fixed is not None:
             policy = Policy.speculative(fixed) if self._algorithm == "si" else Policy.distributed(fixed, sp)
-            return with_rows(policy, min(self._most_rows or 1, known.rows))
+            policy = with_rows(policy, min(self._most_rows or 1, known.rows))
+            return replace(policy, branches=UNLIMITED) if self.may_branch else policy  # drafters may come that branch
         if self._algorithm == "dsi" and not self.speculates:
             return Policy.undrafted(sp)
         if target_ms <= 0 or known.drafter_ms <= 0:  # not calibrated: begin as plain decoding does, and measure
@@ -301,6 +310,11 @@ class Tuner:
             ),
         )  # fmt: skip
         return replace(policy, sp=1 if self._algorithm == "si" else sp)
+
+
+def may_branch(lookahead: int | None, rows: int | None) -> bool:
+    """Whether verifications may have branches where the user asked for so many: see Tuner."""
+    return lookahead is None if rows is None else rows > 1
 
 
 def _differ(left: Estimates, right: Estimates) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi.sse import format_sse_event
@@ -147,15 +147,14 @@ class Watch:
                 return {"is": "verified", "attempt": attempt, "tokens": len(tokens)}
             case VerificationAbandoned(attempt):
                 return {"is": "abandoned", "attempt": attempt}
-            case StartDraft(attempt, base, tokens, start):
-                self._drafts.setdefault(generation, Drafts()).requested(attempt, base, tokens, start)
+            case StartDraft(attempt, base, tokens, start, drafter=drafter):
+                self._drafts.setdefault(generation, Drafts()).requested(attempt, base, tokens, start, drafter)
                 return {"is": "draft", "attempt": attempt}
-            case CancelDrafts(attempt):
+            case CancelDrafts(attempt, drafter):
                 if (drafts := self._drafts.get(generation)) is not None:
-                    drafts.cancelled(attempt)
-            case DraftsArrived(attempt, start, tokens, parents):
-                drafts = self._drafts.get(generation, Drafts())  # it may have ended
-                return _drafted(drafts, attempt, start, tokens, parents)
+                    drafts.cancelled(attempt, drafter)
+            case DraftsArrived():
+                return _drafted(self._drafts.get(generation, Drafts()), item)  # it may have ended
             case EmitTokens(start, tokens, accepted, alternatives):
                 stream = self._texts.setdefault(generation, self._tokenizer.stream())
                 drafts = self._drafts.setdefault(generation, Drafts())
@@ -172,12 +171,11 @@ class Watch:
         return None
 
 
-def _drafted(
-    drafts: Drafts, attempt: int, start: int, tokens: Sequence[int], parents: Sequence[int]
-) -> dict[str, Any] | None:
+def _drafted(drafts: Drafts, event: DraftsArrived) -> dict[str, Any] | None:
     """`block`: its number, None if it came too late. `start`, `end`: positions of its main path. None: nothing is new in it."""
-    guesses, block, branches = drafts.arrived(attempt, start, tokens, parents), None, 0
-    end = start + len(tokens)
+    guesses = drafts.arrived(event.attempt, event.start, event.tokens, event.parents, event.drafter)
+    block, branches = None, 0
+    start, end = event.start, event.start + len(event.tokens)
     if guesses == []:
         return None
     if guesses:
@@ -185,9 +183,12 @@ def _drafted(
         positions = main or [guess.position for guess in guesses]
         start, end = min(positions), max(positions) + 1
         block, branches = drafts.blocks - 1, len(guesses) - len(main)
-    elif drafts.follows:
+    elif drafts.follows(event.drafter):
         start = end = drafts.front
-    return {"is": "drafted", "attempt": attempt, "block": block, "start": start, "end": end, "branches": branches}
+    return {
+        "is": "drafted", "attempt": event.attempt, "worker": event.drafter, "block": block, "start": start, "end": end,
+        "branches": branches,
+    }  # fmt: skip
 
 
 def _now_ms() -> float:

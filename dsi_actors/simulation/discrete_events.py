@@ -34,15 +34,17 @@ from dsi_actors.core.events import (
 )
 from dsi_actors.core.generation import GenerationCore
 from dsi_actors.planning.controller import Controller
-from dsi_actors.simulation.drafter import SimulatedDrafter
+from dsi_actors.simulation.drafter import Guesses, SimulatedDrafter
 from dsi_actors.simulation.scripts import LatencyMs, Script, walk
 
 
 @dataclass(slots=True)
 class _Drafting:
-    """What the simulated drafter is asked, in order, and how far it is."""
+    """What a simulated drafter is asked, in order, and how far it is."""
 
+    number: int
     drafter: SimulatedDrafter
+    latency_ms: LatencyMs
     queue: list[StartDraft] = field(default_factory=list)
     #: Tokens of the main path before this position were reported.
     reported: int = 0
@@ -77,11 +79,13 @@ class DiscreteEventDriver:
         target_ms: LatencyMs,
         drafter_ms: LatencyMs | None,
         servers: int,
+        others: Sequence[tuple[Guesses, LatencyMs]] = (),
         controller: Controller | None = None,
         cancel_ms: float = 0.0,
         check: bool = False,
     ) -> None:
-        """`drafter_ms` None: there is no drafter. A cancelled verification ends with the multiple of `cancel_ms` (a
+        """`drafter_ms` None: there is no drafter. `others`: drafters that draft beside it, behind it in rank: what each says, and
+        how long a token takes. A cancelled verification ends with the multiple of `cancel_ms` (a
         layer, say) that it is in; 0: at once. A `controller` hears of all latencies and may change the policy."""
         self.core = core
         self.now_ms = 0.0
@@ -90,7 +94,7 @@ class DiscreteEventDriver:
         self.target_busy_ms = 0.0
         self.drafter_busy_ms = 0.0
         self._script = script
-        self._target_ms, self._drafter_ms = target_ms, drafter_ms
+        self._target_ms = target_ms
         self._controller = controller
         self._cancel_ms = cancel_ms
         self._check = check
@@ -100,11 +104,15 @@ class DiscreteEventDriver:
         #: How far each server has read its list.
         self._read = [0] * servers
         self._running: dict[int, _Verifying] = {}
-        self._drafting = _Drafting(SimulatedDrafter(script))
+        drafters = [] if drafter_ms is None else [(script, drafter_ms), *others]
+        self._drafting = [
+            _Drafting(number, SimulatedDrafter(guesses), latency_ms)
+            for number, (guesses, latency_ms) in enumerate(drafters)
+        ]
 
     def run(self) -> None:
-        if self._drafter_ms is not None:
-            self._feed(DrafterJoined())
+        for drafting in self._drafting:
+            self._feed(DrafterJoined(drafting.number, rank=drafting.number))
         for server in self._held:
             self._feed(ServerJoined(server))
         while self._agenda and not self.core.finished:
@@ -151,8 +159,8 @@ class DiscreteEventDriver:
                 self._at(min(delay_ms, left_ms), lambda: self._abandon(attempt, server))
             case StartDraft():
                 self._start_draft(action)
-            case CancelDrafts(attempt):
-                drafting = self._drafting
+            case CancelDrafts(attempt, number):
+                drafting = self._drafting[number]
                 alive = [request for request in drafting.queue if request.attempt > attempt]
                 if len(alive) != len(drafting.queue):
                     drafting.queue = alive
@@ -190,7 +198,7 @@ class DiscreteEventDriver:
         self.target_busy_ms += self.now_ms - self._running.pop(server).since_ms
 
     def _start_draft(self, request: StartDraft) -> None:
-        drafting = self._drafting
+        drafting = self._drafting[request.drafter]
         drafting.committed = max(drafting.committed, request.committed)
         if request.start <= request.base + len(request.tokens):  # it ends the requests before it
             drafting.queue.clear()
@@ -201,23 +209,20 @@ class DiscreteEventDriver:
                 drafting.steps = False
                 drafting.block_ms = 0.0
             if len(drafting.drafter.tokens) > drafting.reported:
-                self._at(0.0, self._report_what_is_known)
+                self._at(0.0, lambda: self._report_what_is_known(drafting))
         drafting.queue.append(request)
         if not drafting.steps and len(drafting.queue) == 1:
-            self._next_step()
+            self._next_step(drafting)
 
-    def _next_step(self) -> None:
-        assert self._drafter_ms is not None
-        drafting = self._drafting
+    def _next_step(self, drafting: _Drafting) -> None:
         drafting.ticket += 1
         drafting.steps = True
-        ticket, took_ms = drafting.ticket, self._drafter_ms(1)
+        ticket, took_ms = drafting.ticket, drafting.latency_ms(1)
         self.drafter_busy_ms += took_ms
         drafting.block_ms += took_ms
-        self._at(took_ms, lambda: self._stepped(ticket))
+        self._at(took_ms, lambda: self._stepped(drafting, ticket))
 
-    def _stepped(self, ticket: int) -> None:
-        drafting = self._drafting
+    def _stepped(self, drafting: _Drafting, ticket: int) -> None:
         if ticket != drafting.ticket:
             return
         drafting.steps = False
@@ -230,27 +235,26 @@ class DiscreteEventDriver:
         if done:
             drafting.queue.pop(0)
         if drafting.queue:
-            self._next_step()
+            self._next_step(drafting)
         if done or len(drafter.tokens) - drafting.reported >= request.block:
-            self._report(request)
+            self._report(drafting, request)
         if done:
-            self._feed(DraftEnded(request.attempt, complete=True))
+            self._feed(DraftEnded(request.attempt, complete=True, drafter=drafting.number))
 
-    def _report_what_is_known(self) -> None:
-        if self._drafting.queue:
-            self._report(self._drafting.queue[0])
+    def _report_what_is_known(self, drafting: _Drafting) -> None:
+        if drafting.queue:
+            self._report(drafting, drafting.queue[0])
 
-    def _report(self, request: StartDraft) -> None:
-        drafting = self._drafting
+    def _report(self, drafting: _Drafting, request: StartDraft) -> None:
         first, tokens, parents = drafting.drafter.report()
         if not tokens:
             return
         made = len(drafting.drafter.tokens) - drafting.reported
         drafting.reported = len(drafting.drafter.tokens)
-        if self._controller is not None and drafting.block_ms:
+        if self._controller is not None and drafting.block_ms and drafting is self._drafting[0]:
             self._controller.tuner.drafted(made, drafting.block_ms)
         drafting.block_ms = 0.0
-        self._feed(DraftsArrived(request.attempt, first, tokens, parents))
+        self._feed(DraftsArrived(request.attempt, first, tokens, parents, drafting.number))
 
 
 def _main_path_length(parents: Sequence[int]) -> int:

@@ -21,14 +21,18 @@ MOST_ROWS = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """Latencies and acceptance of a simulated pair of models."""
+    """Latencies and acceptance of a simulated pair of models, and of a second drafter beside the first."""
 
     target_ms: float
     drafter_ms: float
     acceptance: float
     #: The chance that the drafter's second choice is the target's where its first is not. 0: it drafts chains.
     alternatives: float = 0.0
-    #: Coefficient of variation of both latencies, lognormal.
+    #: A second drafter, which drafts at the same time: milliseconds of a token, and the chance that it is right, wherever the
+    #: first one is. 0: there is none.
+    second_drafter_ms: float = 0.0
+    second_acceptance: float = 0.0
+    #: Coefficient of variation of all latencies, lognormal.
     jitter: float = 0.0
     #: A cancelled verification goes on to the next multiple of this.
     cancel_ms: float = 0.0
@@ -54,6 +58,13 @@ class Scenario:
     def script(self, seed: int, first: int) -> AcceptanceScript:
         """What target and drafter say, drawn from `seed`; positions before `first` are the prompt."""
         return AcceptanceScript(self.accepted(seed, first), independent(self.alternatives, seed, draw=1))
+
+    def second_drafter(self, seed: int, draws: int) -> list[tuple[AcceptanceScript, LatencyMs]]:
+        """What it says and how long it takes, as DiscreteEventDriver has it; empty if there is none."""
+        if not self.second_acceptance:
+            return []
+        latency_ms = lognormal(self.second_drafter_ms, self.jitter, random.Random(f"second {seed}"))
+        return [(AcceptanceScript(independent(self.second_acceptance, draws, draw=2)), latency_ms)]
 
     def accepted(self, seed: int, first: int) -> Callable[[int], bool]:
         return replayed(self.trace.accepted, first) if self.trace.accepted else independent(self.acceptance, seed)
@@ -84,14 +95,18 @@ def simulate_once(
     check: bool = False,
 ) -> SimulatedRun:  # fmt: skip
     """One generation of `tokens` tokens under the controller's policies. `draws`: the seed of acceptance, if it is another."""
+    draws = seed if draws is None else draws
+    others = scenario.second_drafter(seed, draws)
+    controller.tuner.together = bool(others)
     core = GenerationCore([0] * prompt_length, policy=controller.begin(), max_tokens=tokens)
     target_ms, drafter_ms = scenario.latencies(seed)
     driver = DiscreteEventDriver(
         core,
-        scenario.script(seed if draws is None else draws, prompt_length),
+        scenario.script(draws, prompt_length),
         target_ms=target_ms,
         drafter_ms=drafter_ms if core.policy.algorithm != "ar" else None,
         servers=core.policy.sp,
+        others=others,
         controller=controller,
         cancel_ms=scenario.cancel_ms,
         check=check,

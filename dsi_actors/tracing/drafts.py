@@ -6,6 +6,7 @@ stands, and whether on the main path or on a branch, has to follow the requests:
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from enum import Enum
 
@@ -30,16 +31,39 @@ class Guess:
         self.token = token
         self.position = position
         self.children: dict[int, Guess] = {}
-        #: The block of drafts that it came in, counted from 0. None: the drafter was told this token before it guessed it.
+        #: The block of drafts that it came in, counted from 0. None: its drafter was told this token before it guessed it.
         self.block = block
-        #: Whether it stood on the drafter's main path when it was made. The others stand on branches.
+        #: Whether it stood on its drafter's own main path when it was made. The others stand on branches.
         self.main = main
         #: How the text came to have it; None: the text does not have it, or not yet.
         self.came: Came | None = None
 
 
+class _Drafter:
+    """What the numbers of one drafter's drafts mean."""
+
+    def __init__(self) -> None:
+        self.numbered: list[Guess] = []
+        self.first_number = 0
+        #: Live draft attempts.
+        self.attempts: set[int] = set()
+        #: What its main path is, from the last token of the prompt on.
+        self.path: list[Guess] = []
+        #: Numbers behind which it has guessed something.
+        self.followed: set[int] = set()
+
+    def go_along(self, token: int) -> None:
+        """Its main path goes on with this token."""
+        before = self.path[-1]
+        guess = before.children.get(token)
+        if guess is None:
+            guess = before.children[token] = Guess(token, before.position + 1, main=True)
+        guess.main = True
+        self.path.append(guess)
+
+
 class Drafts:
-    """The tree of all drafts of one generation, those that turned out wrong among them."""
+    """The tree of all drafts of one generation, of all drafters, those that turned out wrong among them."""
 
     def __init__(self) -> None:
         #: The last token of the prompt: everything hangs from there. None: nothing was seen yet.
@@ -48,66 +72,65 @@ class Drafts:
         self.blocks = 0
         #: The last committed token.
         self._root: Guess | None = None
-        self._numbered: list[Guess] = []
-        self._first_number = 0
-        #: Live draft attempts.
-        self._attempts: set[int] = set()
-        #: What the drafter's main path is, from `first` on.
-        self._path: list[Guess] = []
-        #: Numbers behind which the drafter has guessed something.
-        self._followed: set[int] = set()
+        self._drafters: defaultdict[int, _Drafter] = defaultdict(_Drafter)
 
     @property
     def front(self) -> int:
         """One past the last committed position."""
         return 0 if self._root is None else self._root.position + 1
 
-    @property
-    def follows(self) -> bool:
-        """Whether it is known what the numbers of drafts mean: not before the first request that was seen whole."""
-        return bool(self._numbered)
+    def follows(self, drafter: int) -> bool:
+        """Whether it is known what the numbers of its drafts mean: not before the first request that was seen whole."""
+        return bool(self._drafters[drafter].numbered)
 
-    def requested(self, attempt: int, base: int, tokens: Sequence[int], start: int) -> None:
+    def requested(self, attempt: int, base: int, tokens: Sequence[int], start: int, drafter: int = 0) -> None:
         """A StartDraft."""
+        if self.first is None and start <= base + len(tokens):
+            self._begin(start)
+        told = self._drafters[drafter]
         if start <= base + len(tokens):  # it begins a new numbering, and ends the requests before it
-            if self.first is None:
-                self._begin(start)
             assert self.first is not None
             behind = self.first.position + 1  # of the prompt
-            del self._path[max(0, base - behind) + 1 :]
+            if len(told.path) <= max(0, base - behind):  # what it was told before was not seen
+                told.path = self._settled()
+            del told.path[max(0, base - behind) + 1 :]
             for token in tokens[max(0, behind - base) :]:
-                self._go_along(token)
-            self._numbered, self._first_number = [self._path[-1]], start - 1
-            self._followed.clear()
-            self._attempts.clear()
-        self._attempts.add(attempt)
+                told.go_along(token)
+            told.numbered, told.first_number = [told.path[-1]], start - 1
+            told.followed.clear()
+            told.attempts.clear()
+        told.attempts.add(attempt)
 
-    def cancelled(self, attempt: int) -> None:
+    def cancelled(self, attempt: int, drafter: int = 0) -> None:
         """A CancelDrafts."""
-        self._attempts = {live for live in self._attempts if live > attempt}
+        told = self._drafters[drafter]
+        told.attempts = {live for live in told.attempts if live > attempt}
 
-    def arrived(self, attempt: int, start: int, tokens: Sequence[int], parents: Sequence[int]) -> list[Guess] | None:
+    def arrived(
+        self, attempt: int, start: int, tokens: Sequence[int], parents: Sequence[int], drafter: int = 0
+    ) -> list[Guess] | None:
         """A DraftsArrived. Returns the drafts that are new; None if the block came too late or does not fit."""
-        if attempt not in self._attempts or start != self._first_number + len(self._numbered):
+        told = self._drafters[drafter]
+        if attempt not in told.attempts or start != told.first_number + len(told.numbered):
             return None
         new: list[Guess] = []
         self.blocks += 1
         for number, token in enumerate(tokens, start):
             before = parents[number - start] if parents else number - 1
-            if not self._first_number <= before < number:
+            if not told.first_number <= before < number:
                 break
-            parent = self._numbered[before - self._first_number]
-            on_main_path = parent is self._path[-1] and before not in self._followed
-            self._followed.add(before)
+            parent = told.numbered[before - told.first_number]
+            on_main_path = parent is told.path[-1] and before not in told.followed
+            told.followed.add(before)
             guess = parent.children.get(token)
             if guess is None:
                 guess = Guess(token, parent.position + 1, main=False, block=self.blocks - 1)
                 parent.children[token] = guess
                 new.append(guess)
-            self._numbered.append(guess)
+            told.numbered.append(guess)
             if on_main_path:
                 guess.main = True
-                self._path.append(guess)
+                told.path.append(guess)
         return new
 
     def committed(
@@ -134,17 +157,15 @@ class Drafts:
     def _begin(self, start: int) -> None:
         """Everything before position `start` is given. What was seen of it is of no use: something was missed."""
         self.first = self._root = Guess(0, start - 1, main=True)
-        self._path, self._numbered = [self.first], []
-        self._attempts.clear()
+        self._drafters.clear()
 
-    def _go_along(self, token: int) -> None:
-        """The drafter's main path goes on with this token."""
-        before = self._path[-1]
-        guess = before.children.get(token)
-        if guess is None:
-            guess = before.children[token] = Guess(token, before.position + 1, main=True)
-        guess.main = True
-        self._path.append(guess)
+    def _settled(self) -> list[Guess]:
+        """The last token of the prompt, and the committed tokens behind it."""
+        guess, path = self.first, list[Guess]()
+        while guess is not None:
+            path.append(guess)
+            guess = next((child for child in guess.children.values() if child.came is not None), None)
+        return path
 
 
 def main_path_end(base: int, tokens: Sequence[int], parents: Sequence[int]) -> tuple[int, int]:

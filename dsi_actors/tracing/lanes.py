@@ -41,7 +41,7 @@ class Commit:
 
 @dataclass(slots=True)
 class Picture:
-    """One generation. `lanes`: by the worker's name, the drafter first."""
+    """One generation. `lanes`: by the worker's name, drafters first."""
 
     lanes: dict[str, list[Span]] = field(default_factory=dict)
     commits: list[Commit] = field(default_factory=list)
@@ -78,8 +78,9 @@ def draw(recording: Recording, generation: int | None = None) -> Picture:
 class _Painter:
     def __init__(self, recording: Recording) -> None:
         self._names = recording.workers
-        self._drafter = next((name for name in recording.workers.values() if name.startswith("drafter")), "drafter")
-        self._picture = Picture(lanes={self._drafter: []})
+        drafters = {number: name for number, name in recording.workers.items() if name.startswith("drafter")}
+        self._drafters = drafters or {0: "drafter"}
+        self._picture = Picture(lanes={name: [] for name in self._drafters.values()})
         self._verifying: dict[int, tuple[str, Span]] = {}
         #: What was answered last.
         self._answered: Span | None = None
@@ -87,7 +88,7 @@ class _Painter:
         #: The drafts of each block.
         self._blocks: list[tuple[Span, list[Guess]]] = []
         self._drafting: dict[int, float] = {}  # attempt -> since when the next block is made
-        self._drafted_ms = 0.0  # when the last block of drafts came
+        self._drafted_ms: dict[str, float] = {}  # lane -> when the last block of drafts came
 
     def take(self, moment: Moment) -> None:
         at_ms, fields = moment.at_ms, moment.fields
@@ -110,10 +111,12 @@ class _Painter:
                 if fields["attempt"] in self._verifying:
                     self._verifying[fields["attempt"]][1].words += ", cancelled"
             case "StartDraft":
-                self._drafts.requested(fields["attempt"], fields["base"], fields["tokens"], fields["start"])
+                self._drafts.requested(
+                    fields["attempt"], fields["base"], fields["tokens"], fields["start"], fields["drafter"]
+                )
                 self._drafting[fields["attempt"]] = at_ms
             case "CancelDrafts":
-                self._drafts.cancelled(fields["attempt"])
+                self._drafts.cancelled(fields["attempt"], fields["drafter"])
             case "DraftsArrived":
                 self._take_drafts(at_ms, fields)
             case "EmitTokens":
@@ -129,9 +132,12 @@ class _Painter:
 
     def _take_drafts(self, at_ms: float, fields: Mapping[str, Any]) -> None:
         # A request that waits behind another one is not worked on yet.
-        since_ms = max(self._drafting.get(fields["attempt"], at_ms), self._drafted_ms)
-        self._drafted_ms = self._drafting[fields["attempt"]] = at_ms
-        guesses = self._drafts.arrived(fields["attempt"], fields["start"], fields["tokens"], fields["parents"])
+        lane = self._drafters.get(fields["drafter"], next(iter(self._drafters.values())))
+        since_ms = max(self._drafting.get(fields["attempt"], at_ms), self._drafted_ms.get(lane, 0.0))
+        self._drafted_ms[lane] = self._drafting[fields["attempt"]] = at_ms
+        guesses = self._drafts.arrived(
+            fields["attempt"], fields["start"], fields["tokens"], fields["parents"], fields["drafter"]
+        )
         if guesses == []:
             return  # it was made on a branch, and told then
         span = Span(since_ms, at_ms, self._drafts.front, self._drafts.front, "running", "drafts that came too late")
@@ -140,7 +146,7 @@ class _Painter:
             positions = main or [guess.position for guess in guesses]
             span.start, span.end, span.branches = min(positions), max(positions) + 1, len(guesses) - len(main)
             span.words = f"drafts {len(main)} from {span.start}{_and_branches(span.branches)}"
-        self._picture.lanes[self._drafter].append(span)
+        self._picture.lanes.setdefault(lane, []).append(span)
         self._blocks.append((span, guesses or []))
 
     def _end_verification(self, attempt: int, at_ms: float, fate: Fate) -> Span | None:

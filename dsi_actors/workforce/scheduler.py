@@ -4,7 +4,7 @@ A generation that is alone gets all the servers that it can use. When another co
 those that somebody has more than one of: under load speculation parallelism shrinks, down to one server for each generation.
 Who comes then shares a server, the one with fewest generations; when all have as many as they have slots, who comes waits
 in line. A server that becomes idle goes to who shares with most others. Drafters are shared from the first; of several kinds a
-generation has one, and may change to another.
+generation has one, or one of each kind that it asked for, and may change to others.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ class Requested:
     client: Client
     max_servers: int
     wants_drafter: bool
-    #: The kind of drafter that it would have rather than others.
-    kind: str = ""
+    #: The kinds of drafters that it would have, all of them at the same time. If there is none of them it gets another one.
+    kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Exchanged:
-    """The generation wants a drafter of this kind instead of the one it has. Nothing happens if there is none to be had."""
+    """The generation wants drafters of these kinds instead of those it has. It keeps those if there is none to be had."""
 
     client: Client
-    kind: str
+    kinds: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class _Lease:
     client: Client
     max_servers: int
     wants_drafter: bool
-    kind: str = ""
+    kinds: tuple[str, ...] = ()
     targets: list[WorkerHandle] = field(default_factory=list)
     drafters: list[WorkerHandle] = field(default_factory=list)
     #: Numbers of workers that failed this generation: not given to it again.
@@ -97,7 +97,13 @@ class _Lease:
             return False
         if worker.role == "target":
             return len(self.targets) < self.max_servers
-        return self.wants_drafter and not self.drafters
+        return self.wants_drafter and (not self.drafters or worker.kind in self.lacking)
+
+    @property
+    def lacking(self) -> list[str]:
+        """Of the kinds that it would have, those it has no drafter of. None while it has one of another kind instead."""
+        present = {worker.kind for worker in self.drafters}
+        return [kind for kind in self.kinds if kind not in present] if present.issubset(self.kinds) else []
 
     def of_role(self, worker: WorkerHandle) -> list[WorkerHandle]:
         return self.targets if worker.role == "target" else self.drafters
@@ -134,12 +140,12 @@ class Scheduler(Actor[SchedulerMessage]):
                     self._workers[worker.number] = worker
             case WorkerGone(worker):
                 self._remove(worker)
-            case Requested(client, max_servers, wants_drafter, kind):
-                self._leases[client.number] = _Lease(client, max_servers, wants_drafter, kind)
-            case Exchanged(client, kind):
+            case Requested(client, max_servers, wants_drafter, kinds):
+                self._leases[client.number] = _Lease(client, max_servers, wants_drafter, kinds)
+            case Exchanged(client, kinds):
                 lease = self._leases.get(client.number)
                 if lease is not None:
-                    self._exchange(lease, kind)
+                    self._exchange(lease, kinds)
             case Released(client):
                 lease = self._leases.pop(client.number, None)
                 if lease is not None:
@@ -166,27 +172,33 @@ class Scheduler(Actor[SchedulerMessage]):
         targets = [worker for worker in workers if worker.role == "target"]
         # Drafters first, so that a policy that waits for drafts knows from the start whether any will come.
         for lease in self._leases.values():
-            if lease.wants_drafter and not lease.drafters:
-                usable = [worker for worker in drafters if lease.can_use(worker)]
-                liked = [worker for worker in usable if worker.kind == lease.kind]
-                self._lend(self._least_loaded(liked) or self._least_loaded(usable), lease)
+            self._lend_lacking(lease)
+            if not lease.drafters:
+                self._lend(self._least_loaded(list(filter(lease.can_use, drafters))), lease)
         self._find_first_servers(targets)
         for worker in targets:
             if not self._load[worker.number]:
                 self._use_idle_server(worker)
         self._find_first_servers(targets)  # who moved to an idle one may have left a slot
 
-    def _exchange(self, lease: _Lease, kind: str) -> None:
-        lease.kind = kind
-        if not lease.drafters or lease.drafters[0].kind == kind:
-            return  # a lease without a drafter gets the next one that is free, one of this kind if it can
-        others = [worker for worker in self._workers.values() if worker.role == "drafter" and worker.kind == kind]
+    def _lend_lacking(self, lease: _Lease) -> None:
+        """Drafters of the kinds that it would have."""
+        for kind in lease.lacking:
+            of_kind = [worker for worker in self._workers.values() if worker.role == "drafter" and worker.kind == kind]
+            usable = [worker for worker in of_kind if not worker.lost and lease.can_use(worker)]
+            self._lend(self._least_loaded(sorted(usable, key=lambda worker: worker.number)), lease)
+
+    def _exchange(self, lease: _Lease, kinds: tuple[str, ...]) -> None:
+        lease.kinds = kinds
+        unwanted = [worker for worker in lease.drafters if worker.kind not in kinds]
+        others = [worker for worker in self._workers.values() if worker.role == "drafter" and worker.kind in kinds]
         instead = self._least_loaded(
             [worker for worker in others if not worker.lost and worker.number not in lease.refused]
         )
-        if instead is not None:
-            self._reclaim(lease.drafters[0], lease)
-            self._lend(instead, lease)
+        if len(unwanted) < len(lease.drafters) or instead is not None:
+            for worker in unwanted:
+                self._reclaim(worker, lease)
+            self._lend_lacking(lease)
 
     def _find_first_servers(self, targets: Sequence[WorkerHandle]) -> None:
         for lease in self._leases.values():

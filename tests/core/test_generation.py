@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -35,8 +35,9 @@ from dsi_actors.core.events import (
     VerificationAbandoned,
     VerificationFinished,
 )
+from dsi_actors.core.policy import UNLIMITED
 from dsi_actors.simulation.discrete_events import DiscreteEventDriver
-from dsi_actors.simulation.scripts import walk
+from dsi_actors.simulation.scripts import constant, walk
 
 VOCABULARY = 5
 #: What may become of a verification's answer.
@@ -125,6 +126,25 @@ def main_path(tokens: Sequence[int], parents: Sequence[int]) -> list[int]:
     return found
 
 
+@dataclass
+class Drafter:
+    """What a drafter of the adversary holds."""
+
+    rank: int
+    rows: int
+    liar: bool
+    tokens: list[int] = field(default_factory=list)
+    #: The text that ends with each of its drafts, by number.
+    numbered: dict[int, list[int]] = field(default_factory=dict)
+    main_number: int = 0
+
+    def says(self, text: Sequence[int]) -> int:
+        """A liar says something else than the target, always."""
+        if self.liar:
+            return (target(text) + 1 + self.rank) % VOCABULARY
+        return drafter(text) if self.rank else (drafter(text) + zlib.crc32(bytes(text), 3) % 2) % VOCABULARY
+
+
 class Adversary:
     """Holds every reply that is owed and lets hypothesis choose which comes next, is lost, or comes twice."""
 
@@ -138,7 +158,8 @@ class Adversary:
         self.servers: dict[int, list[int]] = {}
         #: What was verified last, for answers that go on where they should stop: the tokens before, and the request.
         self.asked: dict[int, tuple[list[int], StartVerify]] = {}
-        self.drafter_tokens: list[int] | None = None
+        self.next_drafter = 0
+        self.drafters: dict[int, Drafter] = {}
 
     def feed(self, event: Event) -> None:
         committed = self.core.tokens[: self.core.committed]
@@ -163,15 +184,20 @@ class Adversary:
                 self.owed.append(
                     VerificationFinished(attempt, server, start, walk(target, before, tokens, parents, start))
                 )
-            case StartDraft(attempt, base, tokens, start, count, block, rows, _):
-                assert self.drafter_tokens is not None
+            case StartDraft(attempt, base, tokens, start, count, block, rows, _, number):
+                drafter = self.drafters[number]
+                assert rows <= drafter.rows
+                if len(drafter.tokens) < base:  # it has forgotten
+                    self.owed.append(DraftEnded(attempt, complete=False, held=len(drafter.tokens), drafter=number))
+                    return
+                assert drafter.tokens[:base] == self.core.tokens[:base], "a checksum of the text says what it builds on"
                 if start <= base + len(tokens):
-                    self.drafter_tokens[base:] = tokens
-                    self.numbered = {start - 1: self.drafter_tokens[:start]}
-                    self.main_number = start - 1
-                assert len(self.drafter_tokens) >= start
-                del self.drafter_tokens[start:]
-                self.draft(attempt, count, block, rows)
+                    drafter.tokens[base:] = tokens
+                    drafter.numbered = {start - 1: drafter.tokens[:start]}
+                    drafter.main_number = start - 1
+                assert len(drafter.tokens) >= start
+                del drafter.tokens[start:]
+                self.draft(number, attempt, count, block, rows)
             case CancelVerify(attempt, server):
                 # The cancel may come too late, so the answer stays possible; or it turns into an abandonment.
                 if self.data.draw(st.booleans(), label="cancel obeyed"):
@@ -192,41 +218,46 @@ class Adversary:
             case Finish(reason):
                 self.reasons.append(reason)
 
-    def draft(self, attempt: int, count: int, block: int, rows: int) -> None:
+    def draft(self, number: int, attempt: int, count: int, block: int, rows: int) -> None:
         """Everything at once, in blocks: the main path, and beside it branches as chance has it."""
-        assert self.drafter_tokens is not None
-        front = len(self.drafter_tokens) + count
+        drafter = self.drafters[number]
+        numbered, front = drafter.numbered, len(drafter.tokens) + count
         while count:
-            first, tokens, parents = len(self.numbered) + min(self.numbered), list[int](), list[int]()
+            first, tokens, parents = len(numbered) + min(numbered), list[int](), list[int]()
             for _ in range(min(block, count)):
-                grow = [self.main_number]
+                grow = [drafter.main_number]
                 if rows > 1:
-                    numbers = [number for number, text in self.numbered.items() if len(text) < front]
+                    numbers = [each for each, text in numbered.items() if len(text) < front]
                     grow += self.data.draw(st.lists(st.sampled_from(numbers), max_size=rows), label="branches")
                 for place, parent in enumerate(grow):
-                    text = self.numbered[parent]
-                    token = (
-                        drafter(text) if place == 0 else self.data.draw(st.integers(0, VOCABULARY - 1), label="branch")
-                    )
-                    number = first + len(tokens)
-                    tokens.append(token)
+                    text = numbered[parent]
+                    chance = self.data.draw(st.integers(0, VOCABULARY - 1), label="branch") if place else 0
+                    tokens.append(chance if place else drafter.says(text))
                     parents.append(parent)
-                    self.numbered[number] = [*text, token]
+                    numbered[first + len(tokens) - 1] = [*text, tokens[-1]]
                     if place == 0:
-                        self.main_number = number
+                        drafter.main_number = first + len(tokens) - 1
             count -= min(block, count)
-            self.owed.append(DraftsArrived(attempt, first, tuple(tokens), tuple(parents) if rows > 1 else ()))
-        self.drafter_tokens[:] = self.numbered[self.main_number]
-        self.owed.append(DraftEnded(attempt, complete=True))
+            in_tree = tuple(parents) if rows > 1 else ()
+            self.owed.append(DraftsArrived(attempt, first, tuple(tokens), in_tree, number))
+        drafter.tokens[:] = numbered[drafter.main_number]
+        self.owed.append(DraftEnded(attempt, complete=True, drafter=number))
 
     def join_server(self) -> None:
         self.servers[self.next_server] = []
         self.next_server += 1
-        self.feed(ServerJoined(self.next_server - 1))
+        rows = self.data.draw(st.sampled_from([UNLIMITED, UNLIMITED, 1, 6]), label="rows of the server")
+        self.feed(ServerJoined(self.next_server - 1, rows))
 
     def join_drafter(self) -> None:
-        self.drafter_tokens = []
-        self.feed(DrafterJoined())
+        """One that says what others say, or lies; that leads, or follows."""
+        rank = self.data.draw(
+            st.sampled_from([rank for rank in range(3) if all(rank != each.rank for each in self.drafters.values())])
+        )
+        rows = self.data.draw(st.sampled_from([UNLIMITED, 1]), label="rows of the drafter")
+        self.drafters[self.next_drafter] = Drafter(rank, rows, liar=self.data.draw(st.booleans(), label="liar"))
+        self.next_drafter += 1
+        self.feed(DrafterJoined(self.next_drafter - 1, rank, rows))
 
     def lose_server(self, server: int) -> None:
         del self.servers[server]
@@ -243,7 +274,7 @@ class Adversary:
             choices.append("join server")
         if self.servers:
             choices += ["lose server"]
-        choices.append("join drafter" if self.drafter_tokens is None else "lose drafter")
+        choices += ["join drafter"] * (len(self.drafters) < 3) + ["lose drafter"] * bool(self.drafters)
         choices.append("drafts late")
         match self.data.draw(st.sampled_from(choices), label="step"):
             case "join server":
@@ -255,8 +286,9 @@ class Adversary:
             case "drafts late":
                 self.feed(DraftsLate())
             case "lose drafter":
-                self.drafter_tokens = None
-                self.feed(DrafterLost())
+                number = self.data.draw(st.sampled_from(sorted(self.drafters)))
+                del self.drafters[number]
+                self.feed(DrafterLost(number))
             case _:
                 self.reply()
 
@@ -284,12 +316,19 @@ class Adversary:
                     event = VerificationFinished(attempt, server, event.start, tuple(beyond))
             case DraftsArrived() if self.data.draw(st.integers(0, 5), label="lost") == 0:
                 return  # lost drafts cost time only
-            case DraftsArrived(attempt, start, tokens, parents) if (
+            case DraftsArrived(attempt, start, tokens, parents, number) if (
                 parents and self.data.draw(st.integers(0, 9), label="broken") == 0
             ):
-                event = DraftsArrived(attempt, start, tokens, (*parents[:-1], start + len(tokens)))
-            case DraftEnded(attempt, _, _) if self.data.draw(st.integers(0, 5), label="cut short") == 0:
-                event = DraftEnded(attempt, complete=False)
+                event = DraftsArrived(attempt, start, tokens, (*parents[:-1], start + len(tokens)), number)
+            case DraftsArrived(_, _, tokens) if self.data.draw(st.integers(0, 9), label="another one's") == 0:
+                event = replace(event, drafter=event.drafter + 1)
+            case DraftEnded() if self.data.draw(st.integers(0, 5), label="cut short") == 0:
+                event = replace(event, complete=False)
+            case DraftEnded(_, _, _, number) if (
+                number in self.drafters and self.data.draw(st.integers(0, 9), label="drafter forgot") == 0
+            ):
+                self.drafters[number].tokens.clear()
+                event = replace(event, complete=False, held=0)
             case _:
                 pass
         self.feed(event)
@@ -300,8 +339,8 @@ class Adversary:
 @settings(max_examples=600, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_any_interleaving_gives_the_targets_own_text(data: st.DataObject) -> None:
-    """Late, lost, duplicate, reordered and forged replies, servers and drafters that come and go; resumed or from the
-    start."""
+    """Late, lost, duplicate, reordered and forged replies, servers and several drafters that come and go, some of which always
+    lie; resumed or from the start."""
     prompt = data.draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4), label="prompt")
     max_tokens = data.draw(st.integers(1, 14), label="max_tokens")
     stop = data.draw(st.sampled_from([frozenset[int](), frozenset({0}), frozenset({1, 2})]), label="stop")
@@ -333,16 +372,25 @@ def test_any_interleaving_gives_the_targets_own_text(data: st.DataObject) -> Non
         core.check()
 
 
+class OtherScript(PrefixScript):
+    """Another drafter, which is right about half of the time."""
+
+    def draft(self, tokens: Sequence[int]) -> int:
+        return (target(tokens) + zlib.crc32(bytes(tokens), 13) % 2) % VOCABULARY
+
+
 @settings(max_examples=300)
 @given(
-    policy=policies, seed=st.integers(0, 10**6), servers=st.integers(1, 4), target_ms=st.sampled_from([1.0, 4.3, 9.7])
-)
-def test_in_virtual_time_too(policy: Policy, seed: int, servers: int, target_ms: float) -> None:
+    policy=policies, seed=st.integers(0, 10**6), servers=st.integers(1, 4),
+    target_ms=st.sampled_from([1.0, 4.3, 9.7]), others_ms=st.lists(st.sampled_from([0.1, 0.7, 2.2]), max_size=2),
+)  # fmt: skip
+def test_in_virtual_time_too(policy: Policy, seed: int, servers: int, target_ms: float, others_ms: list[float]) -> None:
     prompt = [seed % VOCABULARY, seed // VOCABULARY % VOCABULARY, seed // 25 % VOCABULARY]
     core = GenerationCore(prompt, policy=policy, max_tokens=40)
     DiscreteEventDriver(
-        core, PrefixScript(), target_ms=lambda _: target_ms, drafter_ms=lambda _: 1.0, servers=servers, check=True
-    ).run()
+        core, PrefixScript(), target_ms=lambda _: target_ms, drafter_ms=lambda _: 1.0, servers=servers, check=True,
+        others=[(OtherScript(), constant(other_ms)) for other_ms in others_ms],
+    ).run()  # fmt: skip
     assert core.output == plain_decoding(prompt, 40)
 
 

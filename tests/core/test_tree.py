@@ -38,13 +38,20 @@ class Model:
             return Step.UNDRAFTED
         return Step.ACCEPTED if children[0] == token else Step.ALTERNATIVE if token in children else Step.CORRECTED
 
-    def branches(self, end: int) -> list[Path]:
-        """Paths beside the main one before position `end`: those that leave it first, whole branches at a time."""
+    def lead(self, path: Path) -> None:
+        """It goes before all others that follow the same tokens."""
+        first = next(place for place, each in enumerate(self.paths) if each[:-1] == path[:-1])
+        self.paths.remove(path)
+        self.paths.insert(first, path)
+
+    def branches(self, end: int, deepest: int) -> list[Path]:
+        """Paths beside the main one before position `deepest`, of branches that leave it before `end`: those that leave it
+        first, whole branches at a time."""
         main, found = self.main(), list[Path]()
         for fork in range(len(main)):
             for token in self.children(main[:fork])[1:]:
-                found += self._below((*main[:fork], token), end)
-        return [path for path in found if self.position + len(main[: _common(path, main)]) + 1 < end]
+                found += self._below((*main[:fork], token), deepest)
+        return [path for path in found if self.position + _common(path, main) < end]
 
     def _below(self, path: Path, end: int) -> list[Path]:
         found = [path] if self.position + len(path) < end else []
@@ -72,7 +79,7 @@ def test_the_tree_is_its_set_of_paths(data: st.DataObject) -> None:
     tree, model, nodes = DraftTree(1, 7), Model(), dict[int, Node]()
     for _ in range(data.draw(st.integers(0, 25), label="actions")):
         token = data.draw(st.integers(0, 2), label="token")
-        match data.draw(st.sampled_from(["add", "add", "add", "advance", "clear"]), label="action"):
+        match data.draw(st.sampled_from(["add", "add", "add", "lead", "advance", "clear"]), label="action"):
             case "add":
                 path = data.draw(st.sampled_from([(), *model.paths]), label="behind")
                 parent = tree.root
@@ -81,6 +88,14 @@ def test_the_tree_is_its_set_of_paths(data: st.DataObject) -> None:
                 node = tree.add(parent, token)
                 nodes[id(node)] = node
                 model.add(path, token)
+            case "lead":
+                if model.paths:
+                    path = data.draw(st.sampled_from(model.paths), label="which")
+                    model.lead(path)
+                    node = tree.root
+                    for step in path:
+                        node = next(child for child in node.children if child.token == step)
+                    tree.lead(node)
             case "advance":
                 assert tree.advance(token) is model.advance(token)
             case _:
@@ -93,11 +108,15 @@ def test_the_tree_is_its_set_of_paths(data: st.DataObject) -> None:
         below = [node for node in nodes.values() if node.live and node.position > model.position]
         assert sorted(path_of(node, tree.root) for node in below) == sorted(model.paths), "the others are dead"
         end = data.draw(st.integers(model.position, model.position + 9), label="end")
+        deepest = data.draw(st.integers(end, end + 3), label="deepest")
         most = data.draw(st.integers(0, 9), label="most")
-        assert [path_of(node, tree.root) for node in tree.branches(end, most)] == model.branches(end)[:most]
+        branches = tree.branches(end, deepest, most)
+        assert [path_of(node, tree.root) for node in branches] == model.branches(end, deepest)[:most]
+        for node in below:
+            assert tuple(each.token for each in tree.path_to(node)) == path_of(node, tree.root)
         held = {node for node in nodes.values() if data.draw(st.booleans(), label="held")}
         reached = next((node.position for node in tree.main if node not in held), tree.front)
-        assert tree.reach(held) == reached
+        assert tree.reach(held, tree.main) == reached
 
 
 def grown() -> tuple[DraftTree, dict[str, Node]]:
@@ -112,10 +131,22 @@ def grown() -> tuple[DraftTree, dict[str, Node]]:
 
 def test_branches_that_leave_early_come_first_each_after_its_parent() -> None:
     tree, node = grown()
-    assert tree.branches(9, 9) == [node["8"], node["4"], node["2"]]
-    assert tree.branches(9, 2) == [node["8"], node["4"]]
-    assert tree.branches(3, 9) == [node["8"], node["4"]]
-    assert tree.branches(2, 9) == [node["8"]]
+    assert tree.branches(9, 9, 9) == [node["8"], node["4"], node["2"]]
+    assert tree.branches(9, 9, 2) == [node["8"], node["4"]]
+    assert tree.branches(3, 3, 9) == [node["8"], node["4"]]
+    assert tree.branches(2, 2, 9) == [node["8"]]
+    assert tree.branches(2, 9, 9) == [node["8"], node["4"], node["2"]], "4 follows 7, which stands before position 2"
+
+
+def test_an_alternative_may_take_the_lead() -> None:
+    tree, node = grown()
+    tree.lead(node["4"])
+    assert [each.token for each in tree.main] == [7, 4, 2]
+    tree.lead(node["8"])
+    assert tree.main == [node["8"]]
+    tree.lead(node["3"])
+    assert tree.main == [node["8"]], "it does not stand beside the main path"
+    tree.check()
 
 
 def test_an_alternative_that_is_right_takes_its_branch_along() -> None:

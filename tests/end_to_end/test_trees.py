@@ -11,6 +11,7 @@ import dsi_actors
 from dsi_actors.core.events import ServerLost
 from support.engines import make_tiny_model
 from support.timed import text_of
+from support.together import Together
 
 PROMPT = [3, 14, 15, 9, 26]
 
@@ -20,7 +21,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
-def config(model: Path, drafter: str, **drafter_options: Any) -> dsi_actors.Config:
+def config(model: Path, drafter: str | tuple[str, ...], **drafter_options: Any) -> dsi_actors.Config:
     return dsi_actors.Config(
         target=str(model), drafter=drafter, sp=2, devices=("cpu",), drafter_options=drafter_options, heartbeat_ms=100,
         silence_ms=600_000, request_timeout_s=600, ready_timeout_s=600, target_wait_s=600,
@@ -72,3 +73,21 @@ async def test_no_server_is_lost_by_trees_after_a_long_prompt(model: Path) -> No
                 found = await text_of(orchestrator.generate(prompt, sampling, lookahead=2, rows=6))
             assert found == await text_of(orchestrator.generate(prompt, sampling, algorithm="ar"))
     assert lost == []
+
+
+async def test_prompt_lookup_and_a_model_draft_together(model: Path) -> None:
+    """Each has its turn alone, then both at the same time."""
+    prompt, together = PROMPT * 4 + [3, 14, 7, 7, 3, 14], Together()
+    samplings = [dsi_actors.Sampling(max_tokens=300), dsi_actors.Sampling(max_tokens=300, temperature=1.2, seed=5)]
+    settings = config(model, ("ngram", str(model)), layers=2, quantization="none")
+    async with dsi_actors.Orchestrator(settings) as orchestrator:
+        orchestrator.observe(together)
+        for sampling in samplings:
+            expected = await text_of(orchestrator.generate(prompt, sampling, algorithm="ar"))
+            assert len(expected) == 300
+            for lookahead in (2, 5):
+                stream = orchestrator.generate(prompt, sampling, lookahead=lookahead, rows=4)
+                assert await text_of(stream) == expected
+            assert await text_of(orchestrator.generate(prompt, sampling)) == expected
+        drafters = {worker.number for worker in orchestrator.workers if worker.role == "drafter"}
+    assert together.drafted == drafters

@@ -10,15 +10,29 @@ import dsi_actors
 from dsi_actors.config import Config, Sampling
 from dsi_actors.core import GenerationCore
 from dsi_actors.generation.account import Account
-from dsi_actors.generation.answers import Misbehaved
+from dsi_actors.generation.answers import Misbehaved, Withdrawn
 from dsi_actors.generation.generation import Generation
 from dsi_actors.generation.knowledge import Knowledge
-from dsi_actors.generation.messages import Granted
+from dsi_actors.generation.messages import Granted, Reclaimed
+from dsi_actors.planning.arms import TOGETHER
 from dsi_actors.planning.controller import Controller
 from dsi_actors.planning.tuner import Estimates
 from dsi_actors.workforce.scheduler import Scheduler
 from dsi_actors.workforce.worker_handle import WorkerHandle
-from dsi_protocol import Cancelled, CloseGeneration, Draft, Failed, FromOrchestrator, Hello, OpenGeneration, Verify
+from dsi_protocol import (
+    Cancel,
+    Cancelled,
+    CloseGeneration,
+    Draft,
+    Drafted,
+    Failed,
+    FromOrchestrator,
+    Hello,
+    OpenGeneration,
+    Ready,
+    Verified,
+    Verify,
+)
 from support.fake_worker import FakeWorker, running, silent
 from support.patience import limit_s
 from support.timed import PROMPT, timed_config
@@ -100,3 +114,69 @@ async def test_an_exception_at_the_start_ends_the_generation_with_that_error(mon
         with pytest.raises(LookupError, match="there is no clock"):
             await anext(orchestrator.generate(PROMPT))
         assert orchestrator.running == 0
+
+
+class Lent:
+    """A worker that is lent, and what it was sent."""
+
+    def __init__(self, number: int, role: str, kind: str = "") -> None:
+        self.sent: list[FromOrchestrator] = []
+        hello = Hello(1, number, role, "timed", "", "cpu:0", "host", number)
+        self.worker = WorkerHandle(number, bytes([number]), hello, role, self.sent.append, kind=kind)
+        self.worker.ready = Ready("", 1000, 1 << 16, 8, 1000, 1000, 4, 0, 0, 0, rows=64)
+
+    def take(self) -> list[FromOrchestrator]:
+        taken, self.sent[:] = list(self.sent), []
+        return taken
+
+
+async def test_drafters_of_one_generation_come_and_go_without_the_others() -> None:
+    target, a, b, later = Lent(1, "target"), Lent(2, "drafter", "a"), Lent(3, "drafter", "b"), Lent(4, "drafter", "a")
+    knowledge = Knowledge(Config(target="T", drafter=("a", "b")), lambda role: [], lambda: 0)
+    controller = Controller.with_one_drafter("dsi", 1, 1, Estimates(), rows=4)
+    generation = Generation(
+        1, GenerationCore((1, 2), policy=controller.begin(), max_tokens=400), Scheduler(), controller, knowledge,
+        vocabulary_size=1000, sampling=Sampling(max_tokens=400), correlation="g", first_target_wait_s=3600.0,
+        target_wait_s=3600.0, on_tokens=lambda tokens: None, on_end=lambda error: None,
+    )  # fmt: skip
+    task = asyncio.create_task(generation.run())
+    await asyncio.sleep(0)
+
+    def draft_of(lent: Lent) -> Draft:
+        return next(message for message in lent.take() if isinstance(message, Draft))
+
+    generation.receive(Granted(b.worker))
+    assert controller.drafter == "b"
+    of_b = draft_of(b)
+    generation.receive(Granted(a.worker))
+    assert controller.drafter == TOGETHER
+    of_a = draft_of(a)
+    assert (of_a.base, of_a.tokens, of_a.start) == (of_b.base, of_b.tokens, of_b.start) == (0, (1, 2), 2)
+    generation.receive(Granted(target.worker))
+    b.worker.on_reply(Drafted(1, of_b.attempt, 2, (7,), False, 0))
+    a.worker.on_reply(Drafted(1, of_a.attempt, 2, (5,), False, 0))
+    await asyncio.sleep(0)
+    generation.receive(Withdrawn(a.worker))
+    assert controller.drafter == "b"
+    assert not [message for message in b.take() if isinstance(message, Cancel | CloseGeneration)], "it has not noticed"
+    generation.receive(Granted(later.worker))
+    assert controller.drafter == TOGETHER
+    of_later = draft_of(later)
+    assert of_later.tokens == (1, 2)
+    later.worker.on_reply(Drafted(1, of_later.attempt, 2, (5,), False, 0))
+    await asyncio.sleep(0)
+    [verify] = [message for message in target.take() if isinstance(message, Verify)]
+    target.worker.on_reply(Verified(1, verify.attempt, 2, (7,), (), 1, 100))  # what b said, and a did not
+    await asyncio.sleep(0)
+    again = draft_of(later)
+    assert (again.base, again.tokens, again.start) == (2, (7,), 3)
+    generation.receive(Reclaimed(b.worker))
+    assert controller.drafter == "a"
+    b.worker.on_reply(Drafted(1, of_b.attempt, 3, (7,), True, 0))
+    await asyncio.sleep(0)
+    generation.receive(Misbehaved(later.worker, "it lies"))
+    generation.stop()
+    await task
+    assert generation.report is not None
+    assert generation.report.drafter == "a"
+    assert generation.report.alternatives == 1

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from dsi_actors.config import Config
 from dsi_actors.core.actions import Judged
-from dsi_actors.generation.knowledge import Knowledge, can_overlap
+from dsi_actors.generation.knowledge import Knowledge, can_overlap, rows_of_trees
+from dsi_actors.planning.arms import TOGETHER
 from dsi_actors.planning.controller import Controller
 from dsi_actors.planning.tuner import Estimates
 from dsi_actors.workforce.worker_handle import WorkerHandle
@@ -73,7 +76,7 @@ def test_each_drafter_begins_with_what_was_learnt_of_it() -> None:
     after = workers.knowledge.estimates()
     assert after.drafter_ms == pytest.approx(25.0, rel=0.05)
     assert after.acceptance < 0.7
-    assert workers.knowledge.guesser("b", 10, 20.0).drafter_ms == 20.0
+    assert workers.knowledge.guesser(["b"], 10, 20.0).drafter_ms == 20.0
 
 
 def learn(knowledge: Knowledge, target_ms: float, *, position: int, tokens: int = 1000) -> None:
@@ -130,3 +133,54 @@ def test_it_plans_by_where_its_workers_compute() -> None:
     assert can_overlap([target], [])
     assert not can_overlap([target], [beside])
     assert can_overlap([target], [apart])
+
+
+def test_drafters_are_tried_together_where_target_servers_take_trees() -> None:
+    workers = Workers()
+    for kind in ("a", "b"):
+        workers.join("drafter", 20.0, kind=kind)
+
+    def begun() -> str:
+        """After each drafter was found to be slower than another one that was not tried yet."""
+        controller = workers.knowledge.controller("dsi", 1, None, position=300)
+        controller.begin()
+        for _ in range(40):
+            controller.committed(1, 90.0, 300, drafts=True, drafters=["a", "b"])
+        return controller.drafter
+
+    assert [begun(), begun(), begun()] == ["a", "b", "a"], "chains only"
+    for worker in workers.of_role("target"):
+        assert worker.ready is not None
+        worker.ready = replace(worker.ready, rows=16)
+    assert begun() == TOGETHER
+
+
+def test_who_leads_is_listed_first_and_computes() -> None:
+    config = Config(target="T", drafter=("ngram", "a", "b"))
+    knowledge = Knowledge(config, lambda role: [], lambda: 0)
+    kinds = ["unknown", "ngram", "b", "a", "another"]
+    assert sorted(kinds, key=knowledge.rank) == ["a", "b", "unknown", "another", "ngram"]
+
+
+def test_several_together_begin_with_what_is_known_of_the_leader() -> None:
+    workers = Workers()
+    learnt = Estimates(100.0, 100.0, 8, drafter_ms=3.0, accepted=5.0, judged=10.0)
+    workers.knowledge.learn(learnt, "a", 10, 100)
+    assert workers.knowledge.guesser(["a", "b"], 10, 7.0).drafter_ms == 3.0
+    assert workers.knowledge.guesser(["b", "a"], 10, 7.0).drafter_ms == 7.0
+    workers.knowledge.learn(replace(learnt, drafter_ms=4.0), TOGETHER, 10, 100)
+    assert workers.knowledge.guesser(["a", "b"], 10, 7.0).drafter_ms == 4.0
+    assert workers.knowledge.guesser(["a"], 10, 7.0).drafter_ms == 3.0
+
+
+def test_rows_are_those_that_some_drafter_can_make_and_all_targets_take() -> None:
+    workers = Workers()
+    targets = workers.of_role("target")
+    few, many = workers.join("drafter", 1.0, kind="a"), workers.join("drafter", 1.0, kind="b")
+    for worker, rows in (*((target, 16) for target in targets), (few, 1), (many, 32)):
+        assert worker.ready is not None
+        worker.ready = replace(worker.ready, rows=rows)
+    assert rows_of_trees(targets, [few]) == 1
+    assert rows_of_trees(targets, [few, many]) == rows_of_trees(targets, []) == 16
+    assert rows_of_trees([], [many]) == 32
+    assert rows_of_trees([], []) == 1

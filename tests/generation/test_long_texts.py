@@ -126,12 +126,12 @@ def test_the_end_of_the_main_path_is_found_without_a_look_at_all_drafts() -> Non
     found = []
     for drafted in (SHORT, LONG):
         tree = DraftTree(1, 0)
-        view = DrafterView(tree, lambda right: None)
+        view = DrafterView(0, 0, 1, tree, lambda view, right: None)
         view._nodes = nodes = CountedList(view._nodes)
         assert view.add(1, [3] * drafted, (), drafted + 1)
-        tree.main = [*tree.main, Node(9, drafted + 1)]  # a draft of another drafter
+        other = Node(9, drafted + 1)  # a draft of another drafter
         before = nodes.touched
-        assert not view.knows_the_main_path
+        assert not view.drafted(other)
         found.append(nodes.touched - before)
     assert found[0] == found[1]
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from dsi_actors.planning.arms import PLAIN, TRIAL, WARM_UP, ArmChoice, Arms
+from dsi_actors.planning.arms import PLAIN, TOGETHER, TRIAL, WARM_UP, ArmChoice, Arms, arms_of
 
 _LONG = 20_000
 DRAFTER = "d"
@@ -338,3 +338,33 @@ def test_where_the_user_fixed_how_to_speculate_nothing_is_told_to_others() -> No
     assert choice.speculates
     assert choice.another(["a", "b"]) == "b"
     assert arms.pays("a", 0)
+
+
+# All drafters together
+
+
+@pytest.mark.parametrize(("kinds", "trees", "arms"), [
+    (["a", "b"], True, ["a", "b", TOGETHER]), (["a", "b"], False, ["a", "b"]), (["a"], True, ["a"]), ([], True, []),
+])  # fmt: skip
+def test_drafters_draft_together_where_there_are_several_and_trees_are_verified(
+    kinds: list[str], trees: bool, arms: list[str]
+) -> None:
+    assert arms_of(kinds, trees=trees) == arms
+
+
+def test_all_together_are_tried_after_each_alone_and_kept_if_that_is_faster() -> None:
+    arms = Arms()
+    each_ms = {"a": 20.0, "b": 25.0, TOGETHER: 15.0}
+    used = generate(arms, 300, each_ms)
+    assert used[0] == "a"
+    assert set(used[-100:]) == {TOGETHER}
+    assert set(generate(arms, 200, each_ms)) == {TOGETHER}
+
+
+@pytest.mark.parametrize("together_ms", [20.5, 40.0])
+def test_all_together_cost_no_more_than_a_trial_where_they_are_slower(together_ms: float) -> None:
+    arms = Arms()
+    each_ms = {"a": 20.0, "b": 25.0, TOGETHER: together_ms}
+    used = [arm for _ in range(10) for arm in generate(arms, 300, each_ms)]
+    assert used.count(TOGETHER) <= 4 * (WARM_UP + TRIAL)
+    assert used.count("a") > 0.85 * len(used)

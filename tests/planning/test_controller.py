@@ -10,7 +10,8 @@ import pytest
 
 from dsi_actors.core import Policy
 from dsi_actors.core.actions import Judged
-from dsi_actors.planning.arms import ArmChoice, Arms, chooses_arms
+from dsi_actors.core.policy import UNLIMITED
+from dsi_actors.planning.arms import TOGETHER, ArmChoice, Arms, chooses_arms
 from dsi_actors.planning.controller import Controller
 from dsi_actors.planning.tuner import Estimates, Guesser, Tuner
 
@@ -335,3 +336,31 @@ def test_a_plan_follows_another_drafter_at_once() -> None:
     controller.retune()
     controller.drafter_joined("b", Guesser(8.0, 1.0, 6.0, 2.4, 6.0), 0)
     assert controller.retune() is not None
+
+
+# All drafters together
+
+
+def test_drafters_that_draft_together_have_all_they_say_verified() -> None:
+    """Even if each of them drafts chains. And a plan follows who is there."""
+    controller = begun(Arms())
+    controller.drafter_joined("a", GUESSER, 0)
+    controller.retune()
+    assert controller.begin().branches == 0
+    controller.drafter_joined(TOGETHER, GUESSER, 0)
+    policy = controller.retune()
+    assert policy is not None
+    assert (policy.rows, policy.branches) == (1, UNLIMITED)
+    controller.drafter_joined("b", GUESSER, 0)
+    policy = controller.retune()
+    assert policy is not None
+    assert policy.branches == 0
+
+
+@pytest.mark.parametrize(("lookahead", "rows", "expected"), [
+    (None, None, True), (None, 1, False), (None, 4, True), (3, None, False), (3, 1, False), (3, 4, True),
+])  # fmt: skip
+def test_branches_are_verified_unless_the_user_asked_for_chains(
+    lookahead: int | None, rows: int | None, expected: bool
+) -> None:
+    assert Tuner("dsi", 1, lookahead, Estimates(), rows=rows).may_branch == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 
 import pytest
 
@@ -87,3 +88,26 @@ def test_seeds_are_all_there_is_to_chance() -> None:
     first, again = (simulate(scenario, "dsi", sp=2, lookahead=None, tokens=50, repeats=3, seed=9) for _ in range(2))
     assert first == again
     assert len({run.ms_per_token for run in first}) == 3
+
+
+@pytest.mark.parametrize("sp", [1, 7])
+@pytest.mark.parametrize("second", [(0.1, 0.1), (2.5, 0.63), (30.0, 0.9)])
+def test_a_second_drafter_saves_rejections_and_one_that_is_poor_costs_nothing(
+    second: tuple[float, float], sp: int
+) -> None:
+    alone = Scenario(target_ms=37.7, drafter_ms=2.5, acceptance=0.63)
+    both = replace(alone, second_drafter_ms=second[0], second_acceptance=second[1])
+    for lookahead in (3, None):
+        alone_ms, both_ms = (mean_ms(each, "dsi", sp=sp, lookahead=lookahead, tokens=200) for each in (alone, both))
+        assert both_ms <= alone_ms * 1.01
+        if second == (2.5, 0.63):
+            assert both_ms < alone_ms * 0.9
+
+
+def test_two_drafters_are_not_slower_than_ar_in_any_single_run() -> None:
+    scenario = Scenario(
+        target_ms=10.0, drafter_ms=3.0, acceptance=0.3, second_drafter_ms=0.5, second_acceptance=0.2, jitter=0.0
+    )
+    for lookahead, sp in ((1, 4), (2, 2), (4, 1)):
+        for run in simulate(scenario, "dsi", sp=sp, lookahead=lookahead, tokens=60, repeats=30, seed=5):
+            assert run.ms_per_token <= 10.0 + 1e-9

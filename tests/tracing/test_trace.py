@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dsi_actors.core import GenerationCore, Policy
-from dsi_actors.core.actions import Action, EmitTokens, StartDraft, StartVerify
+from dsi_actors.core.actions import Action, CancelDrafts, EmitTokens, StartDraft, StartVerify
 from dsi_actors.core.events import DraftsArrived, Event, VerificationFinished
 from dsi_actors.errors import ConfigError
 from dsi_actors.planning.search import with_rows
@@ -265,3 +265,33 @@ def test_a_picture_does_not_take_the_place_of_its_recording(recorded: Path, tmp_
 
 def test_a_generation_that_is_not_there_is_named(recorded: Path) -> None:
     assert "there is no generation 77 in" in trace(recorded, "--generation", "77").stderr
+
+
+def test_several_drafters_have_a_lane_each() -> None:
+    """Drafter 2 leads and guesses 5 6, drafter 3 guesses 7 8: 7 is right, and drafter 2 is asked again."""
+    moments = [
+        moment(0.0, StartDraft(1, 0, (1, 2, 3), 3, 4, 2, committed=3, drafter=2)),
+        moment(0.0, StartDraft(2, 0, (1, 2, 3), 3, 4, 2, committed=3, drafter=3)),
+        moment(1.0, DraftsArrived(2, 3, (7, 8), drafter=3)),
+        moment(2.0, DraftsArrived(1, 3, (5, 6), drafter=2)),
+        moment(2.0, StartVerify(3, 1, 0, (1, 2, 3, 5, 6, 7, 8), 3, (0, 1, 2, 3, 4, 3, 6))),
+        moment(3.0, VerificationFinished(3, 1, 3, (7, 8, 9))),
+        moment(3.0, CancelDrafts(1, 2)),
+        moment(3.0, StartDraft(4, 3, (7, 8, 9), 6, 4, 2, committed=6, drafter=2)),
+        moment(3.0, EmitTokens(3, (7, 8, 9), (True, True, False), (3,))),
+        moment(3.5, DraftsArrived(1, 5, (4,), drafter=2)),  # of a request that was cancelled
+        moment(4.0, DraftsArrived(4, 6, (1,), drafter=2)),
+        moment(4.0, EmitTokens(6, (1,), (True,))),
+    ]
+    picture = draw(Recording({1: "target 1", 2: "drafter 2", 3: "drafter 3"}, moments, []))
+    assert picture.came == [Came.ALTERNATIVE, Came.ACCEPTED, Came.OWN, Came.ACCEPTED]
+    assert list(picture.lanes) == ["drafter 2", "drafter 3", "target 1"]
+    assert [(span.start, span.end, span.fate) for span in picture.lanes["drafter 2"]] == [
+        (3, 5, "wasted"), (6, 6, "wasted"), (6, 7, "useful"),
+    ]  # fmt: skip
+    [beside] = picture.lanes["drafter 3"]
+    assert (beside.start, beside.end, beside.fate, beside.hit) == (3, 5, "useful", True)
+    assert "drafter 3" in html_page(picture, "two drafters")
+    assert {event["args"]["name"] for event in chrome_trace(picture)["traceEvents"] if event["name"] == "thread_name"} == {
+        "drafter 2", "drafter 3", "target 1",
+    }  # fmt: skip

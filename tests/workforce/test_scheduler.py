@@ -156,19 +156,43 @@ def test_drafters_of_several_kinds_are_exchanged() -> None:
     for ready in (T1, a, b):
         scheduler.receive(WorkerReady(ready))
     assert scheduler.drafter_kinds(first) == ["a", "b"]
-    scheduler.receive(Requested(first, 1, wants_drafter=True, kind="b"))
+    scheduler.receive(Requested(first, 1, wants_drafter=True, kinds=("b",)))
     assert first.workers == [8, 1]
-    scheduler.receive(Requested(second, 1, wants_drafter=True, kind="b"))
+    scheduler.receive(Requested(second, 1, wants_drafter=True, kinds=("b",)))
     assert second.workers == [7], "one of another kind is better than none"
-    scheduler.receive(Exchanged(second, "b"))
+    scheduler.receive(Exchanged(second, ("b",)))
     assert second.workers == [7], "there is none to be had"
     scheduler.receive(WorkerReady(also_b))
-    scheduler.receive(Exchanged(second, "b"))
+    scheduler.receive(Exchanged(second, ("b",)))
     assert second.workers == [9]
-    scheduler.receive(Exchanged(second, "b"))
+    scheduler.receive(Exchanged(second, ("b",)))
     assert second.workers == [9]
-    scheduler.receive(Exchanged(first, "a"))
+    scheduler.receive(Exchanged(first, ("a",)))
     assert first.workers == [1, 7]
-    scheduler.receive(Exchanged(Client(3), "a"))
+    scheduler.receive(Exchanged(Client(3), ("a",)))
     scheduler.receive(WorkerGone(a))
     assert first.workers == [1, 8], "the kind that is left"
+
+
+def test_drafters_of_all_kinds_may_be_had_at_the_same_time() -> None:
+    scheduler, client, other = Scheduler(), Client(1), Client(2)
+    a, b, also_b = (worker(number, "drafter", kind=kind) for number, kind in ((7, "a"), (8, "b"), (9, "b")))
+    for ready in (T1, a, b):
+        scheduler.receive(WorkerReady(ready))
+    scheduler.receive(Requested(client, 1, wants_drafter=True, kinds=("b",)))
+    assert client.workers == [8, 1]
+    scheduler.receive(Exchanged(client, ("a", "b")))
+    assert client.workers == [8, 1, 7], "the one that it has stays"
+    scheduler.receive(WorkerGone(b))
+    assert client.workers == [1, 7]
+    scheduler.receive(WorkerReady(also_b))
+    assert client.workers == [1, 7, 9], "another one of the kind that it lacks"
+    scheduler.receive(Requested(other, 1, wants_drafter=True, kinds=("a", "b")))
+    assert other.workers == [], "all are taken"
+    scheduler.receive(Exchanged(client, ("a",)))
+    assert client.workers == [1, 7]
+    assert other.workers == [9]
+    client.workers.remove(7)
+    scheduler.receive(GivenBack(client, a))
+    assert client.workers == [1], "what failed it is not lent to it again"
+    assert other.workers == [9, 7]
