@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping
 from dsi_actors.errors import ConfigError
 from dsi_protocol import OptionValue
 
-_MODEL = "dtype quantization window max_length slots threads graphs calibrate lookup remember target layers"  # engines/loading.py
+#: engines/loading.py
+_MODEL = (
+    "dtype quantization window max_length slots memory_share threads graphs calibrate lookup remember target layers"
+)
 _TIMED = (
     "latency_ms position_ms jitter acceptance alternatives seed vocabulary_size any_vocabulary slots chunk calibrate"
 )
