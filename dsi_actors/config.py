@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal, SupportsFloat, SupportsIndex
 
 from dsi_actors.errors import ConfigError
-from dsi_actors.host.devices import device_name, servers_beside_drafters
+from dsi_actors.host.devices import device_name, local_devices, servers_beside_drafters
 from dsi_protocol import Endpoint, EndpointError, OptionValue, ProtocolError, Welcome, encode
 
 Algorithm = Literal["dsi", "si", "ar"]
@@ -167,6 +167,21 @@ class Config:
             return 2
         models = sum(drafter != NGRAM for drafter in self.drafters)
         return servers_beside_drafters(self.devices, models, threads=self.threads)
+
+    @property
+    def local_workers(self) -> tuple[tuple[str, str, str], ...]:
+        """Of each local worker its device (as for local_devices), its role, and of a drafter what it is."""
+        # Prompt lookup needs no device: it comes last.
+        drafters = sorted(self.drafters, key=lambda drafter: drafter == NGRAM)
+        roles = [("target", "")] * self.local_servers + [("drafter", drafter) for drafter in drafters]
+        devices = local_devices(self.devices)
+        return tuple((devices[index % len(devices)], *role) for index, role in enumerate(roles))
+
+    def local_models_on(self, device: str) -> int:
+        """How many local workers have a model on this device, named as torch does."""
+        if self.listen is not None:
+            return 0
+        return sum(device_name(place) == device and kind != NGRAM for place, _, kind in self.local_workers)
 
     @property
     def threads(self) -> int:

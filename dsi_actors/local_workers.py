@@ -6,7 +6,7 @@ import time
 
 from dsi_actors.config import NGRAM, TIMED, Config
 from dsi_actors.errors import WorkerStartError
-from dsi_actors.host.devices import crowding, local_devices
+from dsi_actors.host.devices import crowding
 from dsi_actors.host.requirements import require_models
 from dsi_actors.logs import get_logger
 from dsi_actors.root import Root
@@ -18,23 +18,20 @@ log = get_logger("local")
 async def start_local_workers(root: Root, config: Config, endpoint: str) -> None:
     """Returns when all are ready. Raises ConfigError and WorkerStartError."""
     require_models(config.local_models)
-    # Prompt lookup needs no device: it comes last.
-    drafters = sorted(config.drafters, key=lambda drafter: drafter == NGRAM)
-    roles = [("target", "")] * config.local_servers + [("drafter", drafter) for drafter in drafters]
-    devices = local_devices(config.devices)
-    places = [devices[index % len(devices)] for index in range(len(roles))]
-    models = sum(drafter != NGRAM for drafter in drafters)
-    problem = crowding(places[: config.local_servers], places[config.local_servers :][:models], config.threads)
+    workers = config.local_workers
+    targets = [device for device, role, _ in workers if role == "target"]
+    drafters = [device for device, role, model in workers if role == "drafter" and model != NGRAM]
+    problem = crowding(targets, drafters, config.threads)
     if config.engine != TIMED and problem is not None:
         log.warning(problem)
-    specs = [WorkerSpec(place, role, model) for place, (role, model) in zip(places, roles, strict=True)]
+    specs = [WorkerSpec(*worker) for worker in workers]
     supervisor = WorkerSupervisor(endpoint, config, specs, root.on_exit)
     root.supervise(supervisor)
     begun = time.monotonic()
-    root.expected_workers = len(roles)
+    root.expected_workers = len(specs)
     root.report_workers("loading models")
     all_ready = await root.wait_until(
-        lambda: len(root.ready_workers) == len(roles) or bool(root.exits) or root.ended, config.ready_timeout_s
+        lambda: len(root.ready_workers) == len(specs) or bool(root.exits) or root.ended, config.ready_timeout_s
     )
     if root.exits:
         incarnation, spec, code = root.exits[0]
@@ -44,7 +41,7 @@ async def start_local_workers(root: Root, config: Config, endpoint: str) -> None
         raise WorkerStartError("the orchestrator ended while its workers started")
     if not all_ready:
         raise WorkerStartError(
-            f"only {len(root.ready_workers)} of {len(roles)} workers were ready after {config.ready_timeout_s:g} s"
+            f"only {len(root.ready_workers)} of {len(specs)} workers were ready after {config.ready_timeout_s:g} s"
         )
     supervisor.restarts = True
-    log.info("local workers ready", number=len(roles), after_s=round(time.monotonic() - begun, 2))
+    log.info("local workers ready", number=len(specs), after_s=round(time.monotonic() - begun, 2))

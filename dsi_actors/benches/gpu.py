@@ -2,7 +2,8 @@
 
 For each shape and width: how long a forward takes, over the time in which the device could read every byte that the forward
 needs once; how soon a device is free after a cancel; which widths give the same bits; and how much processes that compute on
-the same device at the same time slow one another down. `--gpu cpu` runs it on the CPU.
+the same device at the same time slow one another down. Then how many tokens per second come by plain decoding, by the number of
+generations that share a forward. `--gpu cpu` runs it on the CPU.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def add_parser(benches: SubParsers) -> None:
     parser = benches.add_parser("gpu", help="a device against its own limit", description=__doc__)
     parser.add_argument("--gpu", metavar="N", help="number of a CUDA device, or cpu (default: the first, else cpu)")
     parser.add_argument("--shapes", default="1b,3b,8b", metavar="LIST", help=f"of {', '.join(_SHAPES)}")
-    parser.add_argument("--widths", default="1,2,4,8,16,32", metavar="LIST", help="default %(default)s")
+    parser.add_argument("--widths", default="1,2,4,8,16,32,64,128,256", metavar="LIST", help="default %(default)s")
+    parser.add_argument("--generations", default="1,4,8,16,32", metavar="LIST", help="default %(default)s")
     parser.add_argument("--context", type=int, default=512, metavar="L", help="positions before (default %(default)s)")
     parser.add_argument(
         "--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="numbers that the weights have"
@@ -49,7 +51,8 @@ def add_parser(benches: SubParsers) -> None:
 
 
 async def run(arguments: argparse.Namespace) -> int:
-    shapes, widths = arguments.shapes.split(","), numbers(arguments.widths, "--widths", int, 1, 128)
+    shapes, widths = arguments.shapes.split(","), numbers(arguments.widths, "--widths", int, 1, 256)
+    generations = numbers(arguments.generations, "--generations", int, 1, 256)
     if unknown := [shape for shape in shapes if shape not in _SHAPES]:
         raise ConfigError(f"--shapes {unknown[0]} is unknown: choose of {', '.join(_SHAPES)}")
     if arguments.repeats < 1 or arguments.processes < 1 or not 1 <= arguments.context <= 1 << 16:
@@ -58,10 +61,12 @@ async def run(arguments: argparse.Namespace) -> int:
     results = []
     for shape in shapes:
         words = ["--shape", shape, "--device", device, "--dtype", arguments.dtype]
-        words += ["--context", str(arguments.context), *(["--no-graphs"] if arguments.no_graphs else [])]
+        words += ["--context", str(arguments.context), "--generations", str(max(generations))]
+        words += [*(["--no-graphs"] if arguments.no_graphs else [])]
         async with contextlib.AsyncExitStack() as stack:
             first = await stack.enter_async_context(LineProcess("dsi_workers.benches.device", *words))
             result = await _alone(first, shape, widths, arguments)
+            result["decoding"] = [await _decoding(first, number, arguments.repeats) for number in generations]
             others = [
                 await stack.enter_async_context(LineProcess("dsi_workers.benches.device", *words))
                 for _ in range(arguments.processes - 1)
@@ -98,6 +103,12 @@ async def _alone(process: LineProcess, shape: str, widths: list[int], arguments:
     }  # fmt: skip
 
 
+async def _decoding(process: LineProcess, generations: int, repeats: int) -> dict[str, Any]:
+    measured = await process.ask(generations=generations, repeats=repeats)
+    step_ms = statistics.median(measured["ms"])
+    return {"generations": generations, "step_ms": step_ms, "tokens_per_s": 1e3 * generations / step_ms}
+
+
 async def _together(processes: list[LineProcess]) -> dict[str, Any]:
     """The same forward in one process, then in all of them at once."""
     for process in processes:  # what is compiled and recorded at first is none of it
@@ -121,6 +132,12 @@ def _show(console: Console, result: dict[str, Any]) -> None:
         numbers = (f"{row[name]:.2f}" for name in ("ms", "worst_ms", "floor_ms", "over_floor"))
         table.add_row(str(row["width"]), *numbers)
     console.print(table)
+    decoding = Table(title="plain decoding")
+    for title in ("generations", "step ms", "tokens/s"):
+        decoding.add_column(title, justify="right")
+    for row in result["decoding"]:
+        decoding.add_row(str(row["generations"]), f"{row['step_ms']:.2f}", f"{row['tokens_per_s']:.0f}")
+    console.print(decoding)
     if result["cancel_to_free_ms"] is not None:
         worst = result["worst_cancel_to_free_ms"]
         console.print(f"free after a cancel: {result['cancel_to_free_ms']:.2f} ms at the median, {worst:.2f} at worst")

@@ -111,11 +111,13 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
         help="positions in one verification forward (default: 32 on a GPU, 8 on a CPU)",
     )
     parser.add_argument(
-        "--max-length", type=int, metavar="L", help="positions that a generation may have (default 2048)"
-    )
+        "--max-length", type=int, metavar="L",
+        help="positions that a generation may have (default: as many as the model allows and memory holds)",
+    )  # fmt: skip
     parser.add_argument(
-        "--slots", type=int, metavar="N", help="generations that a worker serves side by side (default 8)"
-    )
+        "--slots", type=int, metavar="N",
+        help="generations that a worker serves side by side (default: 8, on a GPU as many as its memory holds, at most 64)",
+    )  # fmt: skip
     parser.add_argument(
         "--set", action="append", default=[], metavar="ROLE.KEY=VALUE", dest="settings",
         help="any option of the engine, such as target.graphs=false or drafter.quantization=none; may be repeated",

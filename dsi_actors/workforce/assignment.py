@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from dsi_actors.config import NGRAM, NGRAM_FOR, RANDOM, SELF_INT8, TIMED, Config, adapter_of
 from dsi_protocol import PROTOCOL_VERSION, Hello, OptionValue
 
+#: The part of a GPU's memory that its workers take together, where they choose themselves.
+_MEMORY_SHARE = 0.9
+
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
@@ -38,7 +41,7 @@ def assign(config: Config, hello: Hello, *, targets: int, kinds: Sequence[str]) 
             return f"it has the model {hello.model!r}, but the target is {config.target!r}"
         if hello.engine not in ("auto", config.engine):
             return f"it has the engine {hello.engine!r}, but target servers here run {config.engine!r}"
-        return Assignment(role, config.engine, config.target, config.target_options)
+        return Assignment(role, config.engine, config.target, {**_share_of_gpu(config, hello), **config.target_options})
     if role == "drafter":
         return _assign_drafter(config, hello, kinds)
     return f"it wants the role {hello.role!r}: a worker is a target or a drafter"
@@ -51,6 +54,12 @@ def _drafts(config: Config, hello: Hello, targets: int, kinds: Sequence[str]) ->
     if hello.model == config.target:  # which may draft for itself, in int8
         return hello.model in config.drafters and hello.model not in kinds and targets > 0
     return hello.model in config.drafters or (targets > 0 and len(kinds) < len(config.drafters))
+
+
+def _share_of_gpu(config: Config, hello: Hello) -> dict[str, OptionValue]:
+    """The option of our engines that leaves room for the other local workers with a model on the same GPU."""
+    models = config.local_models_on(hello.device) if hello.device.startswith("cuda") else 0
+    return {"memory_share": _MEMORY_SHARE / models} if models > 1 else {}
 
 
 def _assign_drafter(config: Config, hello: Hello, kinds: Sequence[str]) -> Assignment | str:
@@ -74,7 +83,7 @@ def _assign_drafter(config: Config, hello: Hello, kinds: Sequence[str]) -> Assig
         return Assignment("drafter", TIMED, "", config.drafter_options, kind)
     if not reference:
         return "no drafter is wanted here"
-    options = dict(config.drafter_options)
+    options = {**_share_of_gpu(config, hello), **config.drafter_options}
     if reference.startswith(NGRAM_FOR):
         reference = reference.removeprefix(NGRAM_FOR)
         options["lookup"] = True

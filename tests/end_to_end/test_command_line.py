@@ -147,21 +147,38 @@ def test_prompts_cannot_be_chat_messages_for_a_model_without_a_template(model: P
 
 
 def test_bench_gpu_measures_a_device_against_its_limit() -> None:
-    words = ["bench", "gpu", "--gpu", "cpu", "--shapes", "tiny", "--widths", "1,8", "--repeats", "3", "--context", "64"]
+    words = [
+        "bench",
+        "gpu",
+        "--gpu",
+        "cpu",
+        "--shapes",
+        "tiny",
+        "--widths",
+        "1,8,80",
+        "--repeats",
+        "3",
+        "--context",
+        "64",
+    ]
+    words += ["--generations", "1,3"]
     done = dsi_actors(*words, "--json")
     assert done.returncode == 0, done.stderr
     [result] = json.loads(done.stdout)["results"]
-    assert [row["width"] for row in result["forwards"]] == [1, 8]
+    assert [row["width"] for row in result["forwards"]] == [1, 8, 80]
     assert all(row["over_floor"] > 1 for row in result["forwards"])
     for row in result["forwards"]:
         assert row["over_floor"] == pytest.approx(row["ms"] / row["floor_ms"])
         assert row["ms"] <= row["worst_ms"]
     assert 0 < result["cancel_to_free_ms"] <= result["worst_cancel_to_free_ms"]
     assert 8 in result["same_bits"]["widths"]
+    assert [row["generations"] for row in result["decoding"]] == [1, 3]
+    for row in result["decoding"]:
+        assert row["tokens_per_s"] == pytest.approx(1e3 * row["generations"] / row["step_ms"])
     together = result["together"]
     assert len(together["each_ms"]) == together["processes"] == 2
     assert together["slower"] == pytest.approx(sum(together["each_ms"]) / 2 / together["alone_ms"])
-    for wrong, problem in (("--shapes=7b", "--shapes 7b is unknown"), ("--widths=0", "each must lie in [1, 128]")):
+    for wrong, problem in (("--shapes=7b", "--shapes 7b is unknown"), ("--widths=0", "each must lie in [1, 256]")):
         assert problem in dsi_actors("bench", "gpu", wrong).stderr
 
 

@@ -1,4 +1,4 @@
-"""Compiles kernels of attention for GPUs that need not be here. The interpreter runs code that the compiler refuses."""
+"""Compiles kernels for GPUs that need not be here. The interpreter runs code that the compiler refuses."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from triton.compiler import ASTSource
 from dsi_workers.decoding.gpu import kernels
 
 #: An 8B shape.
-SHAPE = {"heads": 32, "kv_heads": 8, "dim": 128, "group_rows": 8}
-HALF = ("qkv", "cos", "sin", "keys", "values", "branch_keys", "branch_values", "query_norm", "key_norm")
+SHAPE = {"heads": 32, "kv_heads": 8, "dim": 128}
+HALF = (
+    *("qkv", "cos", "sin", "keys", "values", "branch_keys", "branch_values", "query_norm", "key_norm", "out"),
+    *("x", "weight", "y", "scales", "bias", "residual", "norm"),
+)
 POINTERS = {
     **dict.fromkeys(HALF, "*bf16"),
-    **dict.fromkeys(("positions", "slots", "forks", "firsts"), "*i32"),
+    **dict.fromkeys(("positions", "slots", "forks", "firsts", "units", "begins", "ends"), "*i32"),
     **dict.fromkeys(("partial_outputs", "maxima", "exp_sums"), "*fp32"),
 }
 NUMBERS = {"epsilon": "fp32", "scaling": "fp32"}
@@ -39,7 +42,21 @@ if __name__ == "__main__":
     for capability in (80, 90):
         constants = {**SHAPE, "pdl": capability >= 90}
         turn = {**constants, "normed": True, "block_half": 64}
-        attend = {**constants, "sliding_window": 0, "block_m": 32, "block_d": 128}
+        attend = {**constants, "sliding_window": 0, "most_groups": 256, "block_m": 32, "block_d": 128}
+        combine = {
+            "heads": 32,
+            "dim": 128,
+            "sliding_window": 0,
+            "block_d": 128,
+            "block_splits": 1024,
+            "pdl": capability >= 90,
+        }
+        product = {
+            "inputs": 4096, "gated": False, "scaled": False, "biased": False, "added": True, "normed": False, "block_rows": 64,
+            "block_n": 64, "block_k": 256, "pdl": capability >= 90, "prefetched_lines": 4,
+        }  # fmt: skip
         shared_bytes(kernels.apply_rope_and_store_kv, turn, capability=capability)
+        shared_bytes(kernels.combine_splits, combine, capability=capability)
+        shared_bytes(kernels.multiply, product, capability=capability)
         taken = shared_bytes(kernels.attend_to_splits, attend, capability=capability)
         assert taken <= 48 * 1024, f"attention takes {taken} bytes of shared memory: too few programs run side by side"

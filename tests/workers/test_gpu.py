@@ -25,6 +25,7 @@ from dsi_protocol import OptionValue
 from dsi_protocol.gumbel import stream_key
 from dsi_workers.backend import Run
 from dsi_workers.checkpoints.load import load_model, with_gpu_kernels
+from dsi_workers.checkpoints.sizes import buffer_bytes
 from dsi_workers.decoding.decoder import Decoder
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.decoding.gpu.decoder import GpuDecoder
@@ -58,11 +59,11 @@ def random_tensor(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
 
 
 def decoder(
-    *, kv_heads: int = KV_HEADS, slides: bool = False, norms: bool = False, biases: bool = False
+    *, kv_heads: int = KV_HEADS, slides: bool = False, norms: bool = False, biases: bool = False, layers: int = LAYERS
 ) -> tuple[Decoder, Any]:
     heads = 2 * kv_heads
     config: Any = SimpleNamespace(
-        rms_norm_eps=1e-5, num_hidden_layers=LAYERS, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        rms_norm_eps=1e-5, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
         head_dim=DIM, hidden_size=HIDDEN,
     )  # fmt: skip
     if slides:
@@ -77,7 +78,7 @@ def decoder(
         "lm_head.weight": random_tensor(WORDS, HIDDEN, seed=2, scale=0.3),
         "model.norm.weight": random_tensor(HIDDEN, seed=3).abs(),
     }
-    for layer in range(LAYERS):
+    for layer in range(layers):
         name, seed = f"model.layers.{layer}", 100 * layer
         for place, (part, shape) in enumerate(shapes.items()):
             weights[f"{name}.{part}.weight"] = random_tensor(*shape, seed=seed + place, scale=shape[1] ** -0.5)
@@ -142,6 +143,50 @@ def test_logits_are_the_decoders(more: dict[str, Any]) -> None:
             lengths[run.slot] += len(run.tokens)
 
 
+def others(rows: int) -> list[Run]:
+    """Runs of 1 to 8 rows of slots 1 and 2, so many rows in all."""
+    chance, found, begins = random.Random(rows), list[Run](), [0, 30, 0]
+    while (left := rows - sum(run.width for run in found)) > 0:
+        slot, count = chance.choice((1, 2)), min(left, chance.choice((1, 2, 4, 8)))
+        found.append(run_of(slot, begins[slot], count, width=count))
+        begins[slot] += count
+    return found
+
+
+def test_a_token_has_the_same_bits_in_groups_of_any_size() -> None:
+    """Each row attends by itself, or with others of its generation."""
+    by_kernels, _ = forwards(slides=True)
+    length = 124  # attention is cut at 128
+    read(by_kernels, 0, length)
+    [expected] = logits_of(by_kernels, [run_of(0, length, WINDOW)])
+    for size in (1, 2, 4):
+        runs = [run_of(0, length + begin, size, width=size) for begin in range(0, WINDOW, size)]
+        assert torch.equal(torch.cat(logits_of(by_kernels, runs)), expected), size
+    several = [run_of(0, length, 5, width=5), run_of(0, length + 5, 3, width=3)]
+    assert torch.equal(torch.cat(logits_of(by_kernels, several)), expected)
+
+
+@pytest.mark.parametrize("rows", [50, 70, 256])
+def test_a_token_has_the_same_bits_in_batches_of_any_size(rows: int) -> None:
+    """In one block of products and in several. The tokens of one generation attend in groups of 1, 3 and 4 rows."""
+    by_kernels, _ = forwards(layers=1)
+    length = 124
+    read(by_kernels, 0, length)
+    [expected] = logits_of(by_kernels, [run_of(0, length, WINDOW)])
+    beside = others(rows - WINDOW)
+    before = random.Random(rows).randrange(len(beside) + 1)
+    own = [run_of(0, length, 4, width=4), run_of(0, length + 4, 1, width=1), run_of(0, length + 5, 3, width=3)]
+    found = logits_of(by_kernels, [*beside[:before], *own, *beside[before:]])
+    assert torch.equal(torch.cat(found[before : before + 3]), expected)
+
+
+def test_a_batch_wider_than_any_recording_is_refused() -> None:
+    """Torch's own operations would give its rows other bits."""
+    by_kernels, _ = forwards()
+    with pytest.raises(AssertionError, match="different bits"):
+        logits_of(by_kernels, [run_of(1, 0, 1, width=1)] * 257)
+
+
 def test_a_token_has_the_same_bits_in_any_window_and_any_batch() -> None:
     by_kernels, _ = forwards()
     length = 126  # attention is cut at 128
@@ -169,22 +214,24 @@ def branch_runs(fork: int, count: int, width: int) -> list[Run]:
 
 @pytest.mark.parametrize("more", [{}, {"slides": True, "kv_heads": 2}])
 def test_a_token_on_a_branch_has_the_bits_that_it_has_in_a_chain(more: dict[str, Any]) -> None:
-    """Branches that begin on both sides of where attention is cut, of one window and of several, with another generation's rows
-    between. Afterwards the main path goes on as if there were none."""
+    """Branches that begin on both sides of where attention is cut, of one window and of several, in groups of 1 to 8 rows, with
+    another generation's rows between. Afterwards the main path goes on as if there were none."""
     by_kernels, _ = forwards(**more)
     length = 124  # attention is cut at 128
     read(by_kernels, 0, length)
     read(by_kernels, 1, 20)
     main = run_of(0, length, WINDOW)
     after = run_of(0, length + WINDOW, 4)
-    branches = [branch_runs(*shape) for shape in ((125, 5, 5), (128, 2, 2), (130, 3, WINDOW), (125, 19, WINDOW))]
+    branches = [
+        branch_runs(*shape) for shape in ((125, 5, 5), (128, 2, 2), (130, 3, WINDOW), (125, 19, WINDOW), (126, 2, 1))
+    ]
     [expected_main], [expected_after] = logits_of(by_kernels, [main]), logits_of(by_kernels, [after])
     expected = []
     for runs in branches:
         logits_of(by_kernels, [main])
         expected.append(torch.cat([logits_of(by_kernels, [replace(run, fork=None)])[0] for run in runs]))
     logits_of(by_kernels, [main])
-    for chosen in ((0, 1, 2), (3,)):
+    for chosen in ((0, 1, 2, 4), (3,)):
         other = run_of(1, 20, 3, width=3)
         together = [main, *(run for number in chosen for run in branches[number]), other]
         found = logits_of(by_kernels, together)
@@ -225,7 +272,7 @@ def engine_on_a_gpu(monkeypatch: pytest.MonkeyPatch, directory: Path, role: str,
             return replace(found, decoder=with_gpu_kernels(found.decoder))
 
         def widths(trial: Trial, slots: int) -> Widths:
-            return Widths({rows: 1.0 for rows in (1, 2, 4, 8, 16, 32, 64)})
+            return Widths({rows: 1.0 for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256)})
 
         def compute(self: Any, between: Any, packed: Any) -> torch.Tensor:
             logits: torch.Tensor = self._decoder(packed, self.cache, between)
@@ -259,27 +306,26 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(("role", "unread"), [("target", (16, 16, 1, 1, 1, 1, 1, 1)), ("drafter", (0,) * 10)])
+@pytest.mark.parametrize(("role", "unread"), [("target", (16,) * 17 + (1,) * 3), ("drafter", (0,) * 258)])
 def test_generations_share_no_forward_that_is_too_wide_for_the_kernels(
     role: str, unread: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: list[int]
 ) -> None:
-    """Each run takes whole groups of rows: two windows of 16 and six single rows are 80, not 38."""
-    engine = engine_on_a_gpu(monkeypatch, tmp_path, role, slots=10, calibrate=False)
+    engine = engine_on_a_gpu(monkeypatch, tmp_path, role, slots=len(unread), calibrate=False)
     del shared[:]
     sessions = [session_of([5, *range(10, 10 + more)], prompt_length=1, generation=n) for n, more in enumerate(unread)]
     tasks = [Task(session, len(session.tokens), None if role == "target" else 1) for session in sessions]
     while left := [task for task in tasks if not task.done]:
         engine.step(left, NoInterrupt())
     assert sum(shared) >= len(tasks)
-    assert max(shared) > 1
+    assert max(shared) >= 16
 
 
 def test_a_tree_with_more_branches_than_a_forward_has_rows_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: list[int]
 ) -> None:
-    """Each branch takes a whole group of rows. Those that do not fit wait until the answer goes along one of them."""
+    """Those that do not fit wait until the answer goes along one of them."""
     engine = engine_on_a_gpu(monkeypatch, tmp_path, "target", slots=3, calibrate=False)
-    assert engine.info.rows == 64
+    assert engine.info.rows == 256
     session, others = (
         session_of([5, 6], prompt_length=1),
         [session_of([5], generation=2), session_of([5], generation=3)],
@@ -290,14 +336,14 @@ def test_a_tree_with_more_branches_than_a_forward_has_rows_for(
         session.write(len(session.tokens), own[-1:])
     session.truncate(2)
     session.write(2, [*own[:3], (own[3] + 1) % WORDS])
-    wrong = [Branch(2 + number % 4, None, [(own[number % 4] + 2 + number) % WORDS, 1, 2]) for number in range(11)]
+    wrong = [Branch(2 + number % 4, None, [(own[number % 4] + 2 + number // 4) % WORDS, 1, 2]) for number in range(90)]
     tree = Task(session, 2, branches=[*wrong, Branch(5, None, own[3:5])])
     tasks = [tree, *(Task(other, 1) for other in others)]
     del shared[:]
     while left := [task for task in tasks if not task.done]:
         engine.step(left, NoInterrupt())
     assert tree.answer.tokens == own
-    assert max(shared) == 8, "eight groups of eight rows"
+    assert max(shared) == 1 + 62, "8 rows of the main path, and 4 of each branch"
 
 
 @pytest.mark.parametrize("window", [4, 16])
@@ -306,7 +352,6 @@ def test_a_tree_with_more_branches_than_a_forward_has_rows_for(
 def test_a_worker_starts_and_serves_whatever_its_slots(
     role: str, slots: int, window: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: list[int]
 ) -> None:
-    """More generations than one forward holds are computed in several."""
     engine = engine_on_a_gpu(monkeypatch, tmp_path, role, slots=slots, window=window)
     assert engine.info.latency_us > 0
     assert engine.info.batch_latency_us > 0
@@ -318,8 +363,7 @@ def test_a_worker_starts_and_serves_whatever_its_slots(
         assert all(task.done for task in tasks)
         for session, task in zip(sessions, tasks, strict=True):
             session.write(length, task.answer.tokens)
-    assert sum(shared) == slots
-    assert max(shared) == min(slots, 8)
+    assert shared == [slots], "one row each"
     assert len({tuple(task.answer.tokens) for task in tasks}) == 1
 
 
@@ -353,10 +397,11 @@ def test_a_cache_of_its_own_gets_a_recording_of_its_own() -> None:
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("outputs", [80, 1600])
-def test_products_are_the_layers(gated: bool, outputs: int) -> None:
-    """Widths that no block divides, rows that fill no block."""
+@pytest.mark.parametrize("rows", [11, 150])
+def test_products_are_the_layers(gated: bool, outputs: int, rows: int) -> None:
+    """Widths that no block divides, rows that fill no block, or more than one."""
     linear = torch.nn.Linear(200, outputs, device=DEVICE, dtype=DTYPE)
-    x = random_tensor(11, 200, seed=5)
+    x = random_tensor(rows, 200, seed=5)
     expected = linear(x.float().to(DTYPE))
     if gated:
         gate, up = expected.float().chunk(2, dim=-1)
@@ -376,6 +421,19 @@ def test_int8_weights_are_scaled_back() -> None:
         assert_near(GpuLinear(int8)(x), expected)
 
 
+def test_the_buffers_are_as_large_as_is_counted() -> None:
+    made, config = decoder(kv_heads=2)
+    by_kernels = GpuDecoder(made)
+    forward = Forward(by_kernels, config, DEVICE, slots=1, capacity=600)
+    logits_of(forward, [run_of(0, 0, 1)])
+    assert by_kernels._buffers is not None
+    tensors = [each for each in vars(by_kernels._buffers).values() if isinstance(each, torch.Tensor)]
+    counted = {**vars(config), "intermediate_size": INNER, "vocab_size": WORDS, "num_key_value_heads": 2}
+    rope = 2 * forward.cache.capacity * DIM * DTYPE.itemsize
+    found = buffer_bytes(counted, positions=forward.cache.capacity, number_bytes=DTYPE.itemsize)
+    assert found - rope == sum(each.nbytes for each in tensors)
+
+
 @pytest.mark.skipif(not GPU, reason="there is no GPU")
 def test_noise_has_the_same_bits_on_a_gpu() -> None:
     tokens = torch.arange(50_000)
@@ -384,7 +442,7 @@ def test_noise_has_the_same_bits_on_a_gpu() -> None:
         assert torch.equal(gumbel_noise(key, tokens.to(DEVICE)).cpu(), gumbel_noise(key, tokens))
 
 
-def test_kernels_of_attention_compile_for_a_gpu(tmp_path: Path) -> None:
+def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     """Also where there is none: the interpreter runs what the compiler refuses."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     tests = Path(__file__).parents[1]

@@ -289,7 +289,7 @@ def test_a_drafter_of_another_vocabulary_translates_the_end_of_the_text_only(tmp
         for vocabulary, plain, spy in zip(vocabularies, (own, target), spies, strict=True):
             vocabulary.__dict__.update(plain.__dict__, _tokenizer=spy)
         echo = _Echo(info, own.tokens(prose(200, spaces=spaces)))
-        engine = TranslatingEngine(echo, *vocabularies, "the target's", 0)
+        engine = TranslatingEngine(echo, vocabularies[0], vocabularies[1], "the target's", 0)
         session = counted_session(0)
         session.write(0, words[:length])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -129,22 +130,125 @@ def test_a_file_larger_than_any_memory_is_refused(tmp_path: Path, tiny_model: Pa
         load_engine("transformers", role="target", model=str(tmp_path), device="cpu:0", options={})
 
 
+def fit(directory: Path, device: str, **more: Any) -> tuple[int, int]:
+    arguments: dict[str, Any] = {
+        "reference": "tiny", "dtype": "float32", "quantization": "none", "layers": None, "slots": None, "max_length": None,
+        "branch_slots": 0, "chunk": 128, "share": 1.0,
+    }  # fmt: skip
+    return memory.fit_into_memory(directory, torch.device(device), **{**arguments, **more})
+
+
+def has_free(monkeypatch: pytest.MonkeyPatch, count: float, total: float | None = None) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: math.ceil(count))
+    monkeypatch.setattr(memory, "total_bytes", lambda device: math.ceil(total or count))
+
+
 @pytest.mark.parametrize(("device", "fits"), [("cpu", True), ("cuda", False)])
 def test_only_a_gpu_needs_room_for_the_whole_cache(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, device: str, fits: bool
 ) -> None:
-    weights = sizes.weight_bytes(read_tensors(tiny_model), 4)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: math.ceil(weights * 1.1))
-    arguments: dict[str, Any] = {
-        "reference": "tiny", "dtype": "float32", "quantization": "none", "layers": None, "slots": 8, "max_length": 512,
-        "chunk": 128,
-    }  # fmt: skip
+    has_free(monkeypatch, sizes.weight_bytes(read_tensors(tiny_model), 4) * 1.1)
     if fits:
-        memory.refuse_if_too_large(tiny_model, torch.device(device), **arguments)
+        assert fit(tiny_model, device, slots=8, max_length=512) == (8, 512)
         return
-    with pytest.raises(EngineError, match="tiny does not fit cuda"):
-        memory.refuse_if_too_large(tiny_model, torch.device(device), **arguments)
+    with pytest.raises(EngineError, match=r"tiny does not fit cuda: .* for slots 8 and max_length 512"):
+        fit(tiny_model, device, slots=8, max_length=512)
 
 
-def test_the_page_holds_the_table() -> None:
-    assert "\n".join(sizes.table()) in (ROOT / "docs/sizes.md").read_text(encoding="utf-8")
+def needs_of(directory: Path, *, gpu: bool = True) -> sizes.Needs:
+    weights = sizes.weight_bytes(read_tensors(directory), 4) * (1 + sizes.MARGIN)
+    config = json.loads((directory / "config.json").read_text())
+    return sizes.Needs(config, weights, 4, 0, 128, buffers=gpu)
+
+
+@pytest.fixture(scope="module")
+def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("long"), positions=20_000)
+
+
+def test_a_gpu_has_as_many_slots_as_fit(long_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = needs_of(long_model)
+    for slots, length in ((3, 1000), (40, 5000)):
+        has_free(monkeypatch, needs.total(slots, length) + 1)
+        assert fit(long_model, "cuda", max_length=length) == (slots, length)
+        assert fit(long_model, "cuda", max_length=length, slots=2) == (2, length)
+    has_free(monkeypatch, needs.total(70, 20_000))
+    assert fit(long_model, "cuda") == (64, 20_000), "no more than 64"
+
+
+def test_a_gpu_has_eight_slots_before_texts_get_longer(long_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = needs_of(long_model)
+    for length in (8192 - 128, 4096 - 128):  # what whole parts of the cache hold
+        has_free(monkeypatch, needs.total(8, length) + 1)
+        assert fit(long_model, "cuda") == (8, length)
+    has_free(monkeypatch, needs.total(5, 2048) + 1)
+    assert fit(long_model, "cuda") == (5, 2048), "but no texts shorter than 2,048 for more slots"
+    has_free(monkeypatch, needs.total(20, 4608 - 128) + 1)
+    assert fit(long_model, "cuda", slots=20) == (20, 4608 - 128)
+
+
+def test_what_is_chosen_leaves_the_rest_of_a_gpu_to_others(long_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    total = needs_of(long_model).total(16, 20_000)
+    has_free(monkeypatch, total, total)
+    alone, shared = fit(long_model, "cuda"), fit(long_model, "cuda", share=0.5)
+    assert alone[0] == 16
+    assert needs_of(long_model).total(*shared) <= total / 2
+    assert fit(long_model, "cuda", slots=16, share=0.5)[0] == 16, "what is asked for must only fit free memory"
+
+
+def test_a_gpu_refuses_what_cannot_fit(long_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = needs_of(long_model)
+    has_free(monkeypatch, needs.total(5, 2048) + 1)
+    for wrong in ({"slots": 6}, {"max_length": 15_000, "slots": 5}, {"max_length": 19_000}):
+        with pytest.raises(EngineError, match="choose fewer slots, a shorter max_length"):
+            fit(long_model, "cuda", **wrong)
+    assert fit(long_model, "cuda", slots=6, max_length=1000) == (6, 1000)
+
+
+def test_a_drafter_has_slots_for_branches_too(long_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    has_free(monkeypatch, needs_of(long_model).total(30, 2048) + 1)
+    assert fit(long_model, "cuda", max_length=2048, branch_slots=14) == (16, 2048)
+
+
+def test_a_cpu_takes_the_models_own_length_if_all_slots_can_fill_up(
+    long_model: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs = needs_of(long_model, gpu=False)
+    has_free(monkeypatch, needs.total(8, 20_000) + 1)
+    assert fit(long_model, "cpu") == (8, 20_000)
+    assert fit(tiny_model, "cpu") == (8, 512)
+    has_free(monkeypatch, needs.total(8, 10_000) + 1)
+    assert fit(long_model, "cpu") == (8, 10_000)
+    has_free(monkeypatch, needs.total(8, 10_000) - 1)
+    assert fit(long_model, "cpu") == (8, 5000)
+    has_free(monkeypatch, needs.fixed * 1.01)
+    assert fit(long_model, "cpu") == (8, 2048)
+    assert fit(long_model, "cpu", max_length=9000) == (8, 9000)
+
+
+def test_an_unknown_configuration_gets_eight_slots(tiny_model: Path, tmp_path: Path) -> None:
+    """Its cache cannot be counted."""
+    needs = sizes.Needs({"n_layer": 3, "n_positions": 4096}, 1000, 2, 0, 128, buffers=True)
+    assert needs.on_a_gpu(1e9) == (8, 2048)
+    assert needs.on_a_gpu(1e9, 3, 3000) == (3, 3000)
+
+
+def test_what_a_worker_takes_is_logged_before_weights_are_read(tiny_model: Path) -> None:
+    with structlog.testing.capture_logs() as logs:
+        fit(tiny_model, "cpu")
+    [entry] = [entry for entry in logs if entry["event"] == "memory"]
+    assert {"weights", "kv_cache", "margin", "free", "slots", "max_length"} <= entry.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("slots", 0), ("slots", "many"), ("max_length", 0), ("memory_share", 0.0), ("memory_share", 2)]
+)
+def test_options_that_mean_nothing_are_refused(tiny_model: Path, name: str, value: Any) -> None:
+    with pytest.raises(EngineError, match=f"option {name} must be"):
+        load_engine("transformers", role="target", model=str(tiny_model), device="cpu:0", options={name: value})
+
+
+def test_the_page_holds_the_tables() -> None:
+    page = (ROOT / "docs/sizes.md").read_text(encoding="utf-8")
+    assert "\n".join(sizes.table()) in page
+    assert "\n".join(sizes.table_of_choices()) in page

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
 
@@ -11,8 +11,8 @@ from dsi_actors.workforce.assignment import Assignment, assign
 from dsi_protocol import PROTOCOL_VERSION, Hello
 
 
-def hello(model: str = "", role: str = "auto", engine: str = "auto") -> Hello:
-    return Hello(PROTOCOL_VERSION, 1, role, engine, model, "cuda:0", "host", 1)
+def hello(model: str = "", role: str = "auto", engine: str = "auto", device: str = "cpu:0") -> Hello:
+    return Hello(PROTOCOL_VERSION, 1, role, engine, model, device, "host", 1)
 
 
 def told(config: Config, said: Hello, targets: int = 1, kinds: Sequence[str] = ()) -> str:
@@ -90,6 +90,25 @@ def test_a_drafter_with_an_engine_of_its_own_is_told_that_engine(config: Config)
 def test_a_target_with_an_engine_of_its_own_is_refused() -> None:
     refused = assign(ONE, hello(role="target", engine="rust-llm"), targets=1, kinds=())
     assert refused == "it has the engine 'rust-llm', but target servers here run 'transformers'"
+
+
+def test_workers_that_share_a_gpu_are_told_to_share_its_memory() -> None:
+    config = Config(target="T", drafter=("self-int8", "ngram"), sp=3, devices=("0", "1"), target_options={"slots": 4})
+
+    def options(role: str, device: str, model: str = "", given: Config = config) -> Mapping[str, object]:
+        assignment = assign(given, hello(model, role, device=device), targets=1, kinds=())
+        assert isinstance(assignment, Assignment)
+        return assignment.options
+
+    assert options("target", "cuda:0") == {"memory_share": 0.45, "slots": 4}
+    assert options("target", "cuda:1") == {"memory_share": 0.45, "slots": 4}
+    assert options("drafter", "cuda:1") == {"memory_share": 0.45, "quantization": "int8"}
+    assert "memory_share" not in options("drafter", "cuda:1", "ngram")
+    alone = Config(target="T", drafter="ngram", sp=2, devices=("0", "1"))
+    assert options("target", "cuda:0", given=alone) == {}
+    assert options("target", "cpu:0", given=Config(target="T", sp=2, devices=("cpu",))) == {}
+    elsewhere = Config(target="T", sp=2, devices=("0",), listen="tcp://127.0.0.1:5")
+    assert options("target", "cuda:0", given=elsewhere) == {}, "who starts those workers knows what they share"
 
 
 def test_only_what_computes_keeps_a_device_busy() -> None:

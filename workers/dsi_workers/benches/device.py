@@ -7,6 +7,7 @@ per line:
     {"forward": width, "seconds": s}  -> the same, repeated for s seconds: shows how processes disturb one another
     {"cancel": width, "repeats": n}   -> {"ms": [from a cancel during a forward pass until the device is free]}
     {"agree": width}                  -> {"widths": [widths with the bits of this one, alone or as several windows]}
+    {"generations": n, "repeats": r}  -> {"ms": [each step of plain decoding, in which n generations get a token each]}
 
 The lower limit is the time to read each weight, and the keys and values of the context, once. The device's memory bandwidth is
 measured by copying.
@@ -19,6 +20,7 @@ import json
 import random
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -31,12 +33,19 @@ from dsi_workers.checkpoints.load import with_gpu_kernels
 from dsi_workers.decoding.decoder import Decoder
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.decoding.packing import pack
+from dsi_workers.decoding.torch_backend import TorchBackend
 from dsi_workers.decoding.widths import Trial
-from dsi_workers.engine import EngineError, Interrupted, Never
+from dsi_workers.engine import EngineError, Interrupted, Never, Task
+from dsi_workers.engines.model import ModelEngine
+from dsi_workers.session import Session
 
 _WARM_UP, _COPIES = 5, 5
 #: The most windows in one forward pass of the request `agree`.
 _SLOTS = 8
+#: The most rows of a run: what a verification on a GPU has. More rows are several runs, one after another.
+_RUN_ROWS = 32
+#: Positions behind the context, for the rows of a forward and for generated tokens.
+_POSITIONS_BEHIND = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +72,17 @@ SHAPES = {
 class DeviceBench:
     """Answers the requests for one model on one device."""
 
-    def __init__(self, shape: Shape, device: torch.device, *, dtype: torch.dtype, context: int, graphs: bool) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        device: torch.device,
+        *,
+        dtype: torch.dtype,
+        context: int,
+        graphs: bool,
+        generations: int = 1,
+    ) -> None:
+        """`generations`: the most of them at the same time."""
         self._device, self._context, self._window = device, context, 8
         self._shape = shape
         weights = _random_weights(shape, device, dtype)
@@ -72,7 +91,7 @@ class DeviceBench:
             weight.numel() * weight.element_size() for name, weight in weights.items() if "embed" not in name
         )
         self._kv_bytes = 2 * shape.layers * shape.kv_heads * shape.dim * dtype.itemsize
-        positions = context + 512
+        positions = context + _POSITIONS_BEHIND
         angles = torch.outer(torch.arange(positions), 5e5 ** -torch.linspace(0, 1, shape.dim // 2))
         angles = torch.cat((angles, angles), dim=-1)
         config = SimpleNamespace(
@@ -85,17 +104,22 @@ class DeviceBench:
             decoder.replace_linear_layers(lambda linear: pack(linear, self._window))
         recorded = graphs and device.type == "cuda"
         decodes = with_gpu_kernels(decoder) if recorded else decoder
-        self._forward = Forward(decodes, config, device, slots=1, capacity=positions)
+        self._forward = Forward(decodes, config, device, slots=generations, capacity=positions)
+        self._engine: ModelEngine | None = None
+        self._sessions: list[Session] = []
         self._bytes_per_ms = self._copy_rate()
 
     def forward(self, width: int, repeats: int = 20, seconds: float = 0.0) -> dict[str, Any]:
         """Time forward passes of `width` rows, at least `repeats` passes and at least `seconds`."""
-        run = [Run(0, [1] * width, self._context, width, self._context)]
+        end = self._context + width
+        begins = range(self._context, end, _RUN_ROWS)
+        widths = [min(_RUN_ROWS, end - begin) for begin in begins]
+        runs = [Run(0, [1] * rows, begin, rows, begin) for begin, rows in zip(begins, widths, strict=True)]
         for _ in range(_WARM_UP):
-            self._forward.timed_s(run, rows=width, logit_rows=width)
+            self._forward.timed_s(runs, rows=width, logit_rows=width)
         times_ms, begun = list[float](), time.perf_counter()
         while len(times_ms) < repeats or time.perf_counter() - begun < seconds:
-            times_ms.append(self._forward.timed_s(run, rows=width, logit_rows=width) * 1e3)
+            times_ms.append(self._forward.timed_s(runs, rows=width, logit_rows=width) * 1e3)
         read_bytes = self._weight_bytes + self._kv_bytes * (self._context + width)
         return {"ms": times_ms, "floor_ms": read_bytes / self._bytes_per_ms, "read_bytes": read_bytes}
 
@@ -125,6 +149,38 @@ class DeviceBench:
             return {"widths": sorted(trial.widths(_SLOTS).costs_s)}
         except EngineError as error:
             return {"widths": [], "problem": str(error)}
+
+    def generations(self, number: int, repeats: int = 20) -> dict[str, Any]:
+        """Time steps of plain decoding for so many generations: the forward pass, the choice of tokens, and all between."""
+        while len(self._sessions) < number:
+            session = Session(len(self._sessions), self._context, "bench")
+            session.write(0, [place * 31 % self._shape.words for place in range(self._context)])
+            self._step([session])  # reads the prompt
+            self._sessions.append(session)
+        sessions, times_ms = self._sessions[:number], list[float]()
+        for session in sessions:  # the same texts as in each other measurement: positions behind the context are few
+            session.truncate(self._context + 1)
+        for step in range(_WARM_UP + min(repeats, _POSITIONS_BEHIND // 2)):
+            begun = time.perf_counter()
+            self._step(sessions)
+            if step >= _WARM_UP:
+                times_ms.append((time.perf_counter() - begun) * 1e3)
+        return {"ms": times_ms}
+
+    def _step(self, sessions: Sequence[Session]) -> None:
+        """Give each generation one more token."""
+        if self._engine is None:
+            backend = TorchBackend(
+                self._forward, None, vocabulary="", vocabulary_size=self._shape.words, window=self._window,
+                max_length=self._context + _POSITIONS_BEHIND,
+            )  # fmt: skip
+            # As a drafter, of whose forwards each has as many rows as generations.
+            self._engine = ModelEngine(backend, exact=False, calibrate=False)
+        tasks = [Task(session, len(session.tokens), 1) for session in sessions]
+        while left := [task for task in tasks if not task.done]:
+            self._engine.step(left, Never())
+        for task in tasks:
+            task.session.write(task.start, task.answer.tokens)
 
     def _copy_rate(self) -> float:
         """Bytes per ms, read and written, of the fastest copy on the device."""
@@ -183,6 +239,7 @@ def main() -> int:
     parser.add_argument("--device", required=True)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--generations", type=int, default=1, help="the most at the same time")
     parser.add_argument("--no-graphs", action="store_false", dest="graphs")
     arguments = parser.parse_args()
     requests = read_requests()
@@ -192,7 +249,8 @@ def main() -> int:
         torch.cuda.set_device(device)
     dtype: torch.dtype = getattr(torch, arguments.dtype)
     bench = DeviceBench(
-        SHAPES[arguments.shape], device, dtype=dtype, context=arguments.context, graphs=arguments.graphs
+        SHAPES[arguments.shape], device, dtype=dtype, context=arguments.context, graphs=arguments.graphs,
+        generations=arguments.generations,
     )  # fmt: skip
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     _say({"device": name, "bytes_per_ms": bench._bytes_per_ms})
@@ -201,6 +259,8 @@ def main() -> int:
             _say(bench.forward(request["forward"], request.get("repeats", 1), request.get("seconds", 0.0)))
         elif "cancel" in request:
             _say(bench.cancel(request["cancel"], request["repeats"]))
+        elif "generations" in request:
+            _say(bench.generations(request["generations"], request["repeats"]))
         else:
             _say(bench.agree(request["agree"]))
     return 0

@@ -121,7 +121,7 @@ class TransformersDecoder:
     """Computes logits with transformers' layers. The interface is that of Decoder."""
 
     recorded_rows: Sequence[int] = ()
-    group_rows, batch_invariant = 1, False
+    batch_invariant = False
 
     def __init__(self, model: Any, config: Any, last_position: int) -> None:
         """`last_position`: the largest position that padding rows may have.

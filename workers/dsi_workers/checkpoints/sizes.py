@@ -1,6 +1,7 @@
-"""How many bytes a model's weights and KV cache take, computed before any weight is read.
+"""How many bytes a model's weights and KV cache take, and how many generations of which length fit a device, computed before any
+weight is read.
 
-`python -m dsi_workers.checkpoints.sizes` prints the table of docs/sizes.md.
+`python -m dsi_workers.checkpoints.sizes` prints the tables of docs/sizes.md.
 """
 
 from __future__ import annotations
@@ -8,17 +9,29 @@ from __future__ import annotations
 import math
 import re
 import sys
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dsi_protocol import OptionValue
 from dsi_workers.backend import PROMPT_CHUNK
+from dsi_workers.decoding.forward import READ_STEP
+from dsi_workers.decoding.gpu import MOST_ROWS, SPLIT_POSITIONS
 from dsi_workers.models.headers import FLOAT_BYTES, Tensors
 
 GIB = 1 << 30
 #: For activations and the allocator's rounding, as a part of the weights. An estimate: activations depend on the forward.
 MARGIN = 0.03
+#: Slots of a worker, unless more fit a GPU. A GPU has that many before its texts are longer than LEAST_LENGTH.
+SLOTS = 8
+#: The most slots that are chosen for a GPU.
+MOST_SLOTS = 64
+#: Where `max_length` is not given, it is at least this, or the model's own limit.
+LEAST_LENGTH = 2048
+#: The part of a GPU's memory that a worker takes where `slots` or `max_length` is not given. The rest is for CUDA itself, the
+#: recorded graphs, and prompts.
+MEMORY_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +46,8 @@ class Shape:
     head_dim: int
     words: int
     tied: bool
+    #: The longest text of the model.
+    positions: int = 131072
 
     def tensors(self) -> Tensors:
         """The tensors of such a model, in bfloat16."""
@@ -54,14 +69,22 @@ class Shape:
             shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in of_a_layer.items()}
         return {name: ("BF16", shape) for name, shape in shapes.items()}
 
+    def config(self) -> Mapping[str, Any]:
+        """The sizes by their names in config.json."""
+        return {
+            "hidden_size": self.hidden, "intermediate_size": self.intermediate, "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim,
+            "vocab_size": self.words, "max_position_embeddings": self.positions,
+        }  # fmt: skip
+
 
 #: The models of docs/sizes.md.
 SHAPES = {
     "1B (Llama 3.2)": Shape(2048, 8192, 16, 32, 8, 64, 128256, tied=True),
     "3B (Llama 3.2)": Shape(3072, 8192, 28, 24, 8, 128, 128256, tied=True),
     "8B (Llama 3.1)": Shape(4096, 14336, 32, 32, 8, 128, 128256, tied=False),
-    "14B (Qwen3)": Shape(5120, 17408, 40, 40, 8, 128, 151936, tied=False),
-    "32B (Qwen3)": Shape(5120, 25600, 64, 64, 8, 128, 151936, tied=False),
+    "14B (Qwen3)": Shape(5120, 17408, 40, 40, 8, 128, 151936, tied=False, positions=40960),
+    "32B (Qwen3)": Shape(5120, 25600, 64, 64, 8, 128, 151936, tied=False, positions=40960),
     "70B (Llama 3.1)": Shape(8192, 28672, 80, 64, 8, 128, 128256, tied=False),
 }
 
@@ -101,17 +124,107 @@ def _int8_bytes(name: str, shape: tuple[int, ...], number_bytes: int, tied: bool
 def cache_bytes(config: Mapping[str, Any], *, slots: int, positions: int, number_bytes: int) -> int:
     """Bytes of keys and values of `slots` generations of up to `positions` positions; 0 if config.json (`config`) does not
     say how large they are."""
-    config = text_config(config)
-    heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
-    layers, kv_heads = _size(config, "num_hidden_layers"), _size(config, "num_key_value_heads") or heads
-    head_dim = _size(config, "head_dim") or (hidden // heads if heads else 0)
-    return slots * positions * layers * 2 * kv_heads * head_dim * number_bytes
+    _, kv_heads, head_dim = _heads(config := text_config(config))
+    return slots * positions * _size(config, "num_hidden_layers") * 2 * kv_heads * head_dim * number_bytes
+
+
+def buffer_bytes(config: Mapping[str, Any], *, positions: int, number_bytes: int) -> int:
+    """Bytes of what a GPU keeps between the kernels of a forward of MOST_ROWS rows (decoding/gpu/decoder.py), and of RoPE's
+    tables. For each part of the KV cache that attention reads there is a partial result of each row and head."""
+    heads, kv_heads, head_dim = _heads(config := text_config(config))
+    widths = (_size(config, name) for name in ("hidden_size", "intermediate_size", "vocab_size"))
+    numbers = sum(widths) + (2 * heads + 4 * kv_heads) * head_dim
+    partial = 4 * heads * -(-positions // SPLIT_POSITIONS) * (head_dim + 2)
+    return MOST_ROWS * (number_bytes * numbers + partial) + 2 * positions * head_dim * number_bytes
+
+
+def capacity_of(max_length: int, chunk: int) -> int:
+    """Positions of a slot for generations of up to `max_length`. Padding of a run of `chunk` rows has room behind them."""
+    return -(-(max_length + chunk) // READ_STEP) * READ_STEP
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a model needs, for a rule that chooses `slots` and `max_length` by the memory that there is."""
+
+    config: Mapping[str, Any]
+    #: Bytes of weights and margin.
+    fixed: float
+    number_bytes: int
+    #: Slots beside those of generations, for the branches of a drafter.
+    branch_slots: int
+    #: The most rows of a run.
+    chunk: int
+    #: Whether there are the buffers of a GPU.
+    buffers: bool
+
+    @property
+    def limit(self) -> int | None:
+        """The model's own limit for a text, in positions. None if config.json does not name it."""
+        return _size(text_config(self.config), "max_position_embeddings") or None
+
+    def cache(self, slots: int, max_length: int) -> int:
+        """Bytes of the KV cache."""
+        positions = capacity_of(max_length, self.chunk)
+        return cache_bytes(
+            self.config, slots=slots + self.branch_slots, positions=positions, number_bytes=self.number_bytes
+        )
+
+    def total(self, slots: int, max_length: int) -> float:
+        """Bytes of everything."""
+        positions, number_bytes = capacity_of(max_length, self.chunk), self.number_bytes
+        buffers = buffer_bytes(self.config, positions=positions, number_bytes=number_bytes) if self.buffers else 0
+        return self.fixed + self.cache(slots, max_length) + buffers
+
+    def longest(self, slots: int, usable: float) -> int:
+        """The longest `max_length` with which so many slots take no more than `usable` bytes: the model's limit, or as many
+        positions as whole parts of READ_STEP hold. At least LEAST_LENGTH or the model's limit, whether these fit or not."""
+        if (limit := self.limit) is None:
+            return LEAST_LENGTH
+        lengths = range(READ_STEP - self.chunk, limit, READ_STEP)
+        fit = bisect_right(lengths, usable, key=lambda length: self.total(slots, length))
+        found = limit if self.total(slots, limit) <= usable else lengths[fit - 1] if fit else 0
+        return max(found, min(limit, LEAST_LENGTH))
+
+    def most_slots(self, max_length: int, usable: float) -> int:
+        """As many slots as take no more than `usable` bytes: at least 1, whether it fits or not, and at most MOST_SLOTS."""
+        slots = range(1, MOST_SLOTS + 1)
+        return max(1, bisect_right(slots, usable, key=lambda number: self.total(number, max_length)))
+
+    def on_a_gpu(self, usable: float, slots: int | None = None, max_length: int | None = None) -> tuple[int, int]:
+        """`slots` and `max_length` for a GPU; None: to be chosen. Texts are as long as SLOTS generations fit, then there are as
+        many slots as fit."""
+        if self.cache(1, 1) == 0:  # config.json does not say how large it is
+            return slots or SLOTS, self.within_limit(max_length or LEAST_LENGTH)
+        length = self.within_limit(max_length or self.longest(slots or SLOTS, usable))
+        return slots or self.most_slots(length, usable), length
+
+    def on_a_cpu(self, usable: float, slots: int | None = None, max_length: int | None = None) -> tuple[int, int]:
+        """`slots` and `max_length` for a CPU; None: to be chosen. Texts are as long as the model allows, or a half, a quarter and
+        so on of that, until all slots can fill up. In such steps small changes of free memory seldom change the length."""
+        slots = slots or SLOTS
+        if max_length is not None or self.limit is None:
+            return slots, self.within_limit(max_length or LEAST_LENGTH)
+        length = self.limit
+        while length > LEAST_LENGTH and self.total(slots, length) > usable:
+            length = max(length // 2, LEAST_LENGTH)
+        return slots, length
+
+    def within_limit(self, max_length: int) -> int:
+        return max_length if self.limit is None else min(max_length, self.limit)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of config.json that describes the language model."""
     inner = config.get("text_config")
     return inner if isinstance(inner, dict) else config
+
+
+def _heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Query heads, KV heads, and the size of a head. 0 if config.json does not say it."""
+    heads = _size(config, "num_attention_heads")
+    head_dim = _size(config, "head_dim") or (_size(config, "hidden_size") // heads if heads else 0)
+    return heads, _size(config, "num_key_value_heads") or heads, head_dim
 
 
 def _size(config: Mapping[str, Any], name: str) -> int:
@@ -126,23 +239,38 @@ def gib(count: float) -> str:
 
 
 def table() -> Iterator[str]:
-    """The lines of the table of docs/sizes.md."""
+    """The lines of the table of bytes of docs/sizes.md."""
     yield (
         "| shape | weights, bfloat16 | weights, int8 | KV cache, 8 × 2048 | KV cache, 8 × 32768 "
         "| bfloat16 and 8 × 2048 | bfloat16 and 8 × 32768 |"
     )
     yield "|---|---|---|---|---|---|---|"
     for name, shape in SHAPES.items():
-        weights, int8 = (weight_bytes(shape.tensors(), 2, int8=int8) for int8 in (False, True))
-        config = {
-            "num_hidden_layers": shape.layers, "num_key_value_heads": shape.kv_heads, "head_dim": shape.head_dim,
-        }  # fmt: skip
-        short, long = (
-            cache_bytes(config, slots=8, positions=length + PROMPT_CHUNK, number_bytes=2) for length in (2048, 32768)
-        )
-        needs = (weights * (1 + MARGIN) + cache for cache in (short, long))
-        yield f"| {name} | {' | '.join(map(gib, (weights, int8, short, long, *needs)))} |"
+        needs, weights = _target_on_a_gpu(shape)
+        int8 = weight_bytes(shape.tensors(), 2, int8=True)
+        found = [needs.cache(8, length) for length in (2048, 32768)]
+        found_total = [needs.total(8, length) for length in (2048, 32768)]
+        yield f"| {name} | {' | '.join(map(gib, (weights, int8, *found, *found_total)))} |"
+
+
+def table_of_choices() -> Iterator[str]:
+    """The lines of the table of docs/sizes.md that shows `slots` × `max_length` as a target on a GPU of its own chooses them."""
+    devices = (24, 40, 80, 141)
+    yield f"| shape | {' | '.join(f'{size} GB' for size in devices)} |"
+    yield "|---|---|---|---|---|"
+    for name, shape in SHAPES.items():
+        needs, found = _target_on_a_gpu(shape)[0], list[str]()
+        for usable in (MEMORY_SHARE * size * 1e9 for size in devices):
+            slots, length = needs.on_a_gpu(usable)
+            found.append(f"{slots} × {length}" if needs.total(slots, length) <= usable else "no")
+        yield f"| {name} | {' | '.join(found)} |"
+
+
+def _target_on_a_gpu(shape: Shape) -> tuple[Needs, int]:
+    """What such a model needs in bfloat16, and the bytes of its weights."""
+    weights = weight_bytes(shape.tensors(), 2)
+    return Needs(shape.config(), weights * (1 + MARGIN), 2, 0, PROMPT_CHUNK, buffers=True), weights
 
 
 if __name__ == "__main__":
-    sys.stdout.writelines(f"{line}\n" for line in table())
+    sys.stdout.writelines(f"{line}\n" for line in (*table(), "", *table_of_choices()))

@@ -59,7 +59,7 @@ class Decoder:
     """
 
     recorded_rows: Sequence[int] = ()
-    group_rows, batch_invariant = 1, False
+    batch_invariant = False
 
     def __init__(
         self, weights: MutableMapping[str, torch.Tensor], config: Any, cos: torch.Tensor, sin: torch.Tensor

@@ -29,6 +29,11 @@ def free_bytes(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
 
 
+def total_bytes(device: torch.device) -> int:
+    """All memory of the device, free or not."""
+    return int(torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else psutil.virtual_memory().total)
+
+
 def keep_freed_memory() -> None:
     """Stop glibc from returning large freed blocks to the system after each forward pass.
 

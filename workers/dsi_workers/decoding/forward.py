@@ -36,8 +36,6 @@ class ComputesLogits(Protocol):
     #: Numbers of rows for which CUDA graphs are recorded, at first use. Fewer rows are padded to the next of these numbers.
     #: More rows, as of a prompt, are computed without graphs. Empty: there are no graphs.
     recorded_rows: Sequence[int]
-    #: Each run takes a multiple of this many rows.
-    group_rows: int
     #: True if the bits of attention and norms do not depend on the number of rows. Our GPU kernels guarantee this.
     batch_invariant: bool
 
@@ -115,10 +113,6 @@ class Forward:
     @property
     def recorded_rows(self) -> Sequence[int]:
         return self._decoder.recorded_rows
-
-    def rows_of(self, run: Run) -> int:
-        """Rows that the run takes in a forward pass: its width, rounded up to whole groups."""
-        return _round_up(run.width, self._decoder.group_rows)
 
     @property
     def batch_invariant(self) -> bool:

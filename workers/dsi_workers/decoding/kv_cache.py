@@ -21,6 +21,10 @@ from dsi_workers.decoding.packed import Segment
 SegmentTensors = Iterator[tuple[slice, torch.Tensor, torch.Tensor]]
 
 
+#: Positions after which `fill_at_random` repeats itself: a prime number.
+_RANDOM_POSITIONS = 509
+
+
 class SlotLayer:
     """One layer of the cache. Keys and values are [slots, kv_heads, capacity, head_dim], allocated at first use."""
 
@@ -80,8 +84,12 @@ class SlotLayer:
 
     def fill_at_random(self) -> None:
         for stored in self._storage or ():
-            generator = torch.Generator(device=stored.tensor.device).manual_seed(0)
-            stored.tensor[0].normal_(generator=generator)
+            slot = stored.tensor[0]
+            generator = torch.Generator(device=slot.device).manual_seed(0)
+            # Copies are faster than random numbers. Blocks of positions differ all the same: no block is as long as the period.
+            first = slot[:, :_RANDOM_POSITIONS].normal_(generator=generator)
+            for copy in slot.split(_RANDOM_POSITIONS, dim=1)[1:]:
+                copy.copy_(first[:, : copy.shape[1]])
 
 
 def _put_back(overwritten: list[tuple[torch.Tensor, torch.Tensor]]) -> None:

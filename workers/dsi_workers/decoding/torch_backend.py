@@ -68,12 +68,12 @@ class TorchBackend:
             self.forward.cache.copy(source, destination, begin, end)
 
     def rows(self, run: Run) -> int:
-        return self.forward.rows_of(self._with_width(run, alone=False))
+        return self._with_width(run, alone=False).width
 
     def warm_up(self) -> None:
         """Record the graphs of the forwards that are recorded on a GPU."""
         for rows in self.forward.recorded_rows:
-            self.forward([Run(0, [0] * rows, PROMPT_CHUNK, rows, PROMPT_CHUNK)], rows=rows, logit_rows=rows)
+            self.forward([Run(0, [0], PROMPT_CHUNK, 1, PROMPT_CHUNK)] * rows, rows=rows, logit_rows=rows)
 
     def release(self) -> None:
         self.forward.cache.release(0)

@@ -77,8 +77,7 @@ class Trial:
         self._make_windows_agree()
         window = self._window
         most = min([self._forward.cache.capacity, *self._forward.recorded_rows[-1:]])
-        each = self._forward.rows_of(Run(0, (), 0, window, 0))
-        batches = [rows for rows in _BATCHES if rows <= max(slots, _TREE_WINDOWS) and rows * each <= most]
+        batches = [windows for windows in _BATCHES if windows <= max(slots, _TREE_WINDOWS) and windows * window <= most]
         begin = self._read_boundaries()[0] - window // 2
         length = window * max(batches, default=1)
         begin = max(0, min(begin, self._forward.cache.capacity - length))
@@ -88,11 +87,11 @@ class Trial:
             logits, cost_s = self._compute_in_groups(begin, window, width)
             if torch.equal(logits, expected[:window]) and self._kernels_agree(width):
                 costs_s[width] = cost_s
-        for rows in batches:
-            logits, cost_s = self._compute_as_batch(begin, rows)
-            if not (torch.equal(logits, expected[: len(logits)]) and self._linear_layers_agree(rows * window)):
+        for windows in batches:
+            logits, cost_s = self._compute_as_batch(begin, windows)
+            if not (torch.equal(logits, expected[: len(logits)]) and self._linear_layers_agree(windows * window)):
                 break
-            costs_s[rows * window] = cost_s
+            costs_s[windows * window] = cost_s
         return Widths(dict(sorted(costs_s.items())))
 
     def _make_windows_agree(self) -> None:
@@ -101,8 +100,9 @@ class Trial:
         Raises EngineError if no combination does.
         """
         step, capacity = self._forward.read_step, self._forward.cache.capacity
-        for self._forward.attends_per_position in (False, True):
-            for self._forward.read_step in (step, capacity):
+        # Reading all of a long cache takes longer than attention for each position by itself.
+        for self._forward.read_step in (step, capacity):
+            for self._forward.attends_per_position in (False, True):
                 if self._windows_agree():
                     return
         raise EngineError(

@@ -29,20 +29,35 @@ class Choice:
         """Free what is held for the session."""
         self._samplers.pop(session.generation, None)
 
-    def answer(self, task: Task, logits: torch.Tensor, guess: Sequence[int], fork: int | None = None) -> bool:
+    def most_probable(self, tasks: Sequence[Task], logits: Sequence[torch.Tensor | None]) -> list[list[int] | None]:
+        """The most probable token of each row, for those tasks that are plainly greedy; None for the others, and where there are
+        no logits. All at once: on a GPU each answer by itself would wait for the device."""
+        rows = [
+            None if each is None or task.session.generation in self._samplers else each
+            for task, each in zip(tasks, logits, strict=True)
+        ]
+        asked = [each for each in rows if each is not None]
+        found = iter(torch.cat(asked).argmax(dim=-1).tolist() if asked else ())
+        return [None if each is None else [next(found) for _ in range(len(each))] for each in rows]
+
+    def answer(
+        self, task: Task, logits: torch.Tensor, guess: Sequence[int], fork: int | None = None,
+        choices: list[int] | None = None,
+    ) -> bool:  # fmt: skip
         """Choose a token from each row of `logits` [n, vocabulary], with a second choice if the task wants alternatives, and add
         them to the task's answer.
 
         The text is session.tokens before position `fork` (None: all of them), and then `guess`: what a drafter's own drafter
         expects, or the tokens of a branch. Stops at the first token that differs from the text's token at its position, and then
-        returns True.
+        returns True. `choices`: what `most_probable` found in these rows, if it was asked.
 
         Raises RequestError if the request's parameters let no token be chosen.
         """
         session, answer = task.session, task.answer
         length = len(session.tokens) if fork is None else fork
         sampler = self._samplers.get(session.generation)
-        choices = logits.argmax(dim=-1).tolist() if sampler is None else None
+        if sampler is None and choices is None:
+            choices = logits.argmax(dim=-1).tolist()
         for row in range(len(logits)):
             at = task.start + len(answer.tokens)
             if sampler is None:

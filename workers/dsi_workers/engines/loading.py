@@ -10,6 +10,7 @@ import torch
 from dsi_protocol import OptionValue
 from dsi_workers.backend import PROMPT_CHUNK, Run
 from dsi_workers.checkpoints.load import load_model
+from dsi_workers.checkpoints.sizes import MEMORY_SHARE
 from dsi_workers.decoding.device import keep_freed_memory, torch_device
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.decoding.torch_backend import TorchBackend
@@ -18,7 +19,7 @@ from dsi_workers.decoding.widths import Trial, Widths
 from dsi_workers.drafting.lookup import Lookup
 from dsi_workers.engine import EngineError, Never
 from dsi_workers.engines.calibration import guess_costs_us
-from dsi_workers.engines.memory import refuse_if_too_large
+from dsi_workers.engines.memory import fit_into_memory
 from dsi_workers.engines.model import ModelEngine
 from dsi_workers.models.files import read_vocabulary_hash
 from dsi_workers.models.resolve import resolve_model
@@ -26,8 +27,8 @@ from dsi_workers.models.resolve import resolve_model
 log = structlog.get_logger("dsi.engine")
 
 _MOST_SLOTS = 1024
-#: A drafting step has at most 8 rows of one generation: on a CPU each costs nearly as much as the first, and a recorded forward
-#: of a GPU has room for 8 groups of rows. There is room for the branches of two generations: more take turns.
+#: A drafting step has at most 8 rows of one generation: on a CPU each costs nearly as much as the first, and everywhere a branch
+#: has a slot of its own. There is room for the branches of two generations: more take turns.
 _BRANCH_SLOTS = 2 * 7
 
 
@@ -35,7 +36,8 @@ def load_model_engine(model: str, *, device: str, drafter: bool, options: Mappin
     """Load a model and return its engine, warmed up.
 
     Options: dtype (auto, float32, bfloat16, float16); quantization (none, int8, or auto, which is int8 for a drafter on a CPU,
-    where nothing is faster); window, max_length, slots, threads (whole numbers); graphs (false: a GPU computes with torch's own
+    where nothing is faster); window, max_length, slots, threads (whole numbers); memory_share (of a GPU's memory, the part that
+    is used where slots or max_length is missing: see memory.py); graphs (false: a GPU computes with torch's own
     operations, whose bits differ from those of our kernels); calibrate (false: latencies are not measured); adapter (the
     directory of a LoRA adapter to merge into the model). For a drafter also: lookup (true: it checks guesses of prompt lookup
     in its forwards); remember (false: prompt lookup does not look at earlier generations); target (the model whose vocabulary
@@ -64,14 +66,14 @@ def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, 
     if exact and "layers" in options:
         raise EngineError("option layers is for a drafter: a target with fewer layers would give another text")
     window = _whole(options, "window", 32 if on.type == "cuda" else 8, most=PROMPT_CHUNK)
-    slots = _whole(options, "slots", 8, most=_MOST_SLOTS)
-    max_length = _whole(options, "max_length", 2048)
+    wanted_slots = _whole(options, "slots", most=_MOST_SLOTS) if "slots" in options else None
+    wanted_length = _whole(options, "max_length") if "max_length" in options else None
     dtype, quantization = str(options.get("dtype", "auto")), _quantization(options, on, exact=exact)
     branch_slots = 0 if exact or options.get("lookup") else _BRANCH_SLOTS
     chunk = max(PROMPT_CHUNK, window)
-    refuse_if_too_large(
+    slots, max_length = fit_into_memory(
         directory, on, reference=model, dtype=dtype, quantization=quantization, layers=options.get("layers"),
-        slots=slots + branch_slots, max_length=max_length, chunk=chunk,
+        slots=wanted_slots, max_length=wanted_length, branch_slots=branch_slots, chunk=chunk, share=_share(options),
     )  # fmt: skip
     loaded = load_model(
         directory, on, reference=model, dtype=dtype, quantization=quantization, rows=window, most_positions=max_length,
@@ -105,7 +107,15 @@ def _quantization(options: Mapping[str, OptionValue], device: torch.device, *, e
     return name if name != "auto" else "int8" if not exact and device.type == "cpu" else "none"
 
 
-def _whole(options: Mapping[str, OptionValue], name: str, default: int, *, most: int = 1 << 24) -> int:
+def _share(options: Mapping[str, OptionValue]) -> float:
+    """The option memory_share. Raises EngineError."""
+    value = options.get("memory_share", MEMORY_SHARE)
+    if type(value) not in (int, float) or not 0 < float(value) <= 1:
+        raise EngineError(f"option memory_share must be above 0 and at most 1, not {value!r}")
+    return float(value)
+
+
+def _whole(options: Mapping[str, OptionValue], name: str, default: int = 1, *, most: int = 1 << 24) -> int:
     """The option `name`, a whole number in [1, most]. Raises EngineError."""
     value = options.get(name, default)
     if type(value) is not int or not 1 <= value <= most:

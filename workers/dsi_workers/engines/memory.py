@@ -1,4 +1,4 @@
-"""Refuses a model that does not fit its device, before any weight is read."""
+"""Chooses `slots` and `max_length` by the device's memory, and refuses a model that does not fit, before any weight is read."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dsi_protocol import OptionValue
 from dsi_workers.checkpoints.load import number_type_of
 from dsi_workers.checkpoints.sizes import (
     MARGIN,
-    cache_bytes,
+    Needs,
     gib,
     loading_bytes,
     of_first_layers,
     text_config,
     weight_bytes,
 )
-from dsi_workers.decoding.device import free_bytes
+from dsi_workers.decoding.device import free_bytes, total_bytes
 from dsi_workers.engine import EngineError
 from dsi_workers.models.files import read_json
 from dsi_workers.models.headers import read_tensors
@@ -26,37 +26,48 @@ from dsi_workers.models.headers import read_tensors
 log = structlog.get_logger("dsi.engine")
 
 
-def refuse_if_too_large(
+def fit_into_memory(
     directory: Path, device: torch.device, *, reference: str, dtype: str, quantization: str, layers: OptionValue | None,
-    slots: int, max_length: int, chunk: int,
-) -> None:  # fmt: skip
-    """Raise EngineError if weights and KV cache are larger than the device's free memory.
+    slots: int | None, max_length: int | None, branch_slots: int, chunk: int, share: float,
+) -> tuple[int, int]:  # fmt: skip
+    """Return `slots` and `max_length`, chosen where they are None. Raise EngineError if the model does not fit the device's free
+    memory with them.
 
-    On a CPU the KV cache takes memory as it fills. There only the weights count, and a cache that could not fill is a warning.
-    `reference`: the model's name in error messages. `layers`: only so many are kept; None: all. `slots`: with those for branches.
-    `chunk`: the most rows of a run, for which each slot has positions beyond `max_length`.
+    On a GPU the whole KV cache is there from the start. What is chosen takes no more than `share` of the GPU's memory. On a CPU
+    the KV cache takes memory as it fills. There only the weights must fit, a length that is chosen lets all slots fill up, and a
+    cache that could not is a warning.
+
+    `reference`: the model's name in error messages. `layers`: only so many are kept; None: all. `branch_slots`: those of a
+    drafter's branches. `chunk`: the most rows of a run.
     """
     number_bytes, int8 = number_type_of(dtype, quantization, device).itemsize, quantization == "int8"
     tensors, config = read_tensors(directory), text_config(read_json(directory / "config.json"))
     if type(layers) is int:
         config = {**config, "num_hidden_layers": min(layers, config.get("num_hidden_layers", layers))}
-    limit = config.get("max_position_embeddings")
-    positions = min(max_length, limit) if type(limit) is int and limit > 0 else max_length
-    cache = cache_bytes(config, slots=slots, positions=positions + chunk, number_bytes=number_bytes)
     weights = weight_bytes(of_first_layers(tensors, layers), number_bytes, int8=int8)
+    margin, free, gpu = MARGIN * weights, free_bytes(device), device.type == "cuda"
+    needs = Needs(config, weights + margin, number_bytes, branch_slots, chunk, buffers=gpu)
+    if gpu:
+        slots, max_length = needs.on_a_gpu(min(free, share * total_bytes(device)), slots, max_length)
+    else:
+        slots, max_length = needs.on_a_cpu(free, slots, max_length)
+    cache, total = needs.cache(slots, max_length), needs.total(slots, max_length)
     # On a GPU int8 weights are made out of whole ones that lie there; on a CPU those may be mapped from the files.
-    peak = loading_bytes(tensors, number_bytes) if device.type == "cuda" else 0
-    margin = MARGIN * weights
-    needed = max(peak, weights + (cache if device.type == "cuda" else 0)) + margin
-    free = free_bytes(device)
+    peak = loading_bytes(tensors, number_bytes) + margin if gpu else 0
+    needed = max(peak, total if gpu else needs.fixed)
+    log.info(
+        "memory", slots=slots, max_length=max_length, weights=gib(weights), kv_cache=gib(cache),
+        margin=gib(total - weights - cache), free=gib(free),
+    )  # fmt: skip
     if needed > free:
         raise EngineError(
             f"{reference} does not fit {device}: loading and running it takes {gib(needed)} (weights {gib(weights)}, KV cache "
-            f"{gib(cache)}{'' if device.type == 'cuda' else ' when full, not counted'}), and {gib(free)} are free; choose fewer "
-            "slots, a shorter max_length, another dtype or quantization, or a larger device (one model cannot be split over "
-            "several devices yet)"
+            f"{gib(cache)} for slots {slots} and max_length {max_length}{'' if gpu else ' when full, not counted'}), and "
+            f"{gib(free)} are free; choose fewer slots, a shorter max_length, another dtype or quantization, or a larger device "
+            "(one model cannot be split over several devices yet)"
         )
-    if weights + cache + margin > free:
+    if total > free:
         log.warning(
             "the KV cache cannot fill up in free memory", cache=gib(cache), weights=gib(weights), free=gib(free)
         )
+    return slots, max_length

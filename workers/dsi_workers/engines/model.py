@@ -109,10 +109,16 @@ class ModelEngine(Engine):
         if self._branches is not None:
             beside = self._branches.runs([task for task, run in zip(tasks, runs, strict=True) if _ends(task, run)])
         answers = iter(self._cut(self._backend.compute([*runs, *beside], interrupt)))
-        for task, share, computed in zip(tasks, shares, known, strict=True):
+        main, branches_of = list[torch.Tensor | None](), list[list[tuple[Branch, torch.Tensor]]]()
+        for share in shares:
+            main.append(next(answers) if share.main is not None else None)
+            branches_of.append([(branch, torch.cat([next(answers) for _ in runs])) for branch, runs in share.branches])
+        chains = [None if has_tree(task) else each for task, each in zip(tasks, main, strict=True)]
+        chosen = self._choice.most_probable(tasks, chains)
+        for task, share, computed, logits, branches, choices in zip(
+            tasks, shares, known, main, branches_of, chosen, strict=True
+        ):
             run = share.main
-            logits = next(answers) if run is not None else None
-            branches = [(branch, torch.cat([next(answers) for _ in runs])) for branch, runs in share.branches]
             if has_tree(task):
                 task.session.computed = computed if run is None else run.begin + len(run.tokens)
                 answer_along(task, self._choice, logits, branches)
@@ -121,7 +127,7 @@ class ModelEngine(Engine):
             assert logits is not None
             guess = run.tokens[len(task.session.tokens) - run.begin :]
             task.session.computed = run.begin + len(run.tokens) - len(guess)
-            differs = self._choice.answer(task, logits, guess)
+            differs = self._choice.answer(task, logits, guess, choices=choices)
             task.done = differs or task.session.computed == len(task.session.tokens)
             if self._lookup is not None and guess:
                 self._lookup.checked(task.session, guess, right=len(task.answer.tokens) - 1)

@@ -4,14 +4,15 @@ In a forward pass of a few rows, reading the weights takes nearly all of the tim
 there are only seven kernels per layer (kernels.py), and Python launches none of them: a forward pass is several CUDA graphs,
 one for every few layers. At most two graphs are queued at a time, so that a cancel takes effect within a forward pass.
 
-Rows come in groups, each of one generation. Their positions, their slots and where a branch leaves the slot are numbers in
-device memory. So one recording serves all generations, positions, trees and batches with the same number of rows. The keys and
-values of branches stand beside the cache, in memory for the rows of one layer, and are forgotten after that layer. A run with
-more rows than any recording, as of a prompt, is computed by the torch decoder (decoding/decoder.py).
+The positions of rows, their slots, where a branch leaves the slot, and which rows attend together are numbers in device memory.
+So one recording serves all generations, positions, trees and batches with the same number of rows. The keys and values of
+branches stand beside the cache, in memory for the rows of one layer, and are forgotten after that layer. A run of more than
+MOST_RUN_ROWS rows, as of a prompt, is computed by the torch decoder (decoding/decoder.py).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,21 +21,27 @@ import triton
 from torch.nn import functional
 
 from dsi_workers.decoding.decoder import Decoder, Layer
+from dsi_workers.decoding.gpu import MOST_ROWS
 from dsi_workers.decoding.gpu.kernels import (
     LEAST_ROWS,
+    MOST_GROUP_ROWS,
     SPLIT,
     apply_rope_and_store_kv,
     attend_to_splits,
     combine_splits,
 )
-from dsi_workers.decoding.gpu.linear import MOST_ROWS, GpuLinear, rows_for, supports_pdl
+from dsi_workers.decoding.gpu.linear import GpuLinear, rows_for, supports_pdl
 from dsi_workers.decoding.kv_cache import SlotCache, SlotLayer
 from dsi_workers.decoding.packed import PackedBatch
 
-#: Rows of one generation that read the KV cache together.
-GROUP = 8
-#: Beyond all positions: where the path of a group without a branch leaves the cache.
+#: A run with more rows is computed by the torch decoder.
+MOST_RUN_ROWS = 64
+#: Beyond all positions: where the path of a row without a branch leaves the cache.
 _NO_FORK = 1 << 30
+#: Beyond all units of work.
+_NO_UNIT = 1 << 30
+#: Programs of attention for each multiprocessor of the device: as many run side by side.
+_PROGRAMS = 4
 #: Layers in one CUDA graph.
 _LAYERS = 4
 #: How often a part runs before it is recorded. The first run compiles its kernels.
@@ -47,8 +54,8 @@ Part = Callable[[], None]
 class GpuDecoder:
     """Computes what `decoder` computes, from the same weights and the same KV cache, with our own GPU kernels."""
 
-    recorded_rows: Sequence[int] = (16, 32, MOST_ROWS)
-    group_rows, batch_invariant = GROUP, True
+    recorded_rows: Sequence[int] = (16, 32, 64, 128, MOST_ROWS)
+    batch_invariant = True
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -65,13 +72,13 @@ class GpuDecoder:
 
     def __call__(self, packed: PackedBatch, cache: SlotCache, between_layers: Callable[[], None]) -> torch.Tensor:
         """Compute one forward pass. Returns logits [len(packed.logits_to_keep), vocabulary]."""
-        groups = sum(triton.cdiv(segment.width, GROUP) for segment in packed.segments)
-        if groups * GROUP > MOST_ROWS:
-            assert len(packed.segments) == 1, (
-                "a batch that is too wide for the kernels would have different bits than its runs have alone"
-            )
+        used = sum(segment.width for segment in packed.segments)
+        if len(packed.segments) == 1 and used > MOST_RUN_ROWS:
             return self._decoder(packed, cache, between_layers)
-        rows = rows_for(groups * GROUP)
+        assert used <= MOST_ROWS, (
+            "a batch that is too wide for the kernels would have different bits than its runs have alone"
+        )
+        rows = rows_for(used)
         recording = self._recordings.get(rows)
         if recording is None or recording.cache is not cache:
             if self._buffers is None or self._buffers.cache is not cache:
@@ -140,14 +147,19 @@ class _Recording:
     ) -> None:
         self.cache = buffers.cache
         self._decoder, self._linear_layers, self._head = decoder, linear_layers, head
-        groups, device = rows // GROUP, decoder.device
+        device = decoder.device
         self._pdl = supports_pdl(device)
-        self._inputs = torch.zeros(2 * rows + 3 * groups, dtype=torch.int32, device=device)
-        self._ids, self._positions, *of_groups = self._inputs.split((rows, rows, groups, groups, groups))
-        self._slots, self._forks, self._firsts = of_groups
+        #: Of each row: token id, position (-1: padding), slot, and where its branch begins. Then the groups in which rows attend.
+        #: The kernel of attention is the same in all recordings: it looks through MOST_ROWS groups, of which a recording has at
+        #: most `rows`.
+        sizes = (*[rows] * 5, 1, rows + 1, rows, MOST_ROWS - rows)
+        buffer = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        *of_rows, self._units, self._begins, self._ends, no_groups = buffer.split(sizes)
+        self._inputs = buffer[: buffer.numel() - no_groups.numel()]
+        self._ids, self._positions, self._slots, self._forks, self._firsts = of_rows
         self._positions.fill_(-1)
-        #: For each row of the packed batch, its row in this recording, where each group starts at a multiple of GROUP.
-        self._row_of_input: list[int] = []
+        no_groups.fill_(_NO_UNIT)
+        self._programs = max(1, min(rows * buffers.splits, _PROGRAMS * _processors(device) // decoder.kv_heads))
 
         self._x, self._qkv, self._logits = buffers.x[:rows], buffers.qkv[:rows], buffers.logits[:rows]
         self._attended, self._gated = buffers.attended[:rows], buffers.gated[:rows]
@@ -170,25 +182,31 @@ class _Recording:
         self._parts = [capture(part) for part in self._parts]
 
     def set_inputs(self, packed: PackedBatch) -> None:
-        """Copy the ids, positions, slots and branch points of the next forward pass to the device."""
-        rows, begin, group, first, all_groups = len(self._ids), 0, 0, 0, len(self._slots)
-        ids, positions = [0] * rows, [-1] * rows
-        slots, forks, firsts = [0] * all_groups, [_NO_FORK] * all_groups, [0] * all_groups
-        self._row_of_input = list[int]()
+        """Copy the rows of the next forward pass, and the groups in which they attend, to the device."""
+        rows = len(self._ids)
+        padding = [0] * (rows - sum(segment.width for segment in packed.segments))
+        slots, forks, firsts = list[int](), list[int](), list[int]()
+        begins, ends, first, units = list[int](), list[int](), 0, 0
         for segment in packed.segments:
-            own = slice(group * GROUP, group * GROUP + segment.width)
-            ids[own] = packed.ids[begin : begin + segment.width]
-            positions[own] = packed.positions[begin : begin + segment.width]
-            self._row_of_input += range(own.start, own.stop)
-            groups = triton.cdiv(segment.width, GROUP)
-            slots[group : group + groups] = [segment.slot] * groups
-            if segment.fork is not None:
-                if segment.fork == segment.position:
-                    first = own.start
-                forks[group : group + groups] = [segment.fork] * groups
-                firsts[group : group + groups] = [first] * groups
-            begin, group = begin + segment.width, group + groups
-        self._inputs.copy_(torch.tensor([*ids, *positions, *slots, *forks, *firsts], dtype=torch.int32))
+            begin = len(slots)
+            if segment.fork == segment.position:
+                first = begin
+            slots += [segment.slot] * segment.width
+            forks += [_NO_FORK if segment.fork is None else segment.fork] * segment.width
+            firsts += [first] * segment.width
+            for row in range(0, segment.width, MOST_GROUP_ROWS):
+                begins.append(begin + row)
+                units += triton.cdiv(segment.position + min(row + MOST_GROUP_ROWS, segment.width), SPLIT.value)
+                ends.append(units)
+        used = len(slots)
+        positions = [*packed.positions[:used], *[-1] * len(padding)]
+        begins += [used] * (rows + 1 - len(begins))
+        ends += [units] * (rows - len(ends))
+        inputs = (
+            *(packed.ids[:used], padding, positions, slots, padding, forks, padding, firsts, padding),
+            *([units], begins, ends),
+        )
+        self._inputs.copy_(torch.tensor([*itertools.chain.from_iterable(inputs)], dtype=torch.int32))
 
     def compute(self, between: Callable[[], None], packed: PackedBatch) -> torch.Tensor:
         """Run the parts, with a call of `between` before each. Returns logits as `Decoder` does."""
@@ -201,9 +219,7 @@ class _Recording:
                 under_way[-1].record()
                 if len(under_way) > 1:
                     under_way[-2].synchronize()
-        # `logits_to_keep` may name padding rows. Their logits are never used, so row 0 stands in for them.
-        kept = [self._row_of_input[row] if row < len(self._row_of_input) else 0 for row in packed.logits_to_keep]
-        return self._logits[torch.tensor(kept, device=self._inputs.device)]
+        return self._logits[torch.tensor(packed.logits_to_keep, device=self._inputs.device)]
 
     def _part(self, begin: int, end: int) -> Part:
         decoder = self._decoder
@@ -234,23 +250,28 @@ class _Recording:
         keys, values = cache_layer.tensors(states, states)
         sliding_window = decoder.masks.sliding_window_of(layer.kind)
         block_d = max(16, triton.next_power_of_2(dim))
-        block_m = max(16, triton.next_power_of_2(GROUP * (heads // kv_heads)))
+        block_m = max(16, triton.next_power_of_2(MOST_GROUP_ROWS * (heads // kv_heads)))
         query_norm = decoder.norm if layer.query_norm is None else layer.query_norm
         key_norm = decoder.norm if layer.key_norm is None else layer.key_norm
         pdl = {"pdl": self._pdl, **({"launch_pdl": True} if self._pdl else {})}
         apply_rope_and_store_kv[(rows, heads + 2 * kv_heads)](
             self._qkv, self._positions, self._slots, self._forks, self._firsts, decoder.cos, decoder.sin, keys, values,
             self._branch_keys, self._branch_values, query_norm, key_norm, decoder.epsilon, capacity,
-            len(decoder.cos) - 1, MOST_ROWS, heads=heads, kv_heads=kv_heads, dim=dim, group_rows=GROUP,
+            len(decoder.cos) - 1, MOST_ROWS, heads=heads, kv_heads=kv_heads, dim=dim,
             normed=layer.query_norm is not None, block_half=triton.next_power_of_2(dim // 2), num_warps=1, **pdl,
         )  # fmt: skip
-        attend_to_splits[(len(self._slots), kv_heads, splits)](
-            self._qkv, self._positions, self._slots, self._forks, self._firsts, keys, values, self._branch_keys,
-            self._branch_values, self._partial_outputs, self._maxima, self._exp_sums, capacity, MOST_ROWS, decoder.scaling,
-            splits, heads=heads, kv_heads=kv_heads, dim=dim, group_rows=GROUP, sliding_window=sliding_window,
-            block_m=block_m, block_d=block_d, num_warps=4, **pdl,
+        attend_to_splits[(self._programs, kv_heads)](
+            self._qkv, self._positions, self._slots, self._forks, self._firsts, self._units, self._begins, self._ends,
+            keys, values, self._branch_keys, self._branch_values, self._partial_outputs, self._maxima, self._exp_sums, capacity,
+            MOST_ROWS, decoder.scaling, splits, heads=heads, kv_heads=kv_heads, dim=dim, sliding_window=sliding_window,
+            most_groups=MOST_ROWS, block_m=block_m, block_d=block_d, num_warps=4, **pdl,
         )  # fmt: skip
         combine_splits[(rows, heads)](
             self._partial_outputs, self._maxima, self._exp_sums, self._positions, self._attended, splits, heads=heads, dim=dim,
             sliding_window=sliding_window, block_d=block_d, block_splits=triton.next_power_of_2(splits), num_warps=1, **pdl,
         )  # fmt: skip
+
+
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU. For a CPU, where the interpreter runs one program after another, few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -12,8 +12,9 @@ from torch import nn
 from dsi_workers.decoding.gpu.kernels import LEAST_ROWS, multiply
 from dsi_workers.decoding.quantization import Int8Linear
 
-#: The largest number of rows that the kernels compute.
-MOST_ROWS = 64
+#: The most rows of one program. More rows take more programs, each of which computes as it would alone: so the bits of a row do
+#: not depend on the number of rows.
+_BLOCK_ROWS = 64
 #: Launch settings by (int8, gated): outputs per program, inputs per step, warps, and the most pipeline stages. These were the
 #: fastest on an H100 with 16 rows, for layers of 1B and 8B shapes in bfloat16. Products are summed step by step, so a
 #: different number of inputs per step changes the bits.
@@ -55,7 +56,7 @@ class GpuLinear:
         self.dtype = torch.bfloat16 if self._scales is not None else self._weight.dtype
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Return y [rows, out] for x [rows, in], with any number of rows up to MOST_ROWS."""
+        """Return y [rows, out] for x [rows, in], with any number of rows."""
         padded = x.new_zeros(rows_for(len(x)), self.in_features)
         padded[: len(x)] = x
         y = x.new_empty(len(padded), self.out_features)
@@ -76,13 +77,14 @@ class GpuLinear:
         With `norm` [in], x gets an RMSNorm first. `residual` [rows, out] is added to the result, and may be y itself.
         """
         rows, pdl = len(x), supports_pdl(x.device)
+        block_rows = min(rows, _BLOCK_ROWS)
         block_n, block_k, warps, stages = self._plan(x.device)
-        stages = max(2, min(stages, _shared_bytes(x.device) // self._step_bytes(block_n, block_k, rows)))
+        stages = max(2, min(stages, _shared_bytes(x.device) // self._step_bytes(block_n, block_k, block_rows)))
         options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
-        multiply[(triton.cdiv(self.out_features, block_n),)](
+        multiply[(rows // block_rows, triton.cdiv(self.out_features, block_n))](
             x, self._weight, y, _or(self._scales, y), _or(self._bias, y), _or(residual, y), _or(norm, y), epsilon,
             self.out_features, inputs=self.in_features, gated=self._gated, scaled=self._scales is not None,
-            biased=self._bias is not None, added=residual is not None, normed=norm is not None, rows=rows,
+            biased=self._bias is not None, added=residual is not None, normed=norm is not None, block_rows=block_rows,
             block_n=block_n, block_k=block_k, pdl=pdl, prefetched_lines=_LINES_AHEAD, num_stages=stages, num_warps=warps,
             **options,
         )  # fmt: skip
@@ -90,7 +92,7 @@ class GpuLinear:
     def _plan(self, device: torch.device) -> tuple[int, int, int, int]:
         """Launch settings for this GPU. They do not depend on the number of rows, because the bits must not."""
         block_n, block_k, warps, stages = _PLANS[self._scales is not None, self._gated]
-        while 2 * self._step_bytes(block_n, block_k, MOST_ROWS) > _shared_bytes(device):  # small GPUs
+        while 2 * self._step_bytes(block_n, block_k, _BLOCK_ROWS) > _shared_bytes(device):  # small GPUs
             block_k //= 2
         return block_n, block_k, warps, stages
 
