@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ import openai
 import pytest
 from safetensors.torch import load_file, save_file
 
+import dsi_actors
+from dsi_actors.tokenizer import Tokenizer
 from serving.test_openai import served
 from support.adapters import make_adapter
 from support.engines import make_tiny_model
@@ -87,6 +90,35 @@ def test_an_adapter_changes_the_text_of_target_and_drafter(
     refused = generate(whole, "--adapter", str(tmp_path / "nowhere"))
     assert refused.returncode == 1
     assert "there is no directory" in refused.stderr.splitlines()[-1]
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+async def test_a_worker_has_an_adapter_of_its_own_place(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSI_CACHE", str(tmp_path / "cache"))
+    adapter = make_adapter(tmp_path / "adapter", whole)
+    expected = result_of(generate(whole, "--adapter", str(adapter)))["token_ids"]
+    named = {"adapter": "/where/the/orchestrator/has/it"}
+    config = dsi_actors.Config(
+        target=str(whole), drafter=None, listen=f"ipc://{tmp_path}/dsi.sock", target_options=named, calibrate=False
+    )
+    async with dsi_actors.Orchestrator(config) as orchestrator:
+        worker = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "dsi_actors.worker", "--gpu", "cpu", "--connect", orchestrator.endpoint, "--once",
+            "--adapter", str(adapter), stdin=asyncio.subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=limit_s(120))
+            prompt = Tokenizer(whole).encode(PROMPT)
+            found: list[int] = []
+            async with orchestrator.generate(prompt, dsi_actors.Sampling(max_tokens=20), algorithm="ar") as stream:
+                async for tokens in stream:
+                    found += tokens
+        finally:
+            worker.kill()
+            await worker.wait()
+    assert found == expected
 
 
 def without_a_layer(model: Path) -> None:

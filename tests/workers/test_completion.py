@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from transformers import GPT2TokenizerFast
+from transformers import AutoTokenizer
 
 from dsi_workers.engines import load_engine
 from dsi_workers.models.files import ModelError
@@ -127,7 +127,7 @@ def test_a_vocabulary_and_merges_become_a_tokenizer(
     trained.model.save(str(model))  # vocab.json and merges.txt
     (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
     text = "The weather of thermodynamics, 日本語."
-    expected = GPT2TokenizerFast.from_pretrained(model)(text)["input_ids"]
+    expected = AutoTokenizer.from_pretrained(model)(text)["input_ids"]
     for tokenizer_only in (True, False):
         directory = resolve_model(str(model), tokenizer_only=tokenizer_only)
         assert Tokenizer.from_file(str(directory / "tokenizer.json")).encode(text).ids == expected

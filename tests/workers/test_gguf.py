@@ -37,7 +37,7 @@ def made(**settings: Any) -> LlamaForCausalLM:
         vocab_size=WORDS, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=512, rope_parameters=settings.pop("rope", LLAMA3), **settings,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model: LlamaForCausalLM = LlamaForCausalLM(config).eval()
     for parameter in model.parameters():
         parameter.data.mul_(3.0)
     return model
@@ -63,7 +63,7 @@ def write(
         writer.add_block_count(config.num_hidden_layers)
         writer.add_feed_forward_length(config.intermediate_size)
         writer.add_head_count(config.num_attention_heads)
-        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_head_count_kv(config.num_key_value_heads or 1)
         writer.add_rope_freq_base(10000.0)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_vocab_size(WORDS)

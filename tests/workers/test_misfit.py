@@ -199,7 +199,7 @@ def test_a_layer_that_stays_quantized_is_refused(model: Path) -> None:
         pass
 
     wrapped = torch.nn.Linear(4, 4)
-    wrapped.forward = lambda x: x  # type: ignore[method-assign]
+    wrapped.forward = lambda x: x  # type: ignore[method-assign,assignment]
     refuse_if_quantized(torch.nn.Sequential(torch.nn.Linear(4, 4)), "some", "model")
     for layer in (Other(4, 4), wrapped):
         with pytest.raises(EngineError, match=r"quantized \(some\), and 0 stays so"):

@@ -124,3 +124,13 @@ def test_a_drafter_with_an_engine_of_its_own_is_told_the_model_that_is_configure
     config = Config(target="T", drafter=("ngram", "D"))
     assigned = assign(config, hello(role="drafter", engine="rust-llm"), targets=1, kinds=())
     assert assigned == Assignment("drafter", "rust-llm", "D", {"target": "T"}, "rust-llm")
+
+
+def test_a_target_that_drafts_for_itself_has_its_adapter() -> None:
+    config = Config(target="T", drafter=("self-int8", "small"), target_options={"adapter": "A"})
+    options = {}
+    for kind in config.drafters:
+        assignment = assign(config, hello(kind, role="drafter"), targets=1, kinds=())
+        assert isinstance(assignment, Assignment)
+        options[kind] = assignment.options.get("adapter")
+    assert options == {"self-int8": "A", "small": None}

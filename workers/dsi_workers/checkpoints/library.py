@@ -65,7 +65,7 @@ def read_model(
     refuse_quantized_activations(quantization, reference)
     if method == COMPRESSED_TENSORS:
         config.quantization_config = {**quantization, "dequantize": True}
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory,
         config=config,
         dtype=dtype,
@@ -75,6 +75,7 @@ def read_model(
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # refused below, with their names
     )
+    model, info = loaded
     if first_layers:
         layers = int(config.get_text_config(decoder=True).num_hidden_layers)
         info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not _is_of_later_layer(name, layers)]

@@ -7,6 +7,7 @@ import importlib.util
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from dsi_workers.models.completion import read_pickle
 from dsi_workers.models.conversion import identity, kept, link_others, quiet_transformers
@@ -102,10 +103,11 @@ def _merge(directory: Path, place: Path, weights: Path, work: Path, what: str, r
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of libraries: what matters is checked below
         report(what, 0.1, "reading weights")
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
+        model, info = loaded
         refuse_loading_info(info, model, str(directory))
         report(what, 0.5, "merging")
         adapted = peft.PeftModel.from_pretrained(model, str(place))

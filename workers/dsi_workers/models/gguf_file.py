@@ -47,8 +47,8 @@ def _parts(gguf: Path) -> list[Path]:
 
 def _convert(parts: Sequence[Path], work: Path, what: str, report: Report) -> None:
     for part in parts:
-        with part.open("rb") as file:
-            if file.read(len(_MAGIC)) != _MAGIC:
+        with part.open("rb") as opened:
+            if opened.read(len(_MAGIC)) != _MAGIC:
                 raise ModelError(f"{part} is not a GGUF file, or it is damaged: fetch it again")
     report(what, 0.0, "importing transformers")
     try:
@@ -68,9 +68,10 @@ def _convert(parts: Sequence[Path], work: Path, what: str, report: Report) -> No
     with quiet_transformers():
         # transformers does not report its progress. The shares of the steps below are measured constants.
         report(what, 0.1, "reading weights")
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, gguf_file=name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
+        model, info = loaded
         refuse_loading_info(info, model, str(parts[0]))
         _refuse_left_out(reader, model, parts[0])
         report(what, 0.7, "reading the vocabulary")
