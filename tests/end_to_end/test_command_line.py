@@ -335,7 +335,7 @@ def test_bench_long_compares_a_short_and_a_long_text(model: Path) -> None:
         assert row["fastest_ms_per_token"] <= row["ms_per_token"] <= row["slowest_ms_per_token"]
         assert row["ratio_to_shortest"] == 1 or row["positions"] == 400
         assert row["orchestrator_processor_ms_per_token"] > 0
-    real = [*words, "--target", model, "--drafter", "ngram", "--gpu", "cpu", "--sp", "1"]
+    real = [*words, "--target", str(model), "--drafter", "ngram", "--gpu", "cpu", "--sp", "1"]
     done = dsi_actors(*real, "--positions", "40,300,4000")
     assert done.returncode == 0, done.stderr
     assert "lengths over 500 are left out: the target takes 512 positions" in done.stderr

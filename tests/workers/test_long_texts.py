@@ -86,12 +86,13 @@ def of_model(model: Path, role: str, **options: Any) -> Engine:
 
 @pytest.mark.parametrize("kind", ["prompt lookup", "a model", "a model with prompt lookup", "timed"])
 def test_a_drafter_looks_at_the_end_of_the_text_only(model: Path, kind: str) -> None:
-    engine = {
+    makes: dict[str, Callable[[], Engine]] = {
         "prompt lookup": ngram,
         "a model": lambda: of_model(model, "drafter"),
         "a model with prompt lookup": lambda: of_model(model, "drafter", lookup=True),
         "timed": lambda: load_engine("timed", role="drafter", model="", device="cpu:0", options={"acceptance": 0.5}),
-    }[kind]()
+    }
+    engine = makes[kind]()
     found = {}
     for length in (SHORT, LONG):
         session = counted_session(length, SAMPLED, generation=length)
