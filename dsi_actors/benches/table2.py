@@ -62,6 +62,7 @@ def add_parser(benches: SubParsers) -> None:
         "may be repeated (default: 0, chains only)",
     )  # fmt: skip
     parser.add_argument("--pairs", type=int, default=len(PAIRS), metavar="N", help="only the first N (default all)")
+    parser.add_argument("--skip", type=int, default=0, metavar="N", help="leave out the first N (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=50, metavar="S", help="default %(default)s, as in the paper")
     parser.add_argument("--repeats", type=int, default=5, metavar="R", help="default %(default)s")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of everything that is drawn")
@@ -76,10 +77,12 @@ async def run(arguments: argparse.Namespace) -> int:
     chances = arguments.alternatives or [0.0]
     if not all(0 <= chance <= 1 for chance in chances):
         raise ConfigError("--alternatives must lie in [0, 1]")
+    if not 0 <= arguments.skip < arguments.pairs:
+        raise ConfigError("--skip must be at least 0, and leave a pair")
     rows: list[dict[str, Any]] = []
     headings = [f"DSI SP={sp}{kind}" for sp in servers for kind in _kinds(max(chances))]
     table = Table("", "AR", "SI best", *headings, "over SI", "paper")
-    for pair, chance in ((pair, chance) for pair in PAIRS[: arguments.pairs] for chance in chances):
+    for pair, chance in ((pair, chance) for pair in PAIRS[arguments.skip : arguments.pairs] for chance in chances):
         scenario = pair.scenario(chance)
         ar, si = Way("ar"), best_si_way(scenario)
         dsi = [Way("dsi", sp, rows=rows) for sp in servers for rows in ((1, None) if chance else (None,))]

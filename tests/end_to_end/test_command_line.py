@@ -348,9 +348,9 @@ def test_bench_long_compares_a_short_and_a_long_text(model: Path) -> None:
 
 
 def test_bench_table2_prints_the_papers_factors() -> None:
-    done = dsi_actors("bench", "table2", "--pairs", "1", "--tokens", "10", "--repeats", "1", "--sp", "1,2")
+    done = dsi_actors("bench", "table2", "--pairs", "2", "--skip", "1", "--tokens", "10", "--repeats", "1", "--sp", "1,2")
     assert done.returncode == 0, done.stderr
-    assert "1.92x" in done.stdout
+    assert "1.66x" in done.stdout
     assert "DSI, SP=2: measured / ideal up to" in done.stdout
 
 
@@ -532,6 +532,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, when: str) -> None:
         (["bench", "timed", "--sp", "1000"], "more than 64 devices for one request make no sense"),
         (["bench", "table2", "--sp", "0,1"], "each must lie in [1, 64]"),
         (["bench", "table2", "--sp", "x"], "--sp 'x' is no list of numbers"),
+        (["bench", "table2", "--pairs", "2", "--skip", "2"], "--skip must be at least 0, and leave a pair"),
         (["bench", "never-slower", "--acceptances", "2"], "--acceptances 2: each must lie in [0, 1]"),
         ([*PLAN, "--gpus", "1"], "at least 2"),
         ([*PLAN, "--gpus", "1000"], "more than 64 devices for one request make no sense"),
