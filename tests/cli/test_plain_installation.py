@@ -38,6 +38,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     directory = tmp_path_factory.mktemp("model")
     Tokenizer(WordLevel({"w0": 0, "w1": 1}, unk_token="w0")).save(str(directory / "tokenizer.json"))
     (directory / "config.json").write_text("{}")
+    (directory / "model.safetensors").touch()
     prompts = directory / "prompts.jsonl"
     prompts.write_text("\n".join(json.dumps({"prompt": text}) for text in ("w1", "w0 w1")))
     return {"MODEL": str(directory), "PROMPTS": str(prompts)}
