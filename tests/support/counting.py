@@ -43,7 +43,7 @@ class CountedList(list[Any]):
         self.touched += len(self)
         return super().__ne__(other)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
     def copy(self) -> list[Any]:
         self.touched += len(self)
