@@ -56,7 +56,10 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument(
         "--positions", default="1024,8192,32768", metavar="N,...", help="lengths of the prompt (default %(default)s)"
     )
-    parser.add_argument("--tokens", type=int, default=256, metavar="S", help="of each generation (default %(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=256, metavar="S",
+        help="of each generation; the second half is measured (default %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5, metavar="R", help="rounds (default %(default)s)")
     parser.add_argument("--sp", type=int, default=2, metavar="N", help="target servers (default %(default)s)")
     add_scenario_options(parser)
@@ -74,14 +77,18 @@ def add_parser(benches: SubParsers) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One generation. Times are per token behind the first commit, those of processors in seconds for all of these tokens."""
+    """One generation. Times are those of the second half of its tokens: while the first half comes, a drafter may still read the
+    prompt."""
 
     output: list[int]
-    ms_per_token: float
     first_token_ms: float
     tokens: int
-    #: By role, the orchestrator's among them.
-    processor_s: dict[str, float]
+    #: By what took it: the wall clock, and the processors of each role, the orchestrator's among them.
+    seconds: dict[str, float]
+
+    @property
+    def ms_per_token(self) -> float:
+        return self.seconds["wall"] * 1e3 / self.tokens
 
 
 @dataclass(slots=True)
@@ -98,7 +105,9 @@ class _Place:
 
 
 async def run(arguments: argparse.Namespace) -> int:
-    check_sizes(arguments, "sp", "tokens", "repeats")
+    check_sizes(arguments, "sp", "repeats")
+    if arguments.tokens < 16:
+        raise ConfigError(f"--tokens {arguments.tokens}: give at least 16, of which the second half is measured")
     positions = sorted(set(numbers(arguments.positions, "--positions", int, 1, MAX_TOKENS_PER_MESSAGE)))
     if arguments.drafters and arguments.target is None:
         raise ConfigError("--drafter is for a real model: give --target, too")
@@ -200,25 +209,24 @@ def _words(length: int, tokenizer: Tokenizer) -> list[int]:
 
 async def _generate(place: _Place, tokens: int, seed: int) -> _Run:
     way, orchestrator = place.way, place.orchestrator
-    output, first = list[int](), 0
-    before_s: dict[str, float] = {}
+    output, begun, before_s = list[int](), 0, dict[str, float]()
     sampling = Sampling(max_tokens=tokens, repetition_penalty=_PENALTY, seed=seed)
     async with orchestrator.generate(
         place.prompt, sampling, algorithm=way.algorithm, sp=way.sp, lookahead=way.lookahead or "auto", rows=way.rows
     ) as stream:
         async for chunk in stream:
             output += chunk
-            if not before_s:
-                first, before_s = len(output), _processor_s(orchestrator)
-        after_s = _processor_s(orchestrator)
+            if not before_s and len(output) >= tokens // 2:
+                begun, before_s = len(output), _seconds(orchestrator)
+        after_s = _seconds(orchestrator)
         report = await stream.report()
-    used_s = {role: after_s[role] - before_s.get(role, 0.0) for role in after_s}
-    return _Run(output, report.ms_per_token, report.first_token_ms, max(1, len(output) - first), used_s)
+    used_s = {name: after_s[name] - before_s[name] for name in after_s}
+    return _Run(output, report.first_token_ms, max(1, len(output) - begun), used_s)
 
 
-def _processor_s(orchestrator: Orchestrator) -> dict[str, float]:
-    """Seconds of processors used so far, by role."""
-    found = {"orchestrator": time.process_time(), "target": 0.0, "drafter": 0.0}
+def _seconds(orchestrator: Orchestrator) -> dict[str, float]:
+    """On the wall clock, and of processors that each role has used so far."""
+    found = {"wall": time.perf_counter(), "orchestrator": time.process_time(), "target": 0.0, "drafter": 0.0}
     for worker in orchestrator.workers:
         found[worker.role] += processor_s_of(worker.hello.process)
     return found
@@ -262,7 +270,7 @@ def _rows(places: Sequence[_Place], arguments: argparse.Namespace) -> list[dict[
             "slowest_ms_per_token": max(each_ms),
             "ratio_to_shortest": statistics.median(each.ms_per_token / other.ms_per_token for each, other in pairs),
             **{
-                f"{role}_processor_ms_per_token": sum(each.processor_s[role] for each in place.runs) * 1e3 / tokens
+                f"{role}_processor_ms_per_token": sum(each.seconds[role] for each in place.runs) * 1e3 / tokens
                 for role in ("orchestrator", "target", "drafter")
             },
             "first_token_ms": statistics.median(each.first_token_ms for each in place.runs),
