@@ -348,7 +348,9 @@ def test_bench_long_compares_a_short_and_a_long_text(model: Path) -> None:
 
 
 def test_bench_table2_prints_the_papers_factors() -> None:
-    done = dsi_actors("bench", "table2", "--pairs", "2", "--skip", "1", "--tokens", "10", "--repeats", "1", "--sp", "1,2")
+    done = dsi_actors(
+        "bench", "table2", "--pairs", "2", "--skip", "1", "--tokens", "10", "--repeats", "1", "--sp", "1,2"
+    )
     assert done.returncode == 0, done.stderr
     assert "1.66x" in done.stdout
     assert "DSI, SP=2: measured / ideal up to" in done.stdout

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
 import shutil
 import threading
 import time
@@ -25,16 +24,11 @@ from huggingface_hub import (
     hf_hub_download,
     hf_hub_url,
     hf_raise_for_status,
-    is_offline_mode,
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import (
-    GatedRepoError,
     HfHubHTTPError,
-    HFValidationError,
     OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
     RevisionResolutionError,
 )
 from huggingface_hub.file_download import repo_folder_name
@@ -56,6 +50,7 @@ from dsi_workers.models.files import (
     pickle_files,
     weight_files,
 )
+from dsi_workers.models.hub_errors import explanation, is_refusal, is_temporary
 
 #: Files that are fetched besides the weights.
 _SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -72,7 +67,6 @@ _LIBRARY = "dsi-actors"
 #: An incomplete file that was not written to for this long belongs to a process that was killed.
 _ABANDONED_S = 3600.0
 _REPORT_EVERY_S = 0.2
-_LOGIN = "log in (hf auth login) or set HF_TOKEN"
 
 
 def fetch(reference: str, *, tokenizer_only: bool, report: Report) -> Path:
@@ -87,7 +81,7 @@ def fetch(reference: str, *, tokenizer_only: bool, report: Report) -> Path:
         try:
             return _Fetch(reference, repository, revision, storage, tokenizer_only, report).directory()
         except (httpx2.RequestError, HfHubHTTPError, OfflineModeIsEnabled, RevisionResolutionError) as error:
-            if _is_refusal(error):
+            if is_refusal(error):
                 raise
             cached = _cached(repository, revision, storage, tokenizer_only)
             if cached is None:
@@ -96,7 +90,7 @@ def fetch(reference: str, *, tokenizer_only: bool, report: Report) -> Path:
     except ModelError:
         raise
     except Exception as error:
-        if (problem := _explanation(error, reference, repository, revision)) is None:
+        if (problem := explanation(error, reference, repository, revision)) is None:
             raise
         raise ModelError(problem) from None
 
@@ -226,7 +220,7 @@ class _Download:
             try:
                 self._resume(have, progress)
             except (httpx2.RequestError, OSError) as error:
-                if not _is_temporary(error):
+                if not is_temporary(error):
                     raise
                 failures = 0 if self.have > have else failures + 1
                 if failures == _TRIES:
@@ -350,60 +344,3 @@ def _size(file: RepoSibling) -> int:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f}" if size < 10_000_000 else f"{size / 1e6:,.0f}"
-
-
-# Error messages
-
-
-def _is_refusal(error: Exception) -> bool:
-    """True if the hub answered and refused the request. A copy from the cache must not hide that."""
-    return isinstance(error, HfHubHTTPError) and error.response.status_code < 500
-
-
-def _is_temporary(error: Exception) -> bool:
-    """True if another try may help: an error of the network or of a server, but not a full disk."""
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        return status in (408, 416, 429) or status >= 500
-    return isinstance(error, httpx2.RequestError) or (isinstance(error, OSError) and error.errno is None)
-
-
-def _explanation(error: Exception, reference: str, repository: str, revision: str) -> str | None:
-    """The sentence that explains an error of huggingface_hub to the user. None for an unexpected error, which is a bug."""
-    unknown = f"unknown model {reference!r}: it is not a directory, a .gguf file or package:NAME, and"
-    match error:
-        case json.JSONDecodeError() | httpx2.InvalidURL():
-            return f"{constants.ENDPOINT} does not answer like a model hub ({first_line(error)}): check HF_ENDPOINT and proxies"
-        case HFValidationError():
-            return f"{unknown} it is not a valid name for the model hub ({first_line(error)})"
-        case GatedRepoError():
-            page = f"{constants.ENDPOINT}/{repository}"
-            return f"the model {reference!r} is gated: accept its conditions at {page}, then {_LOGIN}"
-        case RevisionNotFoundError():
-            return f"the model {repository!r} has no revision {revision!r} on the model hub"
-        case RepositoryNotFoundError():
-            return f"{unknown} the model hub does not have it; if it is private, {_LOGIN}"
-        case HfHubHTTPError() if error.response.status_code in (401, 403):
-            return f"the model hub refused {reference!r} ({error.response.status_code}): {_LOGIN}"
-        case HfHubHTTPError():
-            return f"the model hub could not deliver {reference!r} (it answered {error.response.status_code}): try again later"
-        case OfflineModeIsEnabled():
-            return _not_cached(reference, "HF_HUB_OFFLINE forbids fetching it")
-        case RevisionResolutionError() | httpx2.RequestError():
-            if is_offline_mode():
-                return _not_cached(reference, "HF_HUB_OFFLINE forbids fetching it")
-            return _not_cached(reference, f"the model hub {constants.ENDPOINT} cannot be reached ({_cause(error)})")
-        case OSError():
-            return (
-                f"fetching {reference!r} failed ({error.strerror or first_line(error)}): check the directory "
-                f"{constants.HF_HUB_CACHE} and its disk"
-            )
-    return None
-
-
-def _not_cached(reference: str, reason: str) -> str:
-    return f"the model {reference!r} is missing or incomplete in {constants.HF_HUB_CACHE}, and {reason}"
-
-
-def _cause(error: BaseException) -> str:
-    return first_line(error.__cause__ or error)
