@@ -148,9 +148,16 @@ def test_prompts_cannot_be_chat_messages_for_a_model_without_a_template(model: P
 
 def test_bench_gpu_measures_a_device_against_its_limit() -> None:
     words = ["bench", "gpu", "--gpu", "cpu", "--shapes", "tiny", "--widths", "1,8", "--repeats", "3", "--context", "64"]
-    done = dsi_actors(*words, "--json")
+    done = dsi_actors(*words, "--prompts", "300,20", "--chunk", "256", "--json")
     assert done.returncode == 0, done.stderr
     [result] = json.loads(done.stdout)["results"]
+    assert [row["positions"] for row in result["prompts"]] == [300, 20]
+    for row in result["prompts"]:
+        assert row["tokens_per_s"] == pytest.approx(1e3 * row["positions"] / row["ms"])
+        assert row["tflops"] > 0
+        assert row["of_peak"] is None, "the peak rate of this CPU is not known"
+    assert result["prompts"][0]["worst_cancel_to_free_ms"] > 0
+    assert result["prompt_chunk"] == 256
     assert [row["width"] for row in result["forwards"]] == [1, 8]
     assert all(row["over_floor"] > 1 for row in result["forwards"])
     for row in result["forwards"]:

@@ -1,4 +1,4 @@
-"""Compiles kernels of attention for GPUs that need not be here. The interpreter runs code that the compiler refuses."""
+"""Compiles kernels for GPUs that need not be here. The interpreter runs code that the compiler refuses."""
 
 from __future__ import annotations
 
@@ -8,11 +8,23 @@ from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dsi_workers.decoding.gpu import kernels
+from dsi_workers.decoding.gpu import kernels, prompt_kernels
 
 #: An 8B shape.
 SHAPE = {"heads": 32, "kv_heads": 8, "dim": 128, "group_rows": 8}
-HALF = ("qkv", "cos", "sin", "keys", "values", "branch_keys", "branch_values", "query_norm", "key_norm")
+HALF = (
+    "qkv",
+    "cos",
+    "sin",
+    "keys",
+    "values",
+    "branch_keys",
+    "branch_values",
+    "query_norm",
+    "key_norm",
+    "gate_up",
+    "gated",
+)
 POINTERS = {
     **dict.fromkeys(HALF, "*bf16"),
     **dict.fromkeys(("positions", "slots", "forks", "firsts"), "*i32"),
@@ -29,7 +41,7 @@ def shared_bytes(kernel: Any, constants: dict[str, Any], *, capability: int) -> 
     }
     aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(signature) if name in POINTERS}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"launch_pdl": True} if constants["pdl"] else {}
+    options = {"launch_pdl": True} if constants.get("pdl") else {}
     compiled: Any = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.asm["cubin"]
     return int(compiled.metadata.shared)
@@ -42,4 +54,9 @@ if __name__ == "__main__":
         attend = {**constants, "sliding_window": 0, "block_m": 32, "block_d": 128}
         shared_bytes(kernels.apply_rope_and_store_kv, turn, capability=capability)
         taken = shared_bytes(kernels.attend_to_splits, attend, capability=capability)
+        chunk = {"heads": 32, "kv_heads": 8, "dim": 128, "normed": True, "block_half": 64}
+        rope = {**chunk, "block_rows": prompt_kernels.ROPE_ROWS}
+        shared_bytes(prompt_kernels.apply_rope_and_store_chunk, rope, capability=capability)
+        gate = {"block_rows": prompt_kernels.GATE_ROWS, "block": 512}
+        shared_bytes(prompt_kernels.multiply_by_silu, gate, capability=capability)
         assert taken <= 48 * 1024, f"attention takes {taken} bytes of shared memory: too few programs run side by side"

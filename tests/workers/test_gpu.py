@@ -115,7 +115,7 @@ def logits_of(forward: Forward, runs: Sequence[Run]) -> list[torch.Tensor]:
 
 
 def read(forward: Forward, slot: int, positions: int) -> None:
-    """A prompt: wider than a window, so that torch's own operations compute it."""
+    """A prompt: wider than all recordings."""
     logits_of(forward, [run_of(slot, 0, positions, positions)])
 
 
@@ -222,7 +222,7 @@ def engine_on_a_gpu(monkeypatch: pytest.MonkeyPatch, directory: Path, role: str,
         def load_by_kernels(*arguments: Any, **more: Any) -> Any:
             found = load_model(*arguments, **more)
             assert isinstance(found.decoder, Decoder)
-            return replace(found, decoder=with_gpu_kernels(found.decoder))
+            return replace(found, decoder=with_gpu_kernels(found.decoder, prompt_chunk=128))  # else minutes, too
 
         def widths(trial: Trial, slots: int) -> Widths:
             return Widths({rows: 1.0 for rows in (1, 2, 4, 8, 16, 32, 64)})

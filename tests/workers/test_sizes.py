@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsi_workers.checkpoints import sizes
+from dsi_workers.decoding.capacity import slot_positions
 from dsi_workers.decoding.kv_cache import SlotCache
 from dsi_workers.decoding.quantization import Int8Linear
 from dsi_workers.engine import EngineError
@@ -136,13 +137,37 @@ def test_only_a_gpu_needs_room_for_the_whole_cache(
     monkeypatch.setattr(memory, "free_bytes", lambda device: math.ceil(weights * 1.1))
     arguments: dict[str, Any] = {
         "reference": "tiny", "dtype": "float32", "quantization": "none", "layers": None, "slots": 8, "max_length": 512,
-        "chunk": 128,
+        "prompt_chunk": 128,
     }  # fmt: skip
     if fits:
         memory.refuse_if_too_large(tiny_model, torch.device(device), **arguments)
         return
     with pytest.raises(EngineError, match="tiny does not fit cuda"):
         memory.refuse_if_too_large(tiny_model, torch.device(device), **arguments)
+
+
+def test_a_long_context_counts_the_chunk_of_a_prompt(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU needs beside weights and KV cache: activations, and masks where torch's operations compute."""
+    config = json.loads((tiny_model / "config.json").read_text())
+    more: dict[str, Any] = {"number_bytes": 2, "int8": False}
+    short, long = (sizes.prompt_bytes(config, rows=512, positions=count, **more) for count in (2560, 33280))
+    group = config["num_attention_heads"] // config["num_key_value_heads"]
+    assert long - short == 512 * (33280 - 2560) * (1 + 2 * group)
+    whole = sizes.prompt_bytes(config, rows=512, positions=2560, number_bytes=2, int8=True) - short
+    assert whole == 2 * 2 * config["intermediate_size"] * config["hidden_size"], "gate and up as bfloat16"
+    weights = sizes.weight_bytes(sizes.read_tensors(tiny_model), 2)
+    positions = slot_positions(512, 512)
+    cache = sizes.cache_bytes(config, slots=8, positions=positions, number_bytes=2)
+    needed = weights * (1 + sizes.MARGIN) + cache + sizes.prompt_bytes(config, rows=512, positions=positions, **more)
+    arguments: dict[str, Any] = {
+        "reference": "tiny", "dtype": "bfloat16", "quantization": "none", "layers": None, "slots": 8, "max_length": 512,
+        "prompt_chunk": 512,
+    }  # fmt: skip
+    monkeypatch.setattr(memory, "free_bytes", lambda device: math.ceil(needed))
+    memory.refuse_if_too_large(tiny_model, torch.device("cuda"), **arguments)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: math.floor(needed) - 1)
+    with pytest.raises(EngineError, match=r"a chunk of a prompt 0\.1 GiB"):
+        memory.refuse_if_too_large(tiny_model, torch.device("cuda"), **arguments)
 
 
 def test_the_page_holds_the_table() -> None:

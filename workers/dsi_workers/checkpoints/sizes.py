@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from dsi_protocol import OptionValue
-from dsi_workers.backend import PROMPT_CHUNK
+from dsi_workers.decoding.capacity import GPU_PROMPT_CHUNK, slot_positions
 from dsi_workers.models.files import ModelError, weight_files
 
 GIB = 1 << 30
-#: For activations and the allocator's rounding, as a part of the weights. An estimate: activations depend on the forward.
+#: For activations of a few rows and the allocator's rounding, as a part of the weights. An estimate.
 MARGIN = 0.03
+#: What cuBLAS takes for itself (torch gives it 32 MiB on Hopper, for each of its two interfaces).
+_WORKSPACE_BYTES = 64 << 20
+#: The most rows whose logits are computed at a time.
+_LOGIT_ROWS = 64
 _HEADER_LIMIT_BYTES = 100_000_000
 #: Bytes of each number type that safetensors names and that is loaded in another one.
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -128,16 +132,36 @@ def cache_bytes(config: Mapping[str, Any], *, slots: int, positions: int, number
     """Bytes of keys and values of `slots` generations of up to `positions` positions; 0 if config.json (`config`) does not
     say how large they are."""
     config = text_config(config)
-    heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
-    layers, kv_heads = _size(config, "num_hidden_layers"), _size(config, "num_key_value_heads") or heads
-    head_dim = _size(config, "head_dim") or (hidden // heads if heads else 0)
-    return slots * positions * layers * 2 * kv_heads * head_dim * number_bytes
+    _, kv_heads, head_dim = _heads(config)
+    return slots * positions * _size(config, "num_hidden_layers") * 2 * kv_heads * head_dim * number_bytes
+
+
+def prompt_bytes(config: Mapping[str, Any], *, rows: int, positions: int, number_bytes: int, int8: bool) -> int:
+    """Bytes that a chunk of `rows` positions of a prompt takes on a GPU while it is computed, in a slot of `positions` positions.
+
+    It grows with the slot only where torch's operations compute instead of our kernels: these need masks of all that may be read.
+    """
+    config = text_config(config)
+    hidden, inner, words = (_size(config, f"{name}_size") for name in ("hidden", "intermediate", "vocab"))
+    heads, kv_heads, head_dim = _heads(config)
+    activations = 4 * hidden + (3 * heads + 2 * kv_heads) * head_dim + 3 * inner
+    mask = positions * (1 + (heads // kv_heads if kv_heads else 1) * number_bytes)
+    # Weights in int8 become numbers of the other type for each product, the largest of which is that of gate and up.
+    whole = 2 * inner * hidden * number_bytes if int8 else 0
+    return rows * (activations * number_bytes + mask) + _LOGIT_ROWS * words * number_bytes + whole + _WORKSPACE_BYTES
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of config.json that describes the language model."""
     inner = config.get("text_config")
     return inner if isinstance(inner, dict) else config
+
+
+def _heads(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Query heads, KV heads and the size of a head; 0 for what config.json does not say."""
+    heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
+    head_dim = _size(config, "head_dim") or (hidden // heads if heads else 0)
+    return heads, _size(config, "num_key_value_heads") or heads, head_dim
 
 
 def _size(config: Mapping[str, Any], name: str) -> int:
@@ -161,12 +185,17 @@ def table() -> Iterator[str]:
     for name, shape in SHAPES.items():
         weights, int8 = (weight_bytes(shape.tensors(), 2, int8=int8) for int8 in (False, True))
         config = {
-            "num_hidden_layers": shape.layers, "num_key_value_heads": shape.kv_heads, "head_dim": shape.head_dim,
+            "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,
+            "head_dim": shape.head_dim, "hidden_size": shape.hidden, "intermediate_size": shape.intermediate,
+            "vocab_size": shape.words,
         }  # fmt: skip
-        short, long = (
-            cache_bytes(config, slots=8, positions=length + PROMPT_CHUNK, number_bytes=2) for length in (2048, 32768)
+        lengths = [slot_positions(length, GPU_PROMPT_CHUNK) for length in (2048, 32768)]
+        short, long = (cache_bytes(config, slots=8, positions=length, number_bytes=2) for length in lengths)
+        prompts = (
+            prompt_bytes(config, rows=GPU_PROMPT_CHUNK, positions=length, number_bytes=2, int8=False)
+            for length in lengths
         )
-        needs = (weights * (1 + MARGIN) + cache for cache in (short, long))
+        needs = (weights * (1 + MARGIN) + cache + prompt for cache, prompt in zip((short, long), prompts, strict=True))
         yield f"| {name} | {' | '.join(map(gib, (weights, int8, short, long, *needs)))} |"
 
 

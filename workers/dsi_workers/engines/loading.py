@@ -8,8 +8,9 @@ import structlog
 import torch
 
 from dsi_protocol import OptionValue
-from dsi_workers.backend import PROMPT_CHUNK, Run
+from dsi_workers.backend import Run
 from dsi_workers.checkpoints.load import load_model
+from dsi_workers.decoding.capacity import prompt_chunk_of, slot_positions
 from dsi_workers.decoding.device import keep_freed_memory, torch_device
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.decoding.torch_backend import TorchBackend
@@ -26,6 +27,8 @@ from dsi_workers.models.resolve import resolve_model
 log = structlog.get_logger("dsi.engine")
 
 _MOST_SLOTS = 1024
+#: Positions of a window. On a GPU a longer run is computed like a chunk of a prompt, and would have other bits.
+_MOST_WINDOW = {"cpu": 128, "cuda": 64}
 #: A drafting step has at most 8 rows of one generation: on a CPU each costs nearly as much as the first, and a recorded forward
 #: of a GPU has room for 8 groups of rows. There is room for the branches of two generations: more take turns.
 _BRANCH_SLOTS = 2 * 7
@@ -62,15 +65,14 @@ def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, 
     vocabulary = read_vocabulary_hash(directory)
     if exact and "layers" in options:
         raise EngineError("option layers is for a drafter: a target with fewer layers would give another text")
-    window = _whole(options, "window", 32 if on.type == "cuda" else 8, most=PROMPT_CHUNK)
+    window = _whole(options, "window", 32 if on.type == "cuda" else 8, most=_MOST_WINDOW[on.type])
     slots = _whole(options, "slots", 8, most=_MOST_SLOTS)
     max_length = _whole(options, "max_length", 2048)
     dtype, quantization = str(options.get("dtype", "auto")), _quantization(options, on, exact=exact)
     branch_slots = 0 if exact or options.get("lookup") else _BRANCH_SLOTS
-    chunk = max(PROMPT_CHUNK, window)
     refuse_if_too_large(
         directory, on, reference=model, dtype=dtype, quantization=quantization, layers=options.get("layers"),
-        slots=slots + branch_slots, max_length=max_length, chunk=chunk,
+        slots=slots + branch_slots, max_length=max_length, prompt_chunk=prompt_chunk_of(on.type),
     )  # fmt: skip
     loaded = load_model(
         directory, on, reference=model, dtype=dtype, quantization=quantization, rows=window, most_positions=max_length,
@@ -78,7 +80,9 @@ def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, 
     )  # fmt: skip
     log.info("read", model=model)
     keep_freed_memory()
-    forward = Forward(loaded.decoder, loaded.config, on, slots=slots + branch_slots, capacity=loaded.positions + chunk)
+    chunk = loaded.decoder.prompt_chunk
+    capacity = slot_positions(loaded.positions, chunk)
+    forward = Forward(loaded.decoder, loaded.config, on, slots=slots + branch_slots, capacity=capacity)
     words = int(loaded.config.vocab_size)
     widths: Widths | None = None
     if exact:
@@ -92,7 +96,7 @@ def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, 
         forward, widths, vocabulary=vocabulary, vocabulary_size=words, max_length=loaded.positions, window=window,
         branch_slots=branch_slots,
     )  # fmt: skip
-    prompt = Run(0, [position % 16 for position in range(PROMPT_CHUNK)], 0, PROMPT_CHUNK, PROMPT_CHUNK - 1)
+    prompt = Run(0, [position % 16 for position in range(chunk)], 0, chunk, chunk - 1)
     backend.compute([prompt], Never())
     backend.warm_up()
     return backend

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from dsi_workers.backend import PROMPT_CHUNK, Backend, Run
+from dsi_workers.backend import Backend, Run
 from dsi_workers.decoding.slots import Slots
 from dsi_workers.drafting.lookup import Lookup
 from dsi_workers.engine import Engine, EngineInfo, Interrupt, Never, Task
@@ -37,7 +37,7 @@ class ModelEngine(Engine):
         self._exact = exact
         self._lookup = lookup
         self._choice = Choice()
-        self._slots = Slots(backend.slots, block=PROMPT_CHUNK if exact else None)
+        self._slots = Slots(backend.slots, block=backend.prompt_chunk if exact else None)
         #: Of a drafter of trees.
         self._branches: Branches | None = None
         if backend.branch_slots > 1 and not exact and lookup is None:
@@ -166,13 +166,13 @@ class ModelEngine(Engine):
             self._lookup.recognize(session)
         begin, length = _position(task), main_end(task) if has_tree(task) else len(session.tokens)
         guess: list[int] = []
-        width = 0
+        width, chunk = 0, self._backend.prompt_chunk
         if not self._exact:
-            end = min(begin + PROMPT_CHUNK, length)
+            end = min(begin + chunk, length)
             guess = self._guess(task) if end == length else []
         elif begin < session.prompt_length:
-            begin -= begin % PROMPT_CHUNK
-            width = min(PROMPT_CHUNK, session.prompt_length - begin)  # the same if some tokens have not arrived yet
+            begin -= begin % chunk
+            width = min(chunk, session.prompt_length - begin)  # the same if some tokens have not arrived yet
             end = min(begin + width, length)
         else:
             end = min(begin + self._backend.window, length)

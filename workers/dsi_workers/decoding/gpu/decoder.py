@@ -7,7 +7,7 @@ one for every few layers. At most two graphs are queued at a time, so that a can
 Rows come in groups, each of one generation. Their positions, their slots and where a branch leaves the slot are numbers in
 device memory. So one recording serves all generations, positions, trees and batches with the same number of rows. The keys and
 values of branches stand beside the cache, in memory for the rows of one layer, and are forgotten after that layer. A run with
-more rows than any recording, as of a prompt, is computed by the torch decoder (decoding/decoder.py).
+more rows than any recording, as of a prompt, is computed by library calls (prompt.py).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 import triton
 from torch.nn import functional
 
+from dsi_workers.decoding.capacity import GPU_PROMPT_CHUNK, ROW_TILE
 from dsi_workers.decoding.decoder import Decoder, Layer
 from dsi_workers.decoding.gpu.kernels import (
     LEAST_ROWS,
@@ -28,8 +29,9 @@ from dsi_workers.decoding.gpu.kernels import (
     combine_splits,
 )
 from dsi_workers.decoding.gpu.linear import MOST_ROWS, GpuLinear, rows_for, supports_pdl
+from dsi_workers.decoding.gpu.prompt import PromptDecoder
 from dsi_workers.decoding.kv_cache import SlotCache, SlotLayer
-from dsi_workers.decoding.packed import PackedBatch
+from dsi_workers.decoding.packed import PackedBatch, Segment
 
 #: Rows of one generation that read the KV cache together.
 GROUP = 8
@@ -50,10 +52,11 @@ class GpuDecoder:
     recorded_rows: Sequence[int] = (16, 32, MOST_ROWS)
     group_rows, batch_invariant = GROUP, True
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
+    def __init__(self, decoder: Decoder, *, prompt_chunk: int = GPU_PROMPT_CHUNK) -> None:
+        self._decoder, self.prompt_chunk = decoder, prompt_chunk
         self._linear_layers = [_LayerLinears(layer) for layer in decoder.layers]
         self._head = GpuLinear(decoder.head)
+        self._prompt_decoder = PromptDecoder(decoder, self._head)
         self._recordings: dict[int, _Recording] = {}
         self._buffers: _Buffers | None = None
         self._pool = torch.cuda.graph_pool_handle() if decoder.device.type == "cuda" else None
@@ -70,7 +73,7 @@ class GpuDecoder:
             assert len(packed.segments) == 1, (
                 "a batch that is too wide for the kernels would have different bits than its runs have alone"
             )
-            return self._decoder(packed, cache, between_layers)
+            return self._prompt_decoder(packed, cache, between_layers)
         rows = rows_for(groups * GROUP)
         recording = self._recordings.get(rows)
         if recording is None or recording.cache is not cache:
@@ -91,6 +94,9 @@ class GpuDecoder:
         cache = SlotCache(len(self._linear_layers), slots=1, capacity=SPLIT.value)
         buffers = _Buffers(self._decoder, self._linear_layers[0], self._head, cache)
         _Recording(self._decoder, self._linear_layers, self._head, buffers, LEAST_ROWS).record(lambda part: part)
+        ids = [0] * ROW_TILE
+        segments = cache.segments = [Segment(0, 0, len(ids), len(ids))]
+        self._prompt_decoder(PackedBatch(ids, range(len(ids)), segments, [0]), cache, lambda: None)
         if self._decoder.device.type == "cuda":
             torch.cuda.synchronize()
 
