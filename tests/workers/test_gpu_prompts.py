@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("triton", reason="kernels for a GPU need Triton")
 
 from dsi_workers.backend import Run
+from dsi_workers.benches.device import SHAPES, peak_tflops
 from dsi_workers.checkpoints.load import load_model
 from dsi_workers.decoding import capacity
 from dsi_workers.decoding.decoder import Decoder
@@ -245,12 +246,31 @@ def test_a_window_that_a_gpu_would_compute_like_a_prompt_is_refused(
         load_engine("transformers", role="target", model=model, device="cuda:0", options=options)
 
 
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H200", 989), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA H100 PCIe", None), ("NVIDIA H100 NVL", None), ("NVIDIA H200 NVL", None), ("cpu", None),
+    ],
+)  # fmt: skip
+def test_peak_rates_are_those_of_the_card(name: str, peak: float | None) -> None:
+    assert peak_tflops(name) == peak
+
+
+def test_the_arithmetic_of_a_prompt_is_counted() -> None:
+    """An 8B shape has 7 billion weights in its layers; attention adds 15 % at 8,192 positions."""
+    assert SHAPES["8b"].prompt_flop(512) / 512 == pytest.approx(2 * 6.98e9, rel=0.02)
+    more = SHAPES["8b"].prompt_flop(8192) / 8192 - 2 * 6.98e9
+    assert more == pytest.approx(32 * 4 * 4096 * 4096, rel=0.02)
+
+
 @pytest.mark.skipif(not GPU, reason="there is no GPU")
 def test_a_long_prompt_takes_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own, config = decoder(tmp_path, monkeypatch)
     forward, _ = forwards(own, config, chunk=512, positions=1 << 15)
     read(forward, 0, text(1, 512), chunk=512)
-    before, _ = torch.cuda.memory_allocated(), torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
     for begin in range(0, 1 << 15, 512):
         logits_of(forward, Run(0, text(1, 512), begin, 512, begin + 511))
     assert torch.cuda.max_memory_allocated() - before < 64 << 20
