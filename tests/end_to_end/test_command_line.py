@@ -161,10 +161,17 @@ def test_bench_gpu_measures_a_device_against_its_limit() -> None:
         "--context",
         "64",
     ]
-    words += ["--generations", "1,3"]
+    words += ["--generations", "1,3", "--prompts", "300,20", "--chunk", "256"]
     done = dsi_actors(*words, "--json")
     assert done.returncode == 0, done.stderr
     [result] = json.loads(done.stdout)["results"]
+    assert [row["positions"] for row in result["prompts"]] == [300, 20]
+    for row in result["prompts"]:
+        assert row["tokens_per_s"] == pytest.approx(1e3 * row["positions"] / row["ms"])
+        assert row["tflops"] > 0
+        assert row["of_peak"] is None, "the peak rate of this CPU is not known"
+    assert result["prompts"][0]["worst_cancel_to_free_ms"] > 0
+    assert result["prompt_chunk"] == 256
     assert [row["width"] for row in result["forwards"]] == [1, 8, 80]
     assert all(row["over_floor"] > 1 for row in result["forwards"])
     for row in result["forwards"]:
