@@ -224,7 +224,7 @@ class DeviceBench:
                 self._forward, None, vocabulary="", vocabulary_size=self._shape.words, window=self._window,
                 max_length=self._context + _POSITIONS_BEHIND,
             )  # fmt: skip
-            # As a drafter, of whose forwards each has as many rows as generations.
+            # As a drafter: each of its forwards has as many rows as there are generations.
             self._engine = ModelEngine(backend, exact=False, calibrate=False)
         tasks = [Task(session, len(session.tokens), 1) for session in sessions]
         while left := [task for task in tasks if not task.done]:

@@ -294,4 +294,4 @@ def _target_on_a_gpu(shape: Shape) -> tuple[Needs, int]:
 
 
 if __name__ == "__main__":
-    sys.stdout.writelines(f"{line}\n" for line in (*table(), "", *table_of_choices()))
+    sys.stdout.write("\n".join((*table(), "", *table_of_choices(), "")))
