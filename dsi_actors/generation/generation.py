@@ -292,7 +292,9 @@ class Generation(Actor[GenerationMessage]):
     def _count_servers(self) -> None:
         servers, drafters = self._servers.values(), self._drafters.workers
         self._controller.set_servers(
-            len(servers), overlaps=can_overlap(servers, drafters[:1]), rows=rows_of_trees(servers, drafters)
+            len(servers),
+            overlaps=can_overlap(servers, drafters[:1]) if servers and drafters else None,
+            rows=rows_of_trees(servers, drafters),
         )
 
     def _wait_for_target(self, patience_s: float) -> None:
