@@ -453,11 +453,11 @@ class GenerationCore:
 
     def _ahead(self, start: int, deepest: int) -> int:
         """How many further answers a server may give by itself behind a verification of [start, deepest): those that the policy
-        would ask it for, without drafts. None lies past the last position of the text."""
+        would ask it for, without drafts. None lies past the last position of the text. At first a drafter may yet come."""
         policy = self.policy
-        # Where there is no drafter one may still be on its way: at the beginning of a text.
-        drafts = policy.max_ahead and policy.span and (self._drafting.views or start == self.prompt_length)
-        return 0 if drafts else min(MOST_ANSWERS_AHEAD, self.end - 1 - deepest)
+        if policy.max_ahead and policy.span and (self._drafting.views or start == self.prompt_length):
+            return int(deepest > start and not policy.first_wait)  # one, behind a correction
+        return min(MOST_ANSWERS_AHEAD, self.end - 1 - deepest)
 
     def _let_go_on(self, server: int, state: _Server) -> None:
         """What the server has begun by itself is what it would be asked next."""

@@ -769,3 +769,26 @@ def test_a_lost_server_loses_what_it_does_by_itself() -> None:
     [verify] = core.handle(ServerLost(0))
     assert isinstance(verify, StartVerify)
     assert (verify.server, verify.tokens, verify.start) == (1, (1, 2, 5), 3)
+
+
+def test_behind_a_correction_the_server_has_begun_before_the_core_hears_of_it() -> None:
+    core = joined(Policy.distributed(1, sp=2), 2)  # attempts: 1 draft, 2 verify
+    [verify] = core.handle(DraftsArrived(1, 1, (5, 6)))
+    assert isinstance(verify, StartVerify)
+    assert verify.ahead == 1, "the token behind the correction"
+    actions = core.handle(VerificationFinished(verify.attempt, verify.server, 1, (9,), more=True))
+    assert VerifyGoesOn(verify.attempt, verify.server, 2) in actions
+    assert not any(isinstance(action, StartVerify) for action in actions)
+    core.check()
+    core.handle(DraftsArrived(next(a.attempt for a in actions if isinstance(a, StartDraft)), 2, (7,)))
+    core.check()
+    emitted = core.handle(VerificationFinished(verify.attempt, verify.server, 2, (7,)))
+    assert EmitTokens(2, (7,), (True,)) in emitted
+    core.check()
+
+
+def test_a_server_that_would_wait_for_drafts_behind_a_correction_is_not_allowed_to_go_on() -> None:
+    core = joined(Policy.distributed(1, sp=1, first_wait=2), 1)
+    [verify] = core.handle(DraftsArrived(1, 1, (5, 6)))
+    assert isinstance(verify, StartVerify)
+    assert verify.ahead == 0
