@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from dsi_workers.checkpoints.quantized import COMPRESSED_TENSORS, refuse_if_quantized, refuse_quantized_activations
 from dsi_workers.decoding.attention import additive_group_mask, attend
+from dsi_workers.decoding.capacity import prompt_chunk_of
 from dsi_workers.decoding.decoder import Decoder
 from dsi_workers.decoding.kv_cache import SegmentTensors, SlotCache, SlotLayer
 from dsi_workers.decoding.packed import Masks, PackedBatch
@@ -133,6 +134,7 @@ class TransformersDecoder:
         self._masks = Masks(config)
         self._last_position = last_position
         self.dtype: torch.dtype = model.dtype
+        self.prompt_chunk = prompt_chunk_of(model.device.type)
         self._cache: _Cache | None = None
         self._between_layers: Callable[[], None] = lambda: None
         for layer in self._decoder_layers():
