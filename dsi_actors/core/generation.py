@@ -453,10 +453,17 @@ class GenerationCore:
 
     def _ahead(self, start: int, deepest: int) -> int:
         """How many further answers a server may give by itself behind a verification of [start, deepest): those that the policy
-        would ask it for, without drafts. None lies past the last position of the text. At first a drafter may yet come."""
-        policy = self.policy
-        if policy.max_ahead and policy.span and (self._drafting.views or start == self.prompt_length):
-            return int(deepest > start and not policy.first_wait)  # one, behind a correction
+        would ask it for, without drafts. None lies past the last position of the text."""
+        policy, drafting = self.policy, self._drafting
+        plain = not (policy.max_ahead and policy.span)
+        # At first a drafter may yet come.
+        if not plain and (drafting.views or start == self.prompt_length):
+            if policy.first_wait:
+                return 0
+            if deepest > start:
+                return 1  # behind a correction
+            if not drafting.had_nothing:
+                return 0  # drafts come while it computes
         return min(MOST_ANSWERS_AHEAD, self.end - 1 - deepest)
 
     def _let_go_on(self, server: int, state: _Server) -> None:

@@ -164,6 +164,7 @@ class Adversary:
         #: Attempts of which an answer was given, and what each server was asked last.
         self.went_on: set[int] = set()
         self.busy_with: dict[int, int] = {}
+        self.cancelled: set[int] = set()
         #: What was verified last, for answers that go on where they should stop: the tokens before, and the request.
         self.asked: dict[int, tuple[list[int], StartVerify]] = {}
         self.next_drafter = 0
@@ -176,6 +177,11 @@ class Adversary:
         assert self.core.tokens[: len(committed)] == committed, "committed only grows"
         for action in actions:
             self.do(action)
+        for owed in self.owed:
+            if isinstance(owed, VerificationFinished):
+                wanted = owed.attempt in self.core._verifications
+                ended = owed.attempt in self.cancelled or owed.attempt != self.busy_with[owed.server]
+                assert wanted or ended, "no server computes for nobody"
 
     def do(self, action: Action) -> None:
         match action:
@@ -226,6 +232,7 @@ class Adversary:
                 del drafter.tokens[start:]
                 self.draft(number, attempt, count, block, rows)
             case CancelVerify(attempt, server):
+                self.cancelled.add(attempt)
                 # The cancel may come too late, so the answer stays possible; or it turns into an abandonment.
                 if self.data.draw(st.booleans(), label="cancel obeyed"):
                     self.owed = [
@@ -386,8 +393,8 @@ class Adversary:
 @settings(max_examples=600, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_any_interleaving_gives_the_targets_own_text(data: st.DataObject) -> None:
-    """Late, lost, duplicate, reordered and forged replies, servers and several drafters that come and go, some of which always
-    lie; resumed or from the start."""
+    """Late, lost, duplicate, reordered and forged replies; servers and several drafters that come and go, some of which
+    always lie; servers that go on by themselves; a reader who leaves. Resumed or from the start."""
     prompt = data.draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4), label="prompt")
     max_tokens = data.draw(st.integers(1, 14), label="max_tokens")
     stop = data.draw(st.sampled_from([frozenset[int](), frozenset({0}), frozenset({1, 2})]), label="stop")
@@ -403,6 +410,9 @@ def test_any_interleaving_gives_the_targets_own_text(data: st.DataObject) -> Non
         adversary.step()
         if data.draw(st.integers(0, 15), label="new policy") == 15:
             adversary.feed(PolicyChanged(replace(data.draw(policies, label="policy"), sp=core.policy.sp)))
+    if data.draw(st.integers(0, 7), label="the reader leaves") == 7 and not core.finished:
+        adversary.feed(CancelRequested())
+        assert adversary.reasons == ["cancelled"]
     # From here on the world is kind: one server stays, every reply comes in order, so the generation must end.
     if not adversary.servers:
         adversary.join_server()
@@ -415,8 +425,10 @@ def test_any_interleaving_gives_the_targets_own_text(data: st.DataObject) -> Non
         if isinstance(event, VerificationFinished) and event.more:
             adversary.go_on(event)
         adversary.feed(event)
-    assert adversary.emitted == core.output == whole
-    assert adversary.reasons == ["stop" if core.output[-1] in stop else "length"]
+    assert adversary.emitted == core.output == whole[: len(core.output)]
+    if core.finish_reason != "cancelled":
+        assert core.output == whole
+        assert adversary.reasons == ["stop" if core.output[-1] in stop else "length"]
     for owed in adversary.owed:  # what comes after the end changes nothing
         assert core.handle(owed) == []
         core.check()
@@ -792,3 +804,33 @@ def test_a_server_that_would_wait_for_drafts_behind_a_correction_is_not_allowed_
     [verify] = core.handle(DraftsArrived(1, 1, (5, 6)))
     assert isinstance(verify, StartVerify)
     assert verify.ahead == 0
+
+
+def test_a_server_goes_on_while_no_drafter_has_an_idea() -> None:
+    """As with prompt lookup where nothing repeats: that is plain decoding, until drafts come."""
+    core = joined(Policy.distributed(1, sp=1), 1)
+    core.handle(DraftEnded(1, complete=False))
+    actions = core.handle(VerificationFinished(2, 0, 1, (5,)))
+    [verify] = [action for action in actions if isinstance(action, StartVerify)]
+    assert (verify.start, verify.ahead) == (2, 18), "as far as the text may be long"
+    for position in (2, 3):
+        [draft] = [action for action in actions if isinstance(action, StartDraft)]
+        core.handle(DraftEnded(draft.attempt, complete=False))
+        actions = core.handle(VerificationFinished(verify.attempt, 0, position, (5,), more=True))
+        assert VerifyGoesOn(verify.attempt, 0, position + 1) in actions
+        core.check()
+    [draft] = [action for action in actions if isinstance(action, StartDraft)]
+    core.handle(DraftsArrived(draft.attempt, 4, (5, 6)))
+    actions = core.handle(VerificationFinished(verify.attempt, 0, 4, (5,), more=True))
+    [drafted] = [action for action in actions if isinstance(action, StartVerify)]
+    assert (drafted.start, drafted.tokens, drafted.ahead) == (5, (6,), 1)
+    assert not any(isinstance(action, VerifyGoesOn | CancelVerify) for action in actions)
+
+
+def test_a_server_does_not_go_on_while_drafts_are_on_their_way() -> None:
+    """The request behind its answer brings them."""
+    core = joined(Policy.distributed(1, sp=1), 1)
+    core.handle(DraftsArrived(1, 1, (6,)))
+    actions = core.handle(VerificationFinished(2, 0, 1, (5,)))
+    [verify] = [action for action in actions if isinstance(action, StartVerify)]
+    assert (verify.start, verify.tokens, verify.ahead) == (2, (5,), 0)
