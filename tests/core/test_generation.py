@@ -362,7 +362,9 @@ class Adversary:
                     before, asked = self.asked[attempt]
                     text = [*before, *asked.tokens]
                     beyond = [target(text[:end]) for end in range(event.start, len(text) + 1)]
-                    if asked.parents or event.start > asked.start:  # or it went on: it was told nothing that stands there
+                    if (
+                        asked.parents or event.start > asked.start
+                    ):  # or it went on: it was told nothing that stands there
                         beyond = [*event.tokens, 0]
                     event = replace(event, tokens=tuple(beyond))
             case DraftsArrived() if self.data.draw(st.integers(0, 5), label="lost") == 0:
