@@ -101,6 +101,13 @@ policies = st.one_of(
 )  # fmt: skip
 
 
+#: Servers may go on behind corrections, and drafts take the place of what they do by themselves.
+policies_that_go_on = st.builds(
+    lambda lookahead, sp, branches: replace(Policy.distributed(lookahead, sp), rows=1 + branches, branches=branches),
+    st.integers(1, 3), st.integers(1, 3), st.sampled_from([0, 0, 3]),
+)  # fmt: skip
+
+
 def test_a_server_that_left_and_came_back_is_not_taken_for_warm() -> None:
     core = GenerationCore((1, 2, 3), policy=Policy.autoregressive(), max_tokens=8)
     [first] = core.handle(ServerJoined(1))
@@ -149,9 +156,10 @@ class Drafter:
 class Adversary:
     """Holds every reply that is owed and lets hypothesis choose which comes next, is lost, or comes twice."""
 
-    def __init__(self, core: GenerationCore, data: st.DataObject) -> None:
+    def __init__(self, core: GenerationCore, data: st.DataObject, *, busy: bool) -> None:
         self.core = core
         self.data = data
+        self.busy = busy
         self.emitted: list[int] = []
         self.reasons: list[str] = []
         self.owed: list[Event] = []
@@ -254,7 +262,7 @@ class Adversary:
 
     def answer(self, attempt: int, server: int, start: int, tokens: tuple[int, ...]) -> None:
         """The server owes this answer; it may go on by itself then."""
-        more = self.ahead[attempt] > 0 and self.data.draw(st.booleans(), label="goes on")
+        more = self.ahead[attempt] > 0 and (self.busy or self.data.draw(st.booleans(), label="goes on"))
         self.owed.append(VerificationFinished(attempt, server, start, tokens, more))
 
     def go_on(self, event: VerificationFinished) -> None:
@@ -318,7 +326,7 @@ class Adversary:
         self.feed(ServerLost(server))
 
     def step(self) -> None:
-        choices = ["reply"] * 6 if self.owed else []
+        choices = ["reply"] * (40 if self.busy else 6) if self.owed else []
         if len(self.servers) < 4:
             choices.append("join server")
         if self.servers:
@@ -392,22 +400,23 @@ class Adversary:
             self.feed(event)
 
 
-@settings(max_examples=600, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-@given(data=st.data())
-def test_any_interleaving_gives_the_targets_own_text(data: st.DataObject) -> None:
-    """Late, lost, duplicate, reordered and forged replies; servers and several drafters that come and go, some of which
-    always lie; servers that go on by themselves; a reader who leaves. Resumed or from the start."""
+def any_interleaving(data: st.DataObject, policy: Policy, *, busy: bool = False) -> None:
+    """One generation among adversaries. `busy`: workers are there from the start and seldom leave, and servers go on whenever
+    they may."""
     prompt = data.draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4), label="prompt")
-    max_tokens = data.draw(st.integers(1, 14), label="max_tokens")
+    max_tokens = 30 if busy else data.draw(st.integers(1, 14), label="max_tokens")
     stop = data.draw(st.sampled_from([frozenset[int](), frozenset({0}), frozenset({1, 2})]), label="stop")
     whole = plain_decoding(prompt, max_tokens, stop)
     resumed = whole[: data.draw(st.sampled_from([0, 0, 1, 5]), label="resumed")]
     if len(resumed) == len(whole):
         resumed = []
-    policy = data.draw(policies, label="policy")
     core = GenerationCore(prompt, policy=policy, max_tokens=max_tokens, stop_tokens=stop, resumed=resumed)
-    adversary = Adversary(core, data)
+    adversary = Adversary(core, data, busy=busy)
     adversary.emitted = list(resumed)
+    if busy:
+        adversary.join_drafter()
+        for _ in range(policy.sp):
+            adversary.join_server()
     for _ in range(data.draw(st.integers(0, 60), label="steps")):
         adversary.step()
         if data.draw(st.integers(0, 15), label="new policy") == 15:
@@ -434,6 +443,20 @@ def test_any_interleaving_gives_the_targets_own_text(data: st.DataObject) -> Non
     for owed in adversary.owed:  # what comes after the end changes nothing
         assert core.handle(owed) == []
         core.check()
+
+
+@settings(max_examples=600, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(data=st.data())
+def test_any_interleaving_gives_the_targets_own_text(data: st.DataObject) -> None:
+    """Late, lost, duplicate, reordered and forged replies; servers and several drafters that come and go, some of which
+    always lie; servers that go on by themselves; a reader who leaves. Resumed or from the start."""
+    any_interleaving(data, data.draw(policies, label="policy"))
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(data=st.data())
+def test_servers_that_go_on_while_drafts_come_never_change_the_text(data: st.DataObject) -> None:
+    any_interleaving(data, data.draw(policies_that_go_on, label="policy"), busy=True)
 
 
 class OtherScript(PrefixScript):
