@@ -73,7 +73,8 @@ async def _answers(peer: Peer, request: Verify) -> list[Verified]:
 
 async def _truth(peer: Peer, count: int) -> tuple[int, ...]:
     """The target's first tokens, asked for one at a time."""
-    generation, text = peer.open(), PROMPT
+    generation = peer.open()
+    text: tuple[int, ...] = PROMPT
     for _ in range(count):
         held = text[:-1] if len(text) > _LENGTH else ()
         request = peer.verify(generation, text[len(held) :], len(text), held=held)

@@ -427,7 +427,7 @@ def any_interleaving(data: st.DataObject, policy: Policy, *, busy: bool = False)
     # From here on the world is kind: one server stays, every reply comes in order, so the generation must end.
     if not adversary.servers:
         adversary.join_server()
-    patience = 400
+    patience = 4000  # drafters that are cancelled never stop here
     while not core.finished:
         assert patience, "the generation hangs"
         patience -= 1
