@@ -11,6 +11,7 @@ from dsi_actors.errors import ConfigError
 from dsi_actors.host.devices import device_name
 from dsi_actors.host.standard_streams import complain, prepare_streams
 from dsi_actors.keys import load_worker_key
+from dsi_actors.launching.launcher import INCARNATION_VARIABLE
 from dsi_actors.logs import show_logs
 from dsi_actors.progress import Report
 
@@ -59,7 +60,7 @@ def _work(arguments: argparse.Namespace) -> int:
     from dsi_workers.main import OtherEngineWanted, WorkerConfig, WorkerError, run_worker
 
     show_logs(arguments.log_level, arguments.log_format)
-    incarnation = os.environ.get("DSI_INCARNATION", "") if arguments.supervised else ""
+    incarnation = os.environ.get(INCARNATION_VARIABLE, "") if arguments.supervised else ""
     try:
         keys = None if arguments.key is None else CurveKeys(*load_worker_key(arguments.key))
     except ConfigError as error:
