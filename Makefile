@@ -12,7 +12,7 @@ JOBS ?= 3
 # What the site is made of (mkdocs.yml): the pages, and the sources that they link to.
 PAGES := README.md CHANGELOG.md CONTRIBUTING.md LICENSE docs protocol workers examples dsi_actors tests
 
-.PHONY: run test test-avx2 check fuzz format docs clean
+.PHONY: run test test-avx2 check fuzz image-check format docs clean
 
 run: $(VENV)/ready
 	$(BIN)/dsi-actors generate "$(PROMPT)" --max-tokens 48 --compare
@@ -35,6 +35,11 @@ fuzz: $(VENV)/ready
 	PYTHONPATH=tests $(BIN)/python -m fuzzing.codec --frames 1000000
 	PYTHONPATH=tests $(BIN)/python -m fuzzing.orchestrator --runs 200
 	PYTHONPATH=tests $(BIN)/python -m fuzzing.http --requests 2000
+
+# The Dockerfile of examples/deploy where no Docker is: its steps in an overlay on this machine (Debian or Ubuntu, as root), then the
+# service as its user with a read-only root. Some minutes, and 3 GB of memory. IMAGE_ARGS="--build-arg TORCH_INDEX=..." chooses torch.
+image-check: $(VENV)/ready
+	PYTHONPATH=tests $(BIN)/python -m deploy.dockerfile $(IMAGE_ARGS)
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .

@@ -21,6 +21,15 @@ _DESCRIPTION = "One worker process: a drafter or a target server on one device."
 
 def main() -> int:
     prepare_streams()
+    arguments = _parser().parse_args()
+    os.environ["TQDM_DISABLE"] = "1"  # libraries draw bars of their own
+    try:
+        return _work(arguments)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m dsi_actors.worker", description=_DESCRIPTION)
     parser.add_argument(
         "--gpu", type=_device, metavar="N", required=True, help="CUDA device number, or cpu, cpu:0, cpu:1, ..."
@@ -47,12 +56,7 @@ def main() -> int:
         "--log-level", choices=["debug", "info", "warning", "error"], default="info", help="default %(default)s"
     )
     parser.add_argument("--log-format", choices=["text", "json"], default="text", help="default %(default)s")
-    arguments = parser.parse_args()
-    os.environ["TQDM_DISABLE"] = "1"  # libraries draw bars of their own
-    try:
-        return _work(arguments)
-    except KeyboardInterrupt:
-        return 130
+    return parser
 
 
 def _work(arguments: argparse.Namespace) -> int:
