@@ -20,11 +20,8 @@ async def start_local_workers(root: Root, config: Config, launcher: Launcher, en
     """Returns when all are ready. Raises ConfigError and WorkerStartError."""
     require_models(config.local_models)
     workers = config.local_workers
-    targets = [device for device, role, _ in workers if role == "target"]
-    drafters = [device for device, role, model in workers if role == "drafter" and model != NGRAM]
-    problem = crowding(targets, drafters, config.threads)
-    if config.engine != TIMED and problem is not None:
-        log.warning(problem)
+    if config.cluster == "local":
+        _warn_of_crowding(config)
     specs = [
         WorkerSpec(
             device,
@@ -42,9 +39,13 @@ async def start_local_workers(root: Root, config: Config, launcher: Launcher, en
     begun = time.monotonic()
     root.expected_workers = len(specs)
     root.report_workers("loading models")
-    all_ready = await root.wait_until(
-        lambda: len(root.ready_workers) == len(specs) or bool(root.exits) or root.ended, config.ready_timeout_s
-    )
+
+    def settled() -> bool:
+        return len(root.ready_workers) == len(specs) or bool(root.exits) or root.ended
+
+    while not (all_ready := await root.wait_until(settled, config.ready_timeout_s)):
+        if not any(worker.preparing for worker in root.workforce.workers):
+            break
     if root.exits:
         incarnation, spec, how = root.exits[0]
         reason = root.workforce.failures.get(incarnation, how)
@@ -57,3 +58,12 @@ async def start_local_workers(root: Root, config: Config, launcher: Launcher, en
         )
     supervisor.restarts = True
     log.info("local workers ready", number=len(specs), after_s=round(time.monotonic() - begun, 2))
+
+
+def _warn_of_crowding(config: Config) -> None:
+    workers = config.local_workers
+    targets = [device for device, role, _ in workers if role == "target"]
+    drafters = [device for device, role, model in workers if role == "drafter" and model != NGRAM]
+    problem = crowding(targets, drafters, config.threads)
+    if config.engine != TIMED and problem is not None:
+        log.warning(problem)

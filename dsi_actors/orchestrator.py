@@ -21,8 +21,8 @@ from dsi_actors.errors import (
 from dsi_actors.generation.generation import Generation
 from dsi_actors.generation.knowledge import Knowledge
 from dsi_actors.host.advice import worker_command
+from dsi_actors.launching.choice import launcher_for
 from dsi_actors.launching.launcher import Launcher
-from dsi_actors.launching.local import LocalLauncher
 from dsi_actors.local_workers import start_local_workers
 from dsi_actors.models import prepare_models
 from dsi_actors.observation import Observation, Observations, Observer
@@ -44,8 +44,8 @@ class Orchestrator:
 
     With `config.listen` it binds there and waits for workers; without, it fetches or converts the models that are missing,
     starts local workers itself and enters the block once all are ready. `report` is told what it does meanwhile.
-    `launcher` starts these workers; None: as child processes. Raises ConfigError (nothing was started) and WorkerStartError
-    (everything was ended).
+    `launcher` starts these workers; None: the one that `config.cluster` names. Raises ConfigError (nothing was started) and
+    WorkerStartError (everything was ended).
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Orchestrator:
         self._report = report
         self._root: Root | None = None
         self._task: asyncio.Task[None] | None = None
-        self._launcher = launcher if launcher is not None else LocalLauncher()
+        self._launcher = launcher if launcher is not None else launcher_for(self.config)
         self._numbers = itertools.count(1)
         self._knowledge = Knowledge(self.config, lambda role: self._running().of_role(role), lambda: self.running)
         self._observations = Observations()
@@ -69,10 +69,11 @@ class Orchestrator:
         if self._root is not None:
             raise ConfigError("this Orchestrator was started before: make a new one for each `async with`")
         self._root = root = Root(self.config, self._report or unreported)
-        if self.config.listen is None:
+        if self.config.local_models:
             await prepare_models(self.config, self._report)
         try:
-            self.endpoint = root.workforce.listen(self.config.listen or await self._launcher.open())
+            endpoint = self.config.listen or await self._launcher.open()
+            self.endpoint = root.workforce.listen(endpoint, self._launcher.keyring)
         except BaseException:
             await self._launcher.close()
             raise

@@ -114,6 +114,8 @@ class Root(Actor[_RootMessage]):
         self.changed()
 
     def _on_worker_preparing(self, worker: WorkerHandle, done: float) -> None:
+        if self.supervisor is not None:
+            self.supervisor.on_preparing(worker.hello.incarnation)
         self._report(f"{worker}: {worker.preparing}", done, "")
 
     def report_workers(self, news: str) -> None:

@@ -53,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--supervised", action="store_true", help="exit when standard input closes")
     parser.add_argument(
+        "--no-fetch", action="store_false", dest="fetches_models", help="the models are on this machine: fetch nothing"
+    )
+    parser.add_argument(
         "--log-level", choices=["debug", "info", "warning", "error"], default="info", help="default %(default)s"
     )
     parser.add_argument("--log-format", choices=["text", "json"], default="text", help="default %(default)s")
@@ -78,6 +81,7 @@ def _work(arguments: argparse.Namespace) -> int:
         model=arguments.model,
         adapter=arguments.adapter,
         supervised=arguments.supervised,
+        fetches_models=arguments.fetches_models,
         once=arguments.once,
         incarnation=int(incarnation) if incarnation else None,
         keys=keys,

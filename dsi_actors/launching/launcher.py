@@ -11,6 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dsi_actors.keys import AllowedKeys
+
 #: The environment variable by which a worker learns its incarnation. Other users cannot read a process's environment.
 INCARNATION_VARIABLE = "DSI_INCARNATION"
 
@@ -23,6 +25,7 @@ class LaunchError(Exception):
 class WorkerSpec:
     """A worker to start. It runs `python -m dsi_actors.worker` with `arguments`, and with `environment` beside its own."""
 
+    #: As --gpu takes it. On a cluster `gpu` or `cpu`: which GPU it is, is chosen there.
     device: str
     role: str
     #: The kind of drafter, if there are several kinds; else "".
@@ -35,10 +38,11 @@ class WorkerSpec:
     models_are_there: bool = False
 
     def arguments(self) -> list[str]:
+        """All but `--gpu`, for which a launcher may have its own name."""
         return [
-            "--gpu", self.device, "--connect", self.endpoint, "--role", self.role,
-            *(["--model", self.model] if self.model else []),
+            "--connect", self.endpoint, "--role", self.role, *(["--model", self.model] if self.model else []),
             "--log-level", self.log_level, "--log-format", self.log_format, "--supervised",
+            *(["--no-fetch"] if self.models_are_there else []),
         ]  # fmt: skip
 
     def environment(self, incarnation: int) -> Mapping[str, str]:
@@ -85,6 +89,9 @@ class LaunchedWorker(ABC):
 
 class Launcher(ABC):
     """Starts the workers of one orchestrator. Everything runs in the orchestrator's event loop."""
+
+    #: Who may connect to the endpoint. None: anybody who can reach it.
+    keyring: AllowedKeys | None = None
 
     @abstractmethod
     async def open(self) -> str:

@@ -30,7 +30,7 @@ class LocalLauncher(Launcher):
         # In a session of its own, a worker does not get the terminal's Ctrl-C: the orchestrator gets it, and ends its workers.
         try:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "dsi_actors.worker", *spec.arguments(),
+                sys.executable, "-m", "dsi_actors.worker", "--gpu", spec.device, *spec.arguments(),
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL, start_new_session=True,
                 env={**os.environ, **spec.environment(incarnation)},
             )  # fmt: skip

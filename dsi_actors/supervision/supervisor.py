@@ -101,6 +101,11 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
             self._ready_s[incarnation] = time.monotonic()
             self.start_times_s.append(self._ready_s[incarnation] - since_s)
 
+    def on_preparing(self, incarnation: int) -> None:
+        """The worker still fetches its model, as one may on a machine that has not had it: its launch time begins now."""
+        if incarnation in self._launching:
+            self._launching[incarnation] = time.monotonic()
+
     def give_up(self, incarnation: int) -> None:
         """When this worker, if it is one of ours, has ended, it is not started again: it would be the same."""
         if incarnation in self._workers:
@@ -125,8 +130,8 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
     async def _watch(self, started: Started) -> SupervisorMessage:
         return Exited(started.slot, started.incarnation, await started.worker.wait())
 
-    async def _launch_time(self, incarnation: int) -> SupervisorMessage:
-        await asyncio.sleep(self._config.ready_timeout_s)
+    async def _launch_time(self, incarnation: int, left_s: float) -> SupervisorMessage:
+        await asyncio.sleep(left_s)
         return LaunchTimedOut(incarnation)
 
     def receive(self, message: SupervisorMessage) -> None:
@@ -134,13 +139,17 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
             case Started(_, incarnation, _):
                 self._launching[incarnation] = time.monotonic()
                 self.spawn(self._watch(message))
-                self.spawn(self._launch_time(incarnation))
+                self.spawn(self._launch_time(incarnation, self._config.ready_timeout_s))
             case NotStarted(slot, incarnation, reason):
                 log.error("a worker could not be started", role=slot.spec.role, reason=reason)
                 self._on_exit(incarnation, slot.spec, f"it could not be started: {reason}")
                 if self.restarts:
                     self._restart(slot, 0.0)
             case LaunchTimedOut(incarnation) if incarnation in self._launching and self.restarts:
+                left_s = self._launching[incarnation] + self._config.ready_timeout_s - time.monotonic()
+                if left_s > 0:
+                    self.spawn(self._launch_time(incarnation, left_s))
+                    return
                 log.warning("a worker was not ready in time: killed", timeout_s=self._config.ready_timeout_s)
                 self.fence(incarnation)
             case LaunchTimedOut():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 import dsi_actors
 from dsi_actors.launching.launcher import Exit, WorkerSpec
 from dsi_actors.supervision import supervisor as module
-from dsi_actors.supervision.supervisor import WorkerSupervisor
+from dsi_actors.supervision.restarts import RestartBudget
+from dsi_actors.supervision.supervisor import LaunchTimedOut, WorkerSupervisor, _Slot
 from support.launchers import ScriptedLauncher
 from support.patience import patience, until
 from support.timed import timed_config
@@ -98,6 +100,25 @@ async def test_a_worker_that_is_not_ready_in_time_is_killed_and_started_again() 
         running.launcher.workers[0].end(1)
         await until(lambda: running.started("target") == 3)
         assert running.launcher.workers[2].told == ["kill"]
+
+
+async def test_a_worker_that_fetches_its_model_is_not_late() -> None:
+    async with supervised() as running:
+        running.actor.restarts = False
+        running.launcher.workers[0].end(1)
+        running.launcher.workers[1].end(1)
+        await until(lambda: len(running.exits) == 2)
+        running.actor.restarts = True
+        for spec in SPECS:
+            running.actor.spawn(running.actor._start(_Slot(spec, RestartBudget(1, 60.0))))
+        await until(lambda: len(running.actor._launching) == 2)
+        fetches, hangs = running.launcher.workers[2:]
+        for worker in (fetches, hangs):
+            running.actor._launching[worker.incarnation] = -math.inf
+        running.actor.on_preparing(fetches.incarnation)
+        for worker in (fetches, hangs):
+            running.actor.receive(LaunchTimedOut(worker.incarnation))
+        assert (fetches.told, hangs.told) == ([], ["kill"])
 
 
 async def test_fencing_kills_one_worker() -> None:
