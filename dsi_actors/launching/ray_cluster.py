@@ -11,17 +11,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import socket
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 import ray.exceptions
 from ray._private import services
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-import ray
 from dsi_actors.errors import ConfigError
 from dsi_actors.keys import MemoryKeyring
 from dsi_actors.launching.launcher import Exit, LaunchedWorker, Launcher, LaunchError, WorkerSpec
@@ -80,6 +81,7 @@ class RayLauncher(Launcher):
             # Ray itself would try for minutes to reach a head that is not there, and then end the process.
             host, _, port = address.rpartition(":")
             socket.create_connection((host.strip("[]"), int(port)), _PROBE_S).close()
+            logging.getLogger("ray").setLevel(logging.ERROR)  # it warns that it leaves SIGTERM alone
             ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
         except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             where = "on this machine" if self._address is None else f"at {self._address}"
