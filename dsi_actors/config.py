@@ -43,6 +43,9 @@ class Config:
       that the drafter leaves; and for a generation all that are there.
     * `devices`: devices of the local workers, in turn: "0" is a CUDA device, "cpu" the CPU. Empty: all CUDA devices, else
       the CPU.
+    * `cluster`: where the workers are started that do not connect by themselves. local: on this machine. ray: on a Ray cluster,
+      one GPU for each, or one core where `devices` is ("cpu",); give `sp`, too.
+    * `ray_address`: of the Ray cluster. None: the one that runs on this machine.
     * `engine`: what runs models: transformers, timed (stands for a model and only takes time), or an engine that an installed
       package brings (docs/extending.md). A drafter that connects may name another engine.
     * `target_options`, `drafter_options`: settings of the engines by name, such as dtype, window, max_length, slots, threads;
@@ -79,6 +82,8 @@ class Config:
     listen: str | None = None
     sp: int | None = None
     devices: tuple[str, ...] = ()
+    cluster: Literal["local", "ray"] = "local"
+    ray_address: str | None = None
     engine: str = TRANSFORMERS
     target_options: Mapping[str, OptionValue] = field(default_factory=dict)
     drafter_options: Mapping[str, OptionValue] = field(default_factory=dict)
@@ -131,6 +136,7 @@ class Config:
                 encode(Welcome(1, "target", self.engine, model, dict(options), self.heartbeat_ms, self.silence_ms))
             except ProtocolError as error:
                 raise ConfigError(f"a setting cannot be told to a worker: {error}") from None
+        self._check_cluster()
         for device in self.devices:
             device_name(device)
         if self.listen is not None:
@@ -145,6 +151,23 @@ class Config:
             )
         _require(self.keys is None or self.listen is not None, "keys are for workers that connect: give listen, too")
 
+    def _check_cluster(self) -> None:
+        _require(self.cluster in ("local", "ray"), f"cluster must be local or ray, not {self.cluster!r}")
+        if self.cluster == "local":
+            _require(self.ray_address is None, "ray_address names a Ray cluster: give cluster ray, too")
+            return
+        _require(self.listen is None, "workers are placed by Ray or connect by themselves: leave out cluster or listen")
+        _require(
+            self.ray_address is None or "://" not in self.ray_address,
+            f"ray_address {self.ray_address} is for a Ray client, which workers cannot dial: run the orchestrator on a node of "
+            "the cluster, and give HOST:PORT of its head, or nothing",
+        )
+        _require(self.sp is not None, "on a Ray cluster, say how many target servers to place: give sp (--sp N)")
+        _require(
+            self.devices in ((), ("cpu",)),
+            "Ray chooses the GPUs: leave out devices, or give cpu for workers without one",
+        )
+
     @property
     def drafters(self) -> tuple[str, ...]:
         """One or several, or none."""
@@ -156,7 +179,8 @@ class Config:
     def local_models(self) -> tuple[str, ...]:
         """The models that are made ready here before local workers start. None where workers connect from elsewhere; none for
         any engine but transformers, since another engine gets its models itself."""
-        return (self.target, *self.drafters) if self.listen is None and self.engine == TRANSFORMERS else ()
+        here = self.listen is None and self.cluster == "local"
+        return (self.target, *self.drafters) if here and self.engine == TRANSFORMERS else ()
 
     @property
     def local_servers(self) -> int:
@@ -174,12 +198,15 @@ class Config:
         # Prompt lookup needs no device: it comes last.
         drafters = sorted(self.drafters, key=lambda drafter: drafter == NGRAM)
         roles = [("target", "")] * self.local_servers + [("drafter", drafter) for drafter in drafters]
+        if self.cluster != "local":
+            on_cpu = bool(self.devices)
+            return tuple(("cpu" if on_cpu or role[1] == NGRAM else "gpu", *role) for role in roles)
         devices = local_devices(self.devices)
         return tuple((devices[index % len(devices)], *role) for index, role in enumerate(roles))
 
     def local_models_on(self, device: str) -> int:
         """How many local workers have a model on this device, named as torch does."""
-        if self.listen is not None:
+        if self.listen is not None or self.cluster != "local":
             return 0
         return sum(device_name(place) == device and kind != NGRAM for place, _, kind in self.local_workers)
 

@@ -14,7 +14,9 @@ import re
 import shlex
 import time
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import zmq
 
@@ -27,6 +29,38 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 _KEY = re.compile(r"[!-~]{40}$")
 #: How often the directory is looked at. A key is revoked after so long.
 _LOOK_S = 1.0
+
+
+class AllowedKeys(Protocol):
+    """What the gateway needs: the orchestrator's own key pair in Z85, and whose keys are allowed now."""
+
+    public: str
+    secret: str
+
+    @property
+    def allowed(self) -> Mapping[str, str]:
+        """Public key → name of the worker."""
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """What zmq.auth asks when a peer connects."""
+
+
+class MemoryKeyring:
+    """Keys of one run, which are on no disk here: for workers that the orchestrator places on other machines by itself."""
+
+    def __init__(self) -> None:
+        self.public, self.secret = make_pair()
+        self.allowed: dict[str, str] = {}
+
+    def allow(self, public: str, name: str) -> None:
+        self.allowed[public] = name
+
+    def forbid(self, public: str) -> None:
+        self.allowed.pop(public, None)
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """What zmq.auth asks when a peer connects."""
+        return key.decode() in self.allowed
 
 
 class Keyring:
@@ -85,17 +119,15 @@ def new_keys(directory: Path, names: list[str]) -> list[Path]:
             each.mkdir(mode=0o700, parents=True, exist_ok=True)
         own = directory / "orchestrator.key"
         if not own.exists():
-            public, secret = _pair()
+            public, secret = make_pair()
             _write(own, "Secret: whoever has it can pretend to be this orchestrator.", public=public, secret=secret)
         orchestrator, _ = _read(own, "public", "secret")
         made = []
         for name in names:
-            public, secret = _pair()
+            public, secret = make_pair()
             path = directory / "workers" / f"{name}.key"
-            _write(
-                path, f"Secret: the key of worker {name}. Carry it to its machine: --key FILE.",
-                orchestrator=orchestrator, public=public, secret=secret,
-            )  # fmt: skip
+            comment = f"Secret: the key of worker {name}. Carry it to its machine: --key FILE."
+            _write(path, comment, orchestrator=orchestrator, public=public, secret=secret)
             _write(directory / "allowed" / f"{name}.pub", f"Worker {name} may connect.", public=public)
             made.append(path)
     except OSError as error:
@@ -134,7 +166,13 @@ def _public_keys(directory: Path) -> dict[str, str]:
     return found
 
 
-def _pair() -> tuple[str, str]:
+def write_worker_key(path: str | Path, *, orchestrator: str, public: str, secret: str) -> None:
+    """Write what `load_worker_key` reads: the keys of a worker on this machine. Only this user can read the file."""
+    _write(Path(path), "Secret: the key of a worker.", orchestrator=orchestrator, public=public, secret=secret)
+
+
+def make_pair() -> tuple[str, str]:
+    """A new public key and its secret key, in Z85."""
     public, secret = zmq.curve_keypair()
     return public.decode(), secret.decode()
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import operator
-import tempfile
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Literal, SupportsIndex
 
@@ -23,7 +21,8 @@ from dsi_actors.errors import (
 from dsi_actors.generation.generation import Generation
 from dsi_actors.generation.knowledge import Knowledge
 from dsi_actors.host.advice import worker_command
-from dsi_actors.host.temporary import socket_directory
+from dsi_actors.launching.choice import launcher_for
+from dsi_actors.launching.launcher import Launcher
 from dsi_actors.local_workers import start_local_workers
 from dsi_actors.models import prepare_models
 from dsi_actors.observation import Observation, Observations, Observer
@@ -34,7 +33,6 @@ from dsi_actors.stream import Cancel, Channel, GenerationStream
 from dsi_actors.workforce.worker_handle import WorkerHandle
 from dsi_protocol import MAX_TEXT_BYTES, MAX_TOKENS_PER_MESSAGE
 
-_SOCKET = "orchestrator.sock"
 #: How long workers have to read that they are dismissed.
 _FAREWELL_S = 0.05
 #: The generation by which a start measures how long a token takes, and its tokens; the first one's time is not taken.
@@ -45,17 +43,24 @@ class Orchestrator:
     """Drafter, target servers and generations behind one object. Use as an async context manager.
 
     With `config.listen` it binds there and waits for workers; without, it fetches or converts the models that are missing,
-    starts local workers itself and enters the block once all are ready. `report` is told what it does meanwhile. Raises
-    ConfigError (nothing was started) and WorkerStartError (everything was ended).
+    starts local workers itself and enters the block once all are ready. `report` is told what it does meanwhile.
+    `launcher` starts these workers; None: the one that `config.cluster` names. Raises ConfigError (nothing was started) and
+    WorkerStartError (everything was ended).
     """
 
-    def __init__(self, config: Config | None = None, *, report: Report | None = None) -> None:
+    def __init__(
+        self, config: Config | None = None, *, report: Report | None = None, launcher: Launcher | None = None
+    ) -> None:
         self.config = config if config is not None else Config()
+        if launcher is not None and self.config.listen is not None:
+            raise ConfigError(
+                "with listen, workers connect by themselves and none is launched: leave out listen or launcher"
+            )
         self.endpoint = ""
         self._report = report
         self._root: Root | None = None
         self._task: asyncio.Task[None] | None = None
-        self._socket_directory: tempfile.TemporaryDirectory[str] | None = None
+        self._launcher = launcher if launcher is not None else launcher_for(self.config)
         self._numbers = itertools.count(1)
         self._knowledge = Knowledge(self.config, lambda role: self._running().of_role(role), lambda: self.running)
         self._observations = Observations()
@@ -64,12 +69,13 @@ class Orchestrator:
         if self._root is not None:
             raise ConfigError("this Orchestrator was started before: make a new one for each `async with`")
         self._root = root = Root(self.config, self._report or unreported)
-        if self.config.listen is None:
+        if self.config.local_models:
             await prepare_models(self.config, self._report)
         try:
-            self.endpoint = root.workforce.listen(self.config.listen or self._private_endpoint())
+            endpoint = self.config.listen or await self._launcher.open()
+            self.endpoint = root.workforce.listen(endpoint, self._launcher.keyring)
         except BaseException:
-            self._remove_socket()
+            await self._launcher.close()
             raise
         self._task = asyncio.create_task(root.run(), name="dsi-orchestrator")
         try:
@@ -253,13 +259,8 @@ class Orchestrator:
             raise OrchestratorClosed("the orchestrator is not running: use it inside `async with`")
         return self._root
 
-    def _private_endpoint(self) -> str:
-        """A socket that only this user can reach."""
-        self._socket_directory = socket_directory(_SOCKET)
-        return f"ipc://{Path(self._socket_directory.name) / _SOCKET}"
-
     async def _start_local_workers(self, root: Root) -> None:
-        await start_local_workers(root, self.config, self.endpoint)
+        await start_local_workers(root, self.config, self._launcher, self.endpoint)
         on_processors = self.config.engine != TIMED and not any(worker.gpu for worker in self.workers)
         if on_processors and self.estimates.calibrated_ms > 0:
             await self._measure_alone(root)
@@ -296,11 +297,7 @@ class Orchestrator:
                 await self._task
             finally:
                 root.workforce.close_gateway()
-                self._remove_socket()
-
-    def _remove_socket(self) -> None:
-        if self._socket_directory is not None:
-            self._socket_directory.cleanup()
+                await self._launcher.close()
 
     # Before a generation
 

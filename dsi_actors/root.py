@@ -12,10 +12,11 @@ from dsi_actors.actor import Actor
 from dsi_actors.config import Config
 from dsi_actors.errors import OrchestratorClosed
 from dsi_actors.generation.generation import Generation
+from dsi_actors.launching.launcher import WorkerSpec
 from dsi_actors.logs import get_logger
 from dsi_actors.progress import Report, unreported
 from dsi_actors.stream import Channel
-from dsi_actors.supervision.supervisor import WorkerSpec, WorkerSupervisor
+from dsi_actors.supervision.supervisor import WorkerSupervisor
 from dsi_actors.workforce.scheduler import Scheduler, WorkerGone, WorkerReady
 from dsi_actors.workforce.worker_handle import WorkerHandle
 from dsi_actors.workforce.workforce import Workforce
@@ -63,7 +64,7 @@ class Root(Actor[_RootMessage]):
         self.ready_workers: list[WorkerHandle] = []
         self.generations: dict[int, tuple[Generation, Channel]] = {}
         #: Local workers that ended lately, by incarnation, and how.
-        self.exits: deque[tuple[int, WorkerSpec, int]] = deque(maxlen=64)
+        self.exits: deque[tuple[int, WorkerSpec, str]] = deque(maxlen=64)
         self.closing = False
         self._watchers: list[asyncio.Future[None]] = []
 
@@ -97,10 +98,10 @@ class Root(Actor[_RootMessage]):
             case _ChildEnded(child, error) if not self.closing:
                 raise RuntimeError(f"{child.name} ended") from error
 
-    def on_exit(self, incarnation: int, spec: WorkerSpec, code: int) -> None:
+    def on_exit(self, incarnation: int, spec: WorkerSpec, how: str) -> None:
         if not self.closing:
-            log.warning("a local worker ended", role=spec.role, device=spec.device, exit_code=code)
-        self.exits.append((incarnation, spec, code))
+            log.warning("a local worker ended", role=spec.role, device=spec.device, how=how)
+        self.exits.append((incarnation, spec, how))
         self.workforce.drop_incarnation(incarnation)
         self.changed()
 
@@ -113,6 +114,8 @@ class Root(Actor[_RootMessage]):
         self.changed()
 
     def _on_worker_preparing(self, worker: WorkerHandle, done: float) -> None:
+        if self.supervisor is not None:
+            self.supervisor.on_preparing(worker.hello.incarnation)
         self._report(f"{worker}: {worker.preparing}", done, "")
 
     def report_workers(self, news: str) -> None:

@@ -11,6 +11,7 @@ from dsi_actors.errors import ConfigError
 from dsi_actors.host.devices import device_name
 from dsi_actors.host.standard_streams import complain, prepare_streams
 from dsi_actors.keys import load_worker_key
+from dsi_actors.launching.launcher import INCARNATION_VARIABLE
 from dsi_actors.logs import show_logs
 from dsi_actors.progress import Report
 
@@ -20,6 +21,15 @@ _DESCRIPTION = "One worker process: a drafter or a target server on one device."
 
 def main() -> int:
     prepare_streams()
+    arguments = _parser().parse_args()
+    os.environ["TQDM_DISABLE"] = "1"  # libraries draw bars of their own
+    try:
+        return _work(arguments)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m dsi_actors.worker", description=_DESCRIPTION)
     parser.add_argument(
         "--gpu", type=_device, metavar="N", required=True, help="CUDA device number, or cpu, cpu:0, cpu:1, ..."
@@ -43,15 +53,13 @@ def main() -> int:
     )
     parser.add_argument("--supervised", action="store_true", help="exit when standard input closes")
     parser.add_argument(
+        "--no-fetch", action="store_false", dest="fetches_models", help="the models are on this machine: fetch nothing"
+    )
+    parser.add_argument(
         "--log-level", choices=["debug", "info", "warning", "error"], default="info", help="default %(default)s"
     )
     parser.add_argument("--log-format", choices=["text", "json"], default="text", help="default %(default)s")
-    arguments = parser.parse_args()
-    os.environ["TQDM_DISABLE"] = "1"  # libraries draw bars of their own
-    try:
-        return _work(arguments)
-    except KeyboardInterrupt:
-        return 130
+    return parser
 
 
 def _work(arguments: argparse.Namespace) -> int:
@@ -59,7 +67,7 @@ def _work(arguments: argparse.Namespace) -> int:
     from dsi_workers.main import OtherEngineWanted, WorkerConfig, WorkerError, run_worker
 
     show_logs(arguments.log_level, arguments.log_format)
-    incarnation = os.environ.get("DSI_INCARNATION", "") if arguments.supervised else ""
+    incarnation = os.environ.get(INCARNATION_VARIABLE, "") if arguments.supervised else ""
     try:
         keys = None if arguments.key is None else CurveKeys(*load_worker_key(arguments.key))
     except ConfigError as error:
@@ -73,6 +81,7 @@ def _work(arguments: argparse.Namespace) -> int:
         model=arguments.model,
         adapter=arguments.adapter,
         supervised=arguments.supervised,
+        fetches_models=arguments.fetches_models,
         once=arguments.once,
         incarnation=int(incarnation) if incarnation else None,
         keys=keys,

@@ -23,7 +23,7 @@ PACKAGES = {
 LAYERS = {
     "dsi_actors": (
         "errors logs host config engine_options keys progress results core observation actor stream planning tokenization "
-        "tokenizer models transport workforce supervision generation root local_workers orchestrator __init__ "
+        "tokenizer models transport workforce launching supervision generation root local_workers orchestrator __init__ "
         "percentiles simulation tracing serving chaos conformance console benches worker cli"
     ),
     "dsi_workers": (

@@ -102,7 +102,7 @@ async def test_workers_are_ended_without_asyncio_losing_sight_of_them(
         assert supervisor is not None
         with monkeypatch.context() as patched:
             patched.setattr(subprocess.Popen, "poll", poll)
-            supervisor.fence(next(iter(supervisor._processes)))
+            supervisor.fence(next(iter(supervisor._workers)))
             await supervisor.end_all()
     warnings = [record for record in caplog.records if record.name == "asyncio" and record.levelno > logging.INFO]
     # On a busy machine a step of the loop is slow, and debug mode says so.

@@ -21,6 +21,7 @@ from dsi_actors.config import ALGORITHMS, Algorithm, Config, Sampling
 from dsi_actors.console.options import (
     SubParsers,
     add_algorithm_options,
+    add_cluster_options,
     add_sampling_options,
     add_worker_options,
     config_from,
@@ -48,6 +49,7 @@ def add_parser(commands: SubParsers) -> None:
     parser = commands.add_parser("generate", help="answer one prompt", description=__doc__)
     parser.add_argument("prompt", type=utf8, metavar="PROMPT", help="the prompt, or - to read it from standard input")
     add_worker_options(parser)
+    add_cluster_options(parser)
     add_algorithm_options(parser)
     add_sampling_options(parser)
     parser.add_argument(

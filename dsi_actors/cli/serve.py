@@ -7,7 +7,7 @@ import ipaddress
 import os
 from pathlib import Path
 
-from dsi_actors.console.options import SubParsers, add_worker_options, config_from, utf8
+from dsi_actors.console.options import SubParsers, add_cluster_options, add_worker_options, config_from, utf8
 from dsi_actors.console.progress import ShownProgress
 from dsi_actors.console.running import Ending
 from dsi_actors.console.terminal import terminal
@@ -24,6 +24,7 @@ _KEYS_VARIABLE = "DSI_API_KEYS"
 def add_parser(commands: SubParsers) -> None:
     parser = commands.add_parser("serve", help="OpenAI-compatible HTTP", description=__doc__)
     add_worker_options(parser)
+    add_cluster_options(parser)
     parser.add_argument("--host", default="127.0.0.1", help="where HTTP listens (default %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="default %(default)s; 0 takes a free one")
     parser.add_argument(

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 from dsi_actors.config import ALGORITHMS, Config, Sampling
 from dsi_actors.engine_options import KNOWN, read_settings
 from dsi_actors.errors import ConfigError
+from dsi_actors.host.requirements import require
 from dsi_protocol import OptionValue
 
 SubParsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -139,6 +140,18 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, metavar="N", help="the first N CUDA devices: the same as --gpu 0,...,N-1")
 
 
+def add_cluster_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cluster", choices=["local", "ray"], default=default_of(Config, "cluster"),
+        help="where to start workers: on this machine, or on a Ray cluster, which chooses a GPU for each",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ray-address",
+        metavar="A",
+        help="with --cluster ray: of the cluster (default: the one that runs on this machine)",
+    )
+
+
 def devices_from(arguments: argparse.Namespace) -> tuple[str, ...]:
     """Raises ConfigError."""
     if arguments.gpus is None:
@@ -255,11 +268,15 @@ def config_from(
         raise ConfigError(
             f"--adapter: the engine {arguments.engine} has no weights to merge an adapter into: leave it out"
         )
+    if arguments.cluster == "ray":
+        require("a Ray cluster", "ray")
     return Config(
         target=arguments.target,
         drafter=_drafters(arguments.drafters),
         sp=arguments.sp,
         devices=devices_from(arguments),
+        cluster=arguments.cluster,
+        ray_address=arguments.ray_address,
         listen=listen,
         insecure=insecure,
         keys=keys,

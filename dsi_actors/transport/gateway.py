@@ -17,7 +17,7 @@ import zmq
 from zmq.auth.asyncio import AsyncioAuthenticator
 
 from dsi_actors.errors import ConfigError
-from dsi_actors.keys import Keyring
+from dsi_actors.keys import AllowedKeys
 from dsi_actors.logs import get_logger
 from dsi_actors.transport.contexts import end_context
 from dsi_protocol import (
@@ -64,7 +64,7 @@ class Gateway:
         on_message: Callable[[bytes, Message], None],
         lets_in: Callable[[bytes, int], bool] = lambda identity, size_bytes: True,
         on_malformed: Callable[[bytes, str], None] = lambda identity, reason: None,
-        keyring: Keyring | None = None,
+        keyring: AllowedKeys | None = None,
     ) -> None:
         self._on_message = on_message
         self._lets_in = lets_in

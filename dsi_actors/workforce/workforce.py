@@ -10,7 +10,7 @@ from typing import TypeAlias, TypeGuard
 
 from dsi_actors.actor import Actor
 from dsi_actors.config import Config
-from dsi_actors.keys import Keyring
+from dsi_actors.keys import AllowedKeys, Keyring
 from dsi_actors.logs import get_logger
 from dsi_actors.transport.doorkeeper import Doorkeeper
 from dsi_actors.transport.gateway import Gateway, PeerGone
@@ -88,7 +88,7 @@ class Workforce(Actor[WorkforceMessage]):
         self._on_lost = on_lost
         self._on_preparing = on_preparing
         self._gateway: Gateway | None = None
-        self._keyring = Keyring(config.keys) if config.keys is not None else None
+        self._keyring: AllowedKeys | None = Keyring(config.keys) if config.keys is not None else None
         self._members = Members()
         self._doorkeeper = Doorkeeper(time.monotonic, self._on_flood)
         self._next_number = 1
@@ -105,14 +105,15 @@ class Workforce(Actor[WorkforceMessage]):
         """Why this incarnation could not serve, in its own words."""
         return self._members.failures
 
-    def listen(self, endpoint: str) -> str:
-        """Open the socket; returns the endpoint with its port. Raises ConfigError."""
+    def listen(self, endpoint: str, keyring: AllowedKeys | None = None) -> str:
+        """Open the socket; returns the endpoint with its port. `keyring`: who may connect, if the configuration does not say.
+        Raises ConfigError."""
         self._gateway = Gateway(
             endpoint,
             self._on_frame,
             self._doorkeeper.lets_in,
             self._on_malformed,
-            self._keyring,
+            self._keyring or keyring,
         )
         return self._gateway.endpoint
 

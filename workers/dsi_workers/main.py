@@ -60,6 +60,8 @@ class WorkerConfig:
     adapter: str = ""
     #: A supervisor started this process and holds its standard input: exit when that is closed.
     supervised: bool = False
+    #: Fetch and convert models that are not on this machine. False: whoever started this worker has done that.
+    fetches_models: bool = True
     #: End with the orchestrator, instead of waiting for the next one.
     once: bool = False
     #: The incarnation number, if a supervisor chose one to recognize this process. None: a random number.
@@ -254,7 +256,7 @@ def _load(
         welcome = replace(welcome, options={**welcome.options, "adapter": config.adapter})
     structlog.contextvars.bind_contextvars(role=welcome.role)
     try:
-        if not config.supervised:  # a supervisor has already fetched the models
+        if config.fetches_models:
             with config.progress() as report:
                 welcome = with_local_models(
                     welcome, config.device, socket, lambda: still_needed() and not heartbeats.gone, report

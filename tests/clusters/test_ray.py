@@ -1,0 +1,130 @@
+"""Workers on a Ray cluster of several nodes on this machine, with GPUs that exist for Ray alone and timed workers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import dsi_actors
+from dsi_actors.host.requirements import require
+from support.patience import limit_s, patience, until
+from support.timed import PROMPT, gone, plain_decoding, text_of, timed_config
+
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]  # Ray's own warnings
+ray = pytest.importorskip("ray")
+
+#: Long enough that a node dies in the middle of the text, however slow it is to die.
+TOKENS = 400
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head without GPUs, where the orchestrator is, and a node with all that one orchestrator needs."""
+    from ray.cluster_utils import Cluster
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+    made = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "num_gpus": 0, "include_dashboard": False, "_system_config": quick},
+    )
+    try:
+        yield made
+    finally:
+        made.shutdown()
+
+
+def node(cluster: Any, *, gpus: int) -> Any:
+    return cluster.add_node(num_cpus=4, num_gpus=gpus)
+
+
+def config(cluster: Any, **settings: Any) -> dsi_actors.Config:
+    given = {"cluster": "ray", "ray_address": cluster.address, "devices": (), "silence_ms": 2000, **settings}
+    return timed_config(target_ms=12, drafter_ms=3, **given)
+
+
+def taken(resource: str) -> float:
+    total, free = ray.cluster_resources(), ray.available_resources()
+    return float(total.get(resource, 0.0) - free.get(resource, 0.0))
+
+
+async def test_a_node_dies_in_the_middle_of_a_text(cluster: Any) -> None:
+    first, second = node(cluster, gpus=2), node(cluster, gpus=1)
+    processes: set[int] = set()
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    try:
+        async with dsi_actors.Orchestrator(config(cluster)) as orchestrator:
+            assert orchestrator.process_ids == []
+            before = {worker.hello.incarnation for worker in orchestrator.workers}
+            processes |= {worker.hello.process for worker in orchestrator.workers}
+            devices = sorted(worker.hello.device for worker in orchestrator.workers)
+            assert devices == ["cuda:0", "cuda:0", "cuda:1"], "the GPUs' own numbers on two nodes"
+            names = {each["name"] for each in ray.util.list_named_actors(all_namespaces=True)}
+            kinds = sorted(re.sub(r"-\d+-[0-9a-f]{16}$", "", name) for name in names)
+            assert kinds == ["dsi-drafter", "dsi-target", "dsi-target"]
+            assert re.fullmatch(r"tcp://[\d.]+:\d+", orchestrator.endpoint)
+            node(cluster, gpus=2)  # where the lost workers can go
+            text: list[int] = []
+            async with patience(120):
+                async for tokens in orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=TOKENS)):
+                    text.extend(tokens)
+                    if len(text) > 10 and len(text) - len(tokens) <= 10:
+                        await asyncio.to_thread(cluster.remove_node, first, False)
+            assert text == plain_decoding(PROMPT, TOKENS)
+            assert await orchestrator.wait_for_workers(targets=2, drafters=1, timeout_s=limit_s(120))
+            after = {worker.hello.incarnation for worker in orchestrator.workers}
+            assert len(after - before) == 2, "the node's two workers were placed again, and the third one stayed"
+            processes |= {worker.hello.process for worker in orchestrator.workers}
+            assert await text_of(orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=20))) == text[:20]
+        await until(lambda: gone(processes), 60)
+        await until(lambda: taken("GPU") == 0, 60)
+        groups = ray.util.placement_group_table().values()
+        assert {each["state"] for each in groups} == {"REMOVED"}
+        assert ray.util.list_named_actors(all_namespaces=True) == []
+        assert ray.is_initialized(), "the connection is the program's, not the orchestrator's"
+    finally:
+        ray.shutdown()
+        await asyncio.to_thread(cluster.remove_node, second, False)
+
+
+async def test_a_worker_without_a_key_of_this_run_is_turned_away(cluster: Any) -> None:
+    from support.timed import start_worker
+
+    node(cluster, gpus=0)
+    async with dsi_actors.Orchestrator(config(cluster, devices=("cpu",), sp=1, drafter=None)) as orchestrator:
+        stranger = start_worker(orchestrator.endpoint, "--role", "target")
+        _, said = await asyncio.to_thread(stranger.communicate, None, limit_s(60))
+        assert stranger.returncode == 1
+        assert "refused the connection" in said
+        assert len(orchestrator.workers) == 1
+    assert not ray.is_initialized(), "the connection was the orchestrator's"
+
+
+async def test_a_worker_for_which_there_is_no_place_is_said(cluster: Any) -> None:
+    """And what it waits for is given back, so that nothing is demanded of an autoscaler any more."""
+    with pytest.raises(dsi_actors.WorkerStartError, match=r"only \d of 5 workers were ready after 3 s"):
+        async with dsi_actors.Orchestrator(config(cluster, sp=4, ready_timeout_s=3)):
+            pass
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    try:
+        states = {each["state"] for each in ray.util.placement_group_table().values()}
+        assert states <= {"REMOVED"}
+    finally:
+        ray.shutdown()
+
+
+async def test_a_cluster_that_is_not_there_is_said() -> None:
+    with pytest.raises(
+        dsi_actors.ConfigError, match=r"no Ray cluster answers at 127.0.0.1:1: start one with `ray start"
+    ):
+        async with dsi_actors.Orchestrator(timed_config(cluster="ray", ray_address="127.0.0.1:1", devices=())):
+            pass
+
+
+def test_the_extra_is_known() -> None:
+    require("a Ray cluster", "ray")
