@@ -359,11 +359,11 @@ class Adversary:
                     if self.data.draw(st.integers(0, 5), label="answer lost") == 0:
                         self.obscure.add(server)
                         return
-                if fate == "failed":
-                    event = VerificationAbandoned(attempt, server)
-                elif fate == "forgot":
+                if fate == "forgot" and self.busy_with[server] == attempt:
                     self.servers[server] = []
                     event = VerificationAbandoned(attempt, server, held=0)
+                elif fate in ("failed", "forgot"):
+                    event = VerificationAbandoned(attempt, server)
                 elif fate == "elsewhere":
                     event = replace(event, start=event.start + 1, tokens=(*event.tokens[1:], 0))
                 elif fate == "beyond the difference":  # what the target says behind a wrong guess is worth nothing
