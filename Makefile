@@ -12,7 +12,7 @@ JOBS ?= 3
 # What the site is made of (mkdocs.yml): the pages, and the sources that they link to.
 PAGES := README.md CHANGELOG.md CONTRIBUTING.md LICENSE docs protocol workers examples dsi_actors tests
 
-.PHONY: run test test-avx2 check fuzz format docs clean
+.PHONY: run test test-avx2 test-zoo check fuzz format docs clean
 
 run: $(VENV)/ready
 	$(BIN)/dsi-actors generate "$(PROMPT)" --max-tokens 48 --compare
@@ -23,6 +23,10 @@ test: check
 # The tests as on a processor with AVX2 only. TESTS="tests/workers ..." runs some of them, as CI does (.ci/run).
 test-avx2: $(VENV)/ready
 	$(AVX2) $(BIN)/pytest --numprocesses $(JOBS) --dist worksteal $(TESTS)
+
+# A tiny model of each architecture in docs/models.md: four minutes of a core.
+test-zoo: $(VENV)/ready
+	$(BIN)/pytest -m zoo --numprocesses $(JOBS) --dist worksteal tests/workers/test_zoo.py
 
 # The fast checks: style and types.
 check: $(VENV)/ready

@@ -124,8 +124,11 @@ def _int8_bytes(name: str, shape: tuple[int, ...], number_bytes: int, tied: bool
 def cache_bytes(config: Mapping[str, Any], *, slots: int, positions: int, number_bytes: int) -> int:
     """Bytes of keys and values of `slots` generations of up to `positions` positions; 0 if config.json (`config`) does not
     say how large they are."""
-    _, kv_heads, head_dim = _heads(config := text_config(config))
-    return slots * positions * _size(config, "num_hidden_layers") * 2 * kv_heads * head_dim * number_bytes
+    heads, kv_heads, head_dim = _heads(config := text_config(config))
+    numbers = 2 * kv_heads * head_dim
+    if plain := _size(config, "qk_nope_head_dim"):  # latent attention: keys and values are kept in their expanded form
+        numbers = heads * (plain + _size(config, "qk_rope_head_dim") + _size(config, "v_head_dim"))
+    return slots * positions * _size(config, "num_hidden_layers") * numbers * number_bytes
 
 
 def buffer_bytes(config: Mapping[str, Any], *, positions: int, number_bytes: int) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dsi_workers.backend import Run
-from dsi_workers.decoding.attention import additive_group_mask, attend
+from dsi_workers.decoding.attention import AttentionShape, additive_group_mask, attend
 from dsi_workers.decoding.decoder import rms_norm
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.engine import EngineError
@@ -114,7 +114,8 @@ class Trial:
         """True if each kind of kernel, given random inputs of this many rows, has the bits of a full window."""
         if self._forward.batch_invariant:
             return self._linear_layers_agree(width)
-        return self._linear_layers_agree(width) and self._attention_agrees(width) and self._norms_agree(width)
+        attention_agrees = all(self._attention_agrees(width, shape) for shape in self._forward.attention_shapes)
+        return attention_agrees and self._linear_layers_agree(width) and self._norms_agree(width)
 
     def _norms_agree(self, width: int) -> bool:
         """True if RMSNorm of `width` rows has the bits of a full window. Compared in float32, before rounding hides them."""
@@ -128,21 +129,23 @@ class Trial:
         )
         return torch.equal(groups, windows)
 
-    def _attention_agrees(self, width: int) -> bool:
+    def _attention_agrees(self, width: int, shape: AttentionShape) -> bool:
         """True if attention of `width` rows of one generation has the bits of a full window."""
-        shape, window = self._forward.attention_shape, self._window
+        window = self._window
         group = shape.heads // shape.kv_heads
         readable, per_position = self._forward.read_step, self._forward.attends_per_position
         positions = readable - math.lcm(width, window)
         generator = torch.Generator().manual_seed(width)
 
-        def random(heads: int, length: int) -> torch.Tensor:
-            made = torch.randn(1, heads, length, shape.dim, generator=generator)
+        def random(heads: int, length: int, dim: int = shape.dim) -> torch.Tensor:
+            made = torch.randn(1, heads, length, dim, generator=generator)
             return made.to(self._forward.device, shape.dtype)
 
+        sinks = random(1, 1, shape.heads).flatten() if shape.has_sinks else None
         for _ in range(max(1, _LEAST_VALUES // (shape.heads * shape.dim * math.lcm(width, window)))):
             query = random(shape.heads, readable - positions)
-            keys, values = random(shape.kv_heads, readable), random(shape.kv_heads, readable)
+            keys = random(shape.kv_heads, readable)
+            values = random(shape.kv_heads, readable, shape.value_dim)
             mask = torch.ones(readable - positions, readable, dtype=torch.bool, device=self._forward.device)
             mask = mask.tril(diagonal=positions)[None, None]
             groups, windows = (
@@ -155,6 +158,8 @@ class Trial:
                             additive_group_mask(part_mask, group, shape.dtype),
                             None,
                             per_position=per_position,
+                            softcap=shape.softcap,
+                            sinks=sinks,
                         )
                         for part, part_mask in zip(query.split(size, 2), mask.split(size, 2), strict=True)
                     ],

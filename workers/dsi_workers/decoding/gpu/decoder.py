@@ -20,6 +20,7 @@ import torch
 import triton
 from torch.nn import functional
 
+from dsi_workers.decoding.attention import AttentionShape
 from dsi_workers.decoding.decoder import Decoder, Layer
 from dsi_workers.decoding.gpu import MOST_ROWS
 from dsi_workers.decoding.gpu.kernels import (
@@ -65,6 +66,10 @@ class GpuDecoder:
         self._buffers: _Buffers | None = None
         self._pool = torch.cuda.graph_pool_handle() if decoder.device.type == "cuda" else None
         self.dtype = decoder.dtype
+
+    @property
+    def attention_shapes(self) -> Sequence[AttentionShape]:
+        return self._decoder.attention_shapes
 
     def linear_layers(self) -> list[Any]:
         first = self._linear_layers[0]

@@ -1,0 +1,103 @@
+"""Mixtures of experts: a row has the same bits whatever the rows beside it are, and padding has no expert read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from dsi_workers.backend import Run
+from dsi_workers.checkpoints import sizes
+from dsi_workers.checkpoints.experts import replace_experts
+from dsi_workers.checkpoints.library import TransformersDecoder
+from dsi_workers.checkpoints.load import load_model
+from dsi_workers.decoding.experts import Expert
+from dsi_workers.decoding.forward import Forward
+from dsi_workers.models.files import read_json
+from support.zoo import KINDS, make
+
+
+def loaded(directory: Path, name: str, **options: str) -> tuple[TransformersDecoder, Forward]:
+    make(directory, KINDS[name])
+    wanted: dict[str, Any] = {"dtype": "float32", "quantization": "none", **options}
+    found = load_model(directory, torch.device("cpu"), reference="made", rows=8, most_positions=256, **wanted)
+    assert isinstance(found.decoder, TransformersDecoder)
+    return found.decoder, Forward(found.decoder, found.config, torch.device("cpu"), slots=2, capacity=256)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "phimoe"])
+@torch.inference_mode()
+def test_a_row_has_the_same_bits_in_any_group(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = make(tmp_path, KINDS[name]).to(dtype)
+    layer = next(module for module in model.modules() if hasattr(module, "experts"))
+    rows = torch.randn(1, 40, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def outputs(x: torch.Tensor) -> torch.Tensor:
+        found = layer(x)
+        found = found if isinstance(found, torch.Tensor) else found[0]
+        return found.reshape(-1, 32)
+
+    plain = outputs(rows)
+    assert replace_experts(model) is not None
+    whole = outputs(rows)
+    assert (whole - plain).norm() <= (1e-5 if dtype is torch.float32 else 0.02) * plain.norm()
+    for size in (1, 2, 3, 7, 8, 13):
+        assert torch.equal(torch.cat([outputs(part) for part in rows.split(size, 1)]), whole)
+
+
+def test_padding_has_no_expert_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, forward = loaded(tmp_path, "qwen3_moe")
+    calls, plain = list[object](), Expert.forward
+
+    def counted(self: Expert, x: torch.Tensor) -> torch.Tensor:
+        calls.append(self)
+        return plain(self, x)
+
+    monkeypatch.setattr(Expert, "forward", counted)
+    forward([Run(0, [3], 0, 8, 0)], rows=16, logit_rows=1)
+    assert len(calls) == 4 * 2, "four layers, two experts of a token"
+
+
+def test_where_bits_depend_on_the_place_in_a_block_rows_are_computed_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, _ = loaded(tmp_path / "plain", "qwen3_moe")
+    assert decoder._blocks is not None
+    assert decoder._blocks.rows == 8
+    plain = functional.linear
+
+    def by_place(x: torch.Tensor, *weights: Any) -> torch.Tensor:
+        return plain(x, *weights) * (1 + torch.arange(x.shape[-2])[:, None] / 1e4)
+
+    monkeypatch.setattr(functional, "linear", by_place)
+    decoder, _ = loaded(tmp_path / "by place", "qwen3_moe")
+    assert decoder._blocks is not None
+    assert decoder._blocks.rows == 1
+
+
+@torch.inference_mode()
+def test_int8_reaches_the_experts(tmp_path: Path) -> None:
+    decoder, forward = loaded(tmp_path, "gpt_oss", quantization="int8")
+    experts = [module for module in decoder._model.modules() if isinstance(module, Expert)]
+    assert experts
+    assert not any(isinstance(layer, nn.Linear) for expert in experts for layer in expert.modules())
+    forward([Run(0, [3, 1, 4], 0, 3, 0)], rows=3, logit_rows=3)
+
+
+def test_the_cache_of_latent_attention_is_what_is_allocated(tmp_path: Path) -> None:
+    _, forward = loaded(tmp_path, "deepseek_v3")
+    forward([Run(0, [3, 1, 4], 0, 3, 0)], rows=3, logit_rows=3)
+    allocated = sum(
+        tensor.tensor.nbytes
+        for layer in forward.cache.layers
+        if layer._storage is not None
+        for tensor in layer._storage
+    )
+    config = read_json(tmp_path / "config.json")
+    capacity = forward.cache.capacity
+    assert sizes.cache_bytes(config, slots=2, positions=capacity, number_bytes=4) == allocated
