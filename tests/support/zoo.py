@@ -34,6 +34,8 @@ class Kind:
     settings: dict[str, Any] = field(default_factory=dict)
     #: Settings of _SHAPE that the configuration does not have.
     without: tuple[str, ...] = ()
+    #: Of a model for texts and images: the settings of the part that reads images, and others outside of the text part.
+    images: dict[str, Any] | None = None
 
 
 def _experts(**more: Any) -> dict[str, Any]:
@@ -49,6 +51,13 @@ _LATENT = {
 _DEEPSEEK = _experts(
     **_LATENT, n_routed_experts=8, n_shared_experts=1, n_group=2, topk_group=1, first_k_dense_replace=1,
 )  # fmt: skip
+_CHUNKS = {
+    "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "attention_chunk_size": _WINDOW,
+    "no_rope_layers": [1, 1, 0, 1], "attn_temperature_tuning": True, "floor_scale": 16, "interleave_moe_layer_step": 2,
+}  # fmt: skip
+_EYE = {"hidden_size": 16, "intermediate_size": 16}
+_PIECES = {**_EYE, "depth": 1, "num_heads": 2, "out_hidden_size": 32}
+_TOWER = {**_EYE, "num_hidden_layers": 5, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
 _GPT = {"n_positions": POSITIONS, "n_embd": 32, "n_layer": 4, "n_head": 4}
 
 #: Architectures that work, by model type.
@@ -75,12 +84,13 @@ KINDS = {
         Kind("hunyuan_v1_moe", "Hunyuan-A13B: experts", {"num_experts": 4, "moe_topk": 2}),
         Kind("deepseek_v2", "DeepSeek-V2: experts, latent attention", _DEEPSEEK),
         Kind("deepseek_v3", "DeepSeek-V3, R1: experts, latent attention", _DEEPSEEK, ("head_dim",)),
+        Kind("llama4_text", "Llama 4: experts, attention in chunks", _CHUNKS),
         Kind(
-            "llama4_text", "Llama 4: experts, attention in chunks",
-            {
-                "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "attention_chunk_size": _WINDOW,
-                "no_rope_layers": [1, 1, 0, 1], "attn_temperature_tuning": True, "floor_scale": 16,
-                "interleave_moe_layer_step": 2,
+            "llama4", "Llama 4, its text part", _CHUNKS,
+            images={
+                "vision_config": {
+                    **_TOWER, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16
+                }
             },
         ),
         Kind("gemma", "Gemma"),
@@ -89,6 +99,10 @@ KINDS = {
             {**_ALTERNATING, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0},
         ),
         Kind("gemma3_text", "Gemma 3: sliding window", {**_ALTERNATING, "query_pre_attn_scalar": 8}),
+        Kind(
+            "gemma3", "Gemma 3 for texts and images, its text part", {**_ALTERNATING, "query_pre_attn_scalar": 8},
+            images={"vision_config": _TOWER, "mm_tokens_per_image": 4},
+        ),
         Kind(
             "gemma3n_text", "Gemma 3n: layers that share keys and values",
             {
@@ -118,6 +132,18 @@ KINDS = {
         Kind("cohere2", "Command R7B", _ALTERNATING, ("head_dim",)),
         Kind("glm4", "GLM-4"),
         Kind("stablelm", "StableLM", {}, ("head_dim",)),
+        Kind(
+            "mistral3", "Mistral Small 3.1 and later, its text part", {"model_type": "mistral", "sliding_window": None},
+            images={"vision_config": {**_EYE, "model_type": "pixtral", "num_hidden_layers": 1, "num_attention_heads": 2}},
+        ),
+        Kind(
+            "qwen2_5_vl", "Qwen2.5-VL, its text part",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}},
+            images={"vision_config": {**_PIECES, "fullatt_block_indexes": [0]}},
+        ),
+        Kind(
+            "qwen3_vl", "Qwen3-VL, its text part", {}, images={"vision_config": {**_PIECES, "deepstack_visual_indexes": [0]}}
+        ),
     )
 }  # fmt: skip
 #: Architectures that are refused.
@@ -133,6 +159,10 @@ REFUSED = {
         ),
         Kind("bloom", "BLOOM", {"n_layer": 4, "n_head": 4}, tuple(_SHAPE)[2:8]),
         Kind("codegen", "CodeGen", {**_GPT, "rotary_dim": 8}, tuple(_SHAPE)[1:8]),
+        Kind(
+            "qwen3_vl_moe", "Qwen3-VL with experts", _experts(num_local_experts=4),
+            images={"vision_config": {**_PIECES, "deepstack_visual_indexes": [0]}},
+        ),
         Kind("mamba", "Mamba", {"state_size": 8}, tuple(_SHAPE)[2:8]),
         Kind("qwen3_next", "Qwen3-Next", _experts(num_experts=8)),
         Kind("lfm2", "LFM2", {"layer_types": ["conv", "full_attention"] * 2}, ("head_dim",)),
@@ -145,12 +175,17 @@ def make(directory: Path, kind: Kind) -> Any:
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     shape = {name: value for name, value in _SHAPE.items() if name not in kind.without}
-    config = AutoConfig.for_model(kind.model_type, **copy.deepcopy({**shape, **kind.settings}))
+    settings = copy.deepcopy({**shape, **kind.settings})
     torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(config)
+    if kind.images is None:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind.model_type, **settings))
+    else:
+        images = copy.deepcopy(kind.images)
+        config = AutoConfig.for_model(kind.model_type, text_config=settings, tie_word_embeddings=False, **images)
+        model = AutoModelForImageTextToText.from_config(config)
     for parameter in model.parameters():  # wide logits: no two are nearly equal
         if parameter.dim() > 1:
             parameter.data.normal_(0.0, 0.3)

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from dsi_workers.checkpoints.experts import choose_block_rows, replace_experts
 from dsi_workers.checkpoints.interfaces import ATTENTION, Expand, SlotsAsCache, attention
 from dsi_workers.checkpoints.quantized import COMPRESSED_TENSORS, refuse_if_quantized, refuse_quantized_activations
+from dsi_workers.checkpoints.text_part import is_of_another_part
 from dsi_workers.decoding.attention import AttentionShape
 from dsi_workers.decoding.decoder import Decoder
 from dsi_workers.decoding.experts import Experts
@@ -85,6 +86,7 @@ def read_model(
     if first_layers:
         layers = int(config.get_text_config(decoder=True).num_hidden_layers)
         info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not _is_of_later_layer(name, layers)]
+    info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not is_of_another_part(name)]
     refuse_loading_info(info, model, reference)
     if quantization:
         refuse_if_quantized(model, method, reference)
