@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from dsi_workers.backend import Run
 from dsi_workers.checkpoints import sizes
-from dsi_workers.checkpoints.experts import replace_experts
+from dsi_workers.checkpoints.experts import choose_block_rows, replace_experts
 from dsi_workers.checkpoints.library import TransformersDecoder
 from dsi_workers.checkpoints.load import load_model
 from dsi_workers.decoding.experts import Expert
@@ -43,7 +43,9 @@ def test_a_row_has_the_same_bits_in_any_group(name: str, dtype: torch.dtype, tmp
         return found.reshape(-1, 32)
 
     plain = outputs(rows)
-    assert replace_experts(model) is not None
+    blocks = replace_experts(model)
+    assert blocks is not None
+    choose_block_rows(model, blocks)
     whole = outputs(rows)
     assert (whole - plain).norm() <= (1e-5 if dtype is torch.float32 else 0.02) * plain.norm()
     for size in (1, 2, 3, 7, 8, 13):
@@ -66,18 +68,19 @@ def test_padding_has_no_expert_computed(tmp_path: Path, monkeypatch: pytest.Monk
 def test_where_bits_depend_on_the_place_in_a_block_rows_are_computed_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoder, _ = loaded(tmp_path / "plain", "qwen3_moe")
-    assert decoder._blocks is not None
-    assert decoder._blocks.rows == 8
-    plain = functional.linear
+    linear, multiply = functional.linear, Expert.forward
 
-    def by_place(x: torch.Tensor, *weights: Any) -> torch.Tensor:
-        return plain(x, *weights) * (1 + torch.arange(x.shape[-2])[:, None] / 1e4)
+    def scaled(y: torch.Tensor) -> torch.Tensor:
+        return y * (1 + torch.arange(y.shape[-2])[:, None] / 1e4)
 
-    monkeypatch.setattr(functional, "linear", by_place)
-    decoder, _ = loaded(tmp_path / "by place", "qwen3_moe")
+    monkeypatch.setattr(functional, "linear", lambda *arguments: scaled(linear(*arguments)))
+    decoder, _ = loaded(tmp_path / "router", "qwen3_moe")
     assert decoder._blocks is not None
-    assert decoder._blocks.rows == 1
+    assert decoder._blocks.router_rows == 1
+    monkeypatch.setattr(Expert, "forward", lambda self, x: scaled(multiply(self, x)))
+    decoder, _ = loaded(tmp_path / "experts", "qwen3_moe")
+    assert decoder._blocks is not None
+    assert (decoder._blocks.rows, decoder._blocks.router_rows) == (1, 1)
 
 
 @torch.inference_mode()

@@ -39,19 +39,28 @@ def replace_experts(model: nn.Module) -> Blocks | None:
 
 @torch.inference_mode()
 def choose_block_rows(model: Any, blocks: Blocks) -> None:
-    """Compute one row at a time if on this machine a row's bits depend on its place in a block of rows."""
-    blocks.rows, blocks.used = BLOCK_ROWS, None
-    layers = (module for module in model.modules() if any(isinstance(child, Experts) for child in module.children()))
-    for layer in {type(layer): layer for layer in layers}.values():
-        size = next(module.up.in_features for module in layer.modules() if isinstance(module, Expert))
-        for seed in range(-(-_LEAST_VALUES // (BLOCK_ROWS**2 * size))):
-            inputs = torch.randn(BLOCK_ROWS, size, generator=torch.Generator().manual_seed(seed))
-            inputs = inputs.to(model.device, model.dtype)
-            expected = _rows_of(layer(inputs[None]))
-            for shift in range(1, BLOCK_ROWS):
-                if not torch.equal(_rows_of(layer(inputs.roll(shift, 0)[None])).roll(-shift, 0), expected):
-                    blocks.rows = 1
-                    return
+    """Set the rows of blocks so that on this machine no bit depends on the place of a row in a block.
+
+    A router multiplies by a kernel of its own, so it may need other blocks than the experts.
+    """
+    layers = {type(layer): layer for layer in model.modules() if any(isinstance(c, Experts) for c in layer.children())}
+    blocks.used = None
+    for blocks.rows, blocks.router_rows in ((BLOCK_ROWS, BLOCK_ROWS), (BLOCK_ROWS, 1), (1, 1)):
+        if all(_same_bits_at_every_place(layer, model) for layer in layers.values()):
+            return
+
+
+def _same_bits_at_every_place(layer: nn.Module, model: Any) -> bool:
+    """True if a layer with experts gives each row the same bits at every place of a block."""
+    size = next(module.up.in_features for module in layer.modules() if isinstance(module, Expert))
+    for seed in range(-(-_LEAST_VALUES // (BLOCK_ROWS**2 * size))):
+        inputs = torch.randn(BLOCK_ROWS, size, generator=torch.Generator().manual_seed(seed))
+        inputs = inputs.to(model.device, model.dtype)
+        expected = _rows_of(layer(inputs[None]))
+        for shift in range(1, BLOCK_ROWS):
+            if not torch.equal(_rows_of(layer(inputs.roll(shift, 0)[None])).roll(-shift, 0), expected):
+                return False
+    return True
 
 
 def _rows_of(output: Any) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-#: Rows of a block, where a row has the same bits at every place of a block. One row at a time where it has not.
+#: Rows of a block, if a row has the same bits at every place of a block. Otherwise a block is one row.
 BLOCK_ROWS = 8
 
 
@@ -22,7 +22,9 @@ BLOCK_ROWS = 8
 class Blocks:
     """What all experts and routers of a model have in common."""
 
+    #: Rows of a block of an expert, and of a router.
     rows: int = BLOCK_ROWS
+    router_rows: int = BLOCK_ROWS
     #: The rows of this forward pass that are not padding. None: all rows. Padding would only have further experts read.
     used: Sequence[int] | None = None
 
@@ -108,8 +110,8 @@ def route_in_blocks(router: Any, blocks: Blocks) -> None:
 
     def forward(x: torch.Tensor, *more: Any) -> Any:
         x = x.reshape(-1, x.shape[-1])
-        padded = functional.pad(x, (0, 0, 0, -len(x) % blocks.rows))
-        outputs = [route(part, *more) for part in padded.split(blocks.rows)]
+        padded = functional.pad(x, (0, 0, 0, -len(x) % blocks.router_rows))
+        outputs = [route(part, *more) for part in padded.split(blocks.router_rows)]
         return tuple(torch.cat(parts)[: len(x)] for parts in zip(*outputs, strict=True))
 
     router.forward = forward
