@@ -24,9 +24,9 @@ test: check
 test-avx2: $(VENV)/ready
 	$(AVX2) $(BIN)/pytest --numprocesses $(JOBS) --dist worksteal $(TESTS)
 
-# A tiny model of each architecture in docs/models.md: four minutes of a core.
+# A tiny model of each architecture in docs/models.md: about ten minutes.
 test-zoo: $(VENV)/ready
-	$(BIN)/pytest -m zoo --numprocesses $(JOBS) --dist worksteal tests/workers/test_zoo.py
+	$(BIN)/pytest -m zoo --numprocesses $(JOBS) --dist worksteal tests/workers/test_zoo.py tests/end_to_end/test_architectures.py
 
 # The fast checks: style and types.
 check: $(VENV)/ready
