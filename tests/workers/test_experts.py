@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
 from dsi_workers.backend import Run
 from dsi_workers.checkpoints import sizes
@@ -18,6 +22,7 @@ from dsi_workers.checkpoints.load import load_model
 from dsi_workers.decoding.experts import Expert
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.models.files import read_json
+from dsi_workers.models.headers import read_tensors
 from support.zoo import KINDS, make
 
 
@@ -104,3 +109,30 @@ def test_the_cache_of_latent_attention_is_what_is_allocated(tmp_path: Path) -> N
     config = read_json(tmp_path / "config.json")
     capacity = forward.cache.capacity
     assert sizes.cache_bytes(config, slots=2, positions=capacity, number_bytes=4) == allocated
+
+
+@torch.inference_mode()
+def test_experts_in_mxfp4_become_plain_weights(tmp_path: Path) -> None:
+    """As in the files of gpt-oss: two weights in a byte, and an exponent for each 32 of them."""
+    kind = KINDS["gpt_oss"]
+    make(tmp_path, replace(kind, settings={**kind.settings, "intermediate_size": 64}))
+    file, generator = tmp_path / "model.safetensors", torch.Generator().manual_seed(1)
+    weights = load_file(file)
+    for name in [name for name in weights if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, size, rows = weights.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, rows, size // 32, 16), generator=generator, dtype=torch.uint8)
+        weights[f"{name}_blocks"] = blocks
+        weights[f"{name}_scales"] = torch.full((experts, rows, size // 32), 124, dtype=torch.uint8)
+    save_file(weights, file, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.embed_tokens"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    wanted: dict[str, Any] = {"dtype": "float32", "quantization": "none", "rows": 8, "most_positions": 256}
+    found = load_model(tmp_path, torch.device("cpu"), reference="made", **wanted)
+    forward = Forward(found.decoder, found.config, torch.device("cpu"), slots=1, capacity=256)
+    tokens = [7 * place % 90 for place in range(40)]
+    [logits] = forward([Run(0, tokens, 0, 40, 0)], rows=40, logit_rows=40)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(torch.tensor([tokens])).logits[0]
+    assert (logits - expected).norm() <= 1e-3 * expected.norm()
+    plain = make(tmp_path / "plain", replace(kind, settings={**kind.settings, "intermediate_size": 64}))
+    assert sizes.loading_bytes(read_tensors(tmp_path), 4) == 4 * plain.num_parameters()

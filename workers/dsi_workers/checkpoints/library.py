@@ -19,7 +19,12 @@ from transformers.utils import logging as transformers_logging
 
 from dsi_workers.checkpoints.experts import choose_block_rows, replace_experts
 from dsi_workers.checkpoints.interfaces import ATTENTION, Expand, SlotsAsCache, attention
-from dsi_workers.checkpoints.quantized import COMPRESSED_TENSORS, refuse_if_quantized, refuse_quantized_activations
+from dsi_workers.checkpoints.quantized import (
+    COMPRESSED_TENSORS,
+    MXFP4,
+    refuse_if_quantized,
+    refuse_quantized_activations,
+)
 from dsi_workers.checkpoints.text_part import is_of_another_part
 from dsi_workers.decoding.attention import AttentionShape
 from dsi_workers.decoding.decoder import Decoder
@@ -65,7 +70,7 @@ def read_model(
     quantization = dict(getattr(config, "quantization_config", None) or {})
     method = str(quantization.get("quant_method"))
     refuse_quantized_activations(quantization, reference)
-    if method == COMPRESSED_TENSORS:
+    if method in (COMPRESSED_TENSORS, MXFP4):
         config.quantization_config = {**quantization, "dequantize": True}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -10,7 +10,7 @@ import math
 import re
 import sys
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +99,7 @@ def of_first_layers(tensors: Tensors, layers: OptionValue | None) -> Tensors:
 
 def loading_bytes(tensors: Tensors, number_bytes: int) -> int:
     """Bytes of all weights in a number type of `number_bytes` bytes, as they are read: int8 is made out of them."""
-    return sum(math.prod(shape) * number_bytes for kind, shape in tensors.values() if kind in FLOAT_BYTES)
+    return sum(math.prod(shape) * number_bytes for _, shape in _weights(tensors))
 
 
 def weight_bytes(tensors: Tensors, number_bytes: int, *, int8: bool = False) -> int:
@@ -108,12 +108,19 @@ def weight_bytes(tensors: Tensors, number_bytes: int, *, int8: bool = False) -> 
     if not int8:
         return loading_bytes(tensors, number_bytes)
     tied = "lm_head.weight" not in tensors
-    return sum(
-        _int8_bytes(name, shape, number_bytes, tied) for name, (kind, shape) in tensors.items() if kind in FLOAT_BYTES
-    )
+    return sum(_int8_bytes(name, shape, number_bytes, tied) for name, shape in _weights(tensors))
 
 
-def _int8_bytes(name: str, shape: tuple[int, ...], number_bytes: int, tied: bool) -> int:
+def _weights(tensors: Tensors) -> Iterator[tuple[str, Sequence[int]]]:
+    """Names and shapes of the weights that the model has in use. MXFP4 keeps two in a byte, in blocks."""
+    for name, (kind, shape) in tensors.items():
+        if kind in FLOAT_BYTES:
+            yield name, shape
+        elif kind == "U8" and name.endswith("_blocks"):
+            yield name, (*shape[:-2], 2 * math.prod(shape[-2:]))
+
+
+def _int8_bytes(name: str, shape: Sequence[int], number_bytes: int, tied: bool) -> int:
     whole = math.prod(shape) * number_bytes
     quantized = math.prod(shape) + shape[0] * number_bytes if shape else 0
     if name.endswith("embed_tokens.weight"):
