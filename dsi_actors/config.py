@@ -38,7 +38,7 @@ class Config:
     * `drafter`: a model reference, self-int8 (the target's weights in int8), ngram (prompt lookup), or None for no drafter. A
       model with another vocabulary than the target's is translated. ngram+REF is the drafter REF, for which prompt lookup
       guesses. A tuple names several: each generation takes the one that turns out to be the fastest for it, or all of them
-      together, of which the first one named that is not ngram leads.
+      together; the first one named that is not ngram leads.
     * `sp`: target servers: how many local ones to start, and the most that one generation uses. None: one for each device
       that the drafter leaves; and for a generation all that are there.
     * `devices`: devices of the local workers, in turn: "0" is a CUDA device, "cpu" the CPU. Empty: all CUDA devices, else

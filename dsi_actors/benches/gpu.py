@@ -2,8 +2,9 @@
 
 For each shape and width: how long a forward takes, over the time in which the device could read every byte that the forward
 needs once; how soon a device is free after a cancel; which widths give the same bits; and how much processes that compute on
-the same device at the same time slow one another down. Then how many tokens per second come by plain decoding, by the number of
-generations that share a forward. `--gpu cpu` runs it on the CPU.
+the same device at the same time slow one another down. For each length of a prompt: how long it takes, its tokens per second,
+its arithmetic as a share of the device's peak rate, and how soon the device is free after a cancel. Then how many tokens per
+second come by plain decoding, by the number of generations that share a forward. `--gpu cpu` runs it on the CPU.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from dsi_actors.host.devices import device_name, local_devices
 _SHAPES = ("1b", "3b", "8b", "tiny")
 #: Of cancels and of bits: what a verification has.
 _WINDOW = 8
+#: Positions of prompts.
+_PROMPTS, _PROMPTS_OF_A_CPU = "512,2048,8192,32768", "512"
 
 
 def add_parser(benches: SubParsers) -> None:
@@ -45,6 +48,12 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--no-graphs", action="store_true", help="launch each kernel by itself")
     parser.add_argument("--repeats", type=int, default=20, metavar="R", help="default %(default)s")
     parser.add_argument("--processes", type=int, default=2, metavar="P", help="at the same time (default %(default)s)")
+    parser.add_argument(
+        "--prompts", metavar="LIST", help=f"positions of prompts (default {_PROMPTS}; on a CPU {_PROMPTS_OF_A_CPU})"
+    )
+    parser.add_argument(
+        "--chunk", type=int, metavar="N", help="positions of a chunk of a prompt (default: the device's)"
+    )
     add_json_option(parser)
     add_logging_option(parser)
     parser.set_defaults(command=run)
@@ -57,15 +66,20 @@ async def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--shapes {unknown[0]} is unknown: choose of {', '.join(_SHAPES)}")
     if arguments.repeats < 1 or arguments.processes < 1 or not 1 <= arguments.context <= 1 << 16:
         raise ConfigError("--repeats and --processes must be at least 1, --context must lie in [1, 65536]")
+    if arguments.chunk is not None and not 1 <= arguments.chunk <= 1 << 16:
+        raise ConfigError("--chunk must lie in [1, 65536]")
     device = device_name(local_devices([] if arguments.gpu is None else [arguments.gpu])[0])
+    prompts = arguments.prompts or (_PROMPTS_OF_A_CPU if device.startswith("cpu") else _PROMPTS)
+    lengths = numbers(prompts, "--prompts", int, 1, 1 << 20)
     results = []
     for shape in shapes:
         words = ["--shape", shape, "--device", device, "--dtype", arguments.dtype]
         words += ["--context", str(arguments.context), "--generations", str(max(generations))]
-        words += [*(["--no-graphs"] if arguments.no_graphs else [])]
+        words += ["--longest-prompt", str(max(lengths)), "--chunk", str(arguments.chunk or 0)]
+        words += ["--no-graphs"] if arguments.no_graphs else []
         async with contextlib.AsyncExitStack() as stack:
             first = await stack.enter_async_context(LineProcess("dsi_workers.benches.device", *words))
-            result = await _alone(first, shape, widths, arguments)
+            result = await _alone(first, shape, widths, lengths, arguments)
             result["decoding"] = [await _decoding(first, number, arguments.repeats) for number in generations]
             others = [
                 await stack.enter_async_context(LineProcess("dsi_workers.benches.device", *words))
@@ -82,7 +96,9 @@ async def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _alone(process: LineProcess, shape: str, widths: list[int], arguments: argparse.Namespace) -> dict[str, Any]:
+async def _alone(
+    process: LineProcess, shape: str, widths: list[int], lengths: list[int], arguments: argparse.Namespace
+) -> dict[str, Any]:
     forwards = []
     for width in widths:
         measured = await process.ask(forward=width, repeats=arguments.repeats)
@@ -100,6 +116,19 @@ async def _alone(process: LineProcess, shape: str, widths: list[int], arguments:
         "cancel_to_free_ms": statistics.median(cancels["ms"]) if cancels["ms"] else None,
         "worst_cancel_to_free_ms": max(cancels["ms"], default=None),
         "same_bits": await process.ask(agree=_WINDOW),
+        "prompts": [await _prompt(process, length, arguments.repeats) for length in lengths],
+    }  # fmt: skip
+
+
+async def _prompt(process: LineProcess, positions: int, repeats: int) -> dict[str, Any]:
+    measured = await process.ask(prompt=positions, repeats=repeats)
+    cancels = await process.ask(cancel_prompt=positions, repeats=repeats)
+    median_ms, peak_tflops = statistics.median(measured["ms"]), process.greeting["peak_tflops"]
+    tflops = measured["tflop"] / (median_ms / 1e3)
+    return {
+        "positions": positions, "ms": median_ms, "worst_ms": max(measured["ms"]), "tokens_per_s": 1e3 * positions / median_ms,
+        "tflops": tflops, "of_peak": tflops / peak_tflops if peak_tflops else None,
+        "worst_cancel_to_free_ms": max(cancels["ms"], default=None),
     }  # fmt: skip
 
 
@@ -141,6 +170,7 @@ def _show(console: Console, result: dict[str, Any]) -> None:
     if result["cancel_to_free_ms"] is not None:
         worst = result["worst_cancel_to_free_ms"]
         console.print(f"free after a cancel: {result['cancel_to_free_ms']:.2f} ms at the median, {worst:.2f} at worst")
+    console.print(_prompt_table(result))
     bits = result["same_bits"]
     console.print(bits.get("problem") or f"the bits of width {_WINDOW}: widths {', '.join(map(str, bits['widths']))}")
     together = result["together"]
@@ -148,3 +178,18 @@ def _show(console: Console, result: dict[str, Any]) -> None:
         console.print(
             f"{together['processes']} processes at once: a forward of {_WINDOW} takes {together['slower']:.2f} times as long"
         )
+
+
+def _prompt_table(result: dict[str, Any]) -> Table:
+    peak_tflops = result["peak_tflops"]
+    of = f"of {peak_tflops:.0f} TFLOP/s" if peak_tflops else "whose peak rate is not known"
+    table = Table(title=f"prompts, in chunks of {result['prompt_chunk']} positions, on a device {of}")
+    for title in ("positions", "ms", "worst", "tokens/s", "TFLOP/s", "of the peak", "free after a cancel, at worst"):
+        table.add_column(title, justify="right")
+    for row in result["prompts"]:
+        share, free_ms = row["of_peak"], row["worst_cancel_to_free_ms"]
+        table.add_row(
+            str(row["positions"]), f"{row['ms']:.1f}", f"{row['worst_ms']:.1f}", f"{row['tokens_per_s']:,.0f}",
+            f"{row['tflops']:.1f}", "" if share is None else f"{share:.0%}", "" if free_ms is None else f"{free_ms:.2f} ms",
+        )  # fmt: skip
+    return table

@@ -132,7 +132,7 @@ class Drafting:
             view.judge(token)
 
     def root_moved(self) -> None:
-        """Or nothing is drafted any more. Of drafters whose path has ended by it, what was committed before is known."""
+        """The root has moved, or all drafts were dropped. A drafter whose path has died still holds what was committed before."""
         for view in self._views.values():
             if view.astray:
                 view.held = min(view.held, self._tree.root.position)

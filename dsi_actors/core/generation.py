@@ -376,7 +376,7 @@ class GenerationCore:
                 self._drafts_late = False
 
     def _follow_main_path(self) -> None:
-        """Drafts came: the main path is longer, or that of a drafter that leads those whose it was."""
+        """Drafts came. The main path is longer, or the leader drafted another one than the drafter that led until now."""
         tree = self._tree
         if tree.replaced_from is not None and tree.replaced_from < len(self.tokens):
             self._replace_main_path(tree.replaced_from)
@@ -458,9 +458,8 @@ class GenerationCore:
         if not running and (self._drafts_late or self._has_much_to_read()):
             return True
         covered = self._verified_front() - self.committed
-        for view in drafting.views[
-            self._drafts_late :
-        ]:  # of which the first one with something to verify, or to come, decides
+        # The first drafter with something to verify, or with drafts to come, decides. A leader that is late is left out.
+        for view in drafting.views[1:] if self._drafts_late else drafting.views:
             coming, drafted = drafting.has_more_to_come(view), drafting.front(view) - self.committed
             if not (coming or drafted):
                 continue

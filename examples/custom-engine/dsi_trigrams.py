@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from dsi_protocol import OptionValue
-from dsi_workers.backend import PROMPT_CHUNK, Backend, Run
+from dsi_workers.backend import Backend, Run
 from dsi_workers.engine import Engine, EngineError, Interrupt
 from dsi_workers.engines.model import ModelEngine
 from dsi_workers.models.files import read_tokenizer, read_vocabulary_hash
@@ -22,7 +22,7 @@ class TrigramBackend(Backend):
         self.vocabulary, self.vocabulary_size = read_vocabulary_hash(words), tokenizer.get_vocab_size()
         self.forwards = 0
         # In place of keys and values: the input at each position of each slot. A later run overwrites what was rejected.
-        self.inputs = [[0] * (self.max_length + PROMPT_CHUNK) for _ in range(self.slots)]
+        self.inputs = [[0] * (self.max_length + self.prompt_chunk) for _ in range(self.slots)]
         self.followers: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
         tokens = tokenizer.encode(text.read_text(encoding="utf-8"), add_special_tokens=False).ids
         for position, token in enumerate(tokens):

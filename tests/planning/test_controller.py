@@ -342,7 +342,7 @@ def test_a_plan_follows_another_drafter_at_once() -> None:
 
 
 def test_drafters_that_draft_together_have_all_they_say_verified() -> None:
-    """Even if each of them drafts chains. And a plan follows who is there."""
+    """Even if each of them drafts chains. And a plan follows the drafters that are there."""
     controller = begun(Arms())
     controller.drafter_joined("a", GUESSER, 0)
     controller.retune()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import statistics
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsi_actors.core import Policy
+from dsi_actors.planning import search
 from dsi_actors.planning.arms import ArmChoice, Arms
 from dsi_actors.planning.controller import Controller
-from dsi_actors.planning.expectation import Branching, equation_1_servers, expect, limit
+from dsi_actors.planning.expectation import Branching, Expectation, equation_1_servers, expect, limit
 from dsi_actors.planning.search import best_dsi, best_in_turns, best_si, with_rows
 from dsi_actors.planning.tuner import Estimates, Tuner, flat
 from dsi_actors.simulation.run import Scenario, simulate_once
@@ -158,3 +160,23 @@ def test_the_limit_of_a_tree_is_what_the_core_does_with_enough_servers(
 def test_without_alternatives_the_limit_is_that_of_a_chain() -> None:
     assert limit(20.0, 2.0, 0.75) == pytest.approx(0.75 * 2 + 0.25 * 20)
     assert limit(2.0, 20.0, 0.75) == 2.0, "a slow drafter is of no use"
+
+
+@pytest.mark.parametrize(("target_ms", "drafter_ms", "acceptance"), PUBLISHED)
+def test_a_plan_takes_few_walks(
+    monkeypatch: pytest.MonkeyPatch, target_ms: float, drafter_ms: float, acceptance: float
+) -> None:
+    """A plan is made in the event loop, while a generation runs. Plans of trees took 500 expectations and 10 to 110 ms."""
+    asked: dict[tuple[str, bool], int] = {}
+
+    def counted(policy: Policy, *known: Any) -> Expectation:
+        kind = ("turns" if policy.first_wait == policy.max_ahead else "walk", policy.rows > 1)
+        asked[kind] = asked.get(kind, 0) + 1
+        return expect(policy, *known)
+
+    monkeypatch.setattr(search, "expect", counted)
+    cost_ms = Estimates(target_ms, 1.5 * target_ms, 32).cost_ms
+    search.best_dsi(cost_ms, drafter_ms, acceptance, 3, Branching(0.35, rows=1024))
+    assert asked["turns", True] <= 60
+    assert asked["walk", True] <= 30
+    assert asked["walk", False] <= 100

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import re
 import signal
@@ -250,3 +251,9 @@ def test_an_open_dashboard_is_warned_of(tmp_path: Path, host: str, warned: bool)
     result = subprocess.run(command, capture_output=True, text=True, timeout=limit_s(60), check=False)
     assert result.returncode == 1, "there is no model"
     assert ("warning: without --api-keys" in result.stderr) == warned
+
+
+async def test_a_service_leaves_the_levels_of_loggers_alone(tmp_path: Path) -> None:
+    """uvicorn sets that of its own logger if it is given one: from then on `show_logs` did not decide alone."""
+    async with served(tmp_path):
+        assert logging.getLogger("uvicorn.error").level == logging.NOTSET

@@ -8,13 +8,13 @@ from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dsi_workers.decoding.gpu import kernels
+from dsi_workers.decoding.gpu import kernels, prompt_kernels
 
 #: An 8B shape.
 SHAPE = {"heads": 32, "kv_heads": 8, "dim": 128}
 HALF = (
     *("qkv", "cos", "sin", "keys", "values", "branch_keys", "branch_values", "query_norm", "key_norm", "out"),
-    *("x", "weight", "y", "scales", "bias", "residual", "norm"),
+    *("x", "weight", "y", "scales", "bias", "residual", "norm", "gate_up", "gated"),
 )
 POINTERS = {
     **dict.fromkeys(HALF, "*bf16"),
@@ -30,9 +30,10 @@ def shared_bytes(kernel: Any, constants: dict[str, Any], *, capability: int) -> 
         name: "constexpr" if name in constants else POINTERS.get(name) or NUMBERS.get(name, "i32")
         for name in kernel.arg_names
     }
-    aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(signature) if name in POINTERS}
+    pointers = [place for place, kind in enumerate(signature.values()) if kind.startswith("*")]
+    aligned = {(place,): [["tt.divisibility", 16]] for place in pointers}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"launch_pdl": True} if constants["pdl"] else {}
+    options = {"launch_pdl": True} if constants.get("pdl") else {}
     compiled: Any = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.asm["cubin"]
     return int(compiled.metadata.shared)
@@ -44,13 +45,8 @@ if __name__ == "__main__":
         turn = {**constants, "normed": True, "block_half": 64}
         attend = {**constants, "sliding_window": 0, "most_groups": 256, "block_m": 32, "block_d": 128}
         combine = {
-            "heads": 32,
-            "dim": 128,
-            "sliding_window": 0,
-            "block_d": 128,
-            "block_splits": 1024,
-            "pdl": capability >= 90,
-        }
+            "heads": 32, "dim": 128, "sliding_window": 0, "block_d": 128, "block_splits": 1024, "pdl": capability >= 90
+        }  # fmt: skip
         product = {
             "inputs": 4096, "gated": False, "scaled": False, "biased": False, "added": True, "normed": False, "block_rows": 64,
             "block_n": 64, "block_k": 256, "pdl": capability >= 90, "prefetched_lines": 4,
@@ -59,4 +55,9 @@ if __name__ == "__main__":
         shared_bytes(kernels.combine_splits, combine, capability=capability)
         shared_bytes(kernels.multiply, product, capability=capability)
         taken = shared_bytes(kernels.attend_to_splits, attend, capability=capability)
+        chunk = {"heads": 32, "kv_heads": 8, "dim": 128, "normed": True, "block_half": 64}
+        rope = {**chunk, "block_rows": prompt_kernels.ROPE_ROWS}
+        shared_bytes(prompt_kernels.apply_rope_and_store_chunk, rope, capability=capability)
+        gate = {"block_rows": prompt_kernels.GATE_ROWS, "block": 512}
+        shared_bytes(prompt_kernels.multiply_by_silu, gate, capability=capability)
         assert taken <= 48 * 1024, f"attention takes {taken} bytes of shared memory: too few programs run side by side"

@@ -1,4 +1,4 @@
-"""What a model's generation_config.json says about sampling, and who uses it."""
+"""What a model's generation_config.json says about sampling, and where that is the default."""
 
 from __future__ import annotations
 

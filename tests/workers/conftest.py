@@ -25,3 +25,9 @@ with contextlib.suppress(ImportError):  # Triton comes with torch for CUDA, and 
     from triton.runtime.interpreter import InterpreterBuilder
 
     InterpreterBuilder.create_dot = _multiply_in_one_order
+
+    if not torch.cuda.is_available():
+        from dsi_workers.decoding.gpu import prompt_kernels
+
+        # The interpreter takes as long as there are programs. A row is computed alike in a program of any number of rows.
+        prompt_kernels.ROPE_ROWS = prompt_kernels.GATE_ROWS = 128

@@ -173,3 +173,12 @@ def test_a_large_row_does_not_drown_the_rows_beside_it() -> None:
         rows[0] *= 1000
         beside = quantize_int8(linear)(rows)
         assert (beside[1:] - alone[1:]).norm() < 0.02 * alone[1:].norm()
+
+
+def test_no_matrix_of_a_layer_stays_in_the_weights(tmp_path: Path) -> None:
+    """Joined matrices are new ones: with the parts they would take twice the memory until all of the model is loaded."""
+    made(tmp_path, "llama", tie_word_embeddings=True)
+    checkpoint = read_checkpoint(tmp_path, torch.float32, torch.device("cpu"), "made")
+    assert checkpoint is not None
+    Decoder(checkpoint.weights, checkpoint.config, *checkpoint.rope(64, torch.float32))
+    assert [name for name, weight in checkpoint.weights.items() if weight.dim() > 1] == ["model.embed_tokens.weight"]

@@ -160,6 +160,18 @@ def test_drafts_are_numbered_in_the_order_in_which_they_are_made(data: st.DataOb
         leading = tree.leading_to(base, whole[base:], main)
         assert leading is not None
         assert [*main[: leading.fork], *leading.tokens][: len(whole)] == whole
+    base = data.draw(st.integers(0, len(main)), label="base of a path")
+    tokens = data.draw(st.lists(st.integers(0, 9), max_size=4), label="its tokens")
+    # Beside arbitrary ones: what a branch says, with a token of the main path before it changed.
+    for branch in tree.branches[:1]:
+        if base < branch.fork and data.draw(st.booleans(), label="nearly a branch's"):
+            tokens = [*main[base : branch.fork], *branch.tokens]
+            tokens[0] = 9 - tokens[0]
+    leading = tree.leading_to(base, tokens, main)
+    path = [*main[:base], *tokens]
+    lead = [branch for branch in tree.branches if [*main[: branch.fork], *branch.tokens][: len(path)] == path]
+    assert leading is None or leading in lead
+    assert leading is not None or not any(branch.fork >= base for branch in lead)
     committed = data.draw(st.integers(0, len(main)), label="committed")
     tree.drop_dead_branches(committed)
     assert all(branch.fork >= committed for branch in tree.branches)

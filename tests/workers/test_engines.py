@@ -224,6 +224,23 @@ def test_a_device_that_sums_by_what_it_reads_has_all_of_the_cache_read(
         load_engine("transformers", model=str(tiny_model), **words)
 
 
+def test_a_device_that_computes_a_prompt_by_chance_is_refused(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows agree, chunks of a prompt do not."""
+    from torch.nn import functional
+
+    plain, chance = functional.scaled_dot_product_attention, random.Random(1)
+
+    def by_chance(query: Any, *arguments: Any, **more: Any) -> Any:
+        return plain(query, *arguments, **more) * (1 + (chance.random() / 1e3 if query.shape[2] > 200 else 0))
+
+    monkeypatch.setenv("DSI_CACHE", str(tmp_path))
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", by_chance)
+    with pytest.raises(EngineError, match="gives different bits when it computes the same tokens again"):
+        load_engine("transformers", role="target", model=str(tiny_model), device="cpu:0", options={"max_length": 512})
+
+
 def test_a_device_that_sums_by_place_attends_to_each_position_by_itself(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,7 +116,7 @@ def logits_of(forward: Forward, runs: Sequence[Run]) -> list[torch.Tensor]:
 
 
 def read(forward: Forward, slot: int, positions: int) -> None:
-    """A prompt: wider than a window, so that torch's own operations compute it."""
+    """A prompt: wider than a run of the kernels."""
     logits_of(forward, [run_of(slot, 0, positions, positions)])
 
 
@@ -269,7 +269,7 @@ def engine_on_a_gpu(monkeypatch: pytest.MonkeyPatch, directory: Path, role: str,
         def load_by_kernels(*arguments: Any, **more: Any) -> Any:
             found = load_model(*arguments, **more)
             assert isinstance(found.decoder, Decoder)
-            return replace(found, decoder=with_gpu_kernels(found.decoder))
+            return replace(found, decoder=with_gpu_kernels(found.decoder, prompt_chunk=128))  # else minutes, too
 
         def widths(trial: Trial, slots: int) -> Widths:
             return Widths({rows: 1.0 for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256)})
@@ -365,6 +365,34 @@ def test_a_worker_starts_and_serves_whatever_its_slots(
             session.write(length, task.answer.tokens)
     assert shared == [slots], "one row each"
     assert len({tuple(task.answer.tokens) for task in tasks}) == 1
+
+
+def test_a_drafter_that_lost_a_long_text_reads_it_before_its_branches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: list[int]
+) -> None:
+    """The text and the branches together have more rows than the kernels compute."""
+    engine = engine_on_a_gpu(monkeypatch, tmp_path, "drafter", slots=1, max_length=512, calibrate=False)
+    torch_backend(engine).prompt_chunk = 512
+    text = [(7 * place) % 90 for place in range(300)]
+    session, other = session_of(text), session_of([5], generation=2)
+    session.drafts.restart(session.tokens, len(text))
+
+    def draft() -> Task:
+        task = Task(session, len(session.tokens), 9, session.drafts.branches[:7], alternatives=True)
+        while not task.done:
+            engine.step([task], NoInterrupt())
+        answer = task.answer
+        session.drafts.add(task.start, answer.tokens, answer.alternatives, task.branches, answer.continued)
+        session.write(task.start, answer.tokens)
+        return task
+
+    while len(session.drafts.branches) < 7:
+        draft()
+    engine.draft(other, 1, NoInterrupt())
+    assert session.computed == 0, "the other generation has the slot"
+    del shared[:]
+    assert None not in draft().answer.continued
+    assert shared == [1, 1 + 7]
 
 
 @pytest.mark.parametrize("checks", [1, 2])

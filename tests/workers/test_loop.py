@@ -205,6 +205,17 @@ def test_the_generation_that_was_idle_longest_makes_room() -> None:
     assert [type(reply) for reply in socket.sent] == [Failed, Verified, Verified]
 
 
+def test_a_generation_that_waits_for_its_turn_is_not_idle() -> None:
+    """It was used before all others, which are idle."""
+    socket, engine = ScriptedSocket(), CountingEngine()
+    socket.inbox.extend([OPEN, verify(1, PROMPT)])
+    socket.inbox.extend(replace(OPEN, generation=number) for number in range(2, MAX_SESSIONS + 1))
+    socket.inbox.append(replace(OPEN, generation=1000))
+    loop_of(socket, engine).run()
+    assert engine.forgotten == [2]
+    assert [type(reply) for reply in socket.sent] == [Verified]
+
+
 def test_closing_cancels_and_forgets() -> None:
     replies = served(OPEN, verify(1, PROMPT), during=[[CloseGeneration(1), verify(2, PROMPT)]])
     assert replies == [

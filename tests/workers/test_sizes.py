@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsi_workers.checkpoints import sizes
+from dsi_workers.decoding.capacity import slot_positions
 from dsi_workers.decoding.kv_cache import SlotCache
 from dsi_workers.decoding.quantization import Int8Linear
 from dsi_workers.engine import EngineError
@@ -133,7 +134,7 @@ def test_a_file_larger_than_any_memory_is_refused(tmp_path: Path, tiny_model: Pa
 def fit(directory: Path, device: str, **more: Any) -> tuple[int, int]:
     arguments: dict[str, Any] = {
         "reference": "tiny", "dtype": "float32", "quantization": "none", "layers": None, "slots": None, "max_length": None,
-        "branch_slots": 0, "chunk": 128, "share": 1.0,
+        "branch_slots": 0, "prompt_chunk": 128, "share": 1.0,
     }  # fmt: skip
     return memory.fit_into_memory(directory, torch.device(device), **{**arguments, **more})
 
@@ -158,7 +159,7 @@ def test_only_a_gpu_needs_room_for_the_whole_cache(
 def needs_of(directory: Path, *, gpu: bool = True) -> sizes.Needs:
     weights = sizes.weight_bytes(read_tensors(directory), 4) * (1 + sizes.MARGIN)
     config = json.loads((directory / "config.json").read_text())
-    return sizes.Needs(config, weights, 4, 0, 128, buffers=gpu)
+    return sizes.Needs(config, weights, 4, 0, 128, gpu=gpu)
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +229,7 @@ def test_a_cpu_takes_the_models_own_length_if_all_slots_can_fill_up(
 
 def test_an_unknown_configuration_gets_eight_slots(tiny_model: Path, tmp_path: Path) -> None:
     """Its cache cannot be counted."""
-    needs = sizes.Needs({"n_layer": 3, "n_positions": 4096}, 1000, 2, 0, 128, buffers=True)
+    needs = sizes.Needs({"n_layer": 3, "n_positions": 4096}, 1000, 2, 0, 128, gpu=True)
     assert needs.on_a_gpu(1e9) == (8, 2048)
     assert needs.on_a_gpu(1e9, 3, 3000) == (3, 3000)
 
@@ -237,7 +238,7 @@ def test_what_a_worker_takes_is_logged_before_weights_are_read(tiny_model: Path)
     with structlog.testing.capture_logs() as logs:
         fit(tiny_model, "cpu")
     [entry] = [entry for entry in logs if entry["event"] == "memory"]
-    assert {"weights", "kv_cache", "margin", "free", "slots", "max_length"} <= entry.keys()
+    assert {"weights", "kv_cache", "prompt", "margin", "free", "slots", "max_length"} <= entry.keys()
 
 
 @pytest.mark.parametrize(
@@ -246,6 +247,29 @@ def test_what_a_worker_takes_is_logged_before_weights_are_read(tiny_model: Path)
 def test_options_that_mean_nothing_are_refused(tiny_model: Path, name: str, value: Any) -> None:
     with pytest.raises(EngineError, match=f"option {name} must be"):
         load_engine("transformers", role="target", model=str(tiny_model), device="cpu:0", options={name: value})
+
+
+def test_a_long_context_counts_the_chunk_of_a_prompt(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU needs beside weights and KV cache: activations, and masks where torch's operations compute."""
+    config = json.loads((tiny_model / "config.json").read_text())
+    more: dict[str, Any] = {"number_bytes": 2, "int8": False}
+    short, long = (sizes.prompt_bytes(config, rows=512, positions=count, **more) for count in (2560, 33280))
+    group = config["num_attention_heads"] // config["num_key_value_heads"]
+    assert long - short == 512 * (33280 - 2560) * (1 + 2 * group)
+    whole = sizes.prompt_bytes(config, rows=512, positions=2560, number_bytes=2, int8=True) - short
+    assert whole == 2 * 2 * config["intermediate_size"] * config["hidden_size"], "gate and up as bfloat16"
+    weights = sizes.weight_bytes(read_tensors(tiny_model), 2)
+    positions = slot_positions(512, 512)
+    cache = sizes.cache_bytes(config, slots=8, positions=positions, number_bytes=2)
+    buffers = sizes.buffer_bytes(config, positions=positions, number_bytes=2)
+    prompt = sizes.prompt_bytes(config, rows=512, positions=positions, **more)
+    needed = weights * (1 + sizes.MARGIN) + cache + buffers + prompt
+    asked: dict[str, Any] = {"dtype": "bfloat16", "slots": 8, "max_length": 512, "prompt_chunk": 512}
+    has_free(monkeypatch, needed)
+    assert fit(tiny_model, "cuda", **asked) == (8, 512)
+    has_free(monkeypatch, needed - 2)
+    with pytest.raises(EngineError, match=r"a chunk of a prompt 0\.1 GiB"):
+        fit(tiny_model, "cuda", **asked)
 
 
 def test_the_page_holds_the_tables() -> None:

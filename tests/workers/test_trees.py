@@ -70,7 +70,7 @@ def own_tokens(
 def random_tree(chance: random.Random, base: int, own: Sequence[int], most: int) -> Tree:
     """A tree from position `base` on that has some of the model's own tokens, and others."""
     before, tokens, children = [-1], [-1], [list[int]()]  # node 0 is the token before the tree
-    right = {0: 0}  # nodes whose path has the model's own tokens only, by how many they are
+    right = {0: 0}  # the node at the end of the model's own tokens, by how many tokens lead to it
     for node in range(1, chance.randint(2, most) + 1):
         parent = node - 1 if chance.random() < 0.6 else chance.choice([*right, chance.randrange(node)])
         token, depth = chance.randrange(WORDS), right.get(parent)

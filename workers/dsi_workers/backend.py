@@ -16,10 +16,6 @@ from dsi_workers.engine import Interrupt, Never
 if TYPE_CHECKING:
     import torch
 
-#: A target reads a prompt in chunks of this many positions, aligned to position 0. So the bits of a prompt's keys and values
-#: depend on the prompt alone, and not on how many of its tokens came with which request.
-PROMPT_CHUNK = 128
-
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -65,6 +61,9 @@ class Backend(Protocol):
     slots: int
     #: Most positions of one run beyond the prompt: a longer verification takes several forwards.
     window: int
+    #: A target reads a prompt in chunks of this many positions, aligned to position 0. So the bits of a prompt's keys and values
+    #: depend on the prompt alone, and not on how many of its tokens came with which request.
+    prompt_chunk: int = 128
     #: Most rows of a `compute` for several generations. A generation by itself may take more.
     most_rows: int
     #: Most tokens of a tree that a target verifies (Verify in SPEC.md). A branch of so many tokens must fit into `most_rows`.
@@ -87,7 +86,7 @@ class Backend(Protocol):
         Call `interrupt.check()` now and then, such as between layers: it raises Interrupted when nobody wants the logits any
         more. After that no run counts as computed, so that `compute` may stop anywhere.
 
-        Runs of the fingerprint and of `time_s` lie at positions [0, PROMPT_CHUNK + window), even where `max_length` is less.
+        Runs of the fingerprint and of `time_s` lie at positions [0, prompt_chunk + window), even where `max_length` is less.
         """
 
     def copy(self, source: int, destination: int, begin: int, end: int) -> None:

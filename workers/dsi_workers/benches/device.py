@@ -8,6 +8,13 @@ per line:
     {"cancel": width, "repeats": n}   -> {"ms": [from a cancel during a forward pass until the device is free]}
     {"agree": width}                  -> {"widths": [widths with the bits of this one, alone or as several windows]}
     {"generations": n, "repeats": r}  -> {"ms": [each step of plain decoding, in which n generations get a token each]}
+    {"prompt": positions, "repeats": n}
+                                      -> {"ms": [until the logits after it are there], "tflop": its arithmetic}
+    {"cancel_prompt": positions, "repeats": n}
+                                      -> {"ms": [from a cancel during its last chunk until the device is free]}
+
+The first line, before any request, names the device, its memory bandwidth, the positions of a chunk of a prompt, and the device's
+peak rate in half precision, or null where that is not known.
 
 The lower limit is the time to read each weight, and the keys and values of the context, once. The device's memory bandwidth is
 measured by copying.
@@ -30,6 +37,7 @@ import torch
 from dsi_workers.backend import Run
 from dsi_workers.benches.requests import read_requests
 from dsi_workers.checkpoints.load import with_gpu_kernels
+from dsi_workers.decoding.capacity import prompt_chunk_of, slot_positions
 from dsi_workers.decoding.decoder import Decoder
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.decoding.packing import pack
@@ -46,6 +54,12 @@ _SLOTS = 8
 _RUN_ROWS = 32
 #: Positions behind the context, for the rows of a forward and for generated tokens.
 _POSITIONS_BEHIND = 512
+#: A prompt is not read again after so many seconds in all, but at least twice.
+_LONG_S = 5.0
+#: The most dense arithmetic in bfloat16 or float16, in TFLOP/s, by a part of the device's name (NVIDIA's data sheets). Cards for
+#: PCIe and in pairs (NVL) of the first two have less.
+_PEAK_TFLOPS = {"H100 80GB HBM3": 989.0, "H200": 989.0, "A100": 312.0}
+_SLOWER_CARDS = ("H100 NVL", "H200 NVL", "PCIe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +74,13 @@ class Shape:
     dim: int
     words: int = 128_256
 
+    def prompt_flop(self, positions: int) -> int:
+        """Floating-point operations of a prompt: products with weights, causal attention, logits after the last position."""
+        queries, states = self.heads * self.dim, (self.heads + 2 * self.kv_heads) * self.dim
+        weights = self.hidden * (states + queries + 3 * self.intermediate)
+        attention = 4 * queries * (positions * (positions + 1) // 2)
+        return self.layers * (2 * weights * positions + attention) + 2 * self.hidden * self.words
+
 
 SHAPES = {
     "tiny": Shape(64, 128, 5, 4, 2, 16, 256),
@@ -73,15 +94,9 @@ class DeviceBench:
     """Answers the requests for one model on one device."""
 
     def __init__(
-        self,
-        shape: Shape,
-        device: torch.device,
-        *,
-        dtype: torch.dtype,
-        context: int,
-        graphs: bool,
-        generations: int = 1,
-    ) -> None:
+        self, shape: Shape, device: torch.device, *, dtype: torch.dtype, context: int, graphs: bool, prompt_chunk: int,
+        longest_prompt: int, generations: int = 1,
+    ) -> None:  # fmt: skip
         """`generations`: the most of them at the same time."""
         self._device, self._context, self._window = device, context, 8
         self._shape = shape
@@ -92,7 +107,9 @@ class DeviceBench:
         )
         self._kv_bytes = 2 * shape.layers * shape.kv_heads * shape.dim * dtype.itemsize
         positions = context + _POSITIONS_BEHIND
-        angles = torch.outer(torch.arange(positions), 5e5 ** -torch.linspace(0, 1, shape.dim // 2))
+        prompt_positions = slot_positions(longest_prompt, prompt_chunk)
+        longest = max(positions, prompt_positions)
+        angles = torch.outer(torch.arange(longest), 5e5 ** -torch.linspace(0, 1, shape.dim // 2))
         angles = torch.cat((angles, angles), dim=-1)
         config = SimpleNamespace(
             rms_norm_eps=1e-5, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
@@ -103,10 +120,13 @@ class DeviceBench:
             weights.clear()
             decoder.replace_linear_layers(lambda linear: pack(linear, self._window))
         recorded = graphs and device.type == "cuda"
-        decodes = with_gpu_kernels(decoder) if recorded else decoder
+        decoder.prompt_chunk = prompt_chunk
+        decodes = with_gpu_kernels(decoder, prompt_chunk=prompt_chunk) if recorded else decoder
         self._forward = Forward(decodes, config, device, slots=generations, capacity=positions)
         self._engine: ModelEngine | None = None
         self._sessions: list[Session] = []
+        #: With a KV cache of its own, allocated when the first prompt is read: a long one would slow short forwards down.
+        self._prompts = Forward(decodes, config, device, slots=1, capacity=prompt_positions)
         self._bytes_per_ms = self._copy_rate()
 
     def forward(self, width: int, repeats: int = 20, seconds: float = 0.0) -> dict[str, Any]:
@@ -125,21 +145,51 @@ class DeviceBench:
 
     def cancel(self, width: int, repeats: int = 20) -> dict[str, Any]:
         """Time from a cancel, at a random moment of a forward pass, until the device is free."""
-        run = [Run(0, [1] * width, self._context, width, self._context)]
-        whole_s = min(self._forward.timed_s(run, rows=width, logit_rows=width) for _ in range(_WARM_UP))
+        return self._cancel(self._forward, Run(0, [1] * width, self._context, width, self._context), repeats)
+
+    def prompt(self, positions: int, repeats: int = 20) -> dict[str, Any]:
+        """Time prompts, read chunk by chunk as a target does."""
+        self._read_s(positions)  # compiles kernels
+        times_s = list[float]()
+        while len(times_s) < repeats and (len(times_s) < 2 or sum(times_s) < _LONG_S):
+            times_s.append(self._read_s(positions))
+        return {"ms": [1e3 * time_s for time_s in times_s], "tflop": self._shape.prompt_flop(positions) / 1e12}
+
+    def cancel_prompt(self, positions: int, repeats: int = 20) -> dict[str, Any]:
+        """Time from a cancel, at a random moment of the prompt's last chunk, until the device is free."""
+        return self._cancel(self._prompts, self._chunks(positions)[-1], repeats)
+
+    def _chunks(self, positions: int) -> list[Run]:
+        chunk = self._prompts.prompt_chunk
+        tokens = [31 * position % self._shape.words for position in range(positions)]
+        return [
+            Run(0, tokens[begin : begin + chunk], begin, min(chunk, positions - begin), positions - 1)
+            for begin in range(0, positions, chunk)
+        ]
+
+    def _read_s(self, positions: int) -> float:
+        begun = time.perf_counter()
+        for run in self._chunks(positions):
+            self._prompts([run], rows=run.width, logit_rows=len(run.wanted))
+        self._prompts.finish()
+        return time.perf_counter() - begun
+
+    def _cancel(self, forward: Forward, one: Run, repeats: int) -> dict[str, Any]:
+        run, width, logit_rows = [one], one.width, len(one.wanted)
+        whole_s = min(forward.timed_s(run, rows=width, logit_rows=logit_rows) for _ in range(_WARM_UP))
         chance, times_ms = random.Random(5), list[float]()
         for _ in range(100 * repeats):
             interrupt = _At(time.perf_counter() + chance.random() * whole_s)
-            self._forward.interrupt = interrupt
+            forward.interrupt = interrupt
             try:
-                self._forward(run, rows=width, logit_rows=width)
+                forward(run, rows=width, logit_rows=logit_rows)
             except Interrupted:
-                self._forward.finish()
+                forward.finish()
                 times_ms.append((time.perf_counter() - interrupt.due_s) * 1e3)
-            self._forward.finish()
+            forward.finish()
             if len(times_ms) == repeats:
                 break
-        self._forward.interrupt = Never()
+        forward.interrupt = Never()
         return {"ms": times_ms, "forward_ms": whole_s * 1e3}
 
     def agree(self, width: int) -> dict[str, Any]:
@@ -174,7 +224,7 @@ class DeviceBench:
                 self._forward, None, vocabulary="", vocabulary_size=self._shape.words, window=self._window,
                 max_length=self._context + _POSITIONS_BEHIND,
             )  # fmt: skip
-            # As a drafter, of whose forwards each has as many rows as generations.
+            # As a drafter: each of its forwards has as many rows as there are generations.
             self._engine = ModelEngine(backend, exact=False, calibrate=False)
         tasks = [Task(session, len(session.tokens), 1) for session in sessions]
         while left := [task for task in tasks if not task.done]:
@@ -241,6 +291,8 @@ def main() -> int:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--generations", type=int, default=1, help="the most at the same time")
     parser.add_argument("--no-graphs", action="store_false", dest="graphs")
+    parser.add_argument("--chunk", type=int, default=0, help="positions of a chunk of a prompt (0: the device's)")
+    parser.add_argument("--longest-prompt", type=int, default=512)
     arguments = parser.parse_args()
     requests = read_requests()
     torch.set_num_threads(1)
@@ -250,10 +302,16 @@ def main() -> int:
     dtype: torch.dtype = getattr(torch, arguments.dtype)
     bench = DeviceBench(
         SHAPES[arguments.shape], device, dtype=dtype, context=arguments.context, graphs=arguments.graphs,
+        prompt_chunk=arguments.chunk or prompt_chunk_of(device.type), longest_prompt=arguments.longest_prompt,
         generations=arguments.generations,
     )  # fmt: skip
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    _say({"device": name, "bytes_per_ms": bench._bytes_per_ms})
+    _say(
+        {
+            "device": name, "bytes_per_ms": bench._bytes_per_ms, "prompt_chunk": bench._prompts.prompt_chunk,
+            "peak_tflops": peak_tflops(name) if dtype.itemsize == 2 else None,
+        }
+    )  # fmt: skip
     for request in requests:
         if "forward" in request:
             _say(bench.forward(request["forward"], request.get("repeats", 1), request.get("seconds", 0.0)))
@@ -261,9 +319,20 @@ def main() -> int:
             _say(bench.cancel(request["cancel"], request["repeats"]))
         elif "generations" in request:
             _say(bench.generations(request["generations"], request["repeats"]))
+        elif "prompt" in request:
+            _say(bench.prompt(request["prompt"], request["repeats"]))
+        elif "cancel_prompt" in request:
+            _say(bench.cancel_prompt(request["cancel_prompt"], request["repeats"]))
         else:
             _say(bench.agree(request["agree"]))
     return 0
+
+
+def peak_tflops(device: str) -> float | None:
+    """The most dense arithmetic in half precision of the device with this name, in TFLOP/s. None: not known."""
+    if any(card in device for card in _SLOWER_CARDS) and "A100" not in device:
+        return None
+    return next((peak for name, peak in _PEAK_TFLOPS.items() if name in device), None)
 
 
 def _say(answer: dict[str, Any]) -> None:

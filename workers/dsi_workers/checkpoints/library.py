@@ -27,6 +27,7 @@ from dsi_workers.checkpoints.quantized import (
 )
 from dsi_workers.checkpoints.text_part import is_of_another_part
 from dsi_workers.decoding.attention import AttentionShape
+from dsi_workers.decoding.capacity import prompt_chunk_of
 from dsi_workers.decoding.decoder import Decoder
 from dsi_workers.decoding.experts import Experts
 from dsi_workers.decoding.kv_cache import SlotCache
@@ -146,6 +147,7 @@ class TransformersDecoder:
         self._masks = Masks(config)
         self._last_position = last_position
         self.dtype: torch.dtype = model.dtype
+        self.prompt_chunk = prompt_chunk_of(model.device.type)
         self.attention_shapes: Sequence[AttentionShape] = ()
         self._cache: SlotsAsCache | None = None
         self._between_layers: Callable[[], None] = lambda: None

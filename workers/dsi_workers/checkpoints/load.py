@@ -15,6 +15,7 @@ from torch import nn
 from dsi_protocol import OptionValue
 from dsi_workers.backend import Run
 from dsi_workers.checkpoints.checkpoint import read_checkpoint
+from dsi_workers.decoding.capacity import GPU_PROMPT_CHUNK
 from dsi_workers.decoding.decoder import Decoder
 from dsi_workers.decoding.forward import ComputesLogits, Forward
 from dsi_workers.decoding.packing import pack
@@ -111,7 +112,7 @@ def load_model(
     return loaded
 
 
-def with_gpu_kernels(decoder: Decoder, *, exact: bool = True) -> ComputesLogits:
+def with_gpu_kernels(decoder: Decoder, *, exact: bool = True, prompt_chunk: int = GPU_PROMPT_CHUNK) -> ComputesLogits:
     """Return the decoder with our own GPU kernels, or `decoder` itself where they do not work.
 
     The kernels are written in Triton, which comes with torch for CUDA and needs a C compiler.
@@ -119,7 +120,7 @@ def with_gpu_kernels(decoder: Decoder, *, exact: bool = True) -> ComputesLogits:
     try:
         from dsi_workers.decoding.gpu.decoder import GpuDecoder
 
-        by_kernels = GpuDecoder(decoder)
+        by_kernels = GpuDecoder(decoder, prompt_chunk=prompt_chunk)
         by_kernels.check_kernels()
     except Exception as error:  # of the compiler, the driver or the GPU: torch's operations may still work
         if exact and isinstance(error, torch.OutOfMemoryError):

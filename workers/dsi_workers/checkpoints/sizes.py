@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsi_protocol import OptionValue
-from dsi_workers.backend import PROMPT_CHUNK
-from dsi_workers.decoding.forward import READ_STEP
+from dsi_workers.decoding.capacity import GPU_PROMPT_CHUNK, full_lengths, slot_positions
 from dsi_workers.decoding.gpu import MOST_ROWS, SPLIT_POSITIONS
 from dsi_workers.models.headers import FLOAT_BYTES, Tensors
 
 GIB = 1 << 30
-#: For activations and the allocator's rounding, as a part of the weights. An estimate: activations depend on the forward.
+#: For activations of a few rows and the allocator's rounding, as a part of the weights. An estimate.
 MARGIN = 0.03
 #: Slots of a worker, unless more fit a GPU. A GPU has that many before its texts are longer than LEAST_LENGTH.
 SLOTS = 8
@@ -29,9 +28,13 @@ SLOTS = 8
 MOST_SLOTS = 64
 #: Where `max_length` is not given, it is at least this, or the model's own limit.
 LEAST_LENGTH = 2048
-#: The part of a GPU's memory that a worker takes where `slots` or `max_length` is not given. The rest is for CUDA itself, the
-#: recorded graphs, and prompts.
+#: The part of a GPU's memory that a worker takes where `slots` or `max_length` is not given. The rest is for CUDA itself and
+#: the recorded graphs.
 MEMORY_SHARE = 0.9
+#: What cuBLAS takes for itself (torch gives it 32 MiB on Hopper, for each of its two interfaces).
+_WORKSPACE_BYTES = 64 << 20
+#: The most rows of a chunk of a prompt whose logits are computed: two windows, when a worker tries whether bits agree.
+_LOGIT_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +151,18 @@ def buffer_bytes(config: Mapping[str, Any], *, positions: int, number_bytes: int
     return MOST_ROWS * (number_bytes * numbers + partial) + 2 * positions * head_dim * number_bytes
 
 
-def capacity_of(max_length: int, chunk: int) -> int:
-    """Positions of a slot for generations of up to `max_length`. Padding of a run of `chunk` rows has room behind them."""
-    return -(-(max_length + chunk) // READ_STEP) * READ_STEP
+def prompt_bytes(config: Mapping[str, Any], *, rows: int, positions: int, number_bytes: int, int8: bool) -> int:
+    """Bytes that a chunk of `rows` positions of a prompt takes on a GPU while it is computed, in a slot of `positions` positions.
+
+    It grows with the slot only where torch's operations compute instead of our kernels: these need masks of all that may be read.
+    """
+    heads, kv_heads, head_dim = _heads(config := text_config(config))
+    hidden, inner, words = (_size(config, f"{name}_size") for name in ("hidden", "intermediate", "vocab"))
+    activations = 4 * hidden + (3 * heads + 2 * kv_heads) * head_dim + 3 * inner
+    mask = positions * (1 + (heads // kv_heads if kv_heads else 1) * number_bytes)
+    # Weights in int8 become numbers of the other type for each product, the largest of which is that of gate and up.
+    whole = 2 * inner * hidden * number_bytes if int8 else 0
+    return rows * (activations * number_bytes + mask) + _LOGIT_ROWS * words * number_bytes + whole + _WORKSPACE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +175,12 @@ class Needs:
     number_bytes: int
     #: Slots beside those of generations, for the branches of a drafter.
     branch_slots: int
-    #: The most rows of a run.
-    chunk: int
-    #: Whether there are the buffers of a GPU.
-    buffers: bool
+    #: Positions of a chunk of a prompt.
+    prompt_chunk: int
+    #: A GPU also needs buffers and a chunk of a prompt. On a CPU these are part of the margin.
+    gpu: bool
+    #: Whether the weights are in int8.
+    int8: bool = False
 
     @property
     def limit(self) -> int | None:
@@ -175,23 +189,30 @@ class Needs:
 
     def cache(self, slots: int, max_length: int) -> int:
         """Bytes of the KV cache."""
-        positions = capacity_of(max_length, self.chunk)
-        return cache_bytes(
-            self.config, slots=slots + self.branch_slots, positions=positions, number_bytes=self.number_bytes
-        )
+        slots, positions = slots + self.branch_slots, slot_positions(max_length, self.prompt_chunk)
+        return cache_bytes(self.config, slots=slots, positions=positions, number_bytes=self.number_bytes)
+
+    def buffers(self, max_length: int) -> int:
+        """Bytes of the buffers of forwards of a few rows."""
+        positions = slot_positions(max_length, self.prompt_chunk)
+        return buffer_bytes(self.config, positions=positions, number_bytes=self.number_bytes) if self.gpu else 0
+
+    def prompt(self, max_length: int) -> int:
+        """Bytes of a chunk of a prompt."""
+        rows, positions = self.prompt_chunk, slot_positions(max_length, self.prompt_chunk)
+        more = {"positions": positions, "number_bytes": self.number_bytes}
+        return prompt_bytes(self.config, rows=rows, int8=self.int8, **more) if self.gpu else 0
 
     def total(self, slots: int, max_length: int) -> float:
         """Bytes of everything."""
-        positions, number_bytes = capacity_of(max_length, self.chunk), self.number_bytes
-        buffers = buffer_bytes(self.config, positions=positions, number_bytes=number_bytes) if self.buffers else 0
-        return self.fixed + self.cache(slots, max_length) + buffers
+        return self.fixed + self.cache(slots, max_length) + self.buffers(max_length) + self.prompt(max_length)
 
     def longest(self, slots: int, usable: float) -> int:
         """The longest `max_length` with which so many slots take no more than `usable` bytes: the model's limit, or as many
-        positions as whole parts of READ_STEP hold. At least LEAST_LENGTH or the model's limit, whether these fit or not."""
+        positions as whole steps of a slot hold. At least LEAST_LENGTH or the model's limit, whether these fit or not."""
         if (limit := self.limit) is None:
             return LEAST_LENGTH
-        lengths = range(READ_STEP - self.chunk, limit, READ_STEP)
+        lengths = full_lengths(limit)
         fit = bisect_right(lengths, usable, key=lambda length: self.total(slots, length))
         found = limit if self.total(slots, limit) <= usable else lengths[fit - 1] if fit else 0
         return max(found, min(limit, LEAST_LENGTH))
@@ -279,8 +300,8 @@ def table_of_choices() -> Iterator[str]:
 def _target_on_a_gpu(shape: Shape) -> tuple[Needs, int]:
     """What such a model needs in bfloat16, and the bytes of its weights."""
     weights = weight_bytes(shape.tensors(), 2)
-    return Needs(shape.config(), weights * (1 + MARGIN), 2, 0, PROMPT_CHUNK, buffers=True), weights
+    return Needs(shape.config(), weights * (1 + MARGIN), 2, 0, GPU_PROMPT_CHUNK, gpu=True), weights
 
 
 if __name__ == "__main__":
-    sys.stdout.writelines(f"{line}\n" for line in (*table(), "", *table_of_choices()))
+    sys.stdout.write("\n".join((*table(), "", *table_of_choices(), "")))

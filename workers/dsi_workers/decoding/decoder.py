@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from dsi_workers.decoding.attention import AttentionShape, additive_group_mask, attend
+from dsi_workers.decoding.capacity import prompt_chunk_of
 from dsi_workers.decoding.kv_cache import SegmentTensors, SlotCache, SlotLayer
 from dsi_workers.decoding.packed import Masks, PackedBatch
 
@@ -70,6 +71,7 @@ class Decoder:
         """
         self.embedding = weights["model.embed_tokens.weight"]
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
+        self.prompt_chunk = prompt_chunk_of(self.device.type)
         self.dim = cos.shape[-1]
         self.heads = len(weights["model.layers.0.self_attn.q_proj.weight"]) // self.dim
         self.kv_heads = len(weights["model.layers.0.self_attn.k_proj.weight"]) // self.dim

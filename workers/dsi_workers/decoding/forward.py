@@ -10,13 +10,10 @@ import torch
 
 from dsi_workers.backend import Run
 from dsi_workers.decoding.attention import AttentionShape
+from dsi_workers.decoding.capacity import READ_STEP, round_up
 from dsi_workers.decoding.kv_cache import SlotCache
 from dsi_workers.decoding.packed import PackedBatch, Segment
 from dsi_workers.engine import Interrupt, Never
-
-#: A forward pass reads the cache up to a multiple of this many positions, if that keeps the bits. A pass then reads little
-#: more than it needs, and its attention has few different shapes.
-READ_STEP = 512
 
 
 class ComputesLogits(Protocol):
@@ -26,6 +23,8 @@ class ComputesLogits(Protocol):
     #: Numbers of rows for which CUDA graphs are recorded, at first use. Fewer rows are padded to the next of these numbers.
     #: More rows, as of a prompt, are computed without graphs. Empty: there are no graphs.
     recorded_rows: Sequence[int]
+    #: Positions of a chunk of a prompt (capacity.py).
+    prompt_chunk: int
     #: True if the bits of attention and norms do not depend on the number of rows. Our GPU kernels guarantee this.
     batch_invariant: bool
 
@@ -34,7 +33,7 @@ class ComputesLogits(Protocol):
         """The kinds of attention in the model."""
 
     def __call__(self, packed: PackedBatch, cache: SlotCache, between_layers: Callable[[], None]) -> torch.Tensor:
-        """Compute one forward pass. Returns logits [len(packed.logits_to_keep), vocabulary].
+        """Compute one forward pass. Returns logits [len(packed.logits_to_keep), vocabulary], or only those of rows >= 0.
 
         `between_layers` is called repeatedly during the pass. An exception that it raises ends the pass.
         """
@@ -58,7 +57,7 @@ class Forward:
         self.read_step = READ_STEP
         #: Compute attention for each position by itself. Needed where its bits would depend on the other rows.
         self.attends_per_position = False
-        self.cache = SlotCache(int(config.num_hidden_layers), slots=slots, capacity=_round_up(capacity, READ_STEP))
+        self.cache = SlotCache(int(config.num_hidden_layers), slots=slots, capacity=round_up(capacity, READ_STEP))
 
     @torch.inference_mode()
     def __call__(self, runs: Sequence[Run], *, rows: int, logit_rows: int) -> list[torch.Tensor]:
@@ -72,7 +71,7 @@ class Forward:
         ids, positions, segments, wanted = list[int](), list[int](), list[Segment](), list[int]()
         used = list[int]()
         for run in runs:
-            readable = min(_round_up(run.begin + run.width, self.read_step), self.cache.capacity)
+            readable = min(round_up(run.begin + run.width, self.read_step), self.cache.capacity)
             segments.append(Segment(run.slot, run.begin, run.width, readable, run.fork))
             wanted += [len(ids) + position - run.begin for position in run.wanted]
             used += range(len(ids), len(ids) + len(run.tokens))
@@ -80,7 +79,7 @@ class Forward:
             positions += range(run.begin, run.begin + run.width)
         padding = [0] * (rows - len(ids))
         ids, positions = ids + padding, positions + padding
-        kept = wanted + [0] * max(logit_rows - len(wanted), not wanted)
+        kept = wanted + [-1] * max(logit_rows - len(wanted), not wanted)
         self.cache.segments = segments
         logits = self._decoder(
             PackedBatch(ids, positions, segments, kept, used, self.attends_per_position),
@@ -112,6 +111,10 @@ class Forward:
         return self._decoder.recorded_rows
 
     @property
+    def prompt_chunk(self) -> int:
+        return self._decoder.prompt_chunk
+
+    @property
     def batch_invariant(self) -> bool:
         return self._decoder.batch_invariant
 
@@ -122,7 +125,3 @@ class Forward:
     @property
     def attention_shapes(self) -> Sequence[AttentionShape]:
         return self._decoder.attention_shapes
-
-
-def _round_up(number: int, step: int) -> int:
-    return -(-number // step) * step

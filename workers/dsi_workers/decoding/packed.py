@@ -38,7 +38,7 @@ class PackedBatch:
     ids: Sequence[int]
     positions: Sequence[int]
     segments: Sequence[Segment]
-    #: Rows whose logits are wanted.
+    #: Rows whose logits are wanted, then -1 as often as a product needs rows: any logits stand in for those.
     logits_to_keep: Sequence[int]
     #: Rows that are no padding.
     used: Sequence[int]

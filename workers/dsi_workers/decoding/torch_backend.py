@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from dsi_workers.backend import PROMPT_CHUNK, Run
+from dsi_workers.backend import Run
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.decoding.widths import Widths
 from dsi_workers.engine import Interrupt, Never
@@ -35,6 +35,7 @@ class TorchBackend:
         self.vocabulary_size = vocabulary_size
         self.max_length = max_length
         self.window = window
+        self.prompt_chunk = forward.prompt_chunk
         self.slots = forward.cache.slots - branch_slots
         self.branch_slots = branch_slots
         self.tree_rows = 1
@@ -72,8 +73,9 @@ class TorchBackend:
 
     def warm_up(self) -> None:
         """Record the graphs of the forwards that are recorded on a GPU."""
+        chunk = self.prompt_chunk
         for rows in self.forward.recorded_rows:
-            self.forward([Run(0, [0], PROMPT_CHUNK, 1, PROMPT_CHUNK)] * rows, rows=rows, logit_rows=rows)
+            self.forward([Run(0, [0], chunk, 1, chunk)] * rows, rows=rows, logit_rows=rows)
 
     def release(self) -> None:
         self.forward.cache.release(0)

@@ -72,9 +72,10 @@ class Trial:
     def widths(self, slots: int) -> Widths:
         """Return the widths whose bits agree: of one run up to a window, and of trees and batches of up to `slots` windows.
 
-        Raises EngineError if even full windows give different bits for the same tokens.
+        Raises EngineError if even full windows, or chunks of a prompt, give different bits for the same tokens.
         """
         self._make_windows_agree()
+        self._refuse_unless_prompts_agree()
         window = self._window
         most = min([self._forward.cache.capacity, *self._forward.recorded_rows[-1:]])
         batches = [windows for windows in _BATCHES if windows <= max(slots, _TREE_WINDOWS) and windows * window <= most]
@@ -105,7 +106,25 @@ class Trial:
             for self._forward.attends_per_position in (False, True):
                 if self._windows_agree():
                     return
-        raise EngineError(
+        raise self._not_reproducible()
+
+    def _refuse_unless_prompts_agree(self) -> None:
+        """Raise EngineError if chunks of a prompt have other bits when they are computed again, and their last tokens have not
+        arrived. Tried for the first chunk, and for one with positions before it."""
+        chunk, rows = self._forward.prompt_chunk, min(self._window, self._forward.prompt_chunk // 2)
+        for begin in range(0, min(2 * chunk, self._forward.cache.capacity - chunk + 1), chunk):
+            whole, cut = (
+                self._forward(
+                    [Run(0, self._tokens(begin, count), begin, chunk, begin + chunk - 2 * rows)],
+                    rows=chunk, logit_rows=2 * rows,
+                )[0]
+                for count in (chunk, chunk - rows)
+            )  # fmt: skip
+            if not torch.equal(whole[:rows], cut):
+                raise self._not_reproducible()
+
+    def _not_reproducible(self) -> EngineError:
+        return EngineError(
             f"{self._name} gives different bits when it computes the same tokens again, so the target's output would not "
             "be reproducible: choose another model, dtype or device"
         )

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dsi_workers.backend import PROMPT_CHUNK, Backend, Run
+from dsi_workers.backend import Backend, Run
 from dsi_workers.engine import EngineInfo
 
 #: No further repetition after so many seconds: disturbances are a small part of a forward that takes long.
@@ -42,7 +42,7 @@ def guess_costs_us(backend: Backend) -> dict[int, float]:
     # All in turn, and the least of each: a short disturbance must not make one number of rows look slow for ever.
     for _ in range(_ROUNDS):
         for rows, known_us in costs_us.items():
-            costs_us[rows] = min(known_us, backend.time_s([_run(rows)]) * 1e6)
+            costs_us[rows] = min(known_us, backend.time_s([_run(backend, rows)]) * 1e6)
     return costs_us
 
 
@@ -51,7 +51,7 @@ def _median_us(backend: Backend, positions: int, generations: int = 1) -> int:
 
     All runs use slot 0: only the time is of interest.
     """
-    run = _run(positions)
+    run = _run(backend, positions)
     together = min(generations, max(1, backend.most_rows // backend.rows(run)))
     return max(1, round(_median_s(backend, [run] * together) * 1e6)) * generations // together
 
@@ -63,5 +63,5 @@ def _median_s(backend: Backend, runs: Sequence[Run]) -> float:
     return statistics.median(times_s)
 
 
-def _run(positions: int) -> Run:
-    return Run(0, [0] * positions, PROMPT_CHUNK, 0, PROMPT_CHUNK)
+def _run(backend: Backend, positions: int) -> Run:
+    return Run(0, [0] * positions, backend.prompt_chunk, 0, backend.prompt_chunk)

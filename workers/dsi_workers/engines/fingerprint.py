@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 
-from dsi_workers.backend import PROMPT_CHUNK, Backend, Run
+from dsi_workers.backend import Backend, Run
 from dsi_workers.engine import Never
 
 #: The text has token ids below this, which every model knows.
@@ -16,10 +16,10 @@ def fingerprint_of(backend: Backend) -> int:
 
     Never 0, which stands for unknown. Overwrites slot 0.
     """
-    words = min(_WORDS, backend.vocabulary_size)
-    text = [position * 31 % words for position in range(PROMPT_CHUNK + backend.window)]
-    prompt = Run(0, text[:PROMPT_CHUNK], 0, PROMPT_CHUNK, PROMPT_CHUNK - 1)
-    window = Run(0, text[PROMPT_CHUNK:], PROMPT_CHUNK, 0, PROMPT_CHUNK)
+    words, chunk = min(_WORDS, backend.vocabulary_size), backend.prompt_chunk
+    text = [position * 31 % words for position in range(chunk + backend.window)]
+    prompt = Run(0, text[:chunk], 0, chunk, chunk - 1)
+    window = Run(0, text[chunk:], chunk, 0, chunk)
     checksum = 0
     for run in (prompt, window):
         for logits in backend.compute([run], Never()):

@@ -8,11 +8,13 @@ import structlog
 import torch
 
 from dsi_protocol import OptionValue
-from dsi_workers.backend import PROMPT_CHUNK, Run
+from dsi_workers.backend import Run
 from dsi_workers.checkpoints.load import load_model
 from dsi_workers.checkpoints.sizes import MEMORY_SHARE
+from dsi_workers.decoding.capacity import prompt_chunk_of, slot_positions
 from dsi_workers.decoding.device import keep_freed_memory, torch_device
 from dsi_workers.decoding.forward import Forward
+from dsi_workers.decoding.gpu import MOST_RUN_ROWS
 from dsi_workers.decoding.torch_backend import TorchBackend
 from dsi_workers.decoding.width_cache import widths_tried
 from dsi_workers.decoding.widths import Trial, Widths
@@ -27,6 +29,8 @@ from dsi_workers.models.resolve import resolve_model
 log = structlog.get_logger("dsi.engine")
 
 _MOST_SLOTS = 1024
+#: Positions of a window. On a GPU a longer run is computed like a chunk of a prompt, and would have other bits.
+_MOST_WINDOW = {"cpu": 128, "cuda": MOST_RUN_ROWS}
 #: A drafting step has at most 8 rows of one generation: on a CPU each costs nearly as much as the first, and everywhere a branch
 #: has a slot of its own. There is room for the branches of two generations: more take turns.
 _BRANCH_SLOTS = 2 * 7
@@ -65,15 +69,15 @@ def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, 
     vocabulary = read_vocabulary_hash(directory)
     if exact and "layers" in options:
         raise EngineError("option layers is for a drafter: a target with fewer layers would give another text")
-    window = _whole(options, "window", 32 if on.type == "cuda" else 8, most=PROMPT_CHUNK)
+    window = _whole(options, "window", 32 if on.type == "cuda" else 8, most=_MOST_WINDOW[on.type])
     wanted_slots = _whole(options, "slots", most=_MOST_SLOTS) if "slots" in options else None
     wanted_length = _whole(options, "max_length") if "max_length" in options else None
     dtype, quantization = str(options.get("dtype", "auto")), _quantization(options, on, exact=exact)
     branch_slots = 0 if exact or options.get("lookup") else _BRANCH_SLOTS
-    chunk = max(PROMPT_CHUNK, window)
     slots, max_length = fit_into_memory(
         directory, on, reference=model, dtype=dtype, quantization=quantization, layers=options.get("layers"),
-        slots=wanted_slots, max_length=wanted_length, branch_slots=branch_slots, chunk=chunk, share=_share(options),
+        slots=wanted_slots, max_length=wanted_length, branch_slots=branch_slots,
+        prompt_chunk=prompt_chunk_of(on.type), share=_share(options),
     )  # fmt: skip
     loaded = load_model(
         directory, on, reference=model, dtype=dtype, quantization=quantization, rows=window, most_positions=max_length,
@@ -81,7 +85,9 @@ def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, 
     )  # fmt: skip
     log.info("read", model=model)
     keep_freed_memory()
-    forward = Forward(loaded.decoder, loaded.config, on, slots=slots + branch_slots, capacity=loaded.positions + chunk)
+    chunk = loaded.decoder.prompt_chunk
+    capacity = slot_positions(loaded.positions, chunk)
+    forward = Forward(loaded.decoder, loaded.config, on, slots=slots + branch_slots, capacity=capacity)
     words = int(loaded.config.vocab_size)
     widths: Widths | None = None
     if exact:
@@ -95,7 +101,7 @@ def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, 
         forward, widths, vocabulary=vocabulary, vocabulary_size=words, max_length=loaded.positions, window=window,
         branch_slots=branch_slots,
     )  # fmt: skip
-    prompt = Run(0, [position % 16 for position in range(PROMPT_CHUNK)], 0, PROMPT_CHUNK, PROMPT_CHUNK - 1)
+    prompt = Run(0, [position % 16 for position in range(chunk)], 0, chunk, chunk - 1)
     backend.compute([prompt], Never())
     backend.warm_up()
     return backend

@@ -28,7 +28,7 @@ log = structlog.get_logger("dsi.engine")
 
 def fit_into_memory(
     directory: Path, device: torch.device, *, reference: str, dtype: str, quantization: str, layers: OptionValue | None,
-    slots: int | None, max_length: int | None, branch_slots: int, chunk: int, share: float,
+    slots: int | None, max_length: int | None, branch_slots: int, prompt_chunk: int, share: float,
 ) -> tuple[int, int]:  # fmt: skip
     """Return `slots` and `max_length`, chosen where they are None. Raise EngineError if the model does not fit the device's free
     memory with them.
@@ -38,7 +38,7 @@ def fit_into_memory(
     cache that could not is a warning.
 
     `reference`: the model's name in error messages. `layers`: only so many are kept; None: all. `branch_slots`: those of a
-    drafter's branches. `chunk`: the most rows of a run.
+    drafter's branches. `prompt_chunk`: positions of a chunk of a prompt.
     """
     number_bytes, int8 = number_type_of(dtype, quantization, device).itemsize, quantization == "int8"
     tensors, config = read_tensors(directory), text_config(read_json(directory / "config.json"))
@@ -46,25 +46,27 @@ def fit_into_memory(
         config = {**config, "num_hidden_layers": min(layers, config.get("num_hidden_layers", layers))}
     weights = weight_bytes(of_first_layers(tensors, layers), number_bytes, int8=int8)
     margin, free, gpu = MARGIN * weights, free_bytes(device), device.type == "cuda"
-    needs = Needs(config, weights + margin, number_bytes, branch_slots, chunk, buffers=gpu)
+    needs = Needs(config, weights + margin, number_bytes, branch_slots, prompt_chunk, gpu=gpu, int8=int8)
     if gpu:
         slots, max_length = needs.on_a_gpu(min(free, share * total_bytes(device)), slots, max_length)
     else:
         slots, max_length = needs.on_a_cpu(free, slots, max_length)
     cache, total = needs.cache(slots, max_length), needs.total(slots, max_length)
+    prompt, buffers = needs.prompt(max_length), needs.buffers(max_length)
     # On a GPU int8 weights are made out of whole ones that lie there; on a CPU those may be mapped from the files.
     peak = loading_bytes(tensors, number_bytes) + margin if gpu else 0
     needed = max(peak, total if gpu else needs.fixed)
     log.info(
-        "memory", slots=slots, max_length=max_length, weights=gib(weights), kv_cache=gib(cache),
-        margin=gib(total - weights - cache), free=gib(free),
+        "memory", slots=slots, max_length=max_length, weights=gib(weights), kv_cache=gib(cache), prompt=gib(prompt),
+        margin=gib(margin + buffers), free=gib(free),
     )  # fmt: skip
     if needed > free:
+        more = f", a chunk of a prompt {gib(prompt)}" if gpu else " when full, not counted"
         raise EngineError(
             f"{reference} does not fit {device}: loading and running it takes {gib(needed)} (weights {gib(weights)}, KV cache "
-            f"{gib(cache)} for slots {slots} and max_length {max_length}{'' if gpu else ' when full, not counted'}), and "
-            f"{gib(free)} are free; choose fewer slots, a shorter max_length, another dtype or quantization, or a larger device "
-            "(one model cannot be split over several devices yet)"
+            f"{gib(cache)} for slots {slots} and max_length {max_length}{more}), and {gib(free)} are free; choose fewer slots, a "
+            "shorter max_length, another dtype or quantization, or a larger device (one model cannot be split over several "
+            "devices yet)"
         )
     if total > free:
         log.warning(

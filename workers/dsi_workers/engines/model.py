@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from dsi_workers.backend import PROMPT_CHUNK, Backend, Run
+from dsi_workers.backend import Backend, Run
 from dsi_workers.decoding.slots import Slots
 from dsi_workers.drafting.lookup import Lookup
 from dsi_workers.engine import Engine, EngineInfo, Interrupt, Never, Task
@@ -24,6 +24,10 @@ from dsi_workers.engines.trees import Share, answer_along, branches_to_compute, 
 from dsi_workers.sampling import warm_up
 from dsi_workers.session import Session
 from dsi_workers.tree import Branch
+
+#: The most rows of a drafter's main path in a forward with branches. A longer run, as after the loss of a slot, has forwards of
+#: its own: a GPU's kernels compute few rows, and prompts have no branches.
+_MOST_BESIDE_BRANCHES = 8
 
 
 class ModelEngine(Engine):
@@ -38,7 +42,7 @@ class ModelEngine(Engine):
         self._exact = exact
         self._lookup = lookup
         self._choice = Choice()
-        self._slots = Slots(backend.slots, block=PROMPT_CHUNK if exact else None)
+        self._slots = Slots(backend.slots, block=backend.prompt_chunk if exact else None)
         #: Of a drafter of trees.
         self._branches: Branches | None = None
         if backend.branch_slots > 1 and not exact and lookup is None:
@@ -183,13 +187,15 @@ class ModelEngine(Engine):
             self._lookup.recognize(session)
         begin, length = _position(task), main_end(task) if has_tree(task) else len(session.tokens)
         guess: list[int] = []
-        width = 0
+        width, chunk = 0, self._backend.prompt_chunk
         if not self._exact:
-            end = min(begin + PROMPT_CHUNK, length)
+            end = min(begin + chunk, length)
+            if task.branches and end - begin > _MOST_BESIDE_BRANCHES:
+                end = min(end, length - 1)  # the last row then shares a forward with the branches
             guess = self._guess(task) if end == length else []
         elif begin < session.prompt_length:
-            begin -= begin % PROMPT_CHUNK
-            width = min(PROMPT_CHUNK, session.prompt_length - begin)  # the same if some tokens have not arrived yet
+            begin -= begin % chunk
+            width = min(chunk, session.prompt_length - begin)  # the same if some tokens have not arrived yet
             end = min(begin + width, length)
         else:
             end = min(begin + self._backend.window, length)

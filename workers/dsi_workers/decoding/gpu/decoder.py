@@ -6,8 +6,8 @@ one for every few layers. At most two graphs are queued at a time, so that a can
 
 The positions of rows, their slots, where a branch leaves the slot, and which rows attend together are numbers in device memory.
 So one recording serves all generations, positions, trees and batches with the same number of rows. The keys and values of
-branches stand beside the cache, in memory for the rows of one layer, and are forgotten after that layer. A run of more than
-MOST_RUN_ROWS rows, as of a prompt, is computed by the torch decoder (decoding/decoder.py).
+branches stand beside the cache, in memory for the rows of one layer, and are forgotten after that layer. A single run of
+more than MOST_RUN_ROWS rows, as of a prompt, is computed by library calls (prompt.py).
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import triton
 from torch.nn import functional
 
 from dsi_workers.decoding.attention import AttentionShape
+from dsi_workers.decoding.capacity import GPU_PROMPT_CHUNK, ROW_TILE
 from dsi_workers.decoding.decoder import Decoder, Layer
-from dsi_workers.decoding.gpu import MOST_ROWS
+from dsi_workers.decoding.gpu import MOST_ROWS, MOST_RUN_ROWS
 from dsi_workers.decoding.gpu.kernels import (
     LEAST_ROWS,
     MOST_GROUP_ROWS,
@@ -32,11 +33,10 @@ from dsi_workers.decoding.gpu.kernels import (
     combine_splits,
 )
 from dsi_workers.decoding.gpu.linear import GpuLinear, rows_for, supports_pdl
+from dsi_workers.decoding.gpu.prompt import PromptDecoder
 from dsi_workers.decoding.kv_cache import SlotCache, SlotLayer
-from dsi_workers.decoding.packed import PackedBatch
+from dsi_workers.decoding.packed import PackedBatch, Segment
 
-#: A run with more rows is computed by the torch decoder.
-MOST_RUN_ROWS = 64
 #: Beyond all positions: where the path of a row without a branch leaves the cache.
 _NO_FORK = 1 << 30
 #: Beyond all units of work.
@@ -58,10 +58,11 @@ class GpuDecoder:
     recorded_rows: Sequence[int] = (16, 32, 64, 128, MOST_ROWS)
     batch_invariant = True
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
+    def __init__(self, decoder: Decoder, *, prompt_chunk: int = GPU_PROMPT_CHUNK) -> None:
+        self._decoder, self.prompt_chunk = decoder, prompt_chunk
         self._linear_layers = [_LayerLinears(layer) for layer in decoder.layers]
         self._head = GpuLinear(decoder.head)
+        self._prompt_decoder = PromptDecoder(decoder, self._head)
         self._recordings: dict[int, _Recording] = {}
         self._buffers: _Buffers | None = None
         self._pool = torch.cuda.graph_pool_handle() if decoder.device.type == "cuda" else None
@@ -76,10 +77,10 @@ class GpuDecoder:
         return [first.qkv, first.output, first.gate_up, first.down, self._head]
 
     def __call__(self, packed: PackedBatch, cache: SlotCache, between_layers: Callable[[], None]) -> torch.Tensor:
-        """Compute one forward pass. Returns logits [len(packed.logits_to_keep), vocabulary]."""
+        """Compute one forward pass. Returns logits [len(packed.logits_to_keep), vocabulary], or only those of rows >= 0."""
         used = sum(segment.width for segment in packed.segments)
         if len(packed.segments) == 1 and used > MOST_RUN_ROWS:
-            return self._decoder(packed, cache, between_layers)
+            return self._prompt_decoder(packed, cache, between_layers)
         assert used <= MOST_ROWS, (
             "a batch that is too wide for the kernels would have different bits than its runs have alone"
         )
@@ -103,6 +104,10 @@ class GpuDecoder:
         cache = SlotCache(len(self._linear_layers), slots=1, capacity=SPLIT.value)
         buffers = _Buffers(self._decoder, self._linear_layers[0], self._head, cache)
         _Recording(self._decoder, self._linear_layers, self._head, buffers, LEAST_ROWS).record(lambda part: part)
+        ids = [0] * ROW_TILE
+        segments = cache.segments = [Segment(0, 0, len(ids), len(ids))]
+        rows = range(len(ids))
+        self._prompt_decoder(PackedBatch(ids, rows, segments, [0], rows), cache, lambda: None)
         if self._decoder.device.type == "cuda":
             torch.cuda.synchronize()
 
