@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dsi_workers.checkpoints.checkpoint import read_checkpoint
+from dsi_workers.checkpoints.load import load_model
+from dsi_workers.engine import EngineError
 from dsi_workers.models.files import ModelError
 from support.zoo import KINDS, make
 
@@ -47,3 +49,24 @@ def test_the_weights_of_the_text_must_be_whole(name: str, tmp_path: Path) -> Non
     save_file({**weights, "surprise": torch.ones(1)}, file)
     with pytest.raises(ModelError, match="unknown: surprise"):
         read_checkpoint(tmp_path, *WHERE)
+
+
+def test_the_text_part_of_another_model_is_not_taken_for_one_that_is_known(tmp_path: Path) -> None:
+    make(tmp_path, KINDS["mistral3"])
+    file = tmp_path / "config.json"
+    settings = json.loads(file.read_text())
+    settings["text_config"]["model_type"] = "ministral3"
+    file.write_text(json.dumps(settings))
+    assert read_checkpoint(tmp_path, *WHERE) is None
+    with pytest.raises(
+        EngineError, match="is a model for texts and images whose text part this engine cannot run alone"
+    ):
+        load_model(
+            tmp_path,
+            torch.device("cpu"),
+            reference="made",
+            dtype="float32",
+            quantization="none",
+            rows=8,
+            most_positions=512,
+        )

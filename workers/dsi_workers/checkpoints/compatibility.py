@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from dsi_workers.engine import EngineError
@@ -27,6 +27,11 @@ def refuse_if_not_rewindable(config: Any, reference: str) -> None:
     try:
         model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
+        if type(config) in AutoModelForImageTextToText._model_mapping:
+            raise EngineError(
+                f"{reference} ({config.model_type}) is a model for texts and images whose text part this engine "
+                "cannot run alone: choose a model for texts, or one that docs/models.md lists"
+            ) from None
         raise EngineError(
             f"{reference} is a {config.model_type!r} model, which is not a causal language model in transformers: "
             "choose another model"

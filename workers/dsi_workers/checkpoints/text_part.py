@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-#: By `model_type`: the architecture that the text part has.
+#: By `model_type`: the architecture that the text part has, and the `model_type` of the text part. Other text parts are other
+#: models: that of Ministral 3 also scales queries by their positions.
 _ARCHITECTURES = {
-    "mistral3": "MistralForCausalLM",
-    "qwen2_vl": "Qwen2ForCausalLM",
-    "qwen2_5_vl": "Qwen2ForCausalLM",
-    "qwen3_vl": "Qwen3ForCausalLM",
+    "mistral3": ("MistralForCausalLM", "mistral"),
+    "qwen2_vl": ("Qwen2ForCausalLM", "qwen2_vl_text"),
+    "qwen2_5_vl": ("Qwen2ForCausalLM", "qwen2_5_vl_text"),
+    "qwen3_vl": ("Qwen3ForCausalLM", "qwen3_vl_text"),
 }
 #: Beginnings of the names of weights of the text part, and what they are in a model for texts.
 _PREFIXES = {
@@ -29,10 +30,11 @@ _Value = TypeVar("_Value")
 
 
 def settings_of_text_part(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the text part, from the contents of config.json. A model for texts has its own."""
-    architecture = _ARCHITECTURES.get(str(raw.get("model_type")))
-    if architecture is None:
+    """Return the settings of the text part, from the contents of config.json. Others than those of `has_text_part` are returned
+    as they are."""
+    if not has_text_part(raw):
         return dict(raw)
+    architecture, _ = _ARCHITECTURES[raw["model_type"]]
     inner = raw.get("text_config")
     text = {**raw, **inner} if isinstance(inner, dict) else dict(raw)  # older files have no inner part
     text |= {"architectures": [architecture], "model_type": raw["model_type"]}
@@ -63,5 +65,10 @@ def is_of_another_part(name: str) -> bool:
 
 
 def has_text_part(raw: Mapping[str, Any]) -> bool:
-    """True if config.json is that of a model for texts and images whose text part can be read."""
-    return raw.get("model_type") in _ARCHITECTURES
+    """True if config.json is that of a model for texts and images whose text part is a model of the Llama family."""
+    kind, inner = str(raw.get("model_type")), raw.get("text_config")
+    if kind not in _ARCHITECTURES:
+        return False
+    _, text_kind = _ARCHITECTURES[kind]
+    # Older files have the settings of the text beside the others, or name the whole model in the inner part, too.
+    return not isinstance(inner, dict) or inner.get("model_type", kind) in (kind, text_kind)
