@@ -21,9 +21,10 @@ from dsi_workers.checkpoints.library import TransformersDecoder
 from dsi_workers.checkpoints.load import load_model
 from dsi_workers.decoding.experts import Expert
 from dsi_workers.decoding.forward import Forward
+from dsi_workers.decoding.widths import Trial
 from dsi_workers.models.files import read_json
 from dsi_workers.models.headers import read_tensors
-from support.zoo import KINDS, make
+from support.zoo import KINDS, WORDS, make
 
 
 def loaded(directory: Path, name: str, **options: str) -> tuple[TransformersDecoder, Forward]:
@@ -86,6 +87,17 @@ def test_where_bits_depend_on_the_place_in_a_block_rows_are_computed_one_by_one(
     decoder, _ = loaded(tmp_path / "experts", "qwen3_moe")
     assert decoder._blocks is not None
     assert (decoder._blocks.rows, decoder._blocks.router_rows) == (1, 1)
+
+
+@torch.inference_mode()
+def test_widths_at_which_an_activation_has_other_bits_are_not_used(tmp_path: Path) -> None:
+    """A shared expert is computed with all rows of a forward pass. Here its rows are shorter than the vectors of a CPU."""
+    _, forward = loaded(tmp_path, "deepseek_v3")
+    widths = Trial(forward, window=8, words=WORDS, name="made").widths(1)
+    activations = torch.randn(4800, 24, generator=torch.Generator().manual_seed(1))
+    expected = torch.cat([functional.silu(part) for part in activations.split(8)])
+    for width in widths.costs_s:
+        assert torch.equal(torch.cat([functional.silu(part) for part in activations.split(width)]), expected)
 
 
 @torch.inference_mode()

@@ -119,6 +119,10 @@ class Forward:
         return self._decoder.batch_invariant
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self._decoder.dtype
+
+    @property
     def decoder_kind(self) -> str:
         return type(self._decoder).__name__
 

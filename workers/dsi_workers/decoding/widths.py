@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from dsi_workers.backend import Run
 from dsi_workers.decoding.attention import AttentionShape, additive_group_mask, attend
@@ -32,6 +35,10 @@ _TREE_WINDOWS = 4
 _LEAST_VALUES = 20_000
 #: At least this many rows are compared for norms.
 _NORM_ROWS = 64
+#: Those that torch computes in ways that may differ in their bits.
+_ACTIVATIONS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+    functional.silu, partial(functional.gelu, approximate="tanh"), torch.sigmoid,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +97,9 @@ class Trial:
                 costs_s[width] = cost_s
         for windows in batches:
             logits, cost_s = self._compute_as_batch(begin, windows)
-            if not (torch.equal(logits, expected[: len(logits)]) and self._linear_layers_agree(windows * window)):
+            rows = windows * window
+            agree = torch.equal(logits, expected[: len(logits)]) and self._linear_layers_agree(rows)
+            if not (agree and self._activations_agree(rows)):
                 break
             costs_s[windows * window] = cost_s
         return Widths(dict(sorted(costs_s.items())))
@@ -134,7 +143,8 @@ class Trial:
         if self._forward.batch_invariant:
             return self._linear_layers_agree(width)
         attention_agrees = all(self._attention_agrees(width, shape) for shape in self._forward.attention_shapes)
-        return attention_agrees and self._linear_layers_agree(width) and self._norms_agree(width)
+        elementwise_agree = self._norms_agree(width) and self._activations_agree(width)
+        return attention_agrees and elementwise_agree and self._linear_layers_agree(width)
 
     def _norms_agree(self, width: int) -> bool:
         """True if RMSNorm of `width` rows has the bits of a full window. Compared in float32, before rounding hides them."""
@@ -147,6 +157,30 @@ class Trial:
             for rows in (width, self._window)
         )
         return torch.equal(groups, windows)
+
+    def _activations_agree(self, rows: int) -> bool:
+        """True if activation functions of `rows` rows have the bits of full windows.
+
+        On a CPU, torch computes the numbers of a tensor in vectors, and those that do not fill a vector one by one. Some
+        functions give other bits one by one. Where a row does not fill vectors, the number of rows decides which numbers
+        these are.
+        """
+        if self._forward.batch_invariant:
+            return True
+        layers, count = self._forward.linear_layers(), math.lcm(rows, self._window)
+        most = max(layer.in_features for layer in layers)
+        sizes = {size for layer in layers for size in (layer.in_features, layer.out_features) if size <= most}
+        for size in sorted(sizes):
+            generator = torch.Generator().manual_seed(size)
+            inputs = torch.randn(count * -(-_LEAST_VALUES // (count * size)), size, generator=generator)
+            inputs = inputs.to(self._forward.device, self._forward.dtype)
+            for function in _ACTIVATIONS:
+                groups, windows = (
+                    torch.cat([function(part) for part in inputs.split(width)]) for width in (rows, self._window)
+                )
+                if not torch.equal(groups, windows):
+                    return False
+        return True
 
     def _attention_agrees(self, width: int, shape: AttentionShape) -> bool:
         """True if attention of `width` rows of one generation has the bits of a full window."""
