@@ -163,6 +163,10 @@ REFUSED = {
             "qwen3_vl_moe", "Qwen3-VL with experts", _experts(num_local_experts=4),
             images={"vision_config": {**_PIECES, "deepstack_visual_indexes": [0]}},
         ),
+        Kind(
+            "deepseek_v32", "DeepSeek-V3.2: an indexer chooses the tokens to read",
+            {**_DEEPSEEK, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8}, ("head_dim",),
+        ),
         Kind("mamba", "Mamba", {"state_size": 8}, tuple(_SHAPE)[2:8]),
         Kind("qwen3_next", "Qwen3-Next", _experts(num_experts=8)),
         Kind("lfm2", "LFM2", {"layer_types": ["conv", "full_attention"] * 2}, ("head_dim",)),

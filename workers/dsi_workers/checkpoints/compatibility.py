@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from dsi_workers.engine import EngineError
 
@@ -40,13 +45,14 @@ def refuse_if_not_rewindable(config: Any, reference: str) -> None:
     state = getattr(model_class, "_is_stateful", False) and not (
         config.model_type in _STATE_BY_LAYER and layer_types <= _ATTENTION
     )
-    # A DummyLayer stands for a layer that reads the keys and values of an earlier one.
-    if state or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}:
+    if state or any(issubclass(kind, LinearAttentionCacheLayerMixin) for kind in kinds):
         raise EngineError(
             f"{reference} ({config.model_type}) keeps a running state that cannot be rewound when a draft is rejected: "
             "choose a model with attention layers only"
         )
-    if not layer_types <= _ATTENTION or config.model_type in _OTHER_MASKS:
+    # A DummyLayer stands for a layer that reads the keys and values of an earlier one.
+    known = kinds <= {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer} and layer_types <= _ATTENTION
+    if not known or config.model_type in _OTHER_MASKS:
         raise EngineError(
             f"{reference} ({config.model_type}) has layers that choose in a way of their own which earlier tokens they read, and "
             "this engine does not have that way: choose a model of another architecture"
