@@ -125,10 +125,12 @@ def _weights(tensors: Tensors) -> Iterator[tuple[str, Sequence[int]]]:
 
 def _int8_bytes(name: str, shape: Sequence[int], number_bytes: int, tied: bool) -> int:
     whole = math.prod(shape) * number_bytes
-    quantized = math.prod(shape) + shape[0] * number_bytes if shape else 0
+    # Three dimensions: experts, whose matrices lie either way round.
+    rows = shape[0] * (max(shape[1:]) if len(shape) == 3 else 1) if shape else 0
+    quantized = math.prod(shape) + rows * number_bytes
     if name.endswith("embed_tokens.weight"):
         return whole + quantized if tied else whole
-    return quantized if len(shape) == 2 else whole
+    return quantized if len(shape) in (2, 3) else whole
 
 
 def cache_bytes(config: Mapping[str, Any], *, slots: int, positions: int, number_bytes: int) -> int:
