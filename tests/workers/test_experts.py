@@ -19,7 +19,8 @@ from dsi_workers.checkpoints import sizes
 from dsi_workers.checkpoints.experts import choose_block_rows, replace_experts
 from dsi_workers.checkpoints.library import TransformersDecoder
 from dsi_workers.checkpoints.load import load_model
-from dsi_workers.decoding.experts import Expert
+from dsi_workers.decoding import widths
+from dsi_workers.decoding.experts import Blocks, Expert, route_in_blocks
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.decoding.widths import Trial
 from dsi_workers.models.files import read_json
@@ -35,7 +36,7 @@ def loaded(directory: Path, name: str, **options: str) -> tuple[TransformersDeco
     return found.decoder, Forward(found.decoder, found.config, torch.device("cpu"), slots=2, capacity=256)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.zoo)])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "phimoe"])
 @torch.inference_mode()
 def test_a_row_has_the_same_bits_in_any_group(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -90,14 +91,24 @@ def test_where_bits_depend_on_the_place_in_a_block_rows_are_computed_one_by_one(
 
 
 @torch.inference_mode()
-def test_widths_at_which_an_activation_has_other_bits_are_not_used(tmp_path: Path) -> None:
+def test_widths_at_which_an_activation_has_other_bits_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A shared expert is computed with all rows of a forward pass. Here its rows are shorter than the vectors of a CPU."""
+    monkeypatch.setattr(widths, "_LEAST_VALUES", 2000)  # else seconds: the layers are small
     _, forward = loaded(tmp_path, "deepseek_v3")
-    widths = Trial(forward, window=8, words=WORDS, name="made").widths(1)
+    found = Trial(forward, window=8, words=WORDS, name="made").widths(1)
     activations = torch.randn(4800, 24, generator=torch.Generator().manual_seed(1))
     expected = torch.cat([functional.silu(part) for part in activations.split(8)])
-    for width in widths.costs_s:
+    for width in found.costs_s:
         assert torch.equal(torch.cat([functional.silu(part) for part in activations.split(width)]), expected)
+
+
+def test_a_router_may_return_one_tensor() -> None:
+    router, x = nn.Linear(4, 3), torch.randn(11, 4)
+    expected = router(x)
+    route_in_blocks(router, Blocks())
+    assert torch.allclose(router(x), expected)
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,30 +43,50 @@ def choose_block_rows(model: Any, blocks: Blocks) -> None:
 
     A router multiplies by a kernel of its own, so it may need other blocks than the experts.
     """
+    blocks.used, blocks.rows, blocks.router_rows = None, BLOCK_ROWS, BLOCK_ROWS
+    experts = {
+        (module.up.in_features, module.up.out_features): module
+        for module in model.modules()
+        if isinstance(module, Expert)
+    }
     layers = {type(layer): layer for layer in model.modules() if any(isinstance(c, Experts) for c in layer.children())}
-    blocks.used = None
-    for blocks.rows, blocks.router_rows in ((BLOCK_ROWS, BLOCK_ROWS), (BLOCK_ROWS, 1), (1, 1)):
-        if all(_same_bits_at_every_place(layer, model) for layer in layers.values()):
-            return
+    size = next(iter(experts.values())).up.in_features
+
+    def same_bits(compute: Callable[[torch.Tensor], Sequence[torch.Tensor]]) -> bool:
+        return _same_bits_at_every_place(compute, size, model)
+
+    if not all(same_bits(lambda x, expert=expert: [expert(x)]) for expert in experts.values()):  # type: ignore[misc]
+        blocks.rows = 1
+    if not all(same_bits(lambda x, layer=layer: _routes(layer, x)) for layer in layers.values()):  # type: ignore[misc]
+        blocks.router_rows = 1
 
 
-def _same_bits_at_every_place(layer: nn.Module, model: Any) -> bool:
-    """True if a layer with experts gives each row the same bits at every place of a block."""
-    size = next(module.up.in_features for module in layer.modules() if isinstance(module, Expert))
+def _same_bits_at_every_place(compute: Callable[[torch.Tensor], Sequence[torch.Tensor]], size: int, model: Any) -> bool:
+    """True if `compute` gives each row the same bits at every place of a block. It maps [BLOCK_ROWS, size] to rows of outputs."""
     for seed in range(-(-_LEAST_VALUES // (BLOCK_ROWS**2 * size))):
         inputs = torch.randn(BLOCK_ROWS, size, generator=torch.Generator().manual_seed(seed))
         inputs = inputs.to(model.device, model.dtype)
-        expected = _rows_of(layer(inputs[None]))
+        expected = compute(inputs)
         for shift in range(1, BLOCK_ROWS):
-            if not torch.equal(_rows_of(layer(inputs.roll(shift, 0)[None])).roll(-shift, 0), expected):
+            outputs = [output.roll(-shift, 0) for output in compute(inputs.roll(shift, 0))]
+            if not all(map(torch.equal, outputs, expected)):
                 return False
     return True
 
 
-def _rows_of(output: Any) -> torch.Tensor:
-    """The output of a layer with experts, [rows, hidden]. Some layers also return what the router gave."""
-    found: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
-    return found.reshape(-1, found.shape[-1])
+def _routes(layer: nn.Module, x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """All that the router of a layer with experts gives for the rows x, [rows, hidden]."""
+    found = list[torch.Tensor]()
+
+    def keep(_module: nn.Module, _inputs: Any, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+        found.extend([output] if isinstance(output, torch.Tensor) else output)
+
+    routers = [router for router in (getattr(layer, name, None) for name in _ROUTERS) if router is not None]
+    hooks = [router.register_forward_hook(keep) for router in routers]
+    layer(x[None])
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 def _experts_of(module: Any, blocks: Blocks) -> Experts | None:

@@ -112,6 +112,8 @@ def route_in_blocks(router: Any, blocks: Blocks) -> None:
         x = x.reshape(-1, x.shape[-1])
         padded = functional.pad(x, (0, 0, 0, -len(x) % blocks.router_rows))
         outputs = [route(part, *more) for part in padded.split(blocks.router_rows)]
+        if isinstance(outputs[0], torch.Tensor):
+            return torch.cat(outputs)[: len(x)]
         return tuple(torch.cat(parts)[: len(x)] for parts in zip(*outputs, strict=True))
 
     router.forward = forward
