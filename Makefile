@@ -26,7 +26,7 @@ test-avx2: $(VENV)/ready
 
 # A tiny model of each architecture in docs/models.md: about ten minutes.
 test-zoo: $(VENV)/ready
-	$(BIN)/pytest -m zoo --numprocesses $(JOBS) --dist worksteal tests/workers/test_zoo.py tests/end_to_end/test_architectures.py
+	$(BIN)/pytest -m zoo --numprocesses $(JOBS) --dist worksteal tests/workers/test_zoo.py tests/workers/test_experts.py tests/end_to_end/test_architectures.py
 
 # The fast checks: style and types.
 check: $(VENV)/ready

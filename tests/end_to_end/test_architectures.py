@@ -16,7 +16,8 @@ PROMPT = [(7 * place * place + 3 * place + 5) % WORDS for place in range(310)]
 TOKENS = 40
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", pytest.param("deepseek_v3", marks=pytest.mark.zoo)])
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3"])
 async def test_all_algorithms_write_the_text_of_transformers(name: str, tmp_path: Path) -> None:
     model = await asyncio.to_thread(make, tmp_path, KINDS[name])
     config = dsi_actors.Config(
