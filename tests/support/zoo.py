@@ -133,7 +133,7 @@ KINDS = {
         Kind("glm4", "GLM-4"),
         Kind("stablelm", "StableLM", {}, ("head_dim",)),
         Kind(
-            "mistral3", "Mistral Small 3.1 and later, its text part", {"model_type": "mistral", "sliding_window": None},
+            "mistral3", "Mistral Small 3.1 and 3.2, their text part", {"model_type": "mistral", "sliding_window": None},
             images={"vision_config": {**_EYE, "model_type": "pixtral", "num_hidden_layers": 1, "num_attention_heads": 2}},
         ),
         Kind(
