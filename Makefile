@@ -12,13 +12,17 @@ JOBS ?= 3
 # What the site is made of (mkdocs.yml): the pages, and the sources that they link to.
 PAGES := README.md CHANGELOG.md CONTRIBUTING.md LICENSE docs protocol workers examples dsi_actors tests
 
-.PHONY: run test test-avx2 test-zoo check fuzz format docs clean
+.PHONY: run test test-long test-avx2 test-zoo check fuzz format docs clean
 
 run: $(VENV)/ready
 	$(BIN)/dsi-actors generate "$(PROMPT)" --max-tokens 48 --compare
 
 test: check
-	$(BIN)/pytest --numprocesses $(JOBS) --dist worksteal
+	$(BIN)/pytest --numprocesses $(JOBS) --dist worksteal -m "not long and not zoo"
+
+# The tests that `make test` leaves out since they take long.
+test-long: $(VENV)/ready
+	$(BIN)/pytest --numprocesses $(JOBS) --dist worksteal -m long
 
 # The tests as on a processor with AVX2 only. TESTS="tests/workers ..." runs some of them, as CI does (.ci/run).
 test-avx2: $(VENV)/ready

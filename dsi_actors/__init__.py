@@ -3,18 +3,22 @@
 `Orchestrator`, `Config` and `Sampling` are the way in; `Orchestrator.generate` gives a `GenerationStream`.
 """
 
-from dsi_actors.config import Config, Sampling
-from dsi_actors.errors import (
-    ConfigError,
-    DsiError,
-    NoTargetError,
-    OrchestratorClosed,
-    WorkerStartError,
-)
-from dsi_actors.observation import Observation
-from dsi_actors.orchestrator import Orchestrator
-from dsi_actors.results import CommittedTokens, GenerationReport
-from dsi_actors.stream import GenerationStream
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dsi_actors.config import Config, Sampling
+    from dsi_actors.errors import (
+        ConfigError,
+        DsiError,
+        NoTargetError,
+        OrchestratorClosed,
+        WorkerStartError,
+    )
+    from dsi_actors.observation import Observation
+    from dsi_actors.orchestrator import Orchestrator
+    from dsi_actors.results import CommittedTokens, GenerationReport
+    from dsi_actors.stream import GenerationStream
 
 __all__ = [
     "CommittedTokens",
@@ -30,3 +34,24 @@ __all__ = [
     "Sampling",
     "WorkerStartError",
 ]
+
+#: Names are imported when they are first used (PEP 562): each worker is a process that uses none of them.
+_MODULES = {
+    "Config": "config", "Sampling": "config",
+    "ConfigError": "errors", "DsiError": "errors", "NoTargetError": "errors", "OrchestratorClosed": "errors",
+    "WorkerStartError": "errors",
+    "CommittedTokens": "results", "GenerationReport": "results",
+    "GenerationStream": "stream", "Observation": "observation", "Orchestrator": "orchestrator",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found: object = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -60,7 +60,8 @@ class GenerationReport:
     alternatives: int
     alternative_rate: float
     target_forwards: int
-    #: Target forwards of verifications that committed nothing: cancelled, outrun or lost.
+    #: Target forwards of verifications that committed nothing: cancelled, outrun or lost. A forward that a server began by
+    #: itself behind a stop token is among them.
     wasted_target_forwards: int
     target_busy_ms: float
     drafter_busy_ms: float

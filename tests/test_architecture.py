@@ -109,7 +109,7 @@ def test_only_the_transport_knows_zmq() -> None:
     """And those that speak to it as strangers do, or measure what it costs."""
     users = {path.relative_to(PACKAGES["dsi_actors"]) for path in files("dsi_actors") if "zmq" in packages_of(path)}
     assert {str(path) for path in users} == {
-        "transport/gateway.py", "keys.py", "chaos/proxy.py", "chaos/strangers.py", "benches/overhead.py"
+        "transport/gateway.py", "transport/contexts.py", "keys.py", "chaos/proxy.py", "chaos/strangers.py", "benches/overhead.py"
     }  # fmt: skip
 
 
@@ -141,3 +141,12 @@ def test_torch_is_not_imported_before_it_is_needed(program: str) -> None:
     check = f"{program}\nimport sys\nsys.exit(sorted({{'torch', 'transformers', 'numpy'}} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_worker_imports_nothing_of_the_orchestrator() -> None:
+    """Each worker is a process of its own, and what it imports is part of every start."""
+    check = (
+        "import sys, dsi_actors.worker, dsi_workers.main\n"
+        "sys.exit(sorted({'uvloop', 'rich.live', 'dsi_actors.core', 'dsi_actors.orchestrator'} & set(sys.modules)) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True)

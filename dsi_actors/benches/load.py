@@ -1,8 +1,9 @@
-"""`dsi-actors bench load`: many clients at once on the same workers, ours against fixed ways of decoding.
+"""`dsi-actors bench load`: many clients at once on the same workers, ours beside plain decoding (ar) or other fixed ways.
 
 Each client asks for one generation after another, of prompts that were first run alone: every text must be the same. All
 is real but the models, unless --target names one. A target's forward takes --target-ms and --position-ms for each position
-beyond the first, whoever it is for; the fixed ways share servers and forwards like ours does.
+beyond the first, whoever it is for; the fixed ways share servers and forwards like ours does. With --one-device the forwards
+of all workers take turns, as on one GPU.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import sys
 import time
@@ -59,7 +61,9 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--acceptance", type=float, default=0.8, metavar="A", help="chance that a draft is right")
     parser.add_argument("--position-ms", type=float, default=0.3, metavar="P", help="default %(default)s")
     parser.add_argument("--target", metavar="REF", help="a real model, with an int8 copy of it as the drafter")
-    parser.add_argument("--fixed", action="store_true", help="run the fixed ways, too")
+    parser.add_argument("--fixed", action="store_true", help="run other fixed ways than plain decoding, too")
+    parser.add_argument("--one-device", action="store_true", help="drafter and targets take turns, as on one GPU")
+    parser.add_argument("--repeats", type=int, default=1, metavar="R", help="of the ways in turn; the median is shown")
     add_json_option(parser)
     add_ready_timeout_option(parser)
     add_logging_option(parser)
@@ -150,22 +154,40 @@ def _row(clients: Sequence[_Client], seconds: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _median(rows: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The row with the median rate, and of each repeat the rate as a share of plain decoding's in the same repeat."""
+    shares = [row["tokens_per_s"] / max(1e-9, other["tokens_per_s"]) for row, other in zip(rows, plain, strict=True)]
+    row = sorted(rows, key=lambda row: float(row["tokens_per_s"]))[len(rows) // 2]
+    return {**row, "differing": sum(each["differing"] for each in rows), "of_plain": statistics.median(shares)}
+
+
 async def run(arguments: argparse.Namespace) -> int:
     crowds = numbers(arguments.clients, "--clients", int, 1, _MOST_CLIENTS)
     if arguments.seconds <= 0 or arguments.tokens < 2:
         raise ConfigError("--seconds must be positive, --tokens at least 2")
-    ways = _WAYS if arguments.fixed else _WAYS[:1]
+    if arguments.repeats < 1:
+        raise ConfigError("--repeats must be at least 1")
+    if arguments.one_device and arguments.target:
+        raise ConfigError("--one-device is for models that are timed: a --target is on the device that it is on")
+    ways = _WAYS if arguments.fixed else _WAYS[:2]
     results: list[dict[str, Any]] = []
     config = _config(arguments, max(crowds))
     await prepare_shown(config)
     async with Orchestrator(config) as orchestrator:
+        if arguments.one_device:
+            for worker in orchestrator.workers:
+                worker.gpu = "the one device"
         load = _Load(orchestrator, arguments.tokens)
         await load.run_alone()
         for clients in crowds:
-            for algorithm, lookahead in ways:
-                row = await load.measure(clients, arguments.seconds, algorithm, lookahead)
-                way = {"clients": clients, "algorithm": algorithm, "lookahead": lookahead or "auto"}
-                results.append({**way, "sp": arguments.sp, **row})
+            measured: dict[tuple[Algorithm, int | None], list[dict[str, Any]]] = {way: [] for way in ways}
+            for _ in range(arguments.repeats):
+                for way, rows in measured.items():
+                    rows.append(await load.measure(clients, arguments.seconds, *way))
+            plain = measured["ar", None]
+            for (algorithm, lookahead), rows in measured.items():
+                way_and_crowd = {"clients": clients, "algorithm": algorithm, "lookahead": lookahead or "auto"}
+                results.append({**way_and_crowd, "sp": arguments.sp, **_median(rows, plain)})
     if arguments.json:
         sys.stdout.write(json.dumps({"machine": describe_machine(), "results": results}) + "\n")
     else:
@@ -182,6 +204,8 @@ def _config(arguments: argparse.Namespace, clients: int) -> Config:
     timed = {"seed": 7, "position_ms": arguments.position_ms, "slots": max(2, min(64, clients)), "chunk": 128}
     drafter = {**timed, "latency_ms": arguments.drafter_ms, "acceptance": arguments.acceptance}
     drafter["position_ms"] = arguments.position_ms * arguments.drafter_ms / arguments.target_ms
+    if arguments.one_device:
+        timed["device"] = drafter["device"] = f"load-{os.getpid()}"
     return Config(
         engine="timed", target_options={**timed, "latency_ms": arguments.target_ms}, drafter_options=drafter, **common
     )
@@ -190,13 +214,14 @@ def _config(arguments: argparse.Namespace, clients: int) -> Config:
 def _table(results: Sequence[dict[str, Any]]) -> Table:
     table = Table(title="load")
     for title in (
-        "clients", "way", "tokens/s", "first token ms p50 / p99", "ms/token", "p50 / p99", "slowest/fastest", "texts",
+        "clients", "way", "tokens/s", "of plain", "first token ms p50 / p99", "ms/token", "p50 / p99", "slowest/fastest", "texts",
     ):  # fmt: skip
         table.add_column(title, justify="right")
     for row in results:
         table.add_row(
             str(row["clients"]), f"{row['algorithm']} k={row['lookahead']}" if row["algorithm"] != "ar" else "ar",
-            f"{row['tokens_per_s']:.1f}", f"{row['first_token_ms_p50']:.0f} / {row['first_token_ms_p99']:.0f}",
+            f"{row['tokens_per_s']:.1f}", f"{row['of_plain']:.2f}",
+            f"{row['first_token_ms_p50']:.0f} / {row['first_token_ms_p99']:.0f}",
             f"{row['ms_per_token']:.1f}", f"{row['ms_per_token_p50']:.1f} / {row['ms_per_token_p99']:.1f}",
             f"{row['slowest_over_fastest_client']:.2f}",
             f"{row['generations']} alike" if not row["differing"] else f"{row['differing']} DIFFER",

@@ -15,6 +15,8 @@ from typing import Literal
 
 import zmq
 
+from dsi_actors.transport.contexts import end_context
+
 Disturbance = Literal["drop", "delay", "duplicate", "reorder"]
 DISTURBANCES: tuple[Disturbance, ...] = ("drop", "delay", "duplicate", "reorder")
 
@@ -68,7 +70,7 @@ class Proxy:
         self._loop.remove_reader(self._descriptor)
         for identity in list(self._peers):
             self._forget(identity)
-        self._context.destroy(linger=0)
+        end_context(self._context, linger_ms=0)
 
     def disturb(self, disturbance: Disturbance, for_s: float) -> None:
         self._disturbance, self._until_s = disturbance, time.monotonic() + for_s

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import zmq
 
+from dsi_actors.transport.contexts import end_context
 from dsi_protocol import MAX_REPLY_FRAME_BYTES, Hello, encode
 
 _CONNECTIONS = 8
@@ -53,7 +54,7 @@ def flood(endpoint: str, frame_of: Callable[[int], bytes], seconds: float) -> in
                 sent += 1
         if sent == before:
             time.sleep(_PAUSE_S)
-    context.destroy(linger=0)
+    end_context(context, linger_ms=0)
     return sent
 
 

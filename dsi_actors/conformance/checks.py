@@ -11,6 +11,11 @@ from dsi_actors.conformance.drafting import (
     drafts_on,
     has_something_to_continue,
 )
+from dsi_actors.conformance.going_on import (
+    ends_going_on_when_asked_again,
+    goes_on_as_far_as_it_may,
+    goes_on_behind_a_wrong_guess_only,
+)
 from dsi_actors.conformance.membership import (
     beats,
     becomes_ready,
@@ -64,6 +69,7 @@ DRAFTER: tuple[Check, ...] = (
 )  # fmt: skip
 TARGET: tuple[Check, ...] = (
     verifies_the_same_however_it_is_asked, verifies_what_is_asked_only, gives_logprobs_when_asked, samples_by_the_seed,
-    answers_along_a_tree, keeps_the_main_path_of_a_tree, refuses_what_is_no_tree,
+    answers_along_a_tree, keeps_the_main_path_of_a_tree, refuses_what_is_no_tree, goes_on_as_far_as_it_may,
+    goes_on_behind_a_wrong_guess_only, ends_going_on_when_asked_again,
 )  # fmt: skip
 LEAVING: tuple[Check, ...] = (ends_when_dismissed,)

@@ -26,6 +26,7 @@ from dsi_protocol import (
     Preparing,
     Ready,
     Reply,
+    Verified,
     Verify,
     Welcome,
     prefix_checksum,
@@ -209,10 +210,10 @@ class Peer:
 
     def verify(
         self, generation: int, tokens: tuple[int, ...], start: int, *, held: tuple[int, ...] = (),
-        parents: tuple[int, ...] = (),
+        parents: tuple[int, ...] = (), ahead: int = 0,
     ) -> Verify:  # fmt: skip
         """A Verify request, not sent yet: the worker holds `held`, `tokens` follow, as a tree if there are `parents`."""
-        return Verify(generation, next(self._attempts), len(held), prefix_checksum(held), tokens, start, parents)
+        return Verify(generation, next(self._attempts), len(held), prefix_checksum(held), tokens, start, parents, ahead)
 
     def request(
         self, generation: int | None = None, *, held: tuple[int, ...] = (), tokens: tuple[int, ...] | None = None,
@@ -235,14 +236,15 @@ class Peer:
         return reply
 
     async def terminal(self, request: Draft | Verify) -> Reply:
-        """The terminal reply to this request. Blocks of guesses that come before it are passed over. Raises Nonconformance."""
+        """The terminal reply to this request. What comes before it is passed over. Raises Nonconformance."""
         asked = f"{type(request).__name__} {request.attempt}"
         while True:
             reply = await self._next(_ANSWER_S * self._patience, f"reply to {asked}")
             if not isinstance(reply, Reply):
                 raise Nonconformance(f"a reply to {asked} was expected, it sent {str(reply)[:200]}")
             self._require_answer(reply, request)
-            if not isinstance(reply, Drafted) or reply.done:
+            more = (isinstance(reply, Drafted) and not reply.done) or (isinstance(reply, Verified) and reply.more)
+            if not more:
                 return reply
 
     def _require_answer(self, reply: Message, request: Draft | Verify) -> None:

@@ -42,6 +42,18 @@ class StartVerify:
     tokens: tuple[int, ...]
     start: int
     parents: tuple[int, ...] = ()
+    #: So many further answers, of a token each, the server may give by itself, each behind the one before.
+    ahead: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyGoesOn:
+    """What `server` began by itself under this attempt is a verification that is wanted: of no drafts, for the token at `start`.
+    There is nothing to tell it."""
+
+    attempt: int
+    server: int
+    start: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,4 +104,4 @@ class Finish:
     reason: str
 
 
-Action: TypeAlias = StartDraft | StartVerify | CancelDrafts | CancelVerify | EmitTokens | Judged | Finish
+Action: TypeAlias = StartDraft | StartVerify | VerifyGoesOn | CancelDrafts | CancelVerify | EmitTokens | Judged | Finish

@@ -45,6 +45,8 @@ class Drafting:
         self._on_late = on_late
         #: By number; the leader first.
         self._views: dict[int, DrafterView] = {}
+        #: Whether no drafter had a draft to add when the last token was committed, as prompt lookup where nothing repeats.
+        self.had_nothing = False
 
     @property
     def several(self) -> bool:
@@ -139,6 +141,7 @@ class Drafting:
 
     def committed(self) -> None:
         """The root has moved as far as it does for now."""
+        self.had_nothing = all(view.exhausted for view in self._views.values())
         for view in self._views.values():
             view.exhausted = False
             if view.requests and view.asked_to <= self._committed:

@@ -83,12 +83,16 @@ class DraftsLate:
 
 @dataclass(frozen=True, slots=True)
 class VerificationFinished:
-    """The target's own tokens from `start` on: up to the first that differs from what was verified, or one beyond."""
+    """The target's own tokens from `start` on: up to the first that differs from what was verified, or one beyond.
+
+    With `more` the server has not finished: it has begun by itself, as StartVerify allowed, with the token that follows these.
+    """
 
     attempt: int
     server: int
     start: int
     tokens: tuple[int, ...]
+    more: bool = False
 
 
 @dataclass(frozen=True, slots=True)

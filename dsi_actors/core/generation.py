@@ -33,13 +33,21 @@ other live verification reaches beyond what is committed it starts at once on ev
 always a verification running that yields the next token, and it started no later than a plain decoder's forward would.
 (For policies with first_wait = 0. AR and SI are settings of the same machine: see policy.py.)
 
+Going on. A message to the server and back takes as long as several percent of a forward. So a request allows the server to go on
+by itself where the core would ask it for the token behind its answer and bring no drafts (`_ahead`). Such an answer comes with
+`more`. Then the server is *going on*: it counts as idle, and as the one with the least to read. If the next verification to start
+is the one that it has begun, that becomes live under the same attempt, and nothing is sent. If it is another one, its StartVerify
+ends the going on. Otherwise it is cancelled. So after each event every server that goes on does so for a live verification.
+Answers of one attempt come in order. If one is lost, the next one stands behind tokens that the core does not know. The attempt
+ends then, and the next request to this server allows no going on, lest one that always skips be asked for ever.
+
 Rules of this file
 ==================
 
 * `handle(event) -> list[Action]` is the only mutator. No clock, no I/O, no randomness: the same events give the same
   actions. The asyncio orchestrator and the discrete-event simulator drive this same class.
-* Every piece of work has a fresh attempt id. Attempts are never revived. An event of a dead attempt is normal: it is
-  counted and dropped, except that a server that answers is idle again.
+* Every piece of work has a fresh attempt id, but for what a server does by itself. Attempts are never revived. An event of a dead
+  attempt is normal: it is counted and dropped, except that a server that answers is idle again.
 * The driver tells the end of each verification exactly once (finished, abandoned, or its server lost); events may come
   late and in any order.
 """
@@ -58,7 +66,9 @@ from dsi_actors.core.actions import (
     Judged,
     StartDraft,
     StartVerify,
+    VerifyGoesOn,
 )
+from dsi_actors.core.counters import Counters
 from dsi_actors.core.drafting import Drafting
 from dsi_actors.core.events import (
     CancelRequested,
@@ -78,8 +88,12 @@ from dsi_actors.core.policy import Policy, worth_verifying
 from dsi_actors.core.tree import DraftTree, Node, Step
 
 #: What starts work goes first, since telling takes time; each list keeps its order among equals.
-_URGENCY = {StartVerify: 0, CancelDrafts: 1, StartDraft: 2, CancelVerify: 3, EmitTokens: 4, Judged: 5, Finish: 6}
+_URGENCY = {
+    StartVerify: 0, CancelDrafts: 1, StartDraft: 2, CancelVerify: 3, EmitTokens: 4, Judged: 5, VerifyGoesOn: 6, Finish: 7,
+}  # fmt: skip
 _NOTHING_JUDGED = Judged()
+#: A server may give so many further answers by itself: so long it computes at most for a reader whom it has not heard leave.
+MOST_ANSWERS_AHEAD = 256
 
 
 def _urgency(action: Action) -> int:
@@ -92,8 +106,12 @@ class _Server:
     rows: int
     #: The server holds tokens[:held] of the current list (it may hold more, of lists that are dead).
     held: int = 0
-    #: What it was last asked and has not answered; live if and only if the attempt is in `_verifications`.
+    #: What it was last asked and has not answered to the end; live if and only if the attempt is in `_verifications`.
     attempt: int | None = None
+    #: The position of the token that it has begun with by itself, for nobody yet; 0 if that is unknown. Only within an event.
+    goes_on_at: int | None = None
+    #: Whether an answer of it was lost, and it has given no other since.
+    lost_one: bool = False
 
 
 @dataclass(slots=True)
@@ -107,22 +125,8 @@ class _Verification:
     nodes: set[Node]
     #: One past the last position of these.
     deepest: int
-
-
-@dataclass(slots=True)
-class Counters:
-    """What happened so far. All count from the start of the generation."""
-
-    drafted: int = 0  #: tokens that arrived from a live draft attempt, branches included
-    judged: int = 0  #: main-path tokens that were compared with the target's own
-    accepted: int = 0  #: of those, equal
-    offered: int = 0  #: of those that differed, those with an alternative beside them
-    alternatives: int = 0  #: of those, the target's token was an alternative
-    rejections: int = 0  #: corrections that dropped work: no draft had the target's token
-    verifications: int = 0  #: verifications started
-    useful_verifications: int = 0  #: verifications that committed at least one token
-    stale_events: int = 0  #: replies of dead attempts
-    disagreements: int = 0  #: answers that contradict committed tokens or answer what was not asked: dropped
+    #: Whether the server may go on by itself.
+    ahead: bool
 
 
 class GenerationCore:
@@ -197,8 +201,8 @@ class GenerationCore:
     def handle(self, event: Event) -> list[Action]:
         """Take in what happened; return what to do now, in this order."""
         match event:
-            case VerificationFinished(attempt, server, start, tokens):
-                self._on_verification_finished(attempt, server, start, tokens)
+            case VerificationFinished(attempt, server, start, tokens, more):
+                self._on_verification_finished(attempt, server, start, tokens, more)
             case DraftsArrived(attempt, start, tokens, parents, drafter):
                 if self._is_live(drafter, attempt):
                     self._on_drafts_arrived(drafter, attempt, start, tokens, parents)
@@ -235,6 +239,7 @@ class GenerationCore:
         if not self.finished:
             self._drafting.plan(self.policy, self.end)
             self._plan_verifications()
+        self._cancel_going_on()
         if self._judged is not _NOTHING_JUDGED:
             self._actions.append(self._judged)
             self._judged = _NOTHING_JUDGED
@@ -245,9 +250,23 @@ class GenerationCore:
 
     # What happened to a verification
 
-    def _on_verification_finished(self, attempt: int, server: int, start: int, tokens: tuple[int, ...]) -> None:
-        verification = self._end_verification(attempt, server)
+    def _on_verification_finished(
+        self, attempt: int, server: int, start: int, tokens: tuple[int, ...], more: bool
+    ) -> None:
+        if more and attempt in self._verifications and start < self._verifications[attempt].start:
+            self.counters.stale_events += 1  # it came again
+            return
+        verification = self._end_verification(attempt, server, more=more)
+        state = self._servers.get(server)
+        if more and state is not None and state.attempt == attempt:
+            state.held = min(state.held, self.committed, start + len(tokens))
         if verification is None:
+            return
+        if verification.ahead and start > verification.start:
+            self.counters.gaps += 1
+            if state is not None:
+                state.lost_one = True
+                state.held = min(state.held, self.committed)
             return
         overlap = self.committed - verification.start
         if (
@@ -256,27 +275,34 @@ class GenerationCore:
             or list(tokens[:overlap]) != self.tokens[start : self.committed]
         ):
             self.counters.disagreements += 1
-            if server in self._servers:
-                self._servers[server].held = 0  # prefer another one, and tell this one everything again
+            if state is not None:
+                state.held = 0  # prefer another one, and tell this one everything again
             return
         self._warm_server = server
         self.counters.useful_verifications += 1
         self._judged = Judged(attempt)
         self._commit(tokens[overlap:], verification.nodes)
+        if state is not None:
+            state.lost_one = False
+            if more and state.attempt == attempt and self.committed == start + len(tokens):
+                state.held = state.goes_on_at = self.committed
 
     def _on_verification_abandoned(self, attempt: int, server: int, held: int | None) -> None:
         self._end_verification(attempt, server)
         if held is not None and server in self._servers:
             self._servers[server].held = min(self._servers[server].held, held)
 
-    def _end_verification(self, attempt: int, server: int) -> _Verification | None:
-        """The server is idle again. Returns the verification if its attempt was still live."""
-        state = self._servers.get(server)
-        if state is not None and state.attempt == attempt:
-            state.attempt = None
+    def _end_verification(self, attempt: int, server: int, *, more: bool = False) -> _Verification | None:
+        """The server is idle again, or with `more` goes on. Returns the verification if its attempt was still live."""
         verification = self._verifications.pop(attempt, None)
         if verification is None:
             self.counters.stale_events += 1
+        state = self._servers.get(server)
+        if state is not None and state.attempt == attempt:
+            if not more:
+                state.attempt = None
+            elif verification is not None:  # else it was cancelled, and will say so
+                state.goes_on_at = 0
         return verification
 
     def _commit(self, target_tokens: Sequence[int], verified: set[Node]) -> None:
@@ -411,16 +437,50 @@ class GenerationCore:
             nodes.update(branches)
             tokens = (*self.tokens[base:end], *(node.token for node in branches))
             parents = self._parents_of(base, end, branches)
+        elif end == start == state.goes_on_at:
+            self._let_go_on(server, state)
+            return True
         else:
             base = min(base, end)
             tokens, parents = tuple(self.tokens[base:end]), ()
         deepest = max([end, *(node.position + 1 for node in branches)])
-        attempt = self._take_attempt()
-        self._verifications[attempt] = _Verification(server, start, end, nodes, deepest)
-        state.attempt, state.held = attempt, end
+        attempt, ahead = self._take_attempt(), 0 if state.lost_one else self._ahead(start, deepest)
+        self._verifications[attempt] = _Verification(server, start, end, nodes, deepest, ahead > 0)
+        state.attempt, state.held, state.goes_on_at = attempt, end, None
         self.counters.verifications += 1
-        self._actions.append(StartVerify(attempt, server, base, tokens, start, parents))
+        self._actions.append(StartVerify(attempt, server, base, tokens, start, parents, ahead))
         return True
+
+    def _ahead(self, start: int, deepest: int) -> int:
+        """How many further answers a server may give by itself behind a verification of [start, deepest): those that the policy
+        would ask it for, without drafts. None lies past the last position of the text."""
+        policy, drafting = self.policy, self._drafting
+        plain = not (policy.max_ahead and policy.span)
+        # At first a drafter may yet come.
+        if not plain and (drafting.views or start == self.prompt_length):
+            if policy.first_wait:
+                return 0
+            if deepest > start:
+                return 1  # behind a correction
+            if not drafting.had_nothing:
+                return 0  # drafts come while it computes
+        return min(MOST_ANSWERS_AHEAD, self.end - 1 - deepest)
+
+    def _let_go_on(self, server: int, state: _Server) -> None:
+        """What the server has begun by itself is what it would be asked next."""
+        assert state.attempt is not None
+        start, state.goes_on_at = self.committed, None
+        self._verifications[state.attempt] = _Verification(server, start, start, {self._tree.root}, start, True)
+        self.counters.verifications += 1
+        self._actions.append(VerifyGoesOn(state.attempt, server, start))
+
+    def _cancel_going_on(self) -> None:
+        """Of servers that go on for nobody."""
+        for number, server in self._servers.items():
+            if server.goes_on_at is not None:
+                assert server.attempt is not None
+                server.goes_on_at = None
+                self._actions.append(CancelVerify(server.attempt, number))
 
     def _is_verified(self, node: Node) -> bool:
         """Whether a live verification checks it."""
@@ -485,7 +545,8 @@ class GenerationCore:
 
     def _idle_server(self) -> int | None:
         """The idle server with the least to read: the one that answered last, else the one that holds most."""
-        idle = [number for number, server in self._servers.items() if server.attempt is None]
+        servers = self._servers.items()
+        idle = [number for number, server in servers if server.attempt is None or server.goes_on_at is not None]
         if self._warm_server in idle:
             return self._warm_server
         return max(idle, key=lambda number: self._servers[number].held, default=None)
@@ -535,6 +596,7 @@ class GenerationCore:
             earlier |= verification.nodes
         for server in self._servers.values():
             assert 0 <= server.held <= len(self.tokens)
+            assert server.goes_on_at is None, "no server goes on for nobody"
         self._drafting.check(self.end)
         if self.finished:
             assert not self._verifications, "a finished generation holds nothing"

@@ -42,7 +42,7 @@ class Account:
 
     def verified(self, attempt: int, forwards: int, busy_us: int) -> None:
         self.cancelled(forwards, busy_us)
-        self._unsettled[attempt] = forwards
+        self._unsettled[attempt] = self._unsettled.get(attempt, 0) + forwards
         self._target_ms.append(busy_us / 1e3)
 
     def cancelled(self, forwards: int, busy_us: int) -> None:

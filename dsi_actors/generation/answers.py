@@ -61,22 +61,27 @@ class Answers:
         self._logprobs = logprobs
 
     def to_verify(self, request: Verify, worker: WorkerHandle, reply: Reply | None, waited_ms: float) -> Meaning:
-        """`waited_ms`: since it was asked."""
+        """`waited_ms`: since it was asked, or since the answer before."""
         match reply:
-            case Verified(_, attempt, start, tokens, logprobs, forwards, busy_us):
-                most = request.base + len(request.tokens) - request.start + 1
-                misfit = start != request.start or not 1 <= len(tokens) <= most or max(tokens) >= self._vocabulary_size
+            case Verified(_, attempt, start, tokens, logprobs, forwards, busy_us, more):
+                end = request.base + len(request.tokens)
+                most = end - request.start + 1
+                if request.start < start <= end + request.ahead:
+                    most = 1  # the server went on by itself
+                elif start != request.start:
+                    most = 0
+                misfit = not 1 <= len(tokens) <= most or max(tokens) >= self._vocabulary_size
                 wanted = len(tokens) if self._logprobs else 0
                 if misfit or len(logprobs) != wanted:
-                    return Misbehaved(
-                        worker, f"{len(tokens)} tokens from {start}, asked for up to {most} from {request.start}"
-                    )
+                    asked = f"asked for up to {end - request.start + 1} from {request.start}"
+                    return Misbehaved(worker, f"{len(tokens)} tokens from {start}, {asked}")
                 self._account.verified(attempt, forwards, busy_us)
+                positions = 1 if start > request.start else end - min(request.base, start - 1)
                 self._tuner.verified(
-                    request.base + len(request.tokens) - min(request.base, start - 1), busy_us / 1e3,
+                    positions, busy_us / 1e3,
                     sharers=max(1, worker.sharers), waited_ms=waited_ms,
                 )  # fmt: skip
-                return Answered(VerificationFinished(attempt, worker.number, start, tokens), logprobs)
+                return Answered(VerificationFinished(attempt, worker.number, start, tokens, more), logprobs)
             case Cancelled(_, attempt, forwards, busy_us):
                 self._account.cancelled(forwards, busy_us)
                 return VerificationAbandoned(attempt, worker.number)

@@ -22,6 +22,7 @@ from dsi_actors.core.actions import (
     Judged,
     StartDraft,
     StartVerify,
+    VerifyGoesOn,
 )
 from dsi_actors.core.events import (
     CancelRequested,
@@ -49,7 +50,7 @@ from dsi_actors.planning.controller import Controller
 from dsi_actors.results import CommittedTokens, GenerationReport
 from dsi_actors.workforce.scheduler import Exchanged, GivenBack, Released, Requested, Scheduler
 from dsi_actors.workforce.worker_handle import WorkerHandle
-from dsi_protocol import MAX_TOKENS_PER_MESSAGE, Draft, Drafted, Reply, Verify
+from dsi_protocol import MAX_TOKENS_PER_MESSAGE, Draft, Drafted, Reply, Verified, Verify
 
 log = get_logger("generation")
 
@@ -194,8 +195,9 @@ class Generation(Actor[GenerationMessage]):
 
     def _do(self, action: Action) -> None:
         match action:
-            case StartVerify(attempt, server, base, tokens, start, parents):
-                verify = Verify(self.number, attempt, base, self._checksums.of_first(base), tokens, start, parents)
+            case StartVerify(attempt, server, base, tokens, start, parents, ahead):
+                checksum = self._checksums.of_first(base)
+                verify = Verify(self.number, attempt, base, checksum, tokens, start, parents, ahead)
                 self._verify(verify, self._servers[server])
             case StartDraft(attempt, base, tokens, start, count, block, rows, committed, number):
                 self._drafters[number].asked(action)
@@ -213,6 +215,8 @@ class Generation(Actor[GenerationMessage]):
                 logprobs = logprobs[start - first : start - first + len(tokens)]
                 by_alternative = tuple(position in alternatives for position in range(start, start + len(tokens)))
                 self._on_tokens(CommittedTokens(tokens, accepted, logprobs, by_alternative))
+            case VerifyGoesOn():
+                pass
             case Judged():
                 self._account.judged(action.accepted, action.judged)
                 self._controller.judged(action, self._core.committed)
@@ -292,7 +296,9 @@ class Generation(Actor[GenerationMessage]):
     def _count_servers(self) -> None:
         servers, drafters = self._servers.values(), self._drafters.workers
         self._controller.set_servers(
-            len(servers), overlaps=can_overlap(servers, drafters[:1]), rows=rows_of_trees(servers, drafters)
+            len(servers),
+            overlaps=can_overlap(servers, drafters[:1]) if servers and drafters else None,
+            rows=rows_of_trees(servers, drafters),
         )
 
     def _wait_for_target(self, patience_s: float) -> None:
@@ -322,14 +328,16 @@ class Generation(Actor[GenerationMessage]):
         self._scheduler.tell(GivenBack(self, worker))
         self._lose(worker)
 
-    # Requests: each gets one answer, which becomes one message
+    # Requests: each answer becomes one message
 
     def _verify(self, request: Verify, worker: WorkerHandle) -> None:
         asked_s = time.perf_counter()
 
         def on_reply(reply: Reply | None) -> None:
-            self._pending -= 1
+            nonlocal asked_s
             waited_ms = (time.perf_counter() - asked_s) * 1e3
+            asked_s += waited_ms / 1e3
+            self._pending -= not (isinstance(reply, Verified) and reply.more)
             self.deliver(self._answers.to_verify(request, worker, reply, waited_ms))
 
         self._pending += 1

@@ -140,6 +140,11 @@ class Arms:
         """Of a text of so many tokens, now."""
         return Context(_band(self._load), _length(position))
 
+    @property
+    def among_others(self) -> bool:
+        """Whether several generations run most of the time."""
+        return _band(self._load) > 0
+
     def pays(self, drafter: str, position: int) -> bool:
         """Whether to speculate with this drafter. True until it is known there."""
         return self._contexts[self.context(position)].pays(drafter)
@@ -215,6 +220,10 @@ class ArmChoice:
     @property
     def speculates(self) -> bool:
         return self.pays(self.drafter)
+
+    @property
+    def among_others(self) -> bool:
+        return self.arms.among_others
 
     def first(self, drafters: Sequence[str]) -> str:
         """Of those that are there the one to begin with, in the order given where they are alike. "": there is none."""

@@ -22,7 +22,8 @@ class Controller:
         self.choice = choice
         #: Drafts from this position on are the present drafter's own.
         self._own_from = 0
-        tuner.speculates, tuner.together = choice.speculates, choice.drafter == TOGETHER
+        tuner.together = choice.drafter == TOGETHER
+        self._decide()
 
     @staticmethod
     def with_one_drafter(
@@ -45,10 +46,12 @@ class Controller:
     def begin(self) -> Policy:
         return self.tuner.choose()
 
-    def set_servers(self, number: int, *, overlaps: bool, rows: int) -> None:
-        """So many target servers are there. `overlaps`: the drafter can compute while they do. `rows`: of a tree, that all of
-        these workers take."""
-        self.tuner.servers, self.tuner.overlaps = number, overlaps
+    def set_servers(self, number: int, *, overlaps: bool | None, rows: int) -> None:
+        """So many target servers are there. `overlaps`: the drafter can compute while they do; None: one of both is not there.
+        `rows`: of a tree, that all of these workers take."""
+        self.tuner.servers = number
+        if overlaps is not None:
+            self.tuner.overlaps = overlaps
         self.tuner.estimates.rows = rows
 
     def drafter_joined(self, kind: str, guesser: Guesser, position: int) -> None:
@@ -96,4 +99,4 @@ class Controller:
         self.choice.ended()
 
     def _decide(self) -> None:
-        self.tuner.speculates = self.choice.speculates
+        self.tuner.speculates, self.tuner.among_others = self.choice.speculates, self.choice.among_others

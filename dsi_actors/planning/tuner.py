@@ -183,6 +183,8 @@ class Tuner:
         self._drafted = _DRAFTED_PRIOR if known.drafter_ms > 0 else 0.0
         #: Whether the drafter can compute while targets do.
         self.overlaps = overlaps
+        #: Whether other generations run most of the time.
+        self.among_others = False
         self._since_look = 0
         self._planned_for = (replace(known), self._circumstances)
         self._policy: Policy | None = None
@@ -196,8 +198,15 @@ class Tuner:
         return may_branch(self._fixed, self._most_rows)
 
     @property
-    def _circumstances(self) -> tuple[int, bool, bool, int, bool]:
-        return self.servers, self.speculates, self.overlaps, self.estimates.rows, self.together
+    def _waits(self) -> bool:
+        """Whether each drafted token waits for a forward that verifies others, since drafter and targets take turns on one device
+        that several generations share. With k drafts a round takes k + 1 such forwards, and yields at most k + 1 tokens: no
+        faster than plain decoding, and slower by the drafter's own time."""
+        return self.among_others and not self.overlaps
+
+    @property
+    def _circumstances(self) -> tuple[int, bool, bool, bool, int, bool]:
+        return self.servers, self.speculates, self.overlaps, self.among_others, self.estimates.rows, self.together
 
     def choose(self) -> Policy:
         """The policy to begin with."""
@@ -295,7 +304,7 @@ class Tuner:
             policy = Policy.speculative(fixed) if self._algorithm == "si" else Policy.distributed(fixed, sp)
             policy = with_rows(policy, min(self._most_rows or 1, known.rows))
             return replace(policy, branches=UNLIMITED) if self.may_branch else policy  # drafters may come that branch
-        if self._algorithm == "dsi" and not self.speculates:
+        if self._algorithm == "dsi" and (not self.speculates or self._waits):
             return Policy.undrafted(sp)
         if target_ms <= 0 or known.drafter_ms <= 0:  # not calibrated: begin as plain decoding does, and measure
             return Policy.speculative(1) if self._algorithm == "si" else Policy.distributed(1, sp)

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi.sse import format_sse_event
 
-from dsi_actors.core.actions import Action, CancelDrafts, EmitTokens, Finish, StartDraft, StartVerify
+from dsi_actors.core.actions import Action, CancelDrafts, EmitTokens, Finish, StartDraft, StartVerify, VerifyGoesOn
 from dsi_actors.core.events import DraftsArrived, Event, VerificationAbandoned, VerificationFinished
 from dsi_actors.errors import OrchestratorClosed
 from dsi_actors.logs import get_logger
@@ -143,6 +143,15 @@ class Watch:
                 return {
                     "is": "verify", "attempt": attempt, "worker": server, "start": start, "end": end, "branches": branches,
                 }  # fmt: skip
+            case VerifyGoesOn(attempt, server, start):
+                return {
+                    "is": "verify",
+                    "attempt": attempt,
+                    "worker": server,
+                    "start": start,
+                    "end": start,
+                    "branches": 0,
+                }
             case VerificationFinished(attempt, _, _, tokens):
                 return {"is": "verified", "attempt": attempt, "tokens": len(tokens)}
             case VerificationAbandoned(attempt):

@@ -21,6 +21,7 @@ from dsi_actors.core.actions import (
     Judged,
     StartDraft,
     StartVerify,
+    VerifyGoesOn,
 )
 from dsi_actors.core.events import (
     DraftEnded,
@@ -177,6 +178,8 @@ class DiscreteEventDriver:
                     self._controller.judged(action, self.core.committed)
             case Finish():
                 pass
+            case VerifyGoesOn():
+                raise AssertionError("no simulated server goes on by itself: messages take no time here")
 
     def _verified(self, attempt: int, server: int, start: int, answer: tuple[int, ...]) -> None:
         running = self._running.get(server)

@@ -100,6 +100,11 @@ class _Painter:
                 span = Span(at_ms, at_ms, fields["start"], end, "running", words, branches)
                 self._picture.lanes.setdefault(lane, []).append(span)
                 self._verifying[fields["attempt"]] = (lane, span)
+            case "VerifyGoesOn":
+                lane, start = self._names.get(fields["server"], f"target {fields['server']}"), fields["start"]
+                span = Span(at_ms, at_ms, start, start, "running", f"goes on by itself from {start}")
+                self._picture.lanes.setdefault(lane, []).append(span)
+                self._verifying[fields["attempt"]] = (lane, span)
             case "VerificationFinished":
                 answered = self._end_verification(fields["attempt"], at_ms, "wasted")
                 if answered is not None:

@@ -19,6 +19,7 @@ from zmq.auth.asyncio import AsyncioAuthenticator
 from dsi_actors.errors import ConfigError
 from dsi_actors.keys import Keyring
 from dsi_actors.logs import get_logger
+from dsi_actors.transport.contexts import end_context
 from dsi_protocol import (
     MAX_REPLY_FRAME_BYTES,
     Endpoint,
@@ -92,7 +93,7 @@ class Gateway:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
             self._stop_authenticator()
-            self._context.destroy(linger=0)
+            end_context(self._context, linger_ms=0)
             raise ConfigError(f"cannot listen on {endpoint}: {_problem(where, error)}") from None
         #: The endpoint with the port that was chosen, if the configuration left that open.
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
@@ -125,7 +126,7 @@ class Gateway:
             self._closed = True
             self._loop.remove_reader(self._descriptor)
             self._stop_authenticator()
-            self._context.destroy(linger=100)
+            end_context(self._context, linger_ms=100)
 
     def _stop_authenticator(self) -> None:
         if self._authenticator is not None:

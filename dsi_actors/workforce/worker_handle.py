@@ -59,7 +59,8 @@ _HERE = socket.gethostname()
 
 AnyTimed = TypeVar("AnyTimed", Drafted, Verified)
 
-#: Called once with the terminal reply, or with None if the worker is lost before it gives one.
+#: Called once with the terminal reply, or with None if the worker is lost before it gives one. Before that, with each Verified
+#: after which the server goes on by itself (`more`).
 OnReply: TypeAlias = Callable[[Reply | None], None]
 
 
@@ -79,6 +80,9 @@ class _Flight:
     reopenings: int = 0
     #: Tokens that came for a draft request.
     drafted: int = 0
+    #: Answers to a Verify so far, and one past the last position of the last one.
+    answers: int = 0
+    answered_to: int = 0
 
 
 class WorkerHandle:
@@ -231,6 +235,8 @@ class WorkerHandle:
         now_s = self._clock()
         if isinstance(request, Draft) and request.rows > 1 and request.start == request.base + len(request.tokens):
             self._mark_cancelled(request.generation, request.attempt - 1, Draft)  # by this request itself
+        if isinstance(request, Verify):  # and so is what the server does by itself
+            self._mark_cancelled(request.generation, request.attempt - 1, Verify)
         cancelled = request.attempt <= self._cuts.get(request.generation, 0)
         self._in_flight[key] = _Flight(
             request, on_reply, on_drafted, now_s, self._patience_s, now_s if cancelled else None
@@ -277,7 +283,15 @@ class WorkerHandle:
             if not reply.done:
                 return
         elif isinstance(reply, Verified):
+            if flight.answers and reply.start < flight.answered_to:
+                self._on_repeated(now_s)
+                return
             reply = _with_possible_time(reply, now_s - flight.since_s)
+            if reply.more:
+                if self._goes_on(flight, reply, now_s):
+                    flight.on_reply(reply)
+                    return
+                reply = Failed(*key, "protocol", "it goes on further than it may")
         elif isinstance(reply, Cancelled) and flight.cancelled_s is None:
             reply = Failed(*key, "protocol", "it answered Cancelled to what nobody cancelled")
         elif isinstance(reply, Failed) and reply.code == "unknown_generation":
@@ -305,6 +319,14 @@ class WorkerHandle:
         self.fault(f"it drafted up to {block.start + len(block.tokens)}, {flight.drafted} tokens so far, for {request}")
         return True
 
+    def _goes_on(self, flight: _Flight, reply: Verified, now_s: float) -> bool:
+        """After this answer the server goes on by itself. False if it may not."""
+        flight.answers += 1
+        flight.answered_to = reply.start + len(reply.tokens)
+        if flight.cancelled_s is None:  # else its terminal reply is owed since then
+            flight.since_s, flight.patience_s = now_s, self._patience_s
+        return isinstance(flight.request, Verify) and flight.answers <= flight.request.ahead
+
     def _open_again(self, flight: _Flight) -> bool:
         """The generation was opened, but that message was lost, or the worker had to forget it."""
         opened = self._opened.get(flight.request.generation)
@@ -317,14 +339,17 @@ class WorkerHandle:
 
     def _on_unasked(self, reply: Reply, now_s: float) -> None:
         if (reply.generation, reply.attempt) in self._answered:
-            self.repeated_replies += 1
-            if not self._repeated.take(now_s):
-                self._on_useless(f"it repeats itself: {self.repeated_replies} replies came again so far")
+            self._on_repeated(now_s)
             return
         self.unasked_replies += 1
         log.debug("unasked reply", worker=str(self), reply=type(reply).__name__)
         if not self._unasked.take(now_s):
             self._on_useless(f"it sends what nobody asked for: {self.unasked_replies} replies so far")
+
+    def _on_repeated(self, now_s: float) -> None:
+        self.repeated_replies += 1
+        if not self._repeated.take(now_s):
+            self._on_useless(f"it repeats itself: {self.repeated_replies} replies came again so far")
 
     def on_lost(self) -> None:
         """The process is gone, and all that it owes with it."""

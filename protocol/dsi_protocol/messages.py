@@ -3,7 +3,7 @@
 W→O is a message from a worker to the orchestrator, O→W the other way. A position is an index into the text of a generation,
 the prompt first. Ranges are half-open. A *request* is a Draft or a Verify. It is named by (generation, attempt) and gets
 exactly one terminal reply: Verified, a Drafted with `done`, Cancelled, NeedPrefix or Failed. The `end` of a request is
-base + len(tokens).
+base + len(tokens). A Verified with `more` is not terminal.
 """
 
 from __future__ import annotations
@@ -153,6 +153,9 @@ class Verify:
     The prefix is as in Draft. `start` may be smaller than `base`, but not larger than `end`. With `parents` the tokens are a
     tree: tokens[i] follows tokens[parents[i] - 1], or the token at base - 1 where parents[i] is 0. The main path comes first: a
     token for each position from `base` on.
+
+    With `ahead` the server may go on by itself: after an answer that ends with a token that no guess had, it starts the forward
+    for the token after that, and answers again.
     """
 
     TYPE: ClassVar[int] = 9
@@ -163,14 +166,16 @@ class Verify:
     tokens: Tokens
     start: U32
     parents: Tokens = ()
+    ahead: U32 = 0  # so many further answers, of one token each, the server may give by itself
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """W→O, terminal. The target's own tokens from `start` on, between 1 and end - start + 1 of them.
+    """W→O, terminal unless it has `more`. The target's own tokens from `start` on, between 1 and end - start + 1 of them.
 
     They go up to and including the first one that differs from the token of the request at its position, or, if none
-    differs, up to and including the token at `end`. Every token follows from the first `start` tokens alone.
+    differs, up to and including the token at `end`. Every token follows from the first `start` tokens alone. An answer that was
+    given by itself (`ahead` of Verify) is one token, at the position after the answer before.
     """
 
     TYPE: ClassVar[int] = 10
@@ -179,8 +184,9 @@ class Verified:
     start: U32
     tokens: Tokens
     logprobs: Floats  # for each token ln of its probability in the model's own softmax, if asked for; else empty
-    forwards: U32  # how many forwards the request took
-    busy_us: U32  # time of computation
+    forwards: U32  # how many forwards the request took since the last reply to it
+    busy_us: U32  # time of computation since the last reply to this request
+    more: Bool = False  # the server goes on by itself: another answer to this request follows
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +209,7 @@ class Cancelled:
     TYPE: ClassVar[int] = 12
     generation: U64
     attempt: U64
-    forwards: U32  # how many forwards the request took until then
+    forwards: U32  # how many forwards the request took, but for those that an earlier Verified counted
     busy_us: U32  # time of computation since the last reply to this request
 
 

@@ -30,7 +30,7 @@ def events_of(source: str, message: object) -> list[Event]:
         case Drafted(_, attempt, start, tokens, done):
             return [DraftsArrived(attempt, start, tokens), *([DraftEnded(attempt, complete=True)] if done else [])]
         case Verified(_, attempt, start, tokens):
-            return [VerificationFinished(attempt, 1, start, tokens)]
+            return [VerificationFinished(attempt, 1, start, tokens, message.more)]
         case Cancelled(_, attempt):
             return [VerificationAbandoned(attempt, 1) if source == "target" else DraftEnded(attempt, complete=False)]
     return []
@@ -43,8 +43,9 @@ def test_the_core_asks_what_the_orchestrator_asks() -> None:
 
     def do(action: Action) -> None:
         match action:
-            case StartVerify(attempt, _, base, tokens, start):
-                asked.append(("target", Verify(1, attempt, base, checksums.of_first(base), tokens, start)))
+            case StartVerify(attempt, _, base, tokens, start, ahead=ahead):
+                checksum = checksums.of_first(base)
+                asked.append(("target", Verify(1, attempt, base, checksum, tokens, start, ahead=ahead)))
             case StartDraft(attempt, base, tokens, start, count, block):
                 draft = Draft(1, attempt, base, checksums.of_first(base), tokens, start, count, block)
                 asked.append(("drafter", draft))

@@ -20,6 +20,7 @@ from dsi_actors.core.actions import (
     Judged,
     StartDraft,
     StartVerify,
+    VerifyGoesOn,
 )
 from dsi_actors.core.events import (
     CancelRequested,
@@ -100,6 +101,13 @@ policies = st.one_of(
 )  # fmt: skip
 
 
+#: Servers may go on behind corrections, and drafts take the place of what they do by themselves.
+policies_that_go_on = st.builds(
+    lambda lookahead, sp, branches: replace(Policy.distributed(lookahead, sp), rows=1 + branches, branches=branches),
+    st.integers(1, 3), st.integers(1, 3), st.sampled_from([0, 0, 3]),
+)  # fmt: skip
+
+
 def test_a_server_that_left_and_came_back_is_not_taken_for_warm() -> None:
     core = GenerationCore((1, 2, 3), policy=Policy.autoregressive(), max_tokens=8)
     [first] = core.handle(ServerJoined(1))
@@ -148,14 +156,23 @@ class Drafter:
 class Adversary:
     """Holds every reply that is owed and lets hypothesis choose which comes next, is lost, or comes twice."""
 
-    def __init__(self, core: GenerationCore, data: st.DataObject) -> None:
+    def __init__(self, core: GenerationCore, data: st.DataObject, *, busy: bool) -> None:
         self.core = core
         self.data = data
+        self.busy = busy
         self.emitted: list[int] = []
         self.reasons: list[str] = []
         self.owed: list[Event] = []
         self.next_server = 0
         self.servers: dict[int, list[int]] = {}
+        #: How many further answers each server may give by itself to what it was asked last.
+        self.ahead: dict[int, int] = {}
+        #: Servers of which an answer was lost: the core does not know what they hold.
+        self.obscure: set[int] = set()
+        #: Attempts of which an answer was given, and what each server was asked last.
+        self.went_on: set[int] = set()
+        self.busy_with: dict[int, int] = {}
+        self.cancelled: set[int] = set()
         #: What was verified last, for answers that go on where they should stop: the tokens before, and the request.
         self.asked: dict[int, tuple[list[int], StartVerify]] = {}
         self.next_drafter = 0
@@ -168,12 +185,30 @@ class Adversary:
         assert self.core.tokens[: len(committed)] == committed, "committed only grows"
         for action in actions:
             self.do(action)
+        for owed in self.owed:
+            if isinstance(owed, VerificationFinished):
+                wanted = owed.attempt in self.core._verifications
+                ended = owed.attempt in self.cancelled or owed.attempt != self.busy_with[owed.server]
+                assert wanted or ended, "no server computes for nobody"
 
     def do(self, action: Action) -> None:
         match action:
-            case StartVerify(attempt, server, base, tokens, start, parents):
+            case StartVerify(attempt, server, base, tokens, start, parents, ahead):
                 held = self.servers[server]
+                for place, owed in enumerate(self.owed):  # what the server did by itself ends
+                    if isinstance(owed, VerificationFinished) and owed.server == server:
+                        assert owed.attempt in self.went_on, "a server has one request at a time, unless it goes on"
+                        ended = VerificationAbandoned(owed.attempt, server)
+                        if owed.more and self.data.draw(st.booleans(), label="answered before it heard"):
+                            self.owed.append(ended)
+                        else:
+                            self.owed[place] = ended
+                self.busy_with[server] = attempt
+                if server in self.obscure and held[:base] != self.core.tokens[:base]:  # the checksum tells
+                    self.owed.append(VerificationAbandoned(attempt, server, held=0))
+                    return
                 assert base <= len(held), "the core assumed more than the server was ever told"
+                self.obscure.discard(server)
                 main = main_path(tokens, parents)
                 before = held[:base]
                 held[base:] = main
@@ -181,9 +216,15 @@ class Adversary:
                 assert len(held) >= self.core.committed, "and all that is committed"
                 assert not parents or all(0 <= parent <= place for place, parent in enumerate(parents))
                 self.asked[attempt] = (before, action)
-                self.owed.append(
-                    VerificationFinished(attempt, server, start, walk(target, before, tokens, parents, start))
-                )
+                self.ahead[attempt] = ahead
+                assert ahead <= self.core.end - 1 - start, "no answer lies past the end"
+                self.answer(attempt, server, start, walk(target, before, tokens, parents, start))
+            case VerifyGoesOn(attempt, server, start):
+                assert self.core.committed == start
+                [owed] = [
+                    owed for owed in self.owed if isinstance(owed, VerificationFinished) and owed.attempt == attempt
+                ]
+                assert (owed.server, owed.start) == (server, start), "the server does what the core believes"
             case StartDraft(attempt, base, tokens, start, count, block, rows, _, number):
                 drafter = self.drafters[number]
                 assert rows <= drafter.rows
@@ -199,6 +240,7 @@ class Adversary:
                 del drafter.tokens[start:]
                 self.draft(number, attempt, count, block, rows)
             case CancelVerify(attempt, server):
+                self.cancelled.add(attempt)
                 # The cancel may come too late, so the answer stays possible; or it turns into an abandonment.
                 if self.data.draw(st.booleans(), label="cancel obeyed"):
                     self.owed = [
@@ -217,6 +259,21 @@ class Adversary:
                 assert 0 <= action.alternatives <= action.offered <= action.judged - action.accepted
             case Finish(reason):
                 self.reasons.append(reason)
+
+    def answer(self, attempt: int, server: int, start: int, tokens: tuple[int, ...]) -> None:
+        """The server owes this answer; it may go on by itself then."""
+        more = self.ahead[attempt] > 0 and (self.busy or self.data.draw(st.booleans(), label="goes on"))
+        self.owed.append(VerificationFinished(attempt, server, start, tokens, more))
+
+    def go_on(self, event: VerificationFinished) -> None:
+        """The server has given this answer, and begins with the next one before anybody hears of it."""
+        if self.busy_with[event.server] != event.attempt:
+            return
+        self.ahead[event.attempt] -= 1
+        self.went_on.add(event.attempt)
+        held = self.servers[event.server]
+        held[event.start :] = event.tokens
+        self.answer(event.attempt, event.server, len(held), (target(held),))
 
     def draft(self, number: int, attempt: int, count: int, block: int, rows: int) -> None:
         """Everything at once, in blocks: the main path, and beside it branches as chance has it."""
@@ -269,7 +326,7 @@ class Adversary:
         self.feed(ServerLost(server))
 
     def step(self) -> None:
-        choices = ["reply"] * 6 if self.owed else []
+        choices = ["reply"] * (40 if self.busy else 6) if self.owed else []
         if len(self.servers) < 4:
             choices.append("join server")
         if self.servers:
@@ -295,25 +352,29 @@ class Adversary:
     def reply(self) -> None:
         event = self.owed.pop(self.data.draw(st.integers(0, len(self.owed) - 1), label="which"))
         match event:
-            case VerificationFinished(attempt, server, _, _):
-                fate = self.data.draw(
-                    st.sampled_from(["as is"] * 4 + ["forgot", "failed", "elsewhere", "beyond the difference"]),
-                    label="fate",
-                )
+            case VerificationFinished(attempt, server):
+                fate = self.data.draw(st.sampled_from(FATES), label="fate")
+                if event.more and fate not in ("failed", "forgot"):
+                    self.go_on(event)
+                    if self.data.draw(st.integers(0, 5), label="answer lost") == 0:
+                        self.obscure.add(server)
+                        return
                 if fate == "failed":
                     event = VerificationAbandoned(attempt, server)
                 elif fate == "forgot":
                     self.servers[server] = []
                     event = VerificationAbandoned(attempt, server, held=0)
                 elif fate == "elsewhere":
-                    event = VerificationFinished(attempt, server, event.start + 1, (*event.tokens[1:], 0))
+                    event = replace(event, start=event.start + 1, tokens=(*event.tokens[1:], 0))
                 elif fate == "beyond the difference":  # what the target says behind a wrong guess is worth nothing
                     before, asked = self.asked[attempt]
                     text = [*before, *asked.tokens]
                     beyond = [target(text[:end]) for end in range(event.start, len(text) + 1)]
-                    if asked.parents:
+                    if (
+                        asked.parents or event.start > asked.start
+                    ):  # or it went on: it was told nothing that stands there
                         beyond = [*event.tokens, 0]
-                    event = VerificationFinished(attempt, server, event.start, tuple(beyond))
+                    event = replace(event, tokens=tuple(beyond))
             case DraftsArrived() if self.data.draw(st.integers(0, 5), label="lost") == 0:
                 return  # lost drafts cost time only
             case DraftsArrived(attempt, start, tokens, parents, number) if (
@@ -332,44 +393,70 @@ class Adversary:
             case _:
                 pass
         self.feed(event)
-        if isinstance(event, DraftsArrived | DraftEnded) and self.data.draw(st.integers(0, 9), label="twice") == 0:
+        again = isinstance(event, DraftsArrived | DraftEnded) or (
+            isinstance(event, VerificationFinished) and event.more
+        )
+        if again and self.data.draw(st.integers(0, 9), label="twice") == 0:
             self.feed(event)
 
 
-@settings(max_examples=600, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-@given(data=st.data())
-def test_any_interleaving_gives_the_targets_own_text(data: st.DataObject) -> None:
-    """Late, lost, duplicate, reordered and forged replies, servers and several drafters that come and go, some of which always
-    lie; resumed or from the start."""
+def any_interleaving(data: st.DataObject, policy: Policy, *, busy: bool = False) -> None:
+    """One generation among adversaries. `busy`: workers are there from the start and seldom leave, and servers go on whenever
+    they may."""
     prompt = data.draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4), label="prompt")
-    max_tokens = data.draw(st.integers(1, 14), label="max_tokens")
+    max_tokens = 30 if busy else data.draw(st.integers(1, 14), label="max_tokens")
     stop = data.draw(st.sampled_from([frozenset[int](), frozenset({0}), frozenset({1, 2})]), label="stop")
     whole = plain_decoding(prompt, max_tokens, stop)
     resumed = whole[: data.draw(st.sampled_from([0, 0, 1, 5]), label="resumed")]
     if len(resumed) == len(whole):
         resumed = []
-    policy = data.draw(policies, label="policy")
     core = GenerationCore(prompt, policy=policy, max_tokens=max_tokens, stop_tokens=stop, resumed=resumed)
-    adversary = Adversary(core, data)
+    adversary = Adversary(core, data, busy=busy)
     adversary.emitted = list(resumed)
+    if busy:
+        adversary.join_drafter()
+        for _ in range(policy.sp):
+            adversary.join_server()
     for _ in range(data.draw(st.integers(0, 60), label="steps")):
         adversary.step()
         if data.draw(st.integers(0, 15), label="new policy") == 15:
             adversary.feed(PolicyChanged(replace(data.draw(policies, label="policy"), sp=core.policy.sp)))
+    if data.draw(st.integers(0, 7), label="the reader leaves") == 7 and not core.finished:
+        adversary.feed(CancelRequested())
+        assert adversary.reasons == ["cancelled"]
     # From here on the world is kind: one server stays, every reply comes in order, so the generation must end.
     if not adversary.servers:
         adversary.join_server()
-    patience = 400
+    patience = 4000  # drafters that are cancelled never stop here
     while not core.finished:
         assert patience, "the generation hangs"
         patience -= 1
         assert adversary.owed, "nothing is running and the generation is not finished"
-        adversary.feed(adversary.owed.pop(0))
-    assert adversary.emitted == core.output == whole
-    assert adversary.reasons == ["stop" if core.output[-1] in stop else "length"]
+        event = adversary.owed.pop(0)
+        if isinstance(event, VerificationFinished) and event.more:
+            adversary.go_on(event)
+        adversary.feed(event)
+    assert adversary.emitted == core.output == whole[: len(core.output)]
+    if core.finish_reason != "cancelled":
+        assert core.output == whole
+        assert adversary.reasons == ["stop" if core.output[-1] in stop else "length"]
     for owed in adversary.owed:  # what comes after the end changes nothing
         assert core.handle(owed) == []
         core.check()
+
+
+@settings(max_examples=600, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(data=st.data())
+def test_any_interleaving_gives_the_targets_own_text(data: st.DataObject) -> None:
+    """Late, lost, duplicate, reordered and forged replies; servers and several drafters that come and go, some of which
+    always lie; servers that go on by themselves; a reader who leaves. Resumed or from the start."""
+    any_interleaving(data, data.draw(policies, label="policy"))
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(data=st.data())
+def test_servers_that_go_on_while_drafts_come_never_change_the_text(data: st.DataObject) -> None:
+    any_interleaving(data, data.draw(policies_that_go_on, label="policy"), busy=True)
 
 
 class OtherScript(PrefixScript):
@@ -624,3 +711,151 @@ def test_nothing_waits_for_ever_for_a_drafter_that_hangs() -> None:
     core.handle(VerificationFinished(running.attempt, 0, 2, (6,)))
     assert core.waits_for_drafts, "and again when they do"
     core.check()
+
+
+def plain(max_tokens: int = 20, stop: frozenset[int] = frozenset()) -> tuple[GenerationCore, StartVerify]:
+    """Plain decoding behind two tokens, and its first request."""
+    core = GenerationCore([1, 2], policy=Policy.autoregressive(), max_tokens=max_tokens, stop_tokens=stop)
+    [verify] = core.handle(ServerJoined(0))
+    assert isinstance(verify, StartVerify)
+    return core, verify
+
+
+def kinds(actions: Sequence[Action]) -> list[type[Action]]:
+    return [type(action) for action in actions]
+
+
+def test_plain_decoding_needs_one_request() -> None:
+    core, verify = plain(max_tokens=3)
+    assert verify.ahead == 2, "no answer lies past the end"
+    for position in (2, 3):
+        actions = core.handle(VerificationFinished(1, 0, position, (5,), more=True))
+        assert actions == [
+            EmitTokens(position, (5,), (False,)), Judged(1), VerifyGoesOn(1, 0, position + 1),
+        ]  # fmt: skip
+        core.check()
+    assert kinds(core.handle(VerificationFinished(1, 0, 4, (5,)))) == [EmitTokens, Judged, Finish]
+    assert core.counters.verifications == core.counters.useful_verifications == 3
+
+
+def test_a_server_that_does_not_go_on_is_asked_for_each_token() -> None:
+    core, _ = plain()
+    for attempt in (1, 2, 3):
+        actions = core.handle(VerificationFinished(attempt, 0, attempt + 1, (5,)))
+        assert StartVerify(attempt + 1, 0, attempt + 1, (5,), attempt + 2, (), 20 - attempt - 1) in actions
+
+
+def test_a_server_that_goes_on_is_stopped_at_a_stop_token() -> None:
+    core, _ = plain(stop=frozenset({7}))
+    actions = core.handle(VerificationFinished(1, 0, 2, (7,), more=True))
+    assert kinds(actions) == [CancelVerify, EmitTokens, Judged, Finish]
+    assert core.handle(VerificationFinished(1, 0, 3, (5,), more=True)) == [], "it had not heard"
+    assert core.handle(VerificationAbandoned(1, 0)) == []
+
+
+def test_what_stands_behind_a_lost_answer_is_not_used() -> None:
+    core, _ = plain()
+    core.handle(VerificationFinished(1, 0, 2, (5,), more=True))
+    [again] = core.handle(VerificationFinished(1, 0, 4, (7,), more=True))
+    assert again == StartVerify(2, 0, 3, (), 3), "from what is committed, and without going on"
+    assert core.handle(VerificationFinished(1, 0, 5, (8,), more=True)) == [], "it had not heard"
+    assert core.handle(VerificationAbandoned(1, 0)) == [], "it is busy with the other request"
+    actions = core.handle(VerificationFinished(2, 0, 3, (6,)))
+    [verify] = [action for action in actions if isinstance(action, StartVerify)]
+    assert verify.ahead, "it is trusted again"
+    assert core.output == [5, 6]
+    assert (core.counters.gaps, core.counters.disagreements) == (1, 0)
+    core.check()
+
+
+def test_an_answer_that_comes_again_changes_nothing() -> None:
+    core, _ = plain()
+    answer = VerificationFinished(1, 0, 2, (5,), more=True)
+    core.handle(answer)
+    assert core.handle(answer) == []
+    core.check()
+    assert VerifyGoesOn(1, 0, 4) in core.handle(VerificationFinished(1, 0, 3, (5,), more=True))
+
+
+def test_drafts_take_the_place_of_what_a_server_does_by_itself() -> None:
+    core = joined(Policy.undrafted(1), 1)
+    core.handle(VerificationFinished(1, 0, 1, (5,), more=True))
+    [draft] = core.handle(PolicyChanged(Policy.distributed(1, sp=1)))
+    assert isinstance(draft, StartDraft)
+    core.handle(DraftsArrived(draft.attempt, 2, (6, 7)))
+    actions = core.handle(VerificationFinished(1, 0, 2, (6,), more=True))
+    [verify] = [action for action in actions if isinstance(action, StartVerify)]
+    assert (verify.base, verify.tokens, verify.start) == (3, (7,), 3)
+    assert not any(isinstance(action, CancelVerify) for action in actions), "the request itself ends it"
+    core.check()
+
+
+def test_a_server_that_waits_for_drafts_does_not_go_on() -> None:
+    core = joined(Policy.undrafted(1), 1)
+    core.handle(PolicyChanged(Policy.speculative(4)))
+    actions = core.handle(VerificationFinished(1, 0, 1, (5,), more=True))
+    assert CancelVerify(1, 0) in actions
+    assert not any(isinstance(action, StartVerify | VerifyGoesOn) for action in actions)
+    core.check()
+
+
+def test_a_lost_server_loses_what_it_does_by_itself() -> None:
+    core, _ = plain()
+    core.handle(ServerJoined(1))
+    core.handle(VerificationFinished(1, 0, 2, (5,), more=True))
+    [verify] = core.handle(ServerLost(0))
+    assert isinstance(verify, StartVerify)
+    assert (verify.server, verify.tokens, verify.start) == (1, (1, 2, 5), 3)
+
+
+def test_behind_a_correction_the_server_has_begun_before_the_core_hears_of_it() -> None:
+    core = joined(Policy.distributed(1, sp=2), 2)  # attempts: 1 draft, 2 verify
+    [verify] = core.handle(DraftsArrived(1, 1, (5, 6)))
+    assert isinstance(verify, StartVerify)
+    assert verify.ahead == 1, "the token behind the correction"
+    actions = core.handle(VerificationFinished(verify.attempt, verify.server, 1, (9,), more=True))
+    assert VerifyGoesOn(verify.attempt, verify.server, 2) in actions
+    assert not any(isinstance(action, StartVerify) for action in actions)
+    core.check()
+    core.handle(DraftsArrived(next(a.attempt for a in actions if isinstance(a, StartDraft)), 2, (7,)))
+    core.check()
+    emitted = core.handle(VerificationFinished(verify.attempt, verify.server, 2, (7,)))
+    assert EmitTokens(2, (7,), (True,)) in emitted
+    core.check()
+
+
+def test_a_server_that_would_wait_for_drafts_behind_a_correction_is_not_allowed_to_go_on() -> None:
+    core = joined(Policy.distributed(1, sp=1, first_wait=2), 1)
+    [verify] = core.handle(DraftsArrived(1, 1, (5, 6)))
+    assert isinstance(verify, StartVerify)
+    assert verify.ahead == 0
+
+
+def test_a_server_goes_on_while_no_drafter_has_an_idea() -> None:
+    """As with prompt lookup where nothing repeats: that is plain decoding, until drafts come."""
+    core = joined(Policy.distributed(1, sp=1), 1)
+    core.handle(DraftEnded(1, complete=False))
+    actions = core.handle(VerificationFinished(2, 0, 1, (5,)))
+    [verify] = [action for action in actions if isinstance(action, StartVerify)]
+    assert (verify.start, verify.ahead) == (2, 18), "as far as the text may be long"
+    for position in (2, 3):
+        [draft] = [action for action in actions if isinstance(action, StartDraft)]
+        core.handle(DraftEnded(draft.attempt, complete=False))
+        actions = core.handle(VerificationFinished(verify.attempt, 0, position, (5,), more=True))
+        assert VerifyGoesOn(verify.attempt, 0, position + 1) in actions
+        core.check()
+    [draft] = [action for action in actions if isinstance(action, StartDraft)]
+    core.handle(DraftsArrived(draft.attempt, 4, (5, 6)))
+    actions = core.handle(VerificationFinished(verify.attempt, 0, 4, (5,), more=True))
+    [drafted] = [action for action in actions if isinstance(action, StartVerify)]
+    assert (drafted.start, drafted.tokens, drafted.ahead) == (5, (6,), 1)
+    assert not any(isinstance(action, VerifyGoesOn | CancelVerify) for action in actions)
+
+
+def test_a_server_does_not_go_on_while_drafts_are_on_their_way() -> None:
+    """The request behind its answer brings them."""
+    core = joined(Policy.distributed(1, sp=1), 1)
+    core.handle(DraftsArrived(1, 1, (6,)))
+    actions = core.handle(VerificationFinished(2, 0, 1, (5,)))
+    [verify] = [action for action in actions if isinstance(action, StartVerify)]
+    assert (verify.start, verify.tokens, verify.ahead) == (2, (5,), 0)

@@ -397,3 +397,47 @@ async def test_a_correlation_that_cannot_travel_is_refused(
 def test_options_that_cannot_travel_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(dsi_actors.ConfigError, match="a setting cannot be told to a worker"):
         dsi_actors.Config(target_options=options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("lost", [0, 1, 3])
+async def test_a_lost_answer_of_a_server_that_goes_on_is_no_fault_of_it(tmp_path: Path, lost: int) -> None:
+    """What stands behind it is not used. The server is asked again, from what is committed on, and may go on after that."""
+    asked: list[Verify] = []
+    computing: list[Verify] = []
+
+    def goes_on(request: Draft | Verify) -> Iterable[FromWorker]:
+        assert isinstance(request, Verify)
+        while computing:
+            yield Cancelled(request.generation, computing.pop().attempt, 0, 0)
+        first, last = request.start, request.start + request.ahead
+        answers = range(first, last + 1)
+        if not asked:  # the last answer is not ready when the next request comes
+            answers = range(first, last)
+            computing.append(request)
+        for position in answers:
+            if asked or position != first + lost:
+                yield Verified(request.generation, request.attempt, position, (position,), (), 1, 1, position < last)
+        asked.append(request)
+
+    worker = FakeWorker("target", goes_on)
+    config = timed_config(listen=f"ipc://{tmp_path}/dsi.sock")
+    async with dsi_actors.Orchestrator(config) as orchestrator, running(orchestrator.endpoint, worker), patience():
+        assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=limit_s())
+        [handle] = orchestrator.workers
+        stream = orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=8), algorithm="ar")
+        assert await text_of(stream) == list(range(3, 11))
+        assert (handle.faults, handle.lost) == (0, False)
+        assert [(request.start, request.ahead) for request in asked] == [(3, 7), (3 + lost, 0), (4 + lost, 6 - lost)]
+
+
+async def test_a_server_that_goes_on_for_ever_is_sent_away(orchestrator: dsi_actors.Orchestrator) -> None:
+    def endless(request: Draft | Verify) -> Iterable[FromWorker]:
+        for position, token in enumerate(plain_decoding(PROMPT, 60)[request.start - 3 :], request.start):
+            yield Verified(request.generation, request.attempt, position, (token,), (), 1, 1, True)
+
+    async with running(orchestrator.endpoint, FakeWorker("target", endless)):
+        assert await orchestrator.wait_for_workers(targets=2, drafters=0, timeout_s=limit_s())
+        async with patience():
+            for _ in range(4):
+                stream = orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=TOKENS), algorithm="dsi", sp=2)
+                assert await text_of(stream) == plain_decoding(PROMPT, TOKENS)

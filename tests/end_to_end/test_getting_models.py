@@ -125,7 +125,7 @@ async def test_nothing_waits_while_a_model_is_fetched_and_a_cancel_ends_it(hub: 
     orchestrator = dsi_actors.Orchestrator(config, report=lambda what, done, detail: reported.append(what))
     entering = asyncio.create_task(orchestrator.__aenter__())
     await until(hub.held.is_set)
-    assert f"fetching {TARGET}" in reported
+    await until(lambda: f"fetching {TARGET}" in reported)
     await until(lambda: bytes_fetched(tmp_path / "home") > 0)
     [fetcher] = preparations()
     assert not entering.done()

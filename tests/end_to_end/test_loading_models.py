@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,17 @@ def test_the_models_own_sampling_is_the_default_of_generate_and_serve(model: Pat
     assert given == greedy["text"]
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.fixture(scope="module")
+def adapter(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+        return make_adapter(tmp_path_factory.mktemp("adapter"), whole)
+
+
 def test_an_adapter_changes_the_text_of_target_and_drafter(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DSI_CACHE", str(tmp_path / "cache"))
-    adapter = make_adapter(tmp_path / "adapter", whole)
     plain = result_of(generate(whole))
     adapted = result_of(generate(whole, "--adapter", str(adapter)))
     assert adapted["token_ids"] != plain["token_ids"]
@@ -92,12 +98,11 @@ def test_an_adapter_changes_the_text_of_target_and_drafter(
     assert "there is no directory" in refused.stderr.splitlines()[-1]
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.long
 async def test_a_worker_has_an_adapter_of_its_own_place(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DSI_CACHE", str(tmp_path / "cache"))
-    adapter = make_adapter(tmp_path / "adapter", whole)
     expected = result_of(generate(whole, "--adapter", str(adapter)))["token_ids"]
     named = {"adapter": "/where/the/orchestrator/has/it"}
     config = dsi_actors.Config(

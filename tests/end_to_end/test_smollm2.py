@@ -60,7 +60,7 @@ async def test_all_algorithms_agree_with_transformers(model: Path) -> None:
             assert outputs[0] == outputs[1] == outputs[2] == expected[0, len(prompt_ids) :].tolist()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 def test_the_bits_do_not_depend_on_how_tokens_are_grouped(model: Path, dtype: str) -> None:
     """The real model's log probabilities: one position at a time, and in groups of every size to two windows."""
     options = {"dtype": dtype}

@@ -15,6 +15,8 @@ import zmq
 
 import dsi_actors
 from dsi_actors.config import Algorithm
+from dsi_actors.core.actions import Action, StartVerify, VerifyGoesOn
+from dsi_actors.core.events import Event
 from dsi_protocol import Cancelled, Hello, Reply, Verify, encode
 from support.patience import patience, until
 from support.timed import PROMPT, gone, plain_decoding, text_of, timed_config
@@ -41,6 +43,30 @@ async def test_every_algorithm_gives_the_targets_own_text(orchestrator: dsi_acto
         else:
             assert 0.3 < report.acceptance_rate <= 1
             assert report.target_forwards - report.wasted_target_forwards < 50
+
+
+async def test_plain_decoding_is_one_request(orchestrator: dsi_actors.Orchestrator) -> None:
+    seen: list[Event | Action] = []
+    with orchestrator.observe(lambda _, item: seen.append(item)):
+        stream = orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=50), algorithm="ar")
+        assert await text_of(stream) == plain_decoding(PROMPT, 50)
+    assert sum(isinstance(item, StartVerify) for item in seen) == 1
+    assert sum(isinstance(item, VerifyGoesOn) for item in seen) == 49
+
+
+async def test_a_server_that_dies_while_it_goes_on_by_itself_costs_time_only(
+    orchestrator: dsi_actors.Orchestrator,
+) -> None:
+    text: list[int] = []
+    killed = 0
+    async for tokens in orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=60), algorithm="ar"):
+        text.extend(tokens)
+        busy = [worker for worker in orchestrator.workers if worker.role == "target" and worker._in_flight]
+        if len(text) in (10, 25) and busy:
+            os.kill(busy[0].hello.process, signal.SIGKILL)
+            killed += 1
+    assert killed == 2
+    assert text == plain_decoding(PROMPT, 60)
 
 
 @pytest.mark.parametrize("acceptance", [0.0, 1.0])

@@ -168,6 +168,29 @@ def test_where_nothing_overlaps_a_bad_text_does_not_end_speculation_for_ever() -
     assert tokens > 100
 
 
+@pytest.mark.parametrize("running", [1, 2, 8])
+def test_one_device_that_several_generations_share_does_not_draft(running: int) -> None:
+    """From the first token on: a trial in each context would cost more than is ever gained."""
+    arms = Arms(lambda: running)
+    arms.generation_begins()
+
+    def begun_on_one_device() -> Controller:
+        controller = Controller.with_one_drafter(
+            "dsi", 1, None, Estimates(10.0, 10.0, 32, 1.0, calibrated_ms=10.0), arms
+        )
+        controller.set_servers(1, overlaps=False, rows=1)
+        controller.begin()
+        controller.set_servers(1, overlaps=None, rows=1)  # the drafter is there later
+        controller.tuner.look_again()
+        controller.retune()
+        return controller
+
+    first = begun_on_one_device()
+    assert first.tuner.drafting, "it is not known yet that there are others"
+    looks(first, 256, 10.0)
+    assert first.tuner.drafting == begun_on_one_device().tuner.drafting == (running == 1)
+
+
 # Several drafters
 
 

@@ -113,7 +113,10 @@ def test_the_text_does_not_depend_on_how_it_is_decoded(client: openai.OpenAI) ->
         assert (cost["algorithm"], cost["seed"]) == (options["algorithm"], 3)
         tokens = answer.usage.completion_tokens if answer.usage is not None else 0
         if options["algorithm"] == "ar":
-            assert (cost["target_forwards"], cost["wasted_target_forwards"], cost["drafter"]) == (tokens, 0, "")
+            assert cost["drafter"] == ""
+            assert cost["target_forwards"] - cost["wasted_target_forwards"] == tokens
+            behind_stop = int(answer.choices[0].finish_reason == "stop")
+            assert cost["wasted_target_forwards"] <= behind_stop, "at most the one that the server has begun by itself"
         assert 0 < cost["target_forwards"] - cost["wasted_target_forwards"] <= tokens, "each of them gave a token"
         assert cost["target_busy_ms_per_token"] > 0
     assert len(texts) == 1

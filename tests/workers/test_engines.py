@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -426,6 +428,36 @@ def test_timed_drafters_agree_as_often_as_they_are_told(acceptance: float) -> No
         agreed += drafter.draft(session, 1, NoInterrupt()) == [truth]
         session.write(len(session.tokens), [truth])
     assert abs(agreed / 2000 - acceptance) < 0.05
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a device is a name that only Linux has")
+def test_timed_engines_on_one_device_take_turns() -> None:
+    """A step waits while another one computes, and no longer once it is not wanted."""
+
+    def engine(device: str) -> Engine:
+        return load_engine("timed", role="target", options={"device": device}, model="", device="cpu:0")
+
+    one = f"one-{os.getpid()}"
+    first, second, elsewhere = engine(one), engine(one), engine(f"another-{os.getpid()}")
+    waits: list[float] = []
+
+    class Waiting(NoInterrupt):
+        def wait_until(self, deadline_s: float) -> None:
+            waits.append(deadline_s)
+            if len(waits) > 3:
+                raise Interrupted
+
+    class Computing(NoInterrupt):
+        def wait_until(self, deadline_s: float) -> None:
+            assert elsewhere.verify(session_of([1], generation=2), 1, NoInterrupt()).tokens
+            with pytest.raises(Interrupted):
+                second.verify(session_of([1], generation=3), 1, Waiting())
+
+    first.verify(session_of([1], generation=1), 1, Computing())
+    assert len(waits) == 4
+    assert second.verify(session_of([1], generation=3), 1, NoInterrupt()).tokens
+    with pytest.raises(EngineError, match="option device"):
+        engine("x" * 65)
 
 
 def test_jitter_is_drawn_for_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,7 @@ DIM, HIDDEN, INNER, WORDS, LAYERS = 16, 48, 96, 80, 2
 KV_HEADS = 1
 WINDOW = 8
 CAPACITY = 256
+LONG = pytest.mark.long
 SLIDES = 12
 
 
@@ -124,7 +125,9 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert (found.float() - expected.float()).norm() <= NEAR * expected.float().norm()
 
 
-@pytest.mark.parametrize("more", [{"kv_heads": 2}, {"slides": True}, {"norms": True, "biases": True}])
+@pytest.mark.parametrize(
+    "more", [{"kv_heads": 2, "layers": 1}, {"slides": True}, pytest.param({"norms": True, "biases": True}, marks=LONG)]
+)
 def test_logits_are_the_decoders(more: dict[str, Any]) -> None:
     """One generation and several, prompts between, windows that are full and not, on both sides of where attention is cut."""
     by_kernels, plain = forwards(**more)
@@ -166,7 +169,7 @@ def test_a_token_has_the_same_bits_in_groups_of_any_size() -> None:
     assert torch.equal(torch.cat(logits_of(by_kernels, several)), expected)
 
 
-@pytest.mark.parametrize("rows", [50, 70, 256])
+@pytest.mark.parametrize("rows", [50, pytest.param(70, marks=LONG), pytest.param(256, marks=LONG)])
 def test_a_token_has_the_same_bits_in_batches_of_any_size(rows: int) -> None:
     """In one block of products and in several. The tokens of one generation attend in groups of 1, 3 and 4 rows."""
     by_kernels, _ = forwards(layers=1)
@@ -188,7 +191,7 @@ def test_a_batch_wider_than_any_recording_is_refused() -> None:
 
 
 def test_a_token_has_the_same_bits_in_any_window_and_any_batch() -> None:
-    by_kernels, _ = forwards()
+    by_kernels, _ = forwards(layers=1)
     length = 126  # attention is cut at 128
     for slot in range(2):
         read(by_kernels, slot, length)
@@ -212,7 +215,7 @@ def branch_runs(fork: int, count: int, width: int) -> list[Run]:
     ]
 
 
-@pytest.mark.parametrize("more", [{}, {"slides": True, "kv_heads": 2}])
+@pytest.mark.parametrize("more", [{"layers": 1}, pytest.param({"slides": True, "kv_heads": 2}, marks=LONG)])
 def test_a_token_on_a_branch_has_the_bits_that_it_has_in_a_chain(more: dict[str, Any]) -> None:
     """Branches that begin on both sides of where attention is cut, of one window and of several, in groups of 1 to 8 rows, with
     another generation's rows between. Afterwards the main path goes on as if there were none."""
@@ -246,7 +249,7 @@ def test_a_token_on_a_branch_has_the_bits_that_it_has_in_a_chain(more: dict[str,
 
 @torch.inference_mode()
 def test_what_is_beyond_a_text_is_neither_read_nor_written() -> None:
-    by_kernels, _ = forwards()
+    by_kernels, _ = forwards(layers=1)
     read(by_kernels, 0, 40)
     [expected] = logits_of(by_kernels, [run_of(0, 40, 3, width=3)])
     like = torch.empty(1, KV_HEADS, 1, DIM, dtype=DTYPE, device=DEVICE)
@@ -410,7 +413,7 @@ def test_an_interrupt_takes_effect_within_a_forward_and_leaves_no_trace(
 
 
 def test_a_cache_of_its_own_gets_a_recording_of_its_own() -> None:
-    own, config = decoder()
+    own, config = decoder(layers=1)
     shared = GpuDecoder(own)
     first, second = (Forward(shared, config, DEVICE, slots=2, capacity=CAPACITY) for _ in range(2))
     logits_of(first, [run_of(0, 0, 8)])

@@ -66,8 +66,8 @@ def verify(
 
 def without_time(reply: FromWorker) -> FromWorker:
     match reply:
-        case Verified(generation, attempt, start, tokens, logprobs, forwards, _):
-            return Verified(generation, attempt, start, tokens, logprobs, forwards, 0)
+        case Verified():
+            return replace(reply, busy_us=0)
         case Drafted(generation, attempt, start, tokens, done, _):
             return Drafted(generation, attempt, start, tokens, done, 0)
         case Cancelled(generation, attempt, forwards, _):
@@ -223,6 +223,83 @@ def test_closing_cancels_and_forgets() -> None:
     ]  # fmt: skip
 
 
+def ahead(request: Verify, answers: int) -> Verify:
+    return replace(request, ahead=answers)
+
+
+def answer(attempt: int, start: int, *own: int, more: bool = False, forwards: int = 1) -> Verified:
+    return Verified(1, attempt, start, own, (), forwards, 0, more)
+
+
+def test_a_server_goes_on_by_itself_as_far_as_it_may() -> None:
+    assert served(OPEN, ahead(verify(1, PROMPT), 2)) == [
+        answer(1, 3, 13, more=True), answer(1, 4, 14, more=True), answer(1, 5, 15),
+    ]  # fmt: skip
+
+
+def test_a_server_goes_on_behind_a_wrong_guess_and_not_behind_right_ones() -> None:
+    assert served(OPEN, ahead(verify(1, (*PROMPT, 13, 99, 15)), 1)) == [
+        answer(1, 3, 13, 14, more=True), answer(1, 5, 15),
+    ]  # fmt: skip
+    assert served(OPEN, ahead(verify(1, (*PROMPT, 13, 14)), 1)) == [answer(1, 3, 13, 14, 15)]
+
+
+@pytest.mark.parametrize(
+    ("branch", "more"), [((13, 14), False), ((13,), False), ((50,), True)], ids=["to its end", "to its end", "beside"]
+)
+def test_in_a_tree_a_server_goes_on_if_no_guess_is_right(branch: tuple[int, ...], more: bool) -> None:
+    tree = Verify(1, 1, 0, 0, (*PROMPT, 99, 15, *branch), 3, (0, 1, 2, 3, 4, 3, *range(6, 5 + len(branch))), 1)
+    first = answer(1, 3, *range(13, 14 + (0 if more else len(branch))), more=more)
+    assert served(OPEN, tree) == [first, *[answer(1, 4, 14)] * more]
+
+
+def test_a_server_that_goes_on_holds_its_own_tokens() -> None:
+    following = verify(2, (16, 17), base=6, prefix=(*PROMPT, 13, 14, 15), start=6)
+    replies = served(OPEN, ahead(verify(1, PROMPT), 9), during=[[], [], [], [following]])
+    assert replies == [
+        answer(1, 3, 13, more=True), answer(1, 4, 14, more=True), answer(1, 5, 15, more=True),
+        Cancelled(1, 1, 1, 0), answer(2, 6, 16, 17, 18),
+    ]  # fmt: skip
+
+
+def test_a_further_verify_ends_the_forward_that_a_server_began_by_itself() -> None:
+    replies = served(OPEN, ahead(verify(1, PROMPT), 9), during=[[], [verify(2, (13, 14), base=3, prefix=PROMPT)]])
+    assert replies == [answer(1, 3, 13, more=True), Cancelled(1, 1, 1, 0), answer(2, 3, 13, 14, 15)]
+
+
+def test_a_server_with_a_further_verify_does_not_go_on() -> None:
+    replies = served(OPEN, ahead(verify(1, PROMPT), 9), during=[[verify(2, (13,), base=3, prefix=PROMPT)]])
+    assert replies == [answer(1, 3, 13), answer(2, 3, 13, 14)]
+
+
+@pytest.mark.parametrize("end", [Cancel(1, 1), CloseGeneration(1)])
+def test_what_ends_a_request_ends_its_going_on(end: Message) -> None:
+    replies = served(OPEN, ahead(verify(1, PROMPT), 9), during=[[], [end]])
+    assert replies == [answer(1, 3, 13, more=True), Cancelled(1, 1, 1, 0)]
+
+
+def test_a_server_does_not_go_on_beyond_its_longest_text() -> None:
+    text = tuple(range(10, 73))
+    assert served(OPEN, ahead(verify(1, text, start=63), 9)) == [
+        answer(1, 63, 73, more=True), answer(1, 64, 74),
+    ]  # fmt: skip
+
+
+def test_a_verify_that_comes_again_while_the_server_goes_on_gets_the_last_answer_again() -> None:
+    request = ahead(verify(1, PROMPT), 2)
+    assert served(OPEN, request, during=[[], [request]]) == [
+        answer(1, 3, 13, more=True), answer(1, 3, 13, more=True), answer(1, 4, 14, more=True), answer(1, 5, 15),
+    ]  # fmt: skip
+
+
+def test_generations_that_go_on_share_their_forwards_without_a_word() -> None:
+    socket, engine = ScriptedSocket(), CountingEngine()
+    socket.inbox.extend([OPEN, replace(OPEN, generation=2)])
+    socket.inbox.extend([replace(ahead(verify(1, PROMPT), 4), generation=number) for number in (1, 2)])
+    loop_of(socket, engine).run()
+    assert engine.batches == [[1, 2]] * 5
+
+
 @pytest.mark.parametrize(
     ("request_", "problem"),
     [
@@ -261,7 +338,17 @@ checksums = st.one_of(
 anything: st.SearchStrategy[Message] = st.one_of(
     st.builds(replace, st.just(OPEN), generation=small),
     st.builds(Verify, small, small, small, checksums, tokens, st.integers(0, 70)),
-    st.builds(Verify, st.just(1), small, st.just(0), st.just(0), st.just(PROMPT), st.just(3)),
+    st.builds(
+        Verify,
+        st.just(1),
+        small,
+        st.just(0),
+        st.just(0),
+        st.sampled_from([PROMPT, (*PROMPT, 13), (*PROMPT, 99)]),
+        st.just(3),
+        st.just(()),
+        st.sampled_from([0, 1, 3, 2**32 - 1]),
+    ),
     st.builds(
         Draft, small, small, small, checksums, tokens, st.integers(0, 70), st.sampled_from([0, 1, 3, 2**32 - 1]), small
     ),
@@ -302,7 +389,9 @@ def test_whatever_comes_every_request_has_its_reply(
     terminal = Counter(
         (reply.generation, reply.attempt)
         for reply in socket.sent
-        if isinstance(reply, Reply) and not (isinstance(reply, Drafted) and not reply.done)
+        if isinstance(reply, Reply)
+        and not (isinstance(reply, Drafted) and not reply.done)
+        and not (isinstance(reply, Verified) and reply.more)
     )
     assert set(terminal) <= set(asked)
     assert all(terminal[key] <= asked[key] for key in terminal)

@@ -43,6 +43,7 @@ def test_kernels_are_those_of_this_setting() -> None:
         torch.ops.mkldnn._reorder_linear_weight(torch.ones(16, 16, dtype=torch.bfloat16), 8)
 
 
+@pytest.mark.long
 @avx2
 @pytest.mark.skipif(
     os.environ.get("ATEN_CPU_CAPABILITY") == "avx2", reason="the whole run is for such a processor already"

@@ -302,3 +302,66 @@ def test_a_target_that_does_not_answer_is_found_out_soon(handle: WorkerHandle, c
     clock.now_s += 0.1
     handle.on_reply(Verified(1, 7, 2, (5,), (), 1, 20))
     assert handle.may_take_s(2.0, 120.0) == 2.0
+
+
+AHEAD = Verify(1, 7, 0, 0, (1, 2), 2, (), 2)
+GOING_ON = [
+    Verified(1, 7, 2, (5,), (), 1, 20, True),
+    Verified(1, 7, 3, (6,), (), 1, 20, True),
+    Verified(1, 7, 4, (8,), (), 1, 20),
+]
+
+
+def test_a_server_that_goes_on_answers_several_times(handle: WorkerHandle, clock: Clock) -> None:
+    answers: list[Reply | None] = []
+    handle.verify(AHEAD, answers.append)
+    for reply in GOING_ON:
+        clock.now_s += 0.9  # the time without a reply counts from the last one
+        handle.cancel_overdue(clock.now_s - 1.0)
+        handle.on_reply(reply)
+    assert answers == GOING_ON
+    assert (handle.repeated_replies, handle.unasked_replies, handle.faults) == (0, 0, 0)
+    handle.on_lost()
+    assert answers == GOING_ON
+
+
+def test_an_answer_that_comes_again_is_dropped_while_the_server_goes_on(handle: WorkerHandle) -> None:
+    answers: list[Reply | None] = []
+    handle.verify(AHEAD, answers.append)
+    for reply in (GOING_ON[0], GOING_ON[0], GOING_ON[1], GOING_ON[0]):
+        handle.on_reply(reply)
+    assert answers == GOING_ON[:2]
+    assert handle.repeated_replies == 2
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_a_server_that_goes_on_further_than_it_may_is_found_out(handle: WorkerHandle, allowed: int) -> None:
+    answers: list[Reply | None] = []
+    handle.verify(Verify(1, 7, 0, 0, (1, 2), 2, (), allowed), answers.append)
+    for reply in GOING_ON[: allowed + 1]:
+        handle.on_reply(reply)
+    assert answers == [*GOING_ON[:allowed], Failed(1, 7, "protocol", "it goes on further than it may")]
+
+
+def test_a_further_verify_ends_what_a_server_does_by_itself(handle: WorkerHandle, sent: list[FromOrchestrator]) -> None:
+    first: list[Reply | None] = []
+    handle.verify(AHEAD, first.append)
+    handle.on_reply(GOING_ON[0])
+    following = Verify(1, 9, 3, 0, (6,), 3)
+    handle.verify(following, first.append)
+    assert sent == [AHEAD, following], "no cancel"
+    handle.on_reply(Cancelled(1, 7, 0, 0))
+    assert first == [GOING_ON[0], Cancelled(1, 7, 0, 0)]
+
+
+def test_a_cancel_that_a_server_does_not_hear_is_told_again_while_it_goes_on(
+    handle: WorkerHandle, sent: list[FromOrchestrator], clock: Clock
+) -> None:
+    handle.verify(AHEAD, lambda reply: None)
+    handle.cancel(1, 7)
+    for reply in GOING_ON[:2]:
+        clock.now_s += 0.6
+        handle.on_reply(reply)
+    handle.ask_again(clock.now_s)
+    assert sent[-1] == Cancel(1, 7)
+    assert handle.owes_since(clock.now_s)

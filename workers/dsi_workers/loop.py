@@ -182,6 +182,9 @@ class WorkerLoop:
         else:
             if isinstance(request, Draft):
                 self._apply_commits(request, session)
+            else:  # the server goes on by itself until it is asked again
+                for work in self._queue:
+                    work.superseded = work.superseded or (work.session is session and work.goes_on)
             self._queue.add(Work(request, session))
 
     def _apply_commits(self, request: Draft, session: Session) -> None:
@@ -194,7 +197,7 @@ class WorkerLoop:
                     work.superseded = True
 
     def _repeat_reply(self, request: Draft | Verify, session: Session) -> None:
-        """Send the terminal reply again, for a request that arrived before. Nothing is sent while the request is unfinished."""
+        """Send the terminal reply again, for a request that arrived before. Of an unfinished one: its last Verified, if any."""
         answered = session.reply_to(request.attempt)
         if answered is not None:
             self._socket.send(answered)
@@ -341,13 +344,17 @@ class WorkerLoop:
         if not work.wanted():
             return  # the next _pick answers Cancelled
         if isinstance(request, Verify):
-            self._queue.remove(work)
+            more = self._may_go_on(work, tokens)
             self._send(
                 Verified(
-                    request.generation, request.attempt, request.start, tuple(tokens), tuple(answer.logprobs),
-                    work.forwards, work.take_busy_us(),
+                    request.generation, request.attempt, work.start, tuple(tokens), tuple(answer.logprobs),
+                    work.take_forwards(), work.take_busy_us(), more,
                 )
             )  # fmt: skip
+            if more:
+                work.go_on(tokens)
+            else:
+                self._queue.remove(work)
             return
         branches = work.task.branches if work.task is not None else ()
         session.drafts.add(len(session.tokens), tokens, answer.alternatives, branches, answer.continued)
@@ -362,6 +369,17 @@ class WorkerLoop:
         if done or session.drafts.unsent >= request.block:
             self._send_drafts(work, done=done)
 
+    def _may_go_on(self, work: Work, answer: Sequence[int]) -> bool:
+        """Whether the server may start the forward behind this answer before it is asked."""
+        fits = work.start + len(answer) <= self._engine.info.max_length
+        if (
+            self._draining
+            or not fits
+            or any(other.session is work.session for other in self._queue if other is not work)
+        ):
+            return False
+        return work.may_go_on(answer)
+
     def _send_drafts(self, work: Work, *, done: bool) -> None:
         start, tokens, parents = work.session.drafts.take()
         request = work.request
@@ -371,7 +389,7 @@ class WorkerLoop:
         self._send(Failed(request.generation, request.attempt, code, message))
 
     def _send(self, reply: Reply) -> None:
-        """Send a reply. Terminal replies are remembered, in case the request comes again."""
+        """Send a reply. Terminal replies are remembered, in case the request comes again, and so is the last Verified."""
         session = self._sessions.get(reply.generation)
         if session is not None and not (isinstance(reply, Drafted) and not reply.done):
             session.remember(reply.attempt, reply)

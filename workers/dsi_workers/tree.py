@@ -70,3 +70,11 @@ class Walk:
                 self.position += 1
                 return True
         return False
+
+    def ends_with(self, answer: Sequence[int]) -> bool:
+        """Whether the tree has nothing where the last token of an answer stands: it has all tokens before, and is at its end."""
+        if not all(self.takes(token) for token in answer[:-1]):
+            return False
+        end = len(self._tokens) if self.branch is None else self.branch.end
+        forks = any(other.parent is self.branch and other.fork == self.position for other in self._branches)
+        return self.position >= end and not forks

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dsi_protocol import Draft, Verify
 from dsi_workers.engine import Engine, Task
 from dsi_workers.session import Session
-from dsi_workers.tree import Branch
+from dsi_workers.tree import Branch, Walk
 
 
 @dataclass(slots=True, eq=False)
@@ -19,30 +19,65 @@ class Work:
     session: Session
     #: The engine's task, set once the session's tokens match the request. A draft gets a new task for each step.
     task: Task | None = None
-    #: Forward passes in which the request took part.
+    #: Forward passes in which the request took part, since the last Verified.
     forwards: int = 0
     #: The request's share of the time of its steps, since the last reply to it.
     busy_s: float = 0.0
     #: Of a Verify: branches to verify besides the session's tokens.
     branches: Sequence[Branch] = ()
-    #: True for a Draft after which another one arrived with a prefix of its own. The current step still ends normally, because
-    #: the later request may use its drafts.
+    #: True for a Draft after which another one arrived with a prefix of its own: the current step still ends normally, because
+    #: the later request may use its drafts. True for a Verify that was answered and goes on by itself, after which another one
+    #: arrived: the current step is not wanted any more.
     superseded: bool = False
     #: The number of the last step in which the request took part.
     last_step: int = 0
+    #: The position of the first token of the next answer to a Verify.
+    start: int = field(init=False)
+    #: How many further answers to a Verify may follow the next one (SPEC.md section 5.18).
+    ahead: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.start = self.request.start
+        self.ahead = self.request.ahead if isinstance(self.request, Verify) else 0
 
     def wanted(self) -> bool:
-        return self.request.attempt > self.session.cancelled_to
+        superseded = self.superseded and isinstance(self.request, Verify)
+        return self.request.attempt > self.session.cancelled_to and not superseded
 
     def begin_task(self) -> None:
         session, request = self.session, self.request
         if isinstance(request, Verify):
-            self.task = Task(session, request.start, branches=self.branches)
+            self.task = Task(session, self.start, branches=self.branches)
             return
         length = len(session.tokens)
         self.task = Task(session, length, request.start + request.count - length, alternatives=request.rows > 1)
         if request.rows > 1:
             self.task.branches = session.drafts.branches[: request.rows - 1]
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a Verify was answered and goes on by itself."""
+        return self.start > self.request.start
+
+    def may_go_on(self, answer: Sequence[int]) -> bool:
+        """Whether the server may go on by itself behind this answer to a Verify. Not if all guesses were right: the next Verify
+        brings further guesses then."""
+        tokens = self.session.tokens
+        guesses = self.branches or self.start < len(tokens)
+        return self.ahead > 0 and not (guesses and Walk(tokens, self.branches, self.start).ends_with(answer))
+
+    def go_on(self, answer: Sequence[int]) -> None:
+        """Begin the forward for the token that follows this answer."""
+        self.session.write(self.start, answer)
+        self.start += len(answer)
+        self.session.truncate(self.start)
+        self.ahead -= 1
+        self.branches = ()
+        self.begin_task()
+
+    def take_forwards(self) -> int:
+        forwards, self.forwards = self.forwards, 0
+        return forwards
 
     def take_busy_us(self) -> int:
         busy_s, self.busy_s = self.busy_s, 0.0

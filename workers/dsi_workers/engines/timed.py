@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import math
 import os
 import random
+import socket
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from dsi_protocol import OptionValue, prefix_checksum
 from dsi_protocol.gumbel import random_bits, stream_key
@@ -28,6 +30,10 @@ WINDOW = 32
 MOST_ROWS = 1024
 #: A step that begins at most so long after the last one was due counts as its immediate successor.
 _AT_ONCE_S = 0.002
+#: Whoever waits for its turn on a device looks again after so long.
+_TURN_S = 0.0001
+#: Characters of a device's name.
+_LONGEST_NAME = 64
 
 
 class TimedEngine(Engine):
@@ -35,7 +41,8 @@ class TimedEngine(Engine):
     beyond the first), jitter (latencies are lognormal with this coefficient of variation and the mean latency_ms), acceptance,
     alternatives (the chance that a drafter's second choice is right where its first is not; 0 drafts chains),
     seed, vocabulary_size, any_vocabulary (true: the engine says that it works with any), slots (generations side by side),
-    chunk (a longer text is read in steps of so many tokens), calibrate (false: Ready reports no latencies).
+    chunk (a longer text is read in steps of so many tokens), calibrate (false: Ready reports no latencies), device (a name: the
+    steps of all engines on this host with that name take turns, as those of processes on one GPU do; Linux only).
 
     Raises EngineError.
     """
@@ -57,6 +64,12 @@ class TimedEngine(Engine):
         self._chunk = int(number("chunk", 1 << 20))
         slots = int(number("slots", 64))
         self._drafter = drafter
+        device = options.get("device", "")
+        if not isinstance(device, str) or len(device) > _LONGEST_NAME:
+            raise EngineError(
+                f"option device of the timed engine must be a name of at most {_LONGEST_NAME} characters, not {device!r}"
+            )
+        self._device = _Device(device) if device else None
         #: When the last step was due. A token drafted right after another counts from then, so that oversleeping does not add up.
         self._due_s = 0.0
         #: The drafts that would be such successors: generation, and number of tokens before the draft.
@@ -83,6 +96,10 @@ class TimedEngine(Engine):
         )
 
     def step(self, tasks: Sequence[Task], interrupt: Interrupt) -> None:
+        with contextlib.nullcontext() if self._device is None else self._device.turn(interrupt):
+            self._step(tasks, interrupt)
+
+    def _step(self, tasks: Sequence[Task], interrupt: Interrupt) -> None:
         begun = time.perf_counter()
         ends = {id(task): self._end(task) for task in tasks}
         for task in tasks:
@@ -178,6 +195,32 @@ class TimedEngine(Engine):
         """64 uniform bits: a hash of the seed, the purpose and the checksum of the prefix."""
         digest = hashlib.blake2b(struct.pack("<QI", self.seed, prefix), digest_size=8, person=purpose)
         return int.from_bytes(digest.digest(), "little")
+
+
+class _Device:
+    """What several processes use one after the other."""
+
+    def __init__(self, name: str) -> None:
+        self._address = f"\0dsi-timed-{name}"  # of no file, so that nothing is left behind
+
+    @contextlib.contextmanager
+    def turn(self, interrupt: Interrupt) -> Iterator[None]:
+        with socket.socket(socket.AF_UNIX) as mine:
+            while not self._taken_by(mine):
+                interrupt.wait_until(time.perf_counter() + _TURN_S)
+            yield
+
+    def _taken_by(self, mine: socket.socket) -> bool:
+        """Whether the address is free, which one socket at a time can have."""
+        try:
+            mine.bind(self._address)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise EngineError(
+                    f"option device of the timed engine does not work on this system: {error.strerror}"
+                ) from None
+            return False
+        return True
 
 
 def _sleep_precisely() -> None:
