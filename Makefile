@@ -12,13 +12,13 @@ JOBS ?= 3
 # What the site is made of (mkdocs.yml): the pages, and the sources that they link to.
 PAGES := README.md CHANGELOG.md CONTRIBUTING.md LICENSE docs protocol workers examples dsi_actors tests
 
-.PHONY: run test test-long test-avx2 test-ray check fuzz image-check format docs clean
+.PHONY: run test test-long test-avx2 test-ray test-zoo check fuzz image-check format docs clean
 
 run: $(VENV)/ready
 	$(BIN)/dsi-actors generate "$(PROMPT)" --max-tokens 48 --compare
 
 test: check
-	$(BIN)/pytest --numprocesses $(JOBS) --dist worksteal -m "not long and not ray"
+	$(BIN)/pytest --numprocesses $(JOBS) --dist worksteal -m "not (long or ray or zoo)"
 
 # The tests that `make test` leaves out, since they take long.
 test-long: $(VENV)/ready
@@ -30,7 +30,11 @@ test-ray: $(VENV)/ready-for-ray
 
 # The tests as on a processor with AVX2 only. TESTS="tests/workers ..." runs some of them, as CI does (.ci/run).
 test-avx2: $(VENV)/ready
-	$(AVX2) $(BIN)/pytest -m "not ray" --numprocesses $(JOBS) --dist worksteal $(TESTS)
+	$(AVX2) $(BIN)/pytest -m "not (ray or zoo)" --numprocesses $(JOBS) --dist worksteal $(TESTS)
+
+# A tiny model of each architecture in docs/models.md: about ten minutes.
+test-zoo: $(VENV)/ready
+	$(BIN)/pytest -m zoo --numprocesses $(JOBS) --dist worksteal tests/workers/test_zoo.py tests/workers/test_experts.py tests/end_to_end/test_architectures.py
 
 # The fast checks: style and types.
 check: $(VENV)/ready

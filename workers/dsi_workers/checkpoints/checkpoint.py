@@ -1,5 +1,7 @@
 """Reads models of the Llama family from safetensors, without transformers, whose import takes longer than reading them.
 
+Of models for texts and images it reads the text part, if that is of the Llama family (text_part.py).
+
 `read_checkpoint` returns None for every model with a setting that is not supported here. Then transformers reads the model.
 Weights that do not fit the settings are refused.
 """
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 
+from dsi_workers.checkpoints.text_part import has_text_part, names_of_text_part, settings_of_text_part
 from dsi_workers.models.files import read_json, weight_files
 from dsi_workers.models.headers import read_tensors
 from dsi_workers.models.misfit import refuse_misfit
@@ -46,11 +49,14 @@ def read_checkpoint(directory: Path, dtype: torch.dtype, device: torch.device, r
     If the device is the CPU and the file has this dtype, weights are memory-mapped instead of copied. `reference`: the model's
     name in error messages. Raises ModelError if weights are missing, unknown, or of another shape than config.json says.
     """
-    config = _plain_config(read_json(directory / "config.json"))
+    raw = read_json(directory / "config.json")
+    config = _plain_config(settings_of_text_part(raw))
     if config is None:
         return None
-    _refuse_misfit(config, {name: shape for name, (_, shape) in read_tensors(directory).items()}, reference)
-    weights = _weights(directory, dtype, device)
+    of_the_text = names_of_text_part if has_text_part(raw) else dict
+    shapes = of_the_text({name: shape for name, (_, shape) in read_tensors(directory).items()})
+    _refuse_misfit(config, shapes, reference)
+    weights = of_the_text(_weights(directory, dtype, device))
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     for name, other in ((head, embedding), (embedding, head)):  # one where they are tied
         if name not in weights:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from dsi_workers.engine import EngineError
 
+#: Kinds of attention whose masks this engine has, as `layer_types` in config.json names them.
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 #: Model types whose configuration names a sliding window that their attention does not use.
 _OTHER_MASKS = {"moshi"}
+#: Model types that have a running state only if a layer is no attention layer.
+_STATE_BY_LAYER = {"granitemoehybrid"}
 
 
 def refuse_if_not_rewindable(config: Any, reference: str) -> None:
@@ -20,22 +29,33 @@ def refuse_if_not_rewindable(config: Any, reference: str) -> None:
     state wrong without an error (version 5.23).
     """
     layer_types = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
-    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
     try:
         model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
+        if type(config) in AutoModelForImageTextToText._model_mapping:
+            raise EngineError(
+                f"{reference} ({config.model_type}) is a model for texts and images whose text part this engine "
+                "cannot run alone: choose a model for texts, or one that docs/models.md lists"
+            ) from None
         raise EngineError(
             f"{reference} is a {config.model_type!r} model, which is not a causal language model in transformers: "
             "choose another model"
         ) from None
-    if getattr(model_class, "_is_stateful", False) or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+    state = getattr(model_class, "_is_stateful", False) and not (
+        config.model_type in _STATE_BY_LAYER and layer_types <= _ATTENTION
+    )
+    if state or any(issubclass(kind, LinearAttentionCacheLayerMixin) for kind in kinds):
         raise EngineError(
             f"{reference} ({config.model_type}) keeps a running state that cannot be rewound when a draft is rejected: "
             "choose a model with attention layers only"
         )
-    if not layer_types <= {"full_attention", "sliding_attention"} or config.model_type in _OTHER_MASKS:
+    # A DummyLayer stands for a layer that reads the keys and values of an earlier one.
+    known = kinds <= {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer} and layer_types <= _ATTENTION
+    if not known or config.model_type in _OTHER_MASKS:
         raise EngineError(
-            f"{reference} ({config.model_type}) uses attention masks that this engine does not support: choose another model"
+            f"{reference} ({config.model_type}) has layers that choose in a way of their own which earlier tokens they read, and "
+            "this engine does not have that way: choose a model of another architecture"
         )
 
 

@@ -14,18 +14,25 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.modeling_utils import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from dsi_workers.checkpoints.quantized import COMPRESSED_TENSORS, refuse_if_quantized, refuse_quantized_activations
-from dsi_workers.decoding.attention import additive_group_mask, attend
+from dsi_workers.checkpoints.experts import choose_block_rows, replace_experts
+from dsi_workers.checkpoints.interfaces import ATTENTION, Expand, SlotsAsCache, attention
+from dsi_workers.checkpoints.quantized import (
+    COMPRESSED_TENSORS,
+    MXFP4,
+    refuse_if_quantized,
+    refuse_quantized_activations,
+)
+from dsi_workers.checkpoints.text_part import is_of_another_part
+from dsi_workers.decoding.attention import AttentionShape
 from dsi_workers.decoding.capacity import prompt_chunk_of
 from dsi_workers.decoding.decoder import Decoder
-from dsi_workers.decoding.kv_cache import SegmentTensors, SlotCache, SlotLayer
+from dsi_workers.decoding.experts import Experts
+from dsi_workers.decoding.kv_cache import SlotCache
 from dsi_workers.decoding.packed import Masks, PackedBatch
-from dsi_workers.decoding.packing import PackedLinear
+from dsi_workers.decoding.packing import PackedLinear, replace_linear_layers
 from dsi_workers.engine import EngineError
 from dsi_workers.models.files import first_line
 from dsi_workers.models.misfit import refuse_loading_info
@@ -64,22 +71,28 @@ def read_model(
     quantization = dict(getattr(config, "quantization_config", None) or {})
     method = str(quantization.get("quant_method"))
     refuse_quantized_activations(quantization, reference)
-    if method == COMPRESSED_TENSORS:
+    if method in (COMPRESSED_TENSORS, MXFP4):
         config.quantization_config = {**quantization, "dequantize": True}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        directory,
-        config=config,
-        dtype=dtype,
-        attn_implementation=_ATTENTION,
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # refused below, with their names
-    )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype,
+            attn_implementation=ATTENTION,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with their names
+        )
+    except KeyError as error:
+        if error.args == (ATTENTION,):  # the model looks for attention in a table of its own
+            raise _own_attention(config.model_type) from None
+        raise
     model, info = loaded
     if first_layers:
         layers = int(config.get_text_config(decoder=True).num_hidden_layers)
         info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not _is_of_later_layer(name, layers)]
+    info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not is_of_another_part(name)]
     refuse_loading_info(info, model, reference)
     if quantization:
         refuse_if_quantized(model, method, reference)
@@ -135,20 +148,32 @@ class TransformersDecoder:
         self._last_position = last_position
         self.dtype: torch.dtype = model.dtype
         self.prompt_chunk = prompt_chunk_of(model.device.type)
-        self._cache: _Cache | None = None
+        self.attention_shapes: Sequence[AttentionShape] = ()
+        self._cache: SlotsAsCache | None = None
         self._between_layers: Callable[[], None] = lambda: None
-        for layer in self._decoder_layers():
+        self._layers = _decoder_layers(model)
+        for layer in self._layers:
             layer.register_forward_pre_hook(lambda module, inputs: self._between_layers())
+        self._blocks = replace_experts(model)
+        self._expand = _take_expand(model)
+        #: Llama 4: some layers scale queries by their positions, which they compute from the length of the cache.
+        self._scales_by_position = bool(getattr(config, "attn_temperature_tuning", False))
 
     def __call__(self, packed: PackedBatch, cache: SlotCache, between_layers: Callable[[], None]) -> torch.Tensor:
         self._between_layers = between_layers
-        _attention.per_position = packed.per_position
+        attention.per_position = packed.per_position
         device = self._model.device
         if self._cache is None or self._cache.slots is not cache:
-            self._cache = _Cache(cache)
+            self._cache = SlotsAsCache(cache, self._expand)
+        positions = torch.tensor(packed.positions, device=device).clamp(max=self._last_position)
+        self._cache.seq_length = packed.segments[0].position
+        if self._scales_by_position:
+            self._cache.seq_length = positions - torch.arange(len(positions), device=device)
+        if self._blocks is not None:
+            self._blocks.used = packed.used
         logits: torch.Tensor = self._model(
             input_ids=torch.tensor([packed.ids], device=device),
-            position_ids=torch.tensor([packed.positions], device=device).clamp(max=self._last_position),
+            position_ids=positions[None],
             attention_mask=self._masks.of(packed, device),
             past_key_values=self._cache,
             use_cache=True,
@@ -157,106 +182,55 @@ class TransformersDecoder:
         return logits[0]
 
     def linear_layers(self) -> list[Any]:
-        return [module for module in self._model.modules() if isinstance(module, nn.Linear | PackedLinear)]
+        """The linear layers whose number of rows is that of the forward pass: all but those of experts."""
+        of_experts = {
+            linear for module in self._model.modules() if isinstance(module, Experts) for linear in module.modules()
+        }
+        linears = (module for module in self._model.modules() if type(module) in (nn.Linear, PackedLinear))
+        return [linear for linear in linears if linear not in of_experts]
 
     @torch.inference_mode()
     def check_attention(self, forward: Callable[[], object]) -> None:
         """Raise EngineError if some layer does not use our attention function. `forward` must compute one forward pass."""
-        calls = _attention.calls
-        # Another attention function fails with these errors, because our cache does not return tensors.
-        with contextlib.suppress(AttributeError, TypeError):
+        calls, attention.shapes = attention.calls, set[AttentionShape]()
+        # Another attention function fails with one of these errors, because our cache does not return tensors. Models that do not
+        # even claim to have the interface may fail in any way.
+        claims = getattr(self._model, "_supports_attention_backend", False)
+        with contextlib.suppress(*(AttributeError, TypeError) if claims else (Exception,)):
             forward()
-        if _attention.calls - calls != len(self._decoder_layers()):
-            raise EngineError(
-                f"{self._model.config.model_type} models do not use transformers' attention interface in every layer, so "
-                "their attention masks cannot be checked: choose another model"
-            )
+        shapes, attention.shapes = attention.shapes, None
+        if attention.calls - calls != len(self._layers):
+            raise _own_attention(self._model.config.model_type)
+        self.attention_shapes = sorted(shapes, key=str)
 
-    def _decoder_layers(self) -> nn.ModuleList:
-        """The decoder layers of the model: its longest list of modules."""
-        lists = [module for module in self._model.modules() if isinstance(module, nn.ModuleList)]
-        return max(lists, key=len)
-
-
-class _CacheLayer(CacheLayerMixin):
-    """One layer of our KV cache, behind transformers' interface of a cache layer."""
-
-    is_compileable = False
-    is_sliding = False
-
-    def __init__(self, layer: SlotLayer, slots: SlotCache) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._layer = layer
-        self._slots = slots
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.is_initialized = True
-
-    def update(  # type: ignore[override]  # our attention function takes SegmentTensors
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[SegmentTensors, SegmentTensors]:
-        segments = self._layer.update(key_states, value_states)
-        return segments, segments
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return max(segment.readable for segment in self._slots.segments), 0
-
-    def get_seq_length(self) -> int:
-        return self._slots.segments[0].position
-
-    def get_max_length(self) -> int:
-        return self._slots.capacity
+    def replace_linear_layers(self, convert: Callable[[nn.Linear], nn.Module], *, exact: bool) -> None:
+        """Replace every linear layer by `convert(layer)`. `exact`: then try in which blocks of rows experts are exact."""
+        replace_linear_layers(self._model, convert)
+        if self._blocks is not None and exact:
+            choose_block_rows(self._model, self._blocks)
 
 
-class _Cache(Cache):
-    """Our KV cache, behind transformers' interface of a cache."""
+def _own_attention(model_type: str) -> EngineError:
+    return EngineError(
+        f"{model_type} models compute attention with code of their own, which this engine cannot make exact: choose a model of "
+        "another architecture (docs/models.md lists some that work)"
+    )
 
-    def __init__(self, slots: SlotCache) -> None:
-        self.slots = slots
-        super().__init__(layers=[_CacheLayer(layer, slots) for layer in slots.layers])
+
+def _decoder_layers(model: Any) -> nn.ModuleList:
+    """The decoder layers of the model: the longest list of modules of its language model."""
+    lists = [module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len)
 
 
-class _Attention:
-    """The attention function that transformers' layers call: `attend` for each segment, instead of SDPA with repeat_kv.
+def _take_expand(model: nn.Module) -> dict[int, Expand]:
+    """By number of layer: the function that expands latent keys and values (DeepSeek).
 
-    query: [1, heads, rows, dim]. key, which is value, too: the segments of SlotLayer.update, [1, kv_heads, readable, dim] each.
-    attention_mask: [1, 1, rows, readable], for the longest segment. Padding rows get zeros.
+    The layer itself calls it no more, because the cache gives it expanded keys and values.
     """
-
-    def __init__(self) -> None:
-        #: Calls so far. `check_attention` compares it with the number of layers.
-        self.calls = 0
-        #: Compute attention for each position by itself (see `attend`).
-        self.per_position = False
-
-    def __call__(
-        self,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: SegmentTensors,
-        value: SegmentTensors,
-        attention_mask: torch.Tensor,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        self.calls += 1
-        for unsupported in ("softcap", "s_aux"):
-            if kwargs.get(unsupported) is not None:
-                raise EngineError(
-                    f"this model's attention needs {unsupported}, which this engine does not support: choose another model"
-                )
-        batch, heads, width, _ = query.shape
-        outputs, begin = list[torch.Tensor](), 0
-        for rows, keys, values in key:
-            mask = additive_group_mask(attention_mask[:, :, rows, : keys.shape[2]], heads // keys.shape[1], query.dtype)
-            outputs.append(attend(query[:, :, rows], keys, values, mask, scaling, per_position=self.per_position))
-            begin = rows.stop
-        if begin < width:
-            outputs.append(outputs[0].new_zeros(batch, width - begin, *outputs[0].shape[2:]))
-        return torch.cat(outputs, dim=1), None
-
-
-_ATTENTION = "dsi"
-_attention = _Attention()
-AttentionInterface.register(_ATTENTION, _attention)
+    found: dict[int, Expand] = {}
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "expand_kv")]
+    for module in modules:
+        found[module.layer_idx] = module.expand_kv
+        module.expand_kv = lambda keys, values: (keys, values)
+    return found

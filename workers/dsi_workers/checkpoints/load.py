@@ -18,7 +18,7 @@ from dsi_workers.checkpoints.checkpoint import read_checkpoint
 from dsi_workers.decoding.capacity import GPU_PROMPT_CHUNK
 from dsi_workers.decoding.decoder import Decoder
 from dsi_workers.decoding.forward import ComputesLogits, Forward
-from dsi_workers.decoding.packing import pack, replace_linear_layers
+from dsi_workers.decoding.packing import pack
 from dsi_workers.decoding.quantization import int8_dtype, quantize_int8
 from dsi_workers.engine import EngineError
 from dsi_workers.models.files import ModelError, first_line
@@ -97,7 +97,9 @@ def load_model(
     with _as_engine_error(reference):
         checkpoint = read_checkpoint(directory, number_type, device, reference)
         if checkpoint is None:
-            loaded = _load_with_transformers(directory, device, reference, number_type, most_positions, convert, layers)
+            loaded = _load_with_transformers(
+                directory, device, reference, number_type, most_positions, convert, layers, exact
+            )
         else:
             keep_layers(checkpoint.config, layers, reference)
             positions = min(most_positions, int(checkpoint.config.max_position_embeddings))
@@ -131,7 +133,7 @@ def with_gpu_kernels(decoder: Decoder, *, exact: bool = True, prompt_chunk: int 
 
 def _load_with_transformers(
     directory: Path, device: torch.device, reference: str, dtype: torch.dtype, most_positions: int, convert: Any,
-    layers: OptionValue | None,
+    layers: OptionValue | None, exact: bool,
 ) -> Loaded:  # fmt: skip
     # Importing transformers takes seconds, so only models that need it import it.
     from dsi_workers.checkpoints.compatibility import position_limit, refuse_if_not_rewindable
@@ -156,7 +158,7 @@ def _load_with_transformers(
         if (logits(decoder) - expected).norm() <= _TOLERANCE[dtype] * expected.norm():
             decoder.replace_linear_layers(convert)
             return Loaded(decoder, config, positions)
-    replace_linear_layers(model, convert)
+    library.replace_linear_layers(convert, exact=exact)
     return Loaded(library, config, positions)
 
 

@@ -14,6 +14,8 @@ from torch import nn
 from dsi_workers.engine import EngineError
 
 COMPRESSED_TENSORS = "compressed-tensors"
+#: The experts of gpt-oss are stored in it. They are turned back into plain weights.
+MXFP4 = "mxfp4"
 _ADVICE = "choose the model without quantization, or one whose weights alone are quantized"
 
 

@@ -10,7 +10,7 @@ import math
 import re
 import sys
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +102,7 @@ def of_first_layers(tensors: Tensors, layers: OptionValue | None) -> Tensors:
 
 def loading_bytes(tensors: Tensors, number_bytes: int) -> int:
     """Bytes of all weights in a number type of `number_bytes` bytes, as they are read: int8 is made out of them."""
-    return sum(math.prod(shape) * number_bytes for kind, shape in tensors.values() if kind in FLOAT_BYTES)
+    return sum(math.prod(shape) * number_bytes for _, shape in _weights(tensors))
 
 
 def weight_bytes(tensors: Tensors, number_bytes: int, *, int8: bool = False) -> int:
@@ -111,24 +111,36 @@ def weight_bytes(tensors: Tensors, number_bytes: int, *, int8: bool = False) -> 
     if not int8:
         return loading_bytes(tensors, number_bytes)
     tied = "lm_head.weight" not in tensors
-    return sum(
-        _int8_bytes(name, shape, number_bytes, tied) for name, (kind, shape) in tensors.items() if kind in FLOAT_BYTES
-    )
+    return sum(_int8_bytes(name, shape, number_bytes, tied) for name, shape in _weights(tensors))
 
 
-def _int8_bytes(name: str, shape: tuple[int, ...], number_bytes: int, tied: bool) -> int:
+def _weights(tensors: Tensors) -> Iterator[tuple[str, Sequence[int]]]:
+    """Names and shapes of the weights that the model has in use. MXFP4 keeps two in a byte, in blocks."""
+    for name, (kind, shape) in tensors.items():
+        if kind in FLOAT_BYTES:
+            yield name, shape
+        elif kind == "U8" and name.endswith("_blocks"):
+            yield name, (*shape[:-2], 2 * math.prod(shape[-2:]))
+
+
+def _int8_bytes(name: str, shape: Sequence[int], number_bytes: int, tied: bool) -> int:
     whole = math.prod(shape) * number_bytes
-    quantized = math.prod(shape) + shape[0] * number_bytes if shape else 0
+    # Three dimensions: experts, whose matrices lie either way round.
+    rows = shape[0] * (max(shape[1:]) if len(shape) == 3 else 1) if shape else 0
+    quantized = math.prod(shape) + rows * number_bytes
     if name.endswith("embed_tokens.weight"):
         return whole + quantized if tied else whole
-    return quantized if len(shape) == 2 else whole
+    return quantized if len(shape) in (2, 3) else whole
 
 
 def cache_bytes(config: Mapping[str, Any], *, slots: int, positions: int, number_bytes: int) -> int:
     """Bytes of keys and values of `slots` generations of up to `positions` positions; 0 if config.json (`config`) does not
     say how large they are."""
-    _, kv_heads, head_dim = _heads(config := text_config(config))
-    return slots * positions * _size(config, "num_hidden_layers") * 2 * kv_heads * head_dim * number_bytes
+    heads, kv_heads, head_dim = _heads(config := text_config(config))
+    numbers = 2 * kv_heads * head_dim
+    if plain := _size(config, "qk_nope_head_dim"):  # latent attention: keys and values are kept in their expanded form
+        numbers = heads * (plain + _size(config, "qk_rope_head_dim") + _size(config, "v_head_dim"))
+    return slots * positions * _size(config, "num_hidden_layers") * numbers * number_bytes
 
 
 def buffer_bytes(config: Mapping[str, Any], *, positions: int, number_bytes: int) -> int:

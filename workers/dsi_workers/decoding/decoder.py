@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dsi_workers.decoding.attention import additive_group_mask, attend
+from dsi_workers.decoding.attention import AttentionShape, additive_group_mask, attend
 from dsi_workers.decoding.capacity import prompt_chunk_of
 from dsi_workers.decoding.kv_cache import SegmentTensors, SlotCache, SlotLayer
 from dsi_workers.decoding.packed import Masks, PackedBatch
@@ -103,6 +103,10 @@ class Decoder:
     def linear_layers(self) -> list[Any]:
         """The linear layers of the first decoder layer, and the head. All decoder layers have the same shapes."""
         return [getattr(self.layers[0], name) for name in _LINEAR_LAYERS] + [self.head]
+
+    @property
+    def attention_shapes(self) -> Sequence[AttentionShape]:
+        return [AttentionShape(self.heads, self.kv_heads, self.dim, self.dim, self.dtype)]
 
     def __call__(self, packed: PackedBatch, cache: SlotCache, between_layers: Callable[[], None]) -> torch.Tensor:
         """Compute one forward pass. Returns logits [len(packed.logits_to_keep), vocabulary]."""

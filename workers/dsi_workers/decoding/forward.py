@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from dsi_workers.backend import Run
+from dsi_workers.decoding.attention import AttentionShape
 from dsi_workers.decoding.capacity import READ_STEP, round_up
 from dsi_workers.decoding.kv_cache import SlotCache
 from dsi_workers.decoding.packed import PackedBatch, Segment
 from dsi_workers.engine import Interrupt, Never
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionShape:
-    """Numbers of query heads and KV heads, and the size and number type of a head."""
-
-    heads: int
-    kv_heads: int
-    dim: int
-    dtype: torch.dtype
 
 
 class ComputesLogits(Protocol):
@@ -37,6 +27,10 @@ class ComputesLogits(Protocol):
     prompt_chunk: int
     #: True if the bits of attention and norms do not depend on the number of rows. Our GPU kernels guarantee this.
     batch_invariant: bool
+
+    @property
+    def attention_shapes(self) -> Sequence[AttentionShape]:
+        """The kinds of attention in the model."""
 
     def __call__(self, packed: PackedBatch, cache: SlotCache, between_layers: Callable[[], None]) -> torch.Tensor:
         """Compute one forward pass. Returns logits [len(packed.logits_to_keep), vocabulary], or only those of rows >= 0.
@@ -55,7 +49,6 @@ class Forward:
         self, decoder: ComputesLogits, config: Any, device: torch.device, *, slots: int, capacity: int
     ) -> None:
         self._decoder = decoder
-        self._config = config
         self.device = device
         self.interrupt: Interrupt = Never()
         #: Forward passes so far.
@@ -76,10 +69,12 @@ class Forward:
         self.interrupt.check()
         self.count += 1
         ids, positions, segments, wanted = list[int](), list[int](), list[Segment](), list[int]()
+        used = list[int]()
         for run in runs:
             readable = min(round_up(run.begin + run.width, self.read_step), self.cache.capacity)
             segments.append(Segment(run.slot, run.begin, run.width, readable, run.fork))
             wanted += [len(ids) + position - run.begin for position in run.wanted]
+            used += range(len(ids), len(ids) + len(run.tokens))
             ids += [*run.tokens, *[0] * (run.width - len(run.tokens))]
             positions += range(run.begin, run.begin + run.width)
         padding = [0] * (rows - len(ids))
@@ -87,7 +82,9 @@ class Forward:
         kept = wanted + [-1] * max(logit_rows - len(wanted), not wanted)
         self.cache.segments = segments
         logits = self._decoder(
-            PackedBatch(ids, positions, segments, kept, self.attends_per_position), self.cache, self.interrupt.check
+            PackedBatch(ids, positions, segments, kept, used, self.attends_per_position),
+            self.cache,
+            self.interrupt.check,
         )
         return list(logits[: len(wanted)].split([len(run.wanted) for run in runs]))
 
@@ -122,13 +119,13 @@ class Forward:
         return self._decoder.batch_invariant
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self._decoder.dtype
+
+    @property
     def decoder_kind(self) -> str:
         return type(self._decoder).__name__
 
     @property
-    def attention_shape(self) -> AttentionShape:
-        config = self._config
-        heads = int(config.num_attention_heads)
-        kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-        dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-        return AttentionShape(heads, kv_heads, dim, self._decoder.dtype)
+    def attention_shapes(self) -> Sequence[AttentionShape]:
+        return self._decoder.attention_shapes

@@ -40,12 +40,15 @@ class PackedBatch:
     segments: Sequence[Segment]
     #: Rows whose logits are wanted, then -1 as often as a product needs rows: any logits stand in for those.
     logits_to_keep: Sequence[int]
+    #: Rows that are no padding.
+    used: Sequence[int]
     #: Compute attention for each position by itself (see `attend`).
     per_position: bool = False
 
 
 class Masks:
-    """Makes attention masks. The input at position p reads positions [0, p], or the last `sliding_window` of them."""
+    """Makes attention masks. The input at position p reads positions [0, p], or the last `sliding_window` of them, or those of
+    them that are in its chunk of positions."""
 
     def __init__(self, config: Any) -> None:
         """`config` uses transformers' names."""
@@ -54,6 +57,10 @@ class Masks:
         slides = window > 0 and (not self._kinds or "sliding_attention" in self._kinds)
         #: The most positions that a row reads in a layer with sliding attention. 0 if the model has no such layer.
         self.sliding_window = window if slides else 0
+        #: Positions of a chunk, in layers whose rows read only their own chunk. 0 if the model has no such layer.
+        self.chunk = (
+            int(getattr(config, "attention_chunk_size", None) or 0) if "chunked_attention" in self._kinds else 0
+        )
 
     def sliding_window_of(self, kind: str) -> int:
         """The sliding window of a layer of this kind, in positions. 0 if the layer reads all positions."""
@@ -61,7 +68,7 @@ class Masks:
 
     def needs_no_mask(self, packed: PackedBatch) -> bool:
         """True if every segment is one row, and that row may read all positions in [0, readable)."""
-        return not self.sliding_window and all(
+        return not (self.sliding_window or self.chunk) and all(
             segment.width == 1 and segment.readable == segment.position + 1 for segment in packed.segments
         )
 
@@ -70,6 +77,9 @@ class Masks:
         positions = torch.tensor(packed.positions, device=device)
         places = torch.arange(max(segment.readable for segment in packed.segments), device=device)
         full: torch.Tensor = places[None, :] <= positions[:, None]
+        if self.chunk:
+            own_chunk = places[None, :] // self.chunk == positions[:, None] // self.chunk
+            return {"full_attention": full[None, None], "chunked_attention": (full & own_chunk)[None, None]}
         if not self.sliding_window:
             return full[None, None]
         sliding: torch.Tensor = (full & (places[None, :] > positions[:, None] - self.sliding_window))[None, None]

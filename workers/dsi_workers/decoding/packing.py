@@ -34,12 +34,16 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, rows: int, compute_dtype: torch.dtype) -> None:
         super().__init__()
         # Not a parameter or buffer: torch cannot move or save a packed tensor.
-        self._weight: Any = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(compute_dtype), rows)
+        self._weight: Any = torch.ops.mkldnn._reorder_linear_weight(
+            linear.weight.detach().to(compute_dtype).contiguous(), rows
+        )
         self._bias = None if linear.bias is None else linear.bias.detach().to(compute_dtype)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         #: Number type of x and y.
         self.dtype = linear.weight.dtype
         self.compute_dtype = compute_dtype
+        #: Only its shape and number type: some layers of transformers ask for these.
+        self.weight = linear.weight.detach().to("meta")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(

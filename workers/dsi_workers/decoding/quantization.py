@@ -51,6 +51,8 @@ class DynamicInt8Linear(nn.Module):
         self._bias = None if linear.bias is None else linear.bias.detach().float()
         self._weight: Any = torch.ops.quantized.linear_prepack(quantized, None)
         self._multiply = torch.ops.quantized.linear_dynamic.default
+        #: Only the old weight's shape and number type: some layers of transformers ask for these.
+        self.weight = linear.weight.detach().to("meta")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // self.in_features

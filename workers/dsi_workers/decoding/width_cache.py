@@ -69,7 +69,7 @@ def _key(forward: Forward, directory: Path, window: int, slots: int) -> str:
     device = forward.device
     facts = [
         (directory / "config.json").read_text(encoding="utf-8"),
-        f"{forward.decoder_kind} {forward.attention_shape}",
+        f"{forward.decoder_kind} {forward.attention_shapes}",
         str([(type(layer).__name__, layer.in_features, layer.out_features) for layer in forward.linear_layers()]),
         f"{window} {slots} {forward.cache.capacity} {forward.read_step} {torch.get_num_threads()}",
         torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from dsi_workers.backend import Run
-from dsi_workers.decoding.attention import additive_group_mask, attend
+from dsi_workers.decoding.attention import AttentionShape, additive_group_mask, attend
 from dsi_workers.decoding.decoder import rms_norm
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.engine import EngineError
@@ -32,6 +35,10 @@ _TREE_WINDOWS = 4
 _LEAST_VALUES = 20_000
 #: At least this many rows are compared for norms.
 _NORM_ROWS = 64
+#: Those that torch computes in ways that may differ in their bits.
+_ACTIVATIONS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+    functional.silu, partial(functional.gelu, approximate="tanh"), torch.sigmoid,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +97,9 @@ class Trial:
                 costs_s[width] = cost_s
         for windows in batches:
             logits, cost_s = self._compute_as_batch(begin, windows)
-            if not (torch.equal(logits, expected[: len(logits)]) and self._linear_layers_agree(windows * window)):
+            rows = windows * window
+            agree = torch.equal(logits, expected[: len(logits)]) and self._linear_layers_agree(rows)
+            if not (agree and self._activations_agree(rows)):
                 break
             costs_s[windows * window] = cost_s
         return Widths(dict(sorted(costs_s.items())))
@@ -133,7 +142,9 @@ class Trial:
         """True if each kind of kernel, given random inputs of this many rows, has the bits of a full window."""
         if self._forward.batch_invariant:
             return self._linear_layers_agree(width)
-        return self._linear_layers_agree(width) and self._attention_agrees(width) and self._norms_agree(width)
+        attention_agrees = all(self._attention_agrees(width, shape) for shape in self._forward.attention_shapes)
+        elementwise_agree = self._norms_agree(width) and self._activations_agree(width)
+        return attention_agrees and elementwise_agree and self._linear_layers_agree(width)
 
     def _norms_agree(self, width: int) -> bool:
         """True if RMSNorm of `width` rows has the bits of a full window. Compared in float32, before rounding hides them."""
@@ -147,21 +158,47 @@ class Trial:
         )
         return torch.equal(groups, windows)
 
-    def _attention_agrees(self, width: int) -> bool:
+    def _activations_agree(self, rows: int) -> bool:
+        """True if activation functions of `rows` rows have the bits of full windows.
+
+        On a CPU, torch computes the numbers of a tensor in vectors, and those that do not fill a vector one by one. Some
+        functions give other bits one by one. Where a row does not fill vectors, the number of rows decides which numbers
+        these are.
+        """
+        if self._forward.batch_invariant:
+            return True
+        layers, count = self._forward.linear_layers(), math.lcm(rows, self._window)
+        most = max(layer.in_features for layer in layers)
+        sizes = {size for layer in layers for size in (layer.in_features, layer.out_features) if size <= most}
+        for size in sorted(sizes):
+            generator = torch.Generator().manual_seed(size)
+            inputs = torch.randn(count * -(-_LEAST_VALUES // (count * size)), size, generator=generator)
+            inputs = inputs.to(self._forward.device, self._forward.dtype)
+            for function in _ACTIVATIONS:
+                groups, windows = (
+                    torch.cat([function(part) for part in inputs.split(width)]) for width in (rows, self._window)
+                )
+                if not torch.equal(groups, windows):
+                    return False
+        return True
+
+    def _attention_agrees(self, width: int, shape: AttentionShape) -> bool:
         """True if attention of `width` rows of one generation has the bits of a full window."""
-        shape, window = self._forward.attention_shape, self._window
+        window = self._window
         group = shape.heads // shape.kv_heads
         readable, per_position = self._forward.read_step, self._forward.attends_per_position
         positions = readable - math.lcm(width, window)
         generator = torch.Generator().manual_seed(width)
 
-        def random(heads: int, length: int) -> torch.Tensor:
-            made = torch.randn(1, heads, length, shape.dim, generator=generator)
+        def random(heads: int, length: int, dim: int = shape.dim) -> torch.Tensor:
+            made = torch.randn(1, heads, length, dim, generator=generator)
             return made.to(self._forward.device, shape.dtype)
 
+        sinks = random(1, 1, shape.heads).flatten() if shape.has_sinks else None
         for _ in range(max(1, _LEAST_VALUES // (shape.heads * shape.dim * math.lcm(width, window)))):
             query = random(shape.heads, readable - positions)
-            keys, values = random(shape.kv_heads, readable), random(shape.kv_heads, readable)
+            keys = random(shape.kv_heads, readable)
+            values = random(shape.kv_heads, readable, shape.value_dim)
             mask = torch.ones(readable - positions, readable, dtype=torch.bool, device=self._forward.device)
             mask = mask.tril(diagonal=positions)[None, None]
             groups, windows = (
@@ -174,6 +211,8 @@ class Trial:
                             additive_group_mask(part_mask, group, shape.dtype),
                             None,
                             per_position=per_position,
+                            softcap=shape.softcap,
+                            sinks=sinks,
                         )
                         for part, part_mask in zip(query.split(size, 2), mask.split(size, 2), strict=True)
                     ],

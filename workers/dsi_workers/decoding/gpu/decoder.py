@@ -20,6 +20,7 @@ import torch
 import triton
 from torch.nn import functional
 
+from dsi_workers.decoding.attention import AttentionShape
 from dsi_workers.decoding.capacity import GPU_PROMPT_CHUNK, ROW_TILE
 from dsi_workers.decoding.decoder import Decoder, Layer
 from dsi_workers.decoding.gpu import MOST_ROWS, MOST_RUN_ROWS
@@ -67,6 +68,10 @@ class GpuDecoder:
         self._pool = torch.cuda.graph_pool_handle() if decoder.device.type == "cuda" else None
         self.dtype = decoder.dtype
 
+    @property
+    def attention_shapes(self) -> Sequence[AttentionShape]:
+        return self._decoder.attention_shapes
+
     def linear_layers(self) -> list[Any]:
         first = self._linear_layers[0]
         return [first.qkv, first.output, first.gate_up, first.down, self._head]
@@ -101,7 +106,8 @@ class GpuDecoder:
         _Recording(self._decoder, self._linear_layers, self._head, buffers, LEAST_ROWS).record(lambda part: part)
         ids = [0] * ROW_TILE
         segments = cache.segments = [Segment(0, 0, len(ids), len(ids))]
-        self._prompt_decoder(PackedBatch(ids, range(len(ids)), segments, [0]), cache, lambda: None)
+        rows = range(len(ids))
+        self._prompt_decoder(PackedBatch(ids, rows, segments, [0], rows), cache, lambda: None)
         if self._decoder.device.type == "cuda":
             torch.cuda.synchronize()
 

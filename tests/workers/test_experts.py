@@ -1,0 +1,163 @@
+"""Mixtures of experts: a row has the same bits whatever the rows beside it are, and padding has no expert read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from dsi_workers.backend import Run
+from dsi_workers.checkpoints import sizes
+from dsi_workers.checkpoints.experts import choose_block_rows, replace_experts
+from dsi_workers.checkpoints.library import TransformersDecoder
+from dsi_workers.checkpoints.load import load_model
+from dsi_workers.decoding import widths
+from dsi_workers.decoding.experts import Blocks, Expert, route_in_blocks
+from dsi_workers.decoding.forward import Forward
+from dsi_workers.decoding.widths import Trial
+from dsi_workers.models.files import read_json
+from dsi_workers.models.headers import read_tensors
+from support.zoo import KINDS, WORDS, make
+
+
+def loaded(directory: Path, name: str, **options: str) -> tuple[TransformersDecoder, Forward]:
+    make(directory, KINDS[name])
+    wanted: dict[str, Any] = {"dtype": "float32", "quantization": "none", **options}
+    found = load_model(directory, torch.device("cpu"), reference="made", rows=8, most_positions=256, **wanted)
+    assert isinstance(found.decoder, TransformersDecoder)
+    return found.decoder, Forward(found.decoder, found.config, torch.device("cpu"), slots=2, capacity=256)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.zoo)])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "phimoe"])
+@torch.inference_mode()
+def test_a_row_has_the_same_bits_in_any_group(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = make(tmp_path, KINDS[name]).to(dtype)
+    layer = next(module for module in model.modules() if hasattr(module, "experts"))
+    rows = torch.randn(1, 40, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def outputs(x: torch.Tensor) -> torch.Tensor:
+        found = layer(x)
+        found = found if isinstance(found, torch.Tensor) else found[0]
+        return found.reshape(-1, 32)
+
+    plain = outputs(rows)
+    blocks = replace_experts(model)
+    assert blocks is not None
+    choose_block_rows(model, blocks)
+    whole = outputs(rows)
+    assert (whole - plain).norm() <= (1e-5 if dtype is torch.float32 else 0.02) * plain.norm()
+    for size in (1, 2, 3, 7, 8, 13):
+        assert torch.equal(torch.cat([outputs(part) for part in rows.split(size, 1)]), whole)
+
+
+def test_padding_has_no_expert_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, forward = loaded(tmp_path, "qwen3_moe")
+    calls, plain = list[object](), Expert.forward
+
+    def counted(self: Expert, x: torch.Tensor) -> torch.Tensor:
+        calls.append(self)
+        return plain(self, x)
+
+    monkeypatch.setattr(Expert, "forward", counted)
+    forward([Run(0, [3], 0, 8, 0)], rows=16, logit_rows=1)
+    assert len(calls) == 4 * 2, "four layers, two experts of a token"
+
+
+def test_where_bits_depend_on_the_place_in_a_block_rows_are_computed_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear, multiply = functional.linear, Expert.forward
+
+    def scaled(y: torch.Tensor) -> torch.Tensor:
+        return y * (1 + torch.arange(y.shape[-2])[:, None] / 1e4)
+
+    monkeypatch.setattr(functional, "linear", lambda *arguments: scaled(linear(*arguments)))
+    decoder, _ = loaded(tmp_path / "router", "qwen3_moe")
+    assert decoder._blocks is not None
+    assert decoder._blocks.router_rows == 1
+    monkeypatch.setattr(Expert, "forward", lambda self, x: scaled(multiply(self, x)))
+    decoder, _ = loaded(tmp_path / "experts", "qwen3_moe")
+    assert decoder._blocks is not None
+    assert (decoder._blocks.rows, decoder._blocks.router_rows) == (1, 1)
+
+
+@torch.inference_mode()
+def test_widths_at_which_an_activation_has_other_bits_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shared expert is computed with all rows of a forward pass. Here its rows are shorter than the vectors of a CPU."""
+    monkeypatch.setattr(widths, "_LEAST_VALUES", 2000)  # else seconds: the layers are small
+    _, forward = loaded(tmp_path, "deepseek_v3")
+    found = Trial(forward, window=8, words=WORDS, name="made").widths(1)
+    activations = torch.randn(4800, 24, generator=torch.Generator().manual_seed(1))
+    expected = torch.cat([functional.silu(part) for part in activations.split(8)])
+    for width in found.costs_s:
+        assert torch.equal(torch.cat([functional.silu(part) for part in activations.split(width)]), expected)
+
+
+def test_a_router_may_return_one_tensor() -> None:
+    router, x = nn.Linear(4, 3), torch.randn(11, 4)
+    expected = router(x)
+    route_in_blocks(router, Blocks())
+    assert torch.allclose(router(x), expected)
+
+
+@torch.inference_mode()
+def test_int8_reaches_the_experts(tmp_path: Path) -> None:
+    decoder, forward = loaded(tmp_path, "gpt_oss", quantization="int8")
+    experts = [module for module in decoder._model.modules() if isinstance(module, Expert)]
+    assert experts
+    assert not any(isinstance(layer, nn.Linear) for expert in experts for layer in expert.modules())
+    weights = {"model.layers.0.mlp.experts.gate_up_proj": ("BF16", (4, 32, 96))}
+    assert sizes.weight_bytes(weights, 2, int8=True) == 4 * 32 * 96 + 4 * 96 * 2
+    forward([Run(0, [3, 1, 4], 0, 3, 0)], rows=3, logit_rows=3)
+
+
+def test_the_cache_of_latent_attention_is_what_is_allocated(tmp_path: Path) -> None:
+    _, forward = loaded(tmp_path, "deepseek_v3")
+    forward([Run(0, [3, 1, 4], 0, 3, 0)], rows=3, logit_rows=3)
+    allocated = sum(
+        tensor.tensor.nbytes
+        for layer in forward.cache.layers
+        if layer._storage is not None
+        for tensor in layer._storage
+    )
+    config = read_json(tmp_path / "config.json")
+    capacity = forward.cache.capacity
+    assert sizes.cache_bytes(config, slots=2, positions=capacity, number_bytes=4) == allocated
+
+
+@torch.inference_mode()
+def test_experts_in_mxfp4_become_plain_weights(tmp_path: Path) -> None:
+    """As in the files of gpt-oss: two weights in a byte, and an exponent for each 32 of them."""
+    kind = KINDS["gpt_oss"]
+    make(tmp_path, replace(kind, settings={**kind.settings, "intermediate_size": 64}))
+    file, generator = tmp_path / "model.safetensors", torch.Generator().manual_seed(1)
+    weights = load_file(file)
+    for name in [name for name in weights if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, size, rows = weights.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, rows, size // 32, 16), generator=generator, dtype=torch.uint8)
+        weights[f"{name}_blocks"] = blocks
+        weights[f"{name}_scales"] = torch.full((experts, rows, size // 32), 124, dtype=torch.uint8)
+    save_file(weights, file, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.embed_tokens"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    wanted: dict[str, Any] = {"dtype": "float32", "quantization": "none", "rows": 8, "most_positions": 256}
+    found = load_model(tmp_path, torch.device("cpu"), reference="made", **wanted)
+    forward = Forward(found.decoder, found.config, torch.device("cpu"), slots=1, capacity=256)
+    tokens = [7 * place % 90 for place in range(40)]
+    [logits] = forward([Run(0, tokens, 0, 40, 0)], rows=40, logit_rows=40)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(torch.tensor([tokens])).logits[0]
+    assert (logits - expected).norm() <= 1e-3 * expected.norm()
+    plain = make(tmp_path / "plain", replace(kind, settings={**kind.settings, "intermediate_size": 64}))
+    assert sizes.loading_bytes(read_tensors(tmp_path), 4) == 4 * plain.num_parameters()
