@@ -458,7 +458,7 @@ class GenerationCore:
         plain = not (policy.max_ahead and policy.span)
         # At first a drafter may yet come.
         if not plain and (drafting.views or start == self.prompt_length):
-            if policy.first_wait:
+            if self._waits_for_first:
                 return 0
             if deepest > start:
                 return 1  # behind a correction
@@ -515,7 +515,7 @@ class GenerationCore:
 
     def _worth_verifying(self) -> bool:
         policy, drafting, running = self.policy, self._drafting, bool(self._verifications)
-        if not running and (self._drafts_late or self._has_much_to_read()):
+        if not running and (self._drafts_late or self._has_much_to_read() or not self._waits_for_first):
             return True
         covered = self._verified_front() - self.committed
         # The first drafter with something to verify, or with drafts to come, decides. A leader that is late is left out.
@@ -530,6 +530,12 @@ class GenerationCore:
                 return False
         drafted = len(self.tokens) - self.committed
         return worth_verifying(policy, drafted, covered, running=running, drafts_coming=drafting.coming)
+
+    @property
+    def _waits_for_first(self) -> bool:
+        """Whether a verification behind the committed tokens waits for drafts. Not for those of a drafter that had none when the
+        last token was committed, as prompt lookup where nothing repeats: they come while the server computes."""
+        return self.policy.first_wait > 0 and not (self.policy.algorithm == "dsi" and self._drafting.had_nothing)
 
     def _has_much_to_read(self) -> bool:
         """Whether the server would read more before the drafts than there may be drafts. Then they come while it reads: DSI

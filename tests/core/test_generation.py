@@ -852,6 +852,31 @@ def test_a_server_goes_on_while_no_drafter_has_an_idea() -> None:
     assert not any(isinstance(action, VerifyGoesOn | CancelVerify) for action in actions)
 
 
+def test_a_drafter_that_had_no_idea_is_not_waited_for_behind_the_next_token() -> None:
+    """Where drafts are waited for, and nothing repeats, each token took two round trips more than in plain decoding."""
+    core = joined(Policy.distributed(1, sp=1, first_wait=3), 1)
+    [verify] = [action for action in core.handle(DraftEnded(1, complete=False)) if isinstance(action, StartVerify)]
+    assert verify.ahead == 0, "nothing is known of this drafter"
+    actions = core.handle(VerificationFinished(verify.attempt, 0, 1, (5,)))
+    [verify] = [action for action in actions if isinstance(action, StartVerify)]
+    draft, *_ = [action for action in actions if isinstance(action, StartDraft)]
+    assert (verify.start, verify.ahead) == (2, 18)
+    core.handle(DraftEnded(draft.attempt, complete=False))
+    actions = core.handle(VerificationFinished(verify.attempt, 0, 2, (5,), more=True))
+    assert VerifyGoesOn(verify.attempt, 0, 3) in actions
+    draft, *_ = [action for action in actions if isinstance(action, StartDraft)]
+    core.handle(DraftsArrived(draft.attempt, 3, (5, 6)))
+    actions = core.handle(VerificationFinished(verify.attempt, 0, 3, (5,), more=True))
+    assert CancelVerify(verify.attempt, 0) in actions
+    assert core.handle(VerificationAbandoned(verify.attempt, 0)) == []
+    assert core.waits_for_drafts, "it has ideas again"
+    assert core.handle(DraftsArrived(draft.attempt, 5, (7,))) == []
+    [drafted] = core.handle(DraftsArrived(draft.attempt + 1, 6, (8,)))
+    assert isinstance(drafted, StartVerify)
+    assert (drafted.start, drafted.tokens) == (4, (6, 7, 8))
+    core.check()
+
+
 def test_a_server_does_not_go_on_while_drafts_are_on_their_way() -> None:
     """The request behind its answer brings them."""
     core = joined(Policy.distributed(1, sp=1), 1)
