@@ -167,6 +167,8 @@ REFUSED = {
             "deepseek_v32", "DeepSeek-V3.2: an indexer chooses the tokens to read",
             {**_DEEPSEEK, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8}, ("head_dim",),
         ),
+        Kind("bert", "BERT: tokens read later ones", {}, ("num_key_value_heads", "head_dim")),
+        Kind("roberta", "RoBERTa: positions begin at another number", {"is_decoder": True}, ("num_key_value_heads", "head_dim")),
         Kind("mamba", "Mamba", {"state_size": 8}, tuple(_SHAPE)[2:8]),
         Kind("qwen3_next", "Qwen3-Next", _experts(num_experts=8)),
         Kind("lfm2", "LFM2", {"layer_types": ["conv", "full_attention"] * 2}, ("head_dim",)),

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -36,6 +37,8 @@ from dsi_workers.decoding.packing import PackedLinear, replace_linear_layers
 from dsi_workers.engine import EngineError
 from dsi_workers.models.files import first_line
 from dsi_workers.models.misfit import refuse_loading_info
+
+log = structlog.get_logger("dsi.engine")
 
 _DECODER_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 #: RoPE types whose rotation depends on more than the position.
@@ -102,6 +105,23 @@ def read_model(
             if type(child) is Conv1D:
                 setattr(module, name, _as_linear(child))
     return model
+
+
+@torch.inference_mode()
+def logits_of(model: Any, tokens: Iterable[int]) -> torch.Tensor | None:
+    """Return transformers' own logits, [tokens, vocabulary], without our attention and our cache: those that `read_model`'s model
+    must have. None: transformers itself cannot compute them in this way."""
+    model.set_attn_implementation("eager")
+    try:
+        logits: torch.Tensor = model(
+            input_ids=torch.tensor([list(tokens)], device=model.device), use_cache=False
+        ).logits[0]
+    except Exception:
+        log.debug("transformers cannot compute the model without a cache", exc_info=True)
+        return None
+    finally:
+        model.set_attn_implementation(ATTENTION)
+    return logits.float()
 
 
 def _is_of_later_layer(name: str, layers: int) -> bool:
