@@ -9,9 +9,7 @@ from dsi_protocol import OptionValue
 
 #: Of engines/loading.py.
 _MODEL = "dtype quantization window max_length slots memory_share threads graphs calibrate lookup remember target layers adapter"
-_TIMED = (
-    "latency_ms position_ms jitter acceptance alternatives seed vocabulary_size any_vocabulary slots chunk calibrate"
-)
+_TIMED = "latency_ms position_ms jitter acceptance alternatives seed vocabulary_size any_vocabulary slots chunk calibrate device"
 #: Known names for each engine. An engine of another package knows its own.
 KNOWN: Mapping[str, frozenset[str]] = {
     "transformers": frozenset(_MODEL.split()),

@@ -17,7 +17,7 @@ import pytest
 import dsi_actors
 import dsi_workers
 from dsi_actors.cli.main import _parser
-from dsi_actors.console.options import add_worker_options, config_from
+from dsi_actors.console.options import add_cluster_options, add_worker_options, config_from
 from dsi_actors.engine_options import KNOWN
 from dsi_actors.errors import ConfigError
 from support.command import dsi_actors_command
@@ -53,6 +53,7 @@ def test_an_option_says_what_it_does_and_its_default(parser: argparse.ArgumentPa
 def parsed(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_worker_options(parser)
+    add_cluster_options(parser)
     return parser.parse_args(words)
 
 

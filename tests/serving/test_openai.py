@@ -115,8 +115,10 @@ def test_the_text_does_not_depend_on_how_it_is_decoded(client: openai.OpenAI) ->
         if options["algorithm"] == "ar":
             assert cost["drafter"] == ""
             assert cost["target_forwards"] - cost["wasted_target_forwards"] == tokens
-            behind_stop = int(answer.choices[0].finish_reason == "stop")
-            assert cost["wasted_target_forwards"] <= behind_stop, "at most the one that the server has begun by itself"
+            if (
+                answer.choices[0].finish_reason == "length"
+            ):  # behind a stop the server goes on by itself until it hears of it
+                assert cost["wasted_target_forwards"] == 0
         assert 0 < cost["target_forwards"] - cost["wasted_target_forwards"] <= tokens, "each of them gave a token"
         assert cost["target_busy_ms_per_token"] > 0
     assert len(texts) == 1
