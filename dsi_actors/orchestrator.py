@@ -214,6 +214,11 @@ class Orchestrator:
         return list(self._running().ready_workers)
 
     @property
+    def messages(self) -> tuple[int, int]:
+        """Messages that came from workers, and that were sent to them, so far."""
+        return self._running().workforce.messages
+
+    @property
     def max_length(self) -> int:
         """Positions, prompt and answer together, that the target servers take; 0 while there is none."""
         return min(

@@ -98,6 +98,8 @@ class Gateway:
         #: The endpoint with the port that was chosen, if the configuration left that open.
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.malformed_frames = 0
+        #: Messages that were handed on, and that were sent, so far.
+        self.received = self.sent = 0
         self._loop = asyncio.get_running_loop()
         self._descriptor = int(self._socket.getsockopt(zmq.FD))
         self._loop.add_reader(self._descriptor, self._on_readable)
@@ -116,6 +118,7 @@ class Gateway:
         try:
             self._socket.send(identity, zmq.NOBLOCK | zmq.SNDMORE)
             self._socket.send(frame, zmq.NOBLOCK)
+            self.sent += 1
         except zmq.ZMQError as error:  # EHOSTUNREACH: not connected; EAGAIN: its queue of a thousand frames is full
             raise PeerGone(error.strerror) from None
         finally:
@@ -182,6 +185,7 @@ class Gateway:
         except ProtocolError as error:
             self._refuse(identity, str(error))
             return True
+        self.received += 1
         self._on_message(identity, message)
         return True
 

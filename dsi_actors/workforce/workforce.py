@@ -164,6 +164,11 @@ class Workforce(Actor[WorkforceMessage]):
             worker.on_lost()
         self.close_gateway()
 
+    @property
+    def messages(self) -> tuple[int, int]:
+        """Received from workers, and sent to them, so far."""
+        return (self._gateway.received, self._gateway.sent) if self._gateway is not None else (0, 0)
+
     def close_gateway(self) -> None:
         """Idempotent. Needed by itself only if the actor never ran."""
         if self._gateway is not None:

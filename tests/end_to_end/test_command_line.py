@@ -610,6 +610,20 @@ def test_bench_load_finds_every_text_alike() -> None:
     assert all(row["differing"] == 0 and row["generations"] >= row["clients"] for row in rows)
 
 
+def test_bench_scale_tells_what_fills_a_core() -> None:
+    words = ["--workers", "2,3", "--seconds", "0.5", "--tokens", "8", "--target-ms", "8", "--drafter-ms", "2", "--json"]
+    result = dsi_actors("bench", "scale", *words)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)["results"]
+    assert [(row["workers"], row["clients"], row["sp"]) for row in rows] == [(2, 1, 1), (3, 2, 2)]
+    for row in rows:
+        assert row["tokens_per_s"] * row["messages_per_token"] == pytest.approx(row["messages_per_s"])
+        assert row["messages_per_token"] > 1 / 8
+        assert row["tokens_per_s"] == pytest.approx(
+            row["orchestrator_share_of_a_core"] * row["tokens_per_s_that_fill_a_core"]
+        )
+
+
 def test_bench_real_holds_ours_beside_the_library(model: Path, prompts: Path) -> None:
     result = dsi_actors(
         "bench", "real", "--target", model, "--prompts", prompts, "--limit", "2", "--max-tokens", "6", "--gpu", "cpu",
