@@ -56,17 +56,21 @@ async def text_of(stream: dsi_actors.GenerationStream) -> list[int]:
     return [token async for tokens in stream for token in tokens]
 
 
-def start_worker(endpoint: str, *arguments: str, device: str = "cpu", once: bool = True) -> subprocess.Popen[str]:
-    """`once`: it ends with its orchestrator."""
-    command = [sys.executable, "-m", "dsi_actors.worker", "--gpu", device, "--connect", endpoint, *arguments]
+def start_worker(
+    endpoint: str, *arguments: str, device: str = "cpu", once: bool = True, inside: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """`once`: it ends with its orchestrator. `inside`: the words before its command, which run it elsewhere."""
+    command = [*inside, sys.executable, "-m", "dsi_actors.worker", "--gpu", device, "--connect", endpoint, *arguments]
     command += ["--once"] if once else []
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
 @contextmanager
-def workers(endpoint: str, *arguments: Sequence[str]) -> Iterator[list[subprocess.Popen[str]]]:
+def workers(
+    endpoint: str, *arguments: Sequence[str], inside: Sequence[str] = ()
+) -> Iterator[list[subprocess.Popen[str]]]:
     """A worker process for each list of arguments. They are asked to leave at the end."""
-    started = [start_worker(endpoint, *words) for words in arguments]
+    started = [start_worker(endpoint, *words, inside=inside) for words in arguments]
     try:
         yield started
     finally:

@@ -88,7 +88,9 @@ class WorkSocket:
         self._still_needed = still_needed
         # The routing id stays the same when the connection is replaced, so the orchestrator recognizes this worker.
         self._socket = _dealer(context, address, b"w" + incarnation.to_bytes(8, "little"))
+        # Before the connection: ZeroMQ tells of a refusal once, and may not try again.
         self._monitor = self._socket.get_monitor_socket(_REFUSED | _HUNG_UP)
+        self._socket.connect(address.endpoint)
         self._hang_up_points = 0
         #: Becomes readable when a message may have arrived since recv() last raised Again.
         self._descriptor = int(self._socket.getsockopt(zmq.FD))
@@ -183,6 +185,7 @@ class HeartbeatThread(threading.Thread):
 
     def run(self) -> None:
         dealer = _dealer(self._context, self._address)
+        dealer.connect(self._address.endpoint)
         try:
             self._beat(dealer)
         except zmq.ContextTerminated:
@@ -261,5 +264,4 @@ def _dealer(
     dealer.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
     dealer.setsockopt(zmq.HEARTBEAT_IVL, _PING_MS)
     dealer.setsockopt(zmq.HEARTBEAT_TIMEOUT, _PING_TIMEOUT_MS)
-    dealer.connect(address.endpoint)
     return dealer
