@@ -98,9 +98,13 @@ def run_worker(config: WorkerConfig) -> None:
     incarnation = secrets.randbits(64) if config.incarnation is None else config.incarnation
     loaded: _Loaded | None = None
     again = True
-    while again and still_needed():
-        loaded, again = _serve_one_orchestrator(config, incarnation, loaded, still_needed)
-        incarnation = secrets.randbits(64)
+    try:
+        while again and still_needed():
+            loaded, again = _serve_one_orchestrator(config, incarnation, loaded, still_needed)
+            incarnation = secrets.randbits(64)
+    finally:
+        if loaded is not None:
+            loaded.engine.close()
 
 
 def _serve_one_orchestrator(

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from dsi_workers.checkpoints.slices import narrow, part_of, refuse_degree
+from dsi_workers.decoding.share import Share
 from dsi_workers.models.files import read_json, weight_files
 from dsi_workers.models.headers import read_tensors
 from dsi_workers.models.misfit import refuse_misfit
@@ -24,6 +26,8 @@ _SIZES = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
     "max_position_embeddings", "intermediate_size",
 )  # fmt: skip
+
+_WHOLE = Share()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +44,24 @@ class Checkpoint:
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def read_checkpoint(directory: Path, dtype: torch.dtype, device: torch.device, reference: str) -> Checkpoint | None:
-    """Read the model in `directory`. Returns None for a model that must be read by transformers.
+def read_checkpoint(
+    directory: Path, dtype: torch.dtype, device: torch.device, reference: str, share: Share = _WHOLE
+) -> Checkpoint | None:
+    """Read the model in `directory`, or a rank's share of it. Returns None for a model that must be read by transformers.
 
-    If the device is the CPU and the file has this dtype, weights are memory-mapped instead of copied. `reference`: the model's
-    name in error messages. Raises ModelError if weights are missing, unknown, or of another shape than config.json says.
+    If the device is the CPU and the file has this dtype, weights are memory-mapped instead of copied. Of a weight that is
+    divided among ranks only this rank's part is read or mapped. `reference`: the model's name in error messages.
+
+    Raises ModelError if weights are missing, unknown, or of another shape than config.json says, and EngineError if there are too
+    many ranks.
     """
     config = _plain_config(read_json(directory / "config.json"))
     if config is None:
         return None
     _refuse_misfit(config, {name: shape for name, (_, shape) in read_tensors(directory).items()}, reference)
-    weights = _weights(directory, dtype, device)
+    refuse_degree(config, share.degree, reference)
+    weights = _weights(directory, dtype, device, config, share)
+    narrow(config, share)
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     for name, other in ((head, embedding), (embedding, head)):  # one where they are tied
         if name not in weights:
@@ -100,15 +111,25 @@ def _is_size(value: object) -> bool:
     return type(value) is int and value > 0
 
 
-def _weights(directory: Path, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
-    """All weights by name."""
+def _weights(
+    directory: Path, dtype: torch.dtype, device: torch.device, config: Any, share: Share
+) -> dict[str, torch.Tensor]:
+    """The rank's share of all weights, by name."""
     from safetensors import safe_open
 
     found: dict[str, torch.Tensor] = {}
     for file in weight_files(directory):
         with safe_open(directory / file, framework="pt", device="cpu") as opened:
             for name in opened.keys():  # noqa: SIM118  `opened` is not a dict and has no iterator
-                tensor: torch.Tensor = opened.get_tensor(name)
+                part = part_of(name, config, share)
+                tensor: torch.Tensor
+                if part is None:
+                    tensor = opened.get_tensor(name)
+                elif not part[1]:
+                    continue
+                else:
+                    rows = slice(part[1].start, part[1].stop)
+                    tensor = opened.get_slice(name)[rows if part[0] == 0 else (slice(None), rows)]
                 found[name] = tensor.to(device, dtype) if tensor.is_floating_point() else tensor
     return found
 

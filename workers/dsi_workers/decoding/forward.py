@@ -11,6 +11,7 @@ import torch
 
 from dsi_workers.backend import Run
 from dsi_workers.decoding.capacity import READ_STEP, round_up
+from dsi_workers.decoding.kernel_agreement import kernels_agree, linear_layers_agree
 from dsi_workers.decoding.kv_cache import SlotCache
 from dsi_workers.decoding.packed import PackedBatch, Segment
 from dsi_workers.engine import Interrupt, Never
@@ -58,6 +59,8 @@ class Forward:
         self._config = config
         self.device = device
         self.interrupt: Interrupt = Never()
+        #: Devices that compute a pass together.
+        self.devices = 1
         #: Forward passes so far.
         self.count = 0
         #: The cache is read up to the next multiple of this many positions.
@@ -103,11 +106,23 @@ class Forward:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def close(self) -> None:
+        """End what computes beside this process."""
+        return None
+
     def linear_layers(self) -> list[Any]:
         """One linear layer of each shape in the model."""
         return list(
             {(layer.in_features, layer.out_features): layer for layer in self._decoder.linear_layers()}.values()
         )
+
+    def kernels_agree(self, rows: int, window: int) -> bool:
+        """True if each kind of kernel, given random inputs of this many rows, has the bits of a full window."""
+        return kernels_agree(self, rows, window)
+
+    def linear_layers_agree(self, rows: int, window: int) -> bool:
+        """True if linear layers give `rows` rows the bits of a full window."""
+        return linear_layers_agree(self, rows, window)
 
     @property
     def recorded_rows(self) -> Sequence[int]:

@@ -9,16 +9,12 @@ The width of a run is its number of rows. A window is the number of positions of
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from dsi_workers.backend import Run
-from dsi_workers.decoding.attention import additive_group_mask, attend
-from dsi_workers.decoding.decoder import rms_norm
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.engine import EngineError
 
@@ -28,10 +24,6 @@ _NARROW = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 _BATCHES = (2, 4, 8, 16, 32, 64)
 #: Windows of one forward that are tried even for one generation: a tree's branches are runs of their own.
 _TREE_WINDOWS = 4
-#: For each shape of linear layer, and for attention, at least this many output values are compared.
-_LEAST_VALUES = 20_000
-#: At least this many rows are compared for norms.
-_NORM_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +78,14 @@ class Trial:
         costs_s = {window: cost_s}
         for width in (width for width in _NARROW if width < window):
             logits, cost_s = self._compute_in_groups(begin, window, width)
-            if torch.equal(logits, expected[:window]) and self._kernels_agree(width):
+            if torch.equal(logits, expected[:window]) and self._forward.kernels_agree(width, window):
                 costs_s[width] = cost_s
         for windows in batches:
             logits, cost_s = self._compute_as_batch(begin, windows)
-            if not (torch.equal(logits, expected[: len(logits)]) and self._linear_layers_agree(windows * window)):
+            if not (
+                torch.equal(logits, expected[: len(logits)])
+                and self._forward.linear_layers_agree(windows * window, window)
+            ):
                 break
             costs_s[windows * window] = cost_s
         return Widths(dict(sorted(costs_s.items())))
@@ -128,80 +123,6 @@ class Trial:
             f"{self._name} gives different bits when it computes the same tokens again, so the target's output would not "
             "be reproducible: choose another model, dtype or device"
         )
-
-    def _kernels_agree(self, width: int) -> bool:
-        """True if each kind of kernel, given random inputs of this many rows, has the bits of a full window."""
-        if self._forward.batch_invariant:
-            return self._linear_layers_agree(width)
-        return self._linear_layers_agree(width) and self._attention_agrees(width) and self._norms_agree(width)
-
-    def _norms_agree(self, width: int) -> bool:
-        """True if RMSNorm of `width` rows has the bits of a full window. Compared in float32, before rounding hides them."""
-        count = math.lcm(width, self._window)
-        size = max(layer.in_features for layer in self._forward.linear_layers())
-        inputs = torch.randn(count * -(-_NORM_ROWS // count), size, generator=torch.Generator().manual_seed(width))
-        inputs, epsilon = inputs.to(self._forward.device), torch.zeros((), device=self._forward.device)
-        groups, windows = (
-            torch.cat([rms_norm(part, part.new_ones(size), epsilon) for part in inputs.split(rows)])
-            for rows in (width, self._window)
-        )
-        return torch.equal(groups, windows)
-
-    def _attention_agrees(self, width: int) -> bool:
-        """True if attention of `width` rows of one generation has the bits of a full window."""
-        shape, window = self._forward.attention_shape, self._window
-        group = shape.heads // shape.kv_heads
-        readable, per_position = self._forward.read_step, self._forward.attends_per_position
-        positions = readable - math.lcm(width, window)
-        generator = torch.Generator().manual_seed(width)
-
-        def random(heads: int, length: int) -> torch.Tensor:
-            made = torch.randn(1, heads, length, shape.dim, generator=generator)
-            return made.to(self._forward.device, shape.dtype)
-
-        for _ in range(max(1, _LEAST_VALUES // (shape.heads * shape.dim * math.lcm(width, window)))):
-            query = random(shape.heads, readable - positions)
-            keys, values = random(shape.kv_heads, readable), random(shape.kv_heads, readable)
-            mask = torch.ones(readable - positions, readable, dtype=torch.bool, device=self._forward.device)
-            mask = mask.tril(diagonal=positions)[None, None]
-            groups, windows = (
-                torch.cat(
-                    [
-                        attend(
-                            part,
-                            keys,
-                            values,
-                            additive_group_mask(part_mask, group, shape.dtype),
-                            None,
-                            per_position=per_position,
-                        )
-                        for part, part_mask in zip(query.split(size, 2), mask.split(size, 2), strict=True)
-                    ],
-                    dim=1,
-                )
-                for size in (width, window)
-            )
-            if not torch.equal(groups, windows):
-                return False
-        return True
-
-    def _linear_layers_agree(self, rows: int) -> bool:
-        """True if linear layers give `rows` rows the bits of a full window.
-
-        In half precision, rounding hides most differences in summation order, so a few logits do not reveal them. Therefore
-        many random products are compared.
-        """
-        window = self._window
-        for layer in self._forward.linear_layers():
-            dtype = layer.weight.dtype if isinstance(layer, nn.Linear) else layer.dtype
-            count = max(rows, window) * max(1, -(-_LEAST_VALUES // (max(rows, window) * layer.out_features)))
-            count = -(-count // math.lcm(rows, window)) * math.lcm(rows, window)
-            inputs = torch.randn(count, layer.in_features, generator=torch.Generator().manual_seed(count))
-            inputs = inputs.to(self._forward.device, dtype)
-            groups, windows = (torch.cat([layer(part) for part in inputs.split(size)]) for size in (rows, window))
-            if not torch.equal(groups, windows):
-                return False
-        return True
 
     def _windows_agree(self) -> bool:
         """True if windows that begin at different positions, and so read different lengths of the cache, give the same bits.
