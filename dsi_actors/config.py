@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ class Config:
       that the drafter leaves; and for a generation all that are there.
     * `devices`: devices of the local workers, in turn: "0" is a CUDA device, "cpu" the CPU. Empty: all CUDA devices, else
       the CPU.
+    * `tp`: devices of each local target server, which divide the model among them (tensor parallelism).
     * `engine`: what runs models: transformers, timed (stands for a model and only takes time), or an engine that an installed
       package brings (docs/extending.md). A drafter that connects may name another engine.
     * `target_options`, `drafter_options`: settings of the engines by name, such as dtype, window, max_length, slots, threads;
@@ -79,6 +81,7 @@ class Config:
     listen: str | None = None
     sp: int | None = None
     devices: tuple[str, ...] = ()
+    tp: int = 1
     engine: str = TRANSFORMERS
     target_options: Mapping[str, OptionValue] = field(default_factory=dict)
     drafter_options: Mapping[str, OptionValue] = field(default_factory=dict)
@@ -116,6 +119,15 @@ class Config:
             _require(kind == NGRAM or drafter != NGRAM, "ngram+ngram is no more than ngram")
         _require(len(set(self.drafters)) == len(self.drafters), "the same drafter is named twice")
         _require(self.sp is None or 1 <= self.sp <= 1024, f"sp must lie in [1, 1024], not {self.sp}")
+        _require(1 <= self.tp <= 64, f"tp must lie in [1, 64], not {self.tp}")
+        _require(
+            self.tp == 1 or self.engine == TRANSFORMERS,
+            f"tp {self.tp}: only the engine transformers divides a model among devices, and engine is {self.engine}",
+        )
+        _require(
+            self.tp == 1 or self.listen is None,
+            "tp is for local workers: a worker that connects says itself on which devices it is (--gpu 0,1)",
+        )
         _require(self.heartbeat_ms >= 10, f"heartbeat_ms must be at least 10, not {self.heartbeat_ms}")
         _require(self.silence_ms >= 2 * self.heartbeat_ms, "silence_ms must be at least twice heartbeat_ms")
         _require(self.restarts >= 0, f"restarts must not be negative, not {self.restarts}")
@@ -166,22 +178,33 @@ class Config:
         if self.engine == TIMED:  # it takes time, but no device
             return 2
         models = sum(drafter != NGRAM for drafter in self.drafters)
-        return servers_beside_drafters(self.devices, models, threads=self.threads)
+        return servers_beside_drafters(self.devices, models, threads=self.threads, each=self.tp)
 
     @property
     def local_workers(self) -> tuple[tuple[str, str, str], ...]:
-        """Of each local worker its device (as for local_devices), its role, and of a drafter what it is."""
+        """Of each local worker its device (as for local_devices; of a group several, with commas between), its role, and of a
+        drafter what it is. Raises ConfigError if there are fewer GPUs than a group needs."""
         # Prompt lookup needs no device: it comes last.
         drafters = sorted(self.drafters, key=lambda drafter: drafter == NGRAM)
         roles = [("target", "")] * self.local_servers + [("drafter", drafter) for drafter in drafters]
-        devices = local_devices(self.devices)
-        return tuple((devices[index % len(devices)], *role) for index, role in enumerate(roles))
+        turns = itertools.cycle(devices := local_devices(self.devices))
+        gpus = {device for device in devices if not device_name(device).startswith("cpu")}
+        _require(
+            not gpus or self.tp <= len(devices) == len(gpus) or self.tp == 1,
+            f"tp {self.tp}: a target server needs as many GPUs, each named once, and the devices are {', '.join(devices)}",
+        )
+        return tuple(
+            (",".join(next(turns) for _ in range(self.tp if role == "target" else 1)), role, model)
+            for role, model in roles
+        )
 
     def local_models_on(self, device: str) -> int:
         """How many local workers have a model on this device, named as torch does."""
         if self.listen is not None:
             return 0
-        return sum(device_name(place) == device and kind != NGRAM for place, _, kind in self.local_workers)
+        return sum(
+            device in map(device_name, place.split(",")) and kind != NGRAM for place, _, kind in self.local_workers
+        )
 
     @property
     def threads(self) -> int:

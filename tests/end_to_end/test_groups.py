@@ -102,3 +102,26 @@ async def test_what_a_rank_cannot_load_is_said_in_one_sentence(tmp_path: Path, m
     assert worker.returncode == 1
     assert "has 3 KV heads, which cannot be divided among 4 devices: give it at most 3" in said
     assert "Traceback" not in said
+
+
+async def test_a_local_group_that_loses_a_rank_is_started_again_as_a_whole(model: Path) -> None:
+    config = dsi_actors.Config(
+        target=str(model), drafter=None, sp=1, tp=2, devices=("cpu",), calibrate=False, target_options={"max_length": 128},
+        ready_timeout_s=600, request_timeout_s=600, target_wait_s=600,
+    )  # fmt: skip
+    sampling = dsi_actors.Sampling(max_tokens=100)
+    async with dsi_actors.Orchestrator(config) as orchestrator:
+        [handle] = orchestrator.workers
+        assert handle.hello.device == "cpu:0,cpu:0"
+        assert handle.ready is not None
+        assert handle.ready.devices == 2
+        expected = await text_of(orchestrator.generate(PROMPT, sampling))
+        [rank] = psutil.Process(handle.hello.process).children(recursive=True)
+        stream = orchestrator.generate(PROMPT, sampling)
+        rank.kill()
+        assert await text_of(stream) == expected
+        [again] = orchestrator.workers
+        assert again.hello.process != handle.hello.process
+        left = [handle.hello.process, rank.pid, again.hello.process]
+        left += [process.pid for process in psutil.Process(again.hello.process).children(recursive=True)]
+    await asyncio.to_thread(wait_for_end, left)

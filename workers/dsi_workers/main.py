@@ -295,7 +295,7 @@ def _serve(
     ready = Ready(
         info.vocabulary, info.vocabulary_size, info.max_length, info.window, info.latency_us, info.window_latency_us,
         info.slots, info.batch_latency_us, loaded.load_ms, info.fingerprint,
-        info.rows,
+        info.rows, info.devices,
     )  # fmt: skip
     role = loaded.welcome.role
     loop = WorkerLoop(socket, loaded.engine, lambda: still_needed() and not heartbeats.gone, ready, role=role)
