@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ class Config:
     * `cluster`: where the workers are started that do not connect by themselves. local: on this machine. ray: on a Ray cluster,
       one GPU for each, or one core where `devices` is ("cpu",); give `sp`, too.
     * `ray_address`: of the Ray cluster. None: the one that runs on this machine.
+    * `tp`: devices of each local target server, which divide the model among them (tensor parallelism).
     * `engine`: what runs models: transformers, timed (stands for a model and only takes time), or an engine that an installed
       package brings (docs/extending.md). A drafter that connects may name another engine.
     * `target_options`, `drafter_options`: settings of the engines by name, such as dtype, window, max_length, slots, threads;
@@ -84,6 +86,7 @@ class Config:
     devices: tuple[str, ...] = ()
     cluster: Literal["local", "ray"] = "local"
     ray_address: str | None = None
+    tp: int = 1
     engine: str = TRANSFORMERS
     target_options: Mapping[str, OptionValue] = field(default_factory=dict)
     drafter_options: Mapping[str, OptionValue] = field(default_factory=dict)
@@ -121,6 +124,15 @@ class Config:
             _require(kind == NGRAM or drafter != NGRAM, "ngram+ngram is no more than ngram")
         _require(len(set(self.drafters)) == len(self.drafters), "the same drafter is named twice")
         _require(self.sp is None or 1 <= self.sp <= 1024, f"sp must lie in [1, 1024], not {self.sp}")
+        _require(1 <= self.tp <= 64, f"tp must lie in [1, 64], not {self.tp}")
+        _require(
+            self.tp == 1 or self.engine == TRANSFORMERS,
+            f"tp {self.tp}: only the engine transformers divides a model among devices, and engine is {self.engine}",
+        )
+        _require(
+            self.tp == 1 or self.listen is None,
+            "tp is for local workers: a worker that connects says itself on which devices it is (--gpu 0,1)",
+        )
         _require(self.heartbeat_ms >= 10, f"heartbeat_ms must be at least 10, not {self.heartbeat_ms}")
         _require(self.silence_ms >= 2 * self.heartbeat_ms, "silence_ms must be at least twice heartbeat_ms")
         _require(self.restarts >= 0, f"restarts must not be negative, not {self.restarts}")
@@ -190,25 +202,36 @@ class Config:
         if self.engine == TIMED:  # it takes time, but no device
             return 2
         models = sum(drafter != NGRAM for drafter in self.drafters)
-        return servers_beside_drafters(self.devices, models, threads=self.threads)
+        return servers_beside_drafters(self.devices, models, threads=self.threads, each=self.tp)
 
     @property
     def local_workers(self) -> tuple[tuple[str, str, str], ...]:
-        """Of each local worker its device (as for local_devices), its role, and of a drafter what it is."""
+        """Of each local worker its device (as for local_devices; of a group several, with commas between), its role, and of a
+        drafter what it is. Raises ConfigError if there are fewer GPUs than a group needs."""
         # Prompt lookup needs no device: it comes last.
         drafters = sorted(self.drafters, key=lambda drafter: drafter == NGRAM)
         roles = [("target", "")] * self.local_servers + [("drafter", drafter) for drafter in drafters]
         if self.cluster != "local":
             on_cpu = bool(self.devices)
             return tuple(("cpu" if on_cpu or role[1] == NGRAM else "gpu", *role) for role in roles)
-        devices = local_devices(self.devices)
-        return tuple((devices[index % len(devices)], *role) for index, role in enumerate(roles))
+        turns = itertools.cycle(devices := local_devices(self.devices))
+        gpus = {device for device in devices if not device_name(device).startswith("cpu")}
+        _require(
+            not gpus or self.tp <= len(devices) == len(gpus) or self.tp == 1,
+            f"tp {self.tp}: a target server needs as many GPUs, each named once, and the devices are {', '.join(devices)}",
+        )
+        return tuple(
+            (",".join(next(turns) for _ in range(self.tp if role == "target" else 1)), role, model)
+            for role, model in roles
+        )
 
     def local_models_on(self, device: str) -> int:
         """How many local workers have a model on this device, named as torch does."""
         if self.listen is not None or self.cluster != "local":
             return 0
-        return sum(device_name(place) == device and kind != NGRAM for place, _, kind in self.local_workers)
+        return sum(
+            device in map(device_name, place.split(",")) and kind != NGRAM for place, _, kind in self.local_workers
+        )
 
     @property
     def threads(self) -> int:

@@ -266,7 +266,7 @@ class Orchestrator:
 
     async def _start_local_workers(self, root: Root) -> None:
         await start_local_workers(root, self.config, self._launcher, self.endpoint)
-        on_processors = self.config.engine != TIMED and not any(worker.gpu for worker in self.workers)
+        on_processors = self.config.engine != TIMED and not any(worker.gpus for worker in self.workers)
         if on_processors and self.estimates.calibrated_ms > 0:
             await self._measure_alone(root)
 

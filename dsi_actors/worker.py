@@ -1,4 +1,4 @@
-"""`python -m dsi_actors.worker --gpu N`: one worker process for one device. The only module here that starts dsi_workers."""
+"""`python -m dsi_actors.worker --gpu N`: one worker, on one or several devices. The only module here that starts dsi_workers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dsi_actors.logs import show_logs
 from dsi_actors.progress import Report
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
-_DESCRIPTION = "One worker process: a drafter or a target server on one device."
+_DESCRIPTION = "One worker: a drafter or a target server, on one device or on several that compute together."
 
 
 def main() -> int:
@@ -32,7 +32,11 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m dsi_actors.worker", description=_DESCRIPTION)
     parser.add_argument(
-        "--gpu", type=_device, metavar="N", required=True, help="CUDA device number, or cpu, cpu:0, cpu:1, ..."
+        "--gpu",
+        type=_device,
+        metavar="N",
+        required=True,
+        help="CUDA device number, or cpu, cpu:0, cpu:1, ...; several, such as 0,1, compute each forward together",
     )
     parser.add_argument("--connect", default=DEFAULT_ENDPOINT, help="the orchestrator (default %(default)s)")
     parser.add_argument(
@@ -107,12 +111,8 @@ def _shown() -> AbstractContextManager[Report]:
 
 
 def _device(text: str) -> str:
-    if "," in text:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: one worker has one device, and a model cannot be split over several yet: start a worker for each"
-        )
     try:
-        return device_name(text)
+        return ",".join(map(device_name, text.split(",")))
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

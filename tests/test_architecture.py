@@ -27,7 +27,7 @@ LAYERS = {
         "percentiles simulation tracing serving chaos conformance console benches worker cli"
     ),
     "dsi_workers": (
-        "__init__ tree draft_tree session sessions engine backend sampling connection models decoding checkpoints drafting "
+        "__init__ tree draft_tree session sessions engine backend sampling connection models decoding checkpoints group drafting "
         "engines benches refusal work loop prepare_models main"
     ),
     "dsi_protocol": "errors checksums fields gumbel messages codec endpoints __init__",

@@ -120,7 +120,7 @@ async def run(arguments: argparse.Namespace) -> int:
     for dtype in arguments.dtypes.split(","):
         for drafter in arguments.drafters.split(","):
             config = Config(
-                target=arguments.target, drafter=drafter, sp=arguments.servers, devices=devices_from(arguments),
+                target=arguments.target, drafter=drafter, sp=arguments.servers, devices=devices_from(arguments), tp=arguments.tp,
                 target_options={"dtype": dtype}, ready_timeout_s=arguments.ready_timeout, log_level=arguments.log_level,
             )  # fmt: skip
             await prepare_shown(config)

@@ -176,7 +176,7 @@ async def run(arguments: argparse.Namespace) -> int:
     async with Orchestrator(config) as orchestrator:
         if arguments.one_device:
             for worker in orchestrator.workers:
-                worker.gpu = "the one device"
+                worker.gpus = frozenset({"the one device"})
         load = _Load(orchestrator, arguments.tokens)
         await load.run_alone()
         for clients in crowds:

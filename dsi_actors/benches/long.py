@@ -163,7 +163,7 @@ def _real(arguments: argparse.Namespace, positions: Sequence[int]) -> dict[str, 
     engine = {"max_length": max(positions) + arguments.tokens, "slots": len(positions)}
     return {
         drafter: Config(
-            target=arguments.target, drafter=drafter, sp=arguments.sp, devices=devices_from(arguments),
+            target=arguments.target, drafter=drafter, sp=arguments.sp, devices=devices_from(arguments), tp=arguments.tp,
             target_options=engine, drafter_options={**engine, "remember": False}, log_level=arguments.log_level,
             ready_timeout_s=arguments.ready_timeout, request_timeout_s=_READING_S,
         )

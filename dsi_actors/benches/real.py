@@ -185,7 +185,7 @@ def _config(arguments: argparse.Namespace, drafter: str | tuple[str, ...]) -> Co
     # Each prompt is asked several times: nothing of it may be found where it was left.
     engine = {"slots": 1, "threads": arguments.threads}
     return Config(
-        target=arguments.target, drafter=drafter, sp=arguments.sp, devices=devices_from(arguments),
+        target=arguments.target, drafter=drafter, sp=arguments.sp, devices=devices_from(arguments), tp=arguments.tp,
         target_options={**engine, "dtype": arguments.dtype}, drafter_options={**engine, "remember": False},
         ready_timeout_s=arguments.ready_timeout, log_level=arguments.log_level,
     )  # fmt: skip

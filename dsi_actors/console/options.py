@@ -138,6 +138,10 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
         help="devices of the local workers, in turn, such as 0,1 or cpu; may be repeated (default: all CUDA devices, else cpu)",
     )  # fmt: skip
     parser.add_argument("--gpus", type=int, metavar="N", help="the first N CUDA devices: the same as --gpu 0,...,N-1")
+    parser.add_argument(
+        "--tp", type=int, default=default_of(Config, "tp"), metavar="N",
+        help="devices of each local target server, which divide the model among them (tensor parallelism; default %(default)s)",
+    )  # fmt: skip
 
 
 def add_cluster_options(parser: argparse.ArgumentParser) -> None:
@@ -277,6 +281,7 @@ def config_from(
         devices=devices_from(arguments),
         cluster=arguments.cluster,
         ray_address=arguments.ray_address,
+        tp=arguments.tp,
         listen=listen,
         insecure=insecure,
         keys=keys,

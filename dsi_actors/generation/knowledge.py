@@ -146,8 +146,8 @@ class Knowledge:
 
 def can_overlap(targets: Collection[WorkerHandle], drafters: Collection[WorkerHandle]) -> bool:
     """Whether some drafter can compute while these targets do. Processes on one GPU take turns, and lose time by it."""
-    taken = {worker.gpu for worker in targets} - {""}
-    return not drafters or any(worker.gpu not in taken for worker in drafters)
+    taken = {gpu for worker in targets for gpu in worker.gpus}
+    return not drafters or any(taken.isdisjoint(worker.gpus) for worker in drafters)
 
 
 def rows_of(workers: Collection[WorkerHandle]) -> int:

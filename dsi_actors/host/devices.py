@@ -28,8 +28,9 @@ def cores() -> int:
 
 
 def crowding(targets: Sequence[str], drafters: Sequence[str], threads: int) -> str | None:
-    """What is wrong if workers that compute are started on these devices (as for local_devices); None: nothing. Of several
-    drafters one computes for a generation."""
+    """What is wrong if workers that compute are started on these devices (as for local_devices; of a group several, with commas
+    between); None: nothing. Of several drafters one computes for a generation."""
+    targets = [device for group in targets for device in group.split(",")]
     on_cpu = [name for name in map(device_name, targets) if name.startswith("cpu")]
     on_cpu += [name for name in map(device_name, drafters) if name.startswith("cpu")][:1]
     if len(on_cpu) * threads > cores():
@@ -40,13 +41,14 @@ def crowding(targets: Sequence[str], drafters: Sequence[str], threads: int) -> s
     return None if crowd is None else f"{on_gpus.count(crowd)} workers share {crowd}: they take turns"
 
 
-def servers_beside_drafters(wanted: Sequence[str], drafters: int, *, threads: int) -> int:
-    """Local target servers for these devices (as for local_devices), if each worker shall have one for itself: a GPU, or on a
-    CPU so many cores as it has threads. Of several drafters, a generation keeps one busy. At least one; on a CPU at most two."""
+def servers_beside_drafters(wanted: Sequence[str], drafters: int, *, threads: int, each: int = 1) -> int:
+    """Local target servers for these devices (as for local_devices), if a drafter shall have one for itself, and a target server
+    `each`: GPUs, or on a CPU so many cores as it has threads. Of several drafters, a generation keeps one busy. At least one; on
+    a CPU at most two."""
     devices = local_devices(wanted)
     if all(device_name(device).startswith("cpu") for device in devices):
-        return max(1, min(_MOST_ON_A_CPU, cores() // threads - min(1, drafters)))
-    return max(1, len(set(devices)) - drafters)
+        return max(1, min(_MOST_ON_A_CPU, (cores() // threads - min(1, drafters)) // each))
+    return max(1, (len(set(devices)) - drafters) // each)
 
 
 def local_devices(wanted: Sequence[str]) -> list[str]:

@@ -58,7 +58,7 @@ def _drafts(config: Config, hello: Hello, targets: int, kinds: Sequence[str]) ->
 
 def _share_of_gpu(config: Config, hello: Hello) -> dict[str, OptionValue]:
     """The option of our engines that leaves room for the other local workers with a model on the same GPU."""
-    models = config.local_models_on(hello.device) if hello.device.startswith("cuda") else 0
+    models = max(map(config.local_models_on, hello.device.split(","))) if hello.device.startswith("cuda") else 0
     return {"memory_share": _MEMORY_SHARE / models} if models > 1 else {}
 
 

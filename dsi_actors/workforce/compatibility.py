@@ -15,7 +15,7 @@ class Compatibility:
         #: Of the first target server.
         self._vocabulary: Ready | None = None
         #: Workers of the fingerprint that counts, and when the last of them left.
-        self._fingerprint = 0
+        self._fingerprint, self._devices = 0, 1
         self._with_it: set[int] = set()
         self._left_s = 0.0
 
@@ -42,11 +42,16 @@ class Compatibility:
         if not self._with_it and now_s - self._left_s > self._memory_s:
             self._fingerprint = 0
         if self._fingerprint not in (0, ready.fingerprint):
+            if ready.devices != self._devices:
+                return (
+                    f"it computes on {_devices(ready.devices)}, and the target servers here on {_devices(self._devices)}: their "
+                    "sums have another order, so that a text would depend on who answers: give each server as many devices"
+                )
             return (
                 "its logits have different bits than those of the target servers here, so that a text would depend on who "
                 "answers: give all of them the same weights, dtype, threads, kind of device and version of torch"
             )
-        self._fingerprint = ready.fingerprint
+        self._fingerprint, self._devices = ready.fingerprint, ready.devices
         self._with_it.add(worker.number)
         return None
 
@@ -54,3 +59,7 @@ class Compatibility:
         if worker.number in self._with_it:
             self._with_it.remove(worker.number)
             self._left_s = now_s
+
+
+def _devices(number: int) -> str:
+    return "1 device" if number == 1 else f"{number} devices together"

@@ -110,8 +110,12 @@ class WorkerHandle:
         self.role = role
         #: Of a drafter: what the configuration calls it.
         self.kind = kind
-        #: The GPU that it computes on, of whichever host. Prompt lookup needs none.
-        self.gpu = f"{hello.host} {hello.device}" if occupies_device and hello.device.startswith("cuda") else ""
+        #: The GPUs that it computes on, of whichever host. Prompt lookup needs none.
+        self.gpus = frozenset(
+            f"{hello.host} {device}"
+            for device in hello.device.split(",")
+            if occupies_device and device.startswith("cuda")
+        )
         self.ready: Ready | None = None
         #: What it does before it loads, such as fetching its model; empty for one that had nothing to do.
         self.preparing = ""

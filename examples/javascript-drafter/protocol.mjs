@@ -72,7 +72,7 @@ const REQUEST = "generation u64, attempt u64, ";
 const MESSAGES = {
   Hello: [1, "version u32, incarnation u64, role text, engine text, model text, device text, host text, process u32"],
   Welcome: [2, "version u32, role text, engine text, model text, options options, heartbeat_ms u32, silence_ms u32"],
-  Ready: [3, "vocabulary text, vocabulary_size u32, max_length u32, window u32, latency_us u32, window_latency_us u32, slots u32, batch_latency_us u32, load_ms u32, fingerprint u32, rows u32?"],
+  Ready: [3, "vocabulary text, vocabulary_size u32, max_length u32, window u32, latency_us u32, window_latency_us u32, slots u32, batch_latency_us u32, load_ms u32, fingerprint u32, rows u32?, devices u32?"],
   Heartbeat: [4, "incarnation u64, sequence u64"],
   OpenGeneration: [5, "generation u64, prompt_length u32, correlation text, temperature f64, top_k u32, top_p f64, min_p f64, repetition_penalty f64, seed u64, logprobs bool"],
   CloseGeneration: [6, "generation u64"],

@@ -68,6 +68,7 @@ class Ready:
     load_ms: U32  # how long loading and warm-up took; 0 also means that there was nothing to load. For logs only
     fingerprint: U32  # equal numbers mean equal bits of a target server's logits; 0: the worker does not say
     rows: U32 = 1  # positions of a tree that a target server verifies, rows of a drafter's step; 1: chains only
+    devices: U32 = 1  # how many devices compute a forward together: target servers of another number have other bits
 
 
 @dataclass(frozen=True, slots=True)

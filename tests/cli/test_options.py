@@ -105,11 +105,11 @@ def test_every_option_that_our_engines_read_can_be_set() -> None:
         assert read <= KNOWN[engine], engine
 
 
-def test_a_worker_has_one_device() -> None:
-    words = [sys.executable, "-m", "dsi_actors.worker", "--gpu", "0,1"]
+def test_each_device_of_a_worker_must_be_one() -> None:
+    words = [sys.executable, "-m", "dsi_actors.worker", "--gpu", "0,one"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=limit_s(), check=False)
     assert done.returncode == 2
-    assert "start a worker for each" in done.stderr
+    assert "'one' is no device" in done.stderr
 
 
 def test_a_table_that_goes_through_a_pipe_is_whole() -> None:

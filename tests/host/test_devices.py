@@ -59,9 +59,33 @@ def test_a_configuration_says_how_many_servers_are_started(monkeypatch: pytest.M
     assert Config(engine="timed", devices=("cpu",)).local_servers == 2
 
 
+def test_a_group_takes_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are four GPUs."""
+    have_cores(monkeypatch, 2)
+    assert servers_beside_drafters([], 1, threads=1, each=2) == 1
+    assert servers_beside_drafters([], 0, threads=1, each=2) == 2
+    assert servers_beside_drafters(["cpu"], 0, threads=1, each=2) == 1
+    target, drafter = ("0,1", "target", ""), ("2", "drafter", "self-int8")
+    assert Config(tp=2).local_workers == (target, drafter)
+    assert Config(tp=2, drafter=None).local_workers == (target, ("2,3", "target", ""))
+    assert Config(tp=2, sp=1, devices=("cpu",)).local_workers[0] == ("cpu,cpu", "target", "")
+    shared = Config(tp=2, devices=("0", "1"))
+    assert [shared.local_models_on(device) for device in ("cuda:0", "cuda:1")] == [2, 1]
+    for devices in (("0",), ("0", "0"), ("0", "cpu")):
+        with pytest.raises(ConfigError, match="a target server needs as many GPUs, each named once"):
+            assert Config(tp=2, devices=devices).local_workers
+    with pytest.raises(ConfigError, match="only the engine transformers divides"):
+        Config(tp=2, engine="timed")
+    with pytest.raises(ConfigError, match="for local workers"):
+        Config(tp=2, listen="ipc://here")
+
+
 @pytest.mark.parametrize(
     ("targets", "drafters", "threads", "problem"),
     [
+        (["cpu,cpu"], ["cpu"], 1, "3 workers with 1 thread each have 2 cores: they slow one another down"),
+        (["0,1"], ["2"], 1, None),
+        (["0,1"], ["1"], 1, "2 workers share cuda:1: they take turns"),
         (["cpu"], ["cpu"], 1, None),
         (["cpu"], ["cpu", "cpu"], 1, None),
         (["cpu"], ["cpu"], 2, "2 workers with 2 threads each have 2 cores: they slow one another down"),
@@ -89,6 +113,8 @@ def test_workers_without_a_device_of_their_own_are_told_of(
         (["a cuda:0"], ["b cuda:0"], True),
         (["a cuda:0"], ["a cuda:0", "a cuda:1"], True),
         (["a cpu:0"], ["a cpu:0"], True),
+        (["a cuda:0,cuda:1"], ["a cuda:1"], False),
+        (["a cuda:0,cuda:1"], ["a cuda:2"], True),
         (["a cuda:0"], ["a cuda:0*"], True),  # prompt lookup
     ],
 )

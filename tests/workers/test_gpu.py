@@ -285,7 +285,7 @@ def engine_on_a_gpu(monkeypatch: pytest.MonkeyPatch, directory: Path, role: str,
         monkeypatch.setattr("dsi_workers.decoding.gpu.decoder._Recording.compute", compute)
         monkeypatch.setenv("DSI_CACHE", str(directory))
         monkeypatch.setattr("dsi_workers.checkpoints.load.pack", lambda linear, rows: linear)
-        monkeypatch.setattr("dsi_workers.engines.loading.load_model", load_by_kernels)
+        monkeypatch.setattr("dsi_workers.group.loading.load_model", load_by_kernels)
         monkeypatch.setattr(Trial, "widths", widths)
     options = {"window": 16, "quantization": "none", "max_length": 256, **options}
     model = str(make_tiny_model(directory / "model"))

@@ -107,7 +107,7 @@ def test_a_model_that_does_not_fit_is_refused_before_weights_are_read(
     def read(*_: Any, **__: Any) -> None:
         pytest.fail("weights were read")
 
-    monkeypatch.setattr(loading, "load_model", read)
+    monkeypatch.setattr(loading, "load_whole", read)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
     with pytest.raises(
         EngineError, match=r"does not fit cpu: .* takes 0\.0 GiB \(weights .*0\.0 GiB are free; choose fewer"
@@ -276,3 +276,13 @@ def test_the_page_holds_the_tables() -> None:
     page = (ROOT / "docs/sizes.md").read_text(encoding="utf-8")
     assert "\n".join(sizes.table()) in page
     assert "\n".join(sizes.table_of_choices()) in page
+
+
+def test_a_gpu_of_a_group_needs_its_own_part_only() -> None:
+    shape = sizes.SHAPES["70B (Llama 3.1)"]
+    whole = sizes.weight_bytes(shape.tensors(), 2)
+    tensors, config = sizes.of_first_rank(shape.tensors(), shape.config(), 4)
+    assert sizes.weight_bytes(tensors, 2) == pytest.approx(whole / 4, rel=0.001)
+    where = {"slots": 8, "positions": 2048, "number_bytes": 2}
+    assert 4 * sizes.cache_bytes(config, **where) == sizes.cache_bytes(shape.config(), **where)
+    assert sizes.of_first_rank(shape.tensors(), shape.config(), 1)[0] == shape.tensors()

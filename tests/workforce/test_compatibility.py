@@ -9,8 +9,8 @@ from dsi_protocol import Hello, Ready
 MEMORY_S = 60.0
 
 
-def ready(fingerprint: int = 0, vocabulary: str = "v") -> Ready:
-    return Ready(vocabulary, 100, 100, 8, 1, 1, 4, 1, 1, fingerprint)
+def ready(fingerprint: int = 0, vocabulary: str = "v", devices: int = 1) -> Ready:
+    return Ready(vocabulary, 100, 100, 8, 1, 1, 4, 1, 1, fingerprint, devices=devices)
 
 
 def worker(number: int, role: str = "target") -> WorkerHandle:
@@ -53,3 +53,15 @@ def test_who_speaks_in_other_tokens_is_refused() -> None:
     for role in ("target", "drafter"):
         assert f"the {role}'s vocabulary" in (compatibility.why_not(worker(1, role), ready(vocabulary="w"), 0.0) or "")
         assert compatibility.why_not(worker(1, role), ready(vocabulary=""), 0.0) is None
+
+
+def test_servers_of_another_number_of_devices_are_refused_with_that_reason() -> None:
+    compatibility = begun()
+    assert compatibility.why_not(worker(1), ready(5), 0.0) is None
+    reason = compatibility.why_not(worker(2), ready(6, devices=2), 0.0) or ""
+    assert "it computes on 2 devices together, and the target servers here on 1 device" in reason
+    compatibility.left(worker(1), 1.0)
+    assert compatibility.why_not(worker(2), ready(6, devices=2), 2.0 + MEMORY_S) is None
+    assert "on 1 device, and the target servers here on 2 devices" in (
+        compatibility.why_not(worker(3), ready(5), 2.0 + MEMORY_S) or ""
+    )

@@ -71,6 +71,8 @@ class Backend(Protocol):
     tree_rows: int = 1
     #: Further slots, numbered from `slots` on, in which a drafter continues branches. 0: it drafts chains only.
     branch_slots: int = 0
+    #: Devices that compute one forward together. With another number of devices the logits have other bits.
+    devices: int = 1
     #: Calls of the model so far. ModelEngine sets it to 0 when it is built.
     forwards: int
 
@@ -110,4 +112,8 @@ class Backend(Protocol):
 
     def release(self) -> None:
         """Free what only fingerprint and calibration have used of slot 0."""
+        return None
+
+    def close(self) -> None:
+        """End what computes beside this process. No other call comes afterwards."""
         return None

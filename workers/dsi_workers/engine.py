@@ -65,6 +65,7 @@ class EngineInfo:
     batch_latency_us: int = 0  # a forward for all slots: a full window each, or one drafted token each
     fingerprint: int = 0  # of a target: a checksum that differs where the bits of the logits differ; 0 if not known
     rows: int = 1  # positions of a tree that a target verifies, or rows of a drafter's step; 1: chains only
+    devices: int = 1  # devices that compute a forward together
 
 
 @dataclass(slots=True)
@@ -146,3 +147,6 @@ class Engine(ABC):
 
     def forget(self, session: Session) -> None:  # noqa: B027  an engine may hold nothing
         """Free what is held for this session: its generation is closed."""
+
+    def close(self) -> None:  # noqa: B027  most engines are in this process only
+        """End what computes beside this process: the worker ends. No other call comes afterwards."""

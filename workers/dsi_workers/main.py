@@ -100,9 +100,13 @@ def run_worker(config: WorkerConfig) -> None:
     incarnation = secrets.randbits(64) if config.incarnation is None else config.incarnation
     loaded: _Loaded | None = None
     again = True
-    while again and still_needed():
-        loaded, again = _serve_one_orchestrator(config, incarnation, loaded, still_needed)
-        incarnation = secrets.randbits(64)
+    try:
+        while again and still_needed():
+            loaded, again = _serve_one_orchestrator(config, incarnation, loaded, still_needed)
+            incarnation = secrets.randbits(64)
+    finally:
+        if loaded is not None:
+            loaded.engine.close()
 
 
 def _serve_one_orchestrator(
@@ -293,7 +297,7 @@ def _serve(
     ready = Ready(
         info.vocabulary, info.vocabulary_size, info.max_length, info.window, info.latency_us, info.window_latency_us,
         info.slots, info.batch_latency_us, loaded.load_ms, info.fingerprint,
-        info.rows,
+        info.rows, info.devices,
     )  # fmt: skip
     role = loaded.welcome.role
     loop = WorkerLoop(socket, loaded.engine, lambda: still_needed() and not heartbeats.gone, ready, role=role)

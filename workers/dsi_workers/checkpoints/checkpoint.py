@@ -9,7 +9,7 @@ Weights that do not fit the settings are refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
+from dsi_workers.checkpoints.slices import narrow, part_of, refuse_degree
 from dsi_workers.checkpoints.text_part import has_text_part, names_of_text_part, settings_of_text_part
+from dsi_workers.decoding.share import Share
 from dsi_workers.models.files import read_json, weight_files
 from dsi_workers.models.headers import read_tensors
 from dsi_workers.models.misfit import refuse_misfit
@@ -27,6 +29,8 @@ _SIZES = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
     "max_position_embeddings", "intermediate_size",
 )  # fmt: skip
+
+_WHOLE = Share()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +47,16 @@ class Checkpoint:
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def read_checkpoint(directory: Path, dtype: torch.dtype, device: torch.device, reference: str) -> Checkpoint | None:
-    """Read the model in `directory`. Returns None for a model that must be read by transformers.
+def read_checkpoint(
+    directory: Path, dtype: torch.dtype, device: torch.device, reference: str, share: Share = _WHOLE
+) -> Checkpoint | None:
+    """Read the model in `directory`, or a rank's share of it. Returns None for a model that must be read by transformers.
 
-    If the device is the CPU and the file has this dtype, weights are memory-mapped instead of copied. `reference`: the model's
-    name in error messages. Raises ModelError if weights are missing, unknown, or of another shape than config.json says.
+    If the device is the CPU and the file has this dtype, weights are memory-mapped instead of copied. Of a weight that is
+    divided among ranks only this rank's part is read or mapped. `reference`: the model's name in error messages.
+
+    Raises ModelError if weights are missing, unknown, or of another shape than config.json says, and EngineError if there are too
+    many ranks.
     """
     raw = read_json(directory / "config.json")
     config = _plain_config(settings_of_text_part(raw))
@@ -56,7 +65,9 @@ def read_checkpoint(directory: Path, dtype: torch.dtype, device: torch.device, r
     of_the_text = names_of_text_part if has_text_part(raw) else dict
     shapes = of_the_text({name: shape for name, (_, shape) in read_tensors(directory).items()})
     _refuse_misfit(config, shapes, reference)
-    weights = of_the_text(_weights(directory, dtype, device))
+    refuse_degree(config, share.degree, reference)
+    weights = _weights(directory, dtype, device, config, share, of_the_text)
+    narrow(config, share)
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     for name, other in ((head, embedding), (embedding, head)):  # one where they are tied
         if name not in weights:
@@ -106,16 +117,29 @@ def _is_size(value: object) -> bool:
     return type(value) is int and value > 0
 
 
-def _weights(directory: Path, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
-    """All weights by name."""
+def _weights(
+    directory: Path, dtype: torch.dtype, device: torch.device, config: Any, share: Share,
+    renamed: Callable[[dict[str, str]], dict[str, str]],
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """The rank's share of all weights, by name. `renamed`: from the names in the files to those in a model for texts, of which
+    weights of other parts have none."""
     from safetensors import safe_open
 
     found: dict[str, torch.Tensor] = {}
     for file in weight_files(directory):
         with safe_open(directory / file, framework="pt", device="cpu") as opened:
-            for name in opened.keys():  # noqa: SIM118  `opened` is not a dict and has no iterator
-                tensor: torch.Tensor = opened.get_tensor(name)
-                found[name] = tensor.to(device, dtype) if tensor.is_floating_point() else tensor
+            names = {name: name for name in opened.keys()}  # noqa: SIM118  `opened` is not a dict and has no iterator
+            for plain, name in renamed(names).items():
+                part = part_of(plain, config, share)
+                tensor: torch.Tensor
+                if part is None:
+                    tensor = opened.get_tensor(name)
+                elif not part[1]:
+                    continue
+                else:
+                    rows = slice(part[1].start, part[1].stop)
+                    tensor = opened.get_slice(name)[rows if part[0] == 0 else (slice(None), rows)]
+                found[plain] = tensor.to(device, dtype) if tensor.is_floating_point() else tensor
     return found
 
 

@@ -20,6 +20,8 @@ from dsi_workers.decoding.decoder import Decoder
 from dsi_workers.decoding.forward import ComputesLogits, Forward
 from dsi_workers.decoding.packing import pack
 from dsi_workers.decoding.quantization import int8_dtype, quantize_int8
+from dsi_workers.decoding.ranks import Ranks
+from dsi_workers.decoding.share import Share
 from dsi_workers.engine import EngineError
 from dsi_workers.models.files import ModelError, first_line
 
@@ -81,13 +83,14 @@ def load_model(
     graphs: bool = True,
     exact: bool = True,
     layers: OptionValue | None = None,
+    ranks: Ranks | None = None,
 ) -> Loaded:
     """Load the model in `directory`.
 
     `reference`: the model's name in error messages. `rows`: the usual number of rows of a product, for packing weights.
     `most_positions`: an upper limit for the length of a generation. `graphs`: on a GPU, use our own kernels, recorded as CUDA
     graphs. `exact`: the bits of the logits matter, as for a target. `layers`: keep only so many of the model's layers, the first
-    ones.
+    ones. `ranks`: the group among which the weights are divided; None: this process has all of them.
 
     Raises EngineError and ModelError.
     """
@@ -98,7 +101,13 @@ def load_model(
         return quantize_int8(linear) if int8 else pack(linear, rows)
 
     with _as_engine_error(reference):
-        checkpoint = read_checkpoint(directory, number_type, device, reference)
+        share = Share() if ranks is None else ranks.share
+        checkpoint = read_checkpoint(directory, number_type, device, reference, share)
+        if checkpoint is None and share.degree > 1:
+            raise EngineError(
+                f"{reference} is computed by transformers' layers, which cannot be divided among {share.degree} devices: give "
+                "it one device, or choose a model of the Llama family"
+            )
         if checkpoint is None:
             loaded = _load_with_transformers(
                 directory, device, reference, number_type, most_positions, convert, layers, exact
@@ -107,10 +116,12 @@ def load_model(
             keep_layers(checkpoint.config, layers, reference)
             positions = min(most_positions, int(checkpoint.config.max_position_embeddings))
             with torch.inference_mode():
-                decoder = Decoder(checkpoint.weights, checkpoint.config, *checkpoint.rope(positions, number_type))
+                decoder = Decoder(
+                    checkpoint.weights, checkpoint.config, *checkpoint.rope(positions, number_type), ranks
+                )
                 decoder.replace_linear_layers(convert)
             loaded = Loaded(decoder, checkpoint.config, positions)
-    if graphs and device.type == "cuda" and isinstance(loaded.decoder, Decoder):
+    if graphs and share.degree == 1 and device.type == "cuda" and isinstance(loaded.decoder, Decoder):
         return replace(loaded, decoder=with_gpu_kernels(loaded.decoder, exact=exact))
     return loaded
 

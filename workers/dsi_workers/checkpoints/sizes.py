@@ -12,11 +12,14 @@ import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from dsi_protocol import OptionValue
+from dsi_workers.checkpoints.slices import narrow, part_of
 from dsi_workers.decoding.capacity import GPU_PROMPT_CHUNK, full_lengths, slot_positions
 from dsi_workers.decoding.gpu import MOST_ROWS, SPLIT_POSITIONS
+from dsi_workers.decoding.share import Share
 from dsi_workers.models.headers import FLOAT_BYTES, Tensors
 
 GIB = 1 << 30
@@ -98,6 +101,28 @@ def of_first_layers(tensors: Tensors, layers: OptionValue | None) -> Tensors:
         return tensors
     found = {name: re.search(r"\.layers\.(\d+)\.", name) for name in tensors}
     return {name: tensors[name] for name, layer in found.items() if layer is None or int(layer[1]) < layers}
+
+
+def of_first_rank(tensors: Tensors, config: Mapping[str, Any], degree: int) -> tuple[Tensors, Mapping[str, Any]]:
+    """Tensors and sizes of rank 0 of so many, which has the largest part. `config`: from config.json. The whole where it does not
+    say all sizes."""
+    heads, kv_heads, head_dim = _heads(config)
+    inner, words = _size(config, "intermediate_size"), _size(config, "vocab_size")
+    if degree == 1 or not (heads and kv_heads and head_dim and inner and words):
+        return tensors, config
+    share, found = Share(0, degree), dict(tensors)
+    sizes = SimpleNamespace(
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=inner,
+        vocab_size=words,
+    )
+    for name, (kind, shape) in tensors.items():
+        if (part := part_of(name, sizes, share)) is not None:
+            found[name] = kind, (*shape[: part[0]], len(part[1]), *shape[part[0] + 1 :])
+    narrow(sizes, share)
+    return found, {**config, **vars(sizes), "intermediate_size": len(share.of(inner))}
 
 
 def loading_bytes(tensors: Tensors, number_bytes: int) -> int:

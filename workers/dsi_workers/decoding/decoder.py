@@ -19,6 +19,7 @@ from dsi_workers.decoding.attention import AttentionShape, additive_group_mask, 
 from dsi_workers.decoding.capacity import prompt_chunk_of
 from dsi_workers.decoding.kv_cache import SegmentTensors, SlotCache, SlotLayer
 from dsi_workers.decoding.packed import Masks, PackedBatch
+from dsi_workers.decoding.ranks import Alone, Ranks
 
 
 @dataclass(slots=True)
@@ -63,12 +64,19 @@ class Decoder:
     batch_invariant = False
 
     def __init__(
-        self, weights: MutableMapping[str, torch.Tensor], config: Any, cos: torch.Tensor, sin: torch.Tensor
+        self,
+        weights: MutableMapping[str, torch.Tensor],
+        config: Any,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        ranks: Ranks | None = None,
     ) -> None:
-        """`weights` and `config` use transformers' names. `cos` and `sin` are [positions, head_dim].
+        """`weights` and `config` use transformers' names. `cos` and `sin` are [positions, head_dim]. `ranks`: the group, of which
+        this rank's share of the weights is given; None: all weights are given.
 
         The matrices of linear layers are removed from `weights`, so that they can be freed once they are laid out anew.
         """
+        self._ranks: Ranks = Alone() if ranks is None else ranks
         self.embedding = weights["model.embed_tokens.weight"]
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.prompt_chunk = prompt_chunk_of(self.device.type)
@@ -109,15 +117,15 @@ class Decoder:
         return [AttentionShape(self.heads, self.kv_heads, self.dim, self.dim, self.dtype)]
 
     def __call__(self, packed: PackedBatch, cache: SlotCache, between_layers: Callable[[], None]) -> torch.Tensor:
-        """Compute one forward pass. Returns logits [len(packed.logits_to_keep), vocabulary]."""
+        """Compute one forward pass. Returns logits [len(packed.logits_to_keep), vocabulary]; those of ranks other than 0 are
+        their own part of the vocabulary."""
         shared = self._rope_and_masks(packed)
-        x = functional.embedding(torch.tensor(packed.ids, device=self.device), self.embedding)
+        x = self._ranks.embed(torch.tensor(packed.ids, device=self.device), self.embedding)
         for layer, cache_layer in zip(self.layers, cache.layers, strict=True):
             between_layers()
             x = self._apply_layer(x, layer, cache_layer, shared)
         kept = torch.tensor(packed.logits_to_keep, device=self.device)
-        logits: torch.Tensor = self.head.forward(self._rms_norm(x[kept], self.norm))
-        return logits
+        return self._ranks.join(self.head.forward(self._rms_norm(x[kept], self.norm)))
 
     def _rope_and_masks(self, packed: PackedBatch) -> _RopeAndMasks:
         # The positions of padding may exceed the model's last position.
@@ -149,9 +157,9 @@ class Decoder:
         keys_values = cache_layer.update(rotated[:, heads:], values.transpose(0, 1)[None])
         masks = shared.masks[layer.kind if len(shared.masks) > 1 else ""]
         attended = self._attend(rotated[:, :heads], keys_values, masks, per_position=shared.per_position)
-        x = x + layer.output.forward(attended.reshape(rows, heads * dim))
+        x = x + self._ranks.sum(layer.output.forward(attended.reshape(rows, heads * dim)))
         gate, up = layer.gate_up.forward(self._rms_norm(x, layer.mlp_norm)).chunk(2, dim=-1)
-        x = x + layer.down.forward(functional.silu(gate) * up)
+        x = x + self._ranks.sum(layer.down.forward(functional.silu(gate) * up))
         return x
 
     def _segment_masks(self, mask: torch.Tensor, packed: PackedBatch) -> list[torch.Tensor | None]:

@@ -11,6 +11,7 @@ import torch
 from dsi_workers.backend import Run
 from dsi_workers.decoding.attention import AttentionShape
 from dsi_workers.decoding.capacity import READ_STEP, round_up
+from dsi_workers.decoding.kernel_agreement import batches_agree, kernels_agree
 from dsi_workers.decoding.kv_cache import SlotCache
 from dsi_workers.decoding.packed import PackedBatch, Segment
 from dsi_workers.engine import Interrupt, Never
@@ -51,6 +52,8 @@ class Forward:
         self._decoder = decoder
         self.device = device
         self.interrupt: Interrupt = Never()
+        #: Devices that compute a pass together.
+        self.devices = 1
         #: Forward passes so far.
         self.count = 0
         #: The cache is read up to the next multiple of this many positions.
@@ -100,11 +103,23 @@ class Forward:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def close(self) -> None:
+        """End what computes beside this process."""
+        return None
+
     def linear_layers(self) -> list[Any]:
         """One linear layer of each shape in the model."""
         return list(
             {(layer.in_features, layer.out_features): layer for layer in self._decoder.linear_layers()}.values()
         )
+
+    def kernels_agree(self, rows: int, window: int) -> bool:
+        """True if each kind of kernel, given random inputs of this many rows, has the bits of a full window."""
+        return kernels_agree(self, rows, window)
+
+    def batches_agree(self, rows: int, window: int) -> bool:
+        """True if what computes each row by itself gives `rows` rows the bits of full windows."""
+        return batches_agree(self, rows, window)
 
     @property
     def recorded_rows(self) -> Sequence[int]:

@@ -38,6 +38,7 @@ class TorchBackend:
         self.prompt_chunk = forward.prompt_chunk
         self.slots = forward.cache.slots - branch_slots
         self.branch_slots = branch_slots
+        self.devices = forward.devices
         self.tree_rows = 1
         self.forward = forward
         self.widths = widths
@@ -79,6 +80,9 @@ class TorchBackend:
 
     def release(self) -> None:
         self.forward.cache.release(0)
+
+    def close(self) -> None:
+        self.forward.close()
 
     def _plan_rows(self, runs: Sequence[Run]) -> tuple[Sequence[Run], int, int]:
         """Return the runs with their widths, the rows of the forward pass, and the number of rows to compute logits for."""

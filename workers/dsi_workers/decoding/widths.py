@@ -9,19 +9,12 @@ The width of a run is its number of rows. A window is the number of positions of
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch import nn
-from torch.nn import functional
 
 from dsi_workers.backend import Run
-from dsi_workers.decoding.attention import AttentionShape, additive_group_mask, attend
-from dsi_workers.decoding.decoder import rms_norm
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.engine import EngineError
 
@@ -31,14 +24,6 @@ _NARROW = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 _BATCHES = (2, 4, 8, 16, 32, 64)
 #: Windows of one forward that are tried even for one generation: a tree's branches are runs of their own.
 _TREE_WINDOWS = 4
-#: For each shape of linear layer, and for attention, at least this many output values are compared.
-_LEAST_VALUES = 20_000
-#: At least this many rows are compared for norms.
-_NORM_ROWS = 64
-#: Those that torch computes in ways that may differ in their bits.
-_ACTIVATIONS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
-    functional.silu, partial(functional.gelu, approximate="tanh"), torch.sigmoid,
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +78,13 @@ class Trial:
         costs_s = {window: cost_s}
         for width in (width for width in _NARROW if width < window):
             logits, cost_s = self._compute_in_groups(begin, window, width)
-            if torch.equal(logits, expected[:window]) and self._kernels_agree(width):
+            if torch.equal(logits, expected[:window]) and self._forward.kernels_agree(width, window):
                 costs_s[width] = cost_s
         for windows in batches:
             logits, cost_s = self._compute_as_batch(begin, windows)
-            rows = windows * window
-            agree = torch.equal(logits, expected[: len(logits)]) and self._linear_layers_agree(rows)
-            if not (agree and self._activations_agree(rows)):
+            if not (
+                torch.equal(logits, expected[: len(logits)]) and self._forward.batches_agree(windows * window, window)
+            ):
                 break
             costs_s[windows * window] = cost_s
         return Widths(dict(sorted(costs_s.items())))
@@ -137,110 +122,6 @@ class Trial:
             f"{self._name} gives different bits when it computes the same tokens again, so the target's output would not "
             "be reproducible: choose another model, dtype or device"
         )
-
-    def _kernels_agree(self, width: int) -> bool:
-        """True if each kind of kernel, given random inputs of this many rows, has the bits of a full window."""
-        if self._forward.batch_invariant:
-            return self._linear_layers_agree(width)
-        attention_agrees = all(self._attention_agrees(width, shape) for shape in self._forward.attention_shapes)
-        elementwise_agree = self._norms_agree(width) and self._activations_agree(width)
-        return attention_agrees and elementwise_agree and self._linear_layers_agree(width)
-
-    def _norms_agree(self, width: int) -> bool:
-        """True if RMSNorm of `width` rows has the bits of a full window. Compared in float32, before rounding hides them."""
-        count = math.lcm(width, self._window)
-        size = max(layer.in_features for layer in self._forward.linear_layers())
-        inputs = torch.randn(count * -(-_NORM_ROWS // count), size, generator=torch.Generator().manual_seed(width))
-        inputs, epsilon = inputs.to(self._forward.device), torch.zeros((), device=self._forward.device)
-        groups, windows = (
-            torch.cat([rms_norm(part, part.new_ones(size), epsilon) for part in inputs.split(rows)])
-            for rows in (width, self._window)
-        )
-        return torch.equal(groups, windows)
-
-    def _activations_agree(self, rows: int) -> bool:
-        """True if activation functions of `rows` rows have the bits of full windows.
-
-        On a CPU, torch computes the numbers of a tensor in vectors, and those that do not fill a vector one by one. Some
-        functions give other bits one by one. Where a row does not fill vectors, the number of rows decides which numbers
-        these are.
-        """
-        if self._forward.batch_invariant:
-            return True
-        layers, count = self._forward.linear_layers(), math.lcm(rows, self._window)
-        most = max(layer.in_features for layer in layers)
-        sizes = {size for layer in layers for size in (layer.in_features, layer.out_features) if size <= most}
-        for size in sorted(sizes):
-            generator = torch.Generator().manual_seed(size)
-            inputs = torch.randn(count * -(-_LEAST_VALUES // (count * size)), size, generator=generator)
-            inputs = inputs.to(self._forward.device, self._forward.dtype)
-            for function in _ACTIVATIONS:
-                groups, windows = (
-                    torch.cat([function(part) for part in inputs.split(width)]) for width in (rows, self._window)
-                )
-                if not torch.equal(groups, windows):
-                    return False
-        return True
-
-    def _attention_agrees(self, width: int, shape: AttentionShape) -> bool:
-        """True if attention of `width` rows of one generation has the bits of a full window."""
-        window = self._window
-        group = shape.heads // shape.kv_heads
-        readable, per_position = self._forward.read_step, self._forward.attends_per_position
-        positions = readable - math.lcm(width, window)
-        generator = torch.Generator().manual_seed(width)
-
-        def random(heads: int, length: int, dim: int = shape.dim) -> torch.Tensor:
-            made = torch.randn(1, heads, length, dim, generator=generator)
-            return made.to(self._forward.device, shape.dtype)
-
-        sinks = random(1, 1, shape.heads).flatten() if shape.has_sinks else None
-        for _ in range(max(1, _LEAST_VALUES // (shape.heads * shape.dim * math.lcm(width, window)))):
-            query = random(shape.heads, readable - positions)
-            keys = random(shape.kv_heads, readable)
-            values = random(shape.kv_heads, readable, shape.value_dim)
-            mask = torch.ones(readable - positions, readable, dtype=torch.bool, device=self._forward.device)
-            mask = mask.tril(diagonal=positions)[None, None]
-            groups, windows = (
-                torch.cat(
-                    [
-                        attend(
-                            part,
-                            keys,
-                            values,
-                            additive_group_mask(part_mask, group, shape.dtype),
-                            None,
-                            per_position=per_position,
-                            softcap=shape.softcap,
-                            sinks=sinks,
-                        )
-                        for part, part_mask in zip(query.split(size, 2), mask.split(size, 2), strict=True)
-                    ],
-                    dim=1,
-                )
-                for size in (width, window)
-            )
-            if not torch.equal(groups, windows):
-                return False
-        return True
-
-    def _linear_layers_agree(self, rows: int) -> bool:
-        """True if linear layers give `rows` rows the bits of a full window.
-
-        In half precision, rounding hides most differences in summation order, so a few logits do not reveal them. Therefore
-        many random products are compared.
-        """
-        window = self._window
-        for layer in self._forward.linear_layers():
-            dtype = layer.weight.dtype if isinstance(layer, nn.Linear) else layer.dtype
-            count = max(rows, window) * max(1, -(-_LEAST_VALUES // (max(rows, window) * layer.out_features)))
-            count = -(-count // math.lcm(rows, window)) * math.lcm(rows, window)
-            inputs = torch.randn(count, layer.in_features, generator=torch.Generator().manual_seed(count))
-            inputs = inputs.to(self._forward.device, dtype)
-            groups, windows = (torch.cat([layer(part) for part in inputs.split(size)]) for size in (rows, window))
-            if not torch.equal(groups, windows):
-                return False
-        return True
 
     def _windows_agree(self) -> bool:
         """True if windows that begin at different positions, and so read different lengths of the cache, give the same bits.

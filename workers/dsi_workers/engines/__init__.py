@@ -55,6 +55,8 @@ def load_engine(name: str, *, role: str, model: str, device: str, options: Mappi
     """
     if role not in ("target", "drafter"):
         raise EngineError(f"unknown role {role!r}: a worker is a target or a drafter")
+    if "," in device and name != "transformers":
+        raise EngineError(f"the engine {name} computes on one device: start a worker for each of {device}")
     factory = _OWN.get(name) or installed_factory(name)
     if factory is None:
         raise _unknown(name)

@@ -12,7 +12,8 @@ _WORDS = 97
 
 
 def fingerprint_of(backend: Backend) -> int:
-    """The CRC-32 of the logits after a prompt of one chunk and after each position of the window that follows.
+    """The CRC-32 of the logits after a prompt of one chunk and after each position of the window that follows, and of the number
+    of devices that compute them together.
 
     Never 0, which stands for unknown. Overwrites slot 0.
     """
@@ -20,7 +21,7 @@ def fingerprint_of(backend: Backend) -> int:
     text = [position * 31 % words for position in range(chunk + backend.window)]
     prompt = Run(0, text[:chunk], 0, chunk, chunk - 1)
     window = Run(0, text[chunk:], chunk, 0, chunk)
-    checksum = 0
+    checksum = backend.devices - 1
     for run in (prompt, window):
         for logits in backend.compute([run], Never()):
             checksum = zlib.crc32(logits.float().cpu().numpy().tobytes(), checksum)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 
 import structlog
 import torch
 
 from dsi_protocol import OptionValue
 from dsi_workers.backend import Run
-from dsi_workers.checkpoints.load import load_model
+from dsi_workers.checkpoints.load import Loaded
 from dsi_workers.checkpoints.sizes import MEMORY_SHARE
-from dsi_workers.decoding.capacity import prompt_chunk_of, slot_positions
+from dsi_workers.decoding.capacity import prompt_chunk_of
 from dsi_workers.decoding.device import keep_freed_memory, torch_device
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.decoding.gpu import MOST_RUN_ROWS
@@ -23,6 +25,8 @@ from dsi_workers.engine import EngineError, Never
 from dsi_workers.engines.calibration import guess_costs_us
 from dsi_workers.engines.memory import fit_into_memory
 from dsi_workers.engines.model import ModelEngine
+from dsi_workers.group.commands import Setup
+from dsi_workers.group.loading import load_group, load_whole
 from dsi_workers.models.files import read_vocabulary_hash
 from dsi_workers.models.resolve import resolve_model
 
@@ -58,13 +62,15 @@ def load_model_engine(model: str, *, device: str, drafter: bool, options: Mappin
 
 
 def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, OptionValue]) -> TorchBackend:
-    """Load a model and return its backend, warmed up. For a target (`exact`) it computes with widths whose bits agree.
+    """Load a model and return its backend, warmed up. For a target (`exact`) it computes with widths whose bits agree. `device`:
+    one, or several that compute together, such as "cuda:0,cuda:1".
 
     Raises EngineError and ModelError.
     """
     log.info("imported")
-    torch.set_num_threads(_whole(options, "threads", 1))
-    on = torch_device(device)
+    devices = device.split(",")
+    on = torch_device(devices[0])
+    _refuse_mixed(devices, on)
     directory = resolve_model(model, adapter=str(options.get("adapter", "")))
     vocabulary = read_vocabulary_hash(directory)
     if exact and "layers" in options:
@@ -72,30 +78,44 @@ def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, 
     window = _whole(options, "window", 32 if on.type == "cuda" else 8, most=_MOST_WINDOW[on.type])
     wanted_slots = _whole(options, "slots", most=_MOST_SLOTS) if "slots" in options else None
     wanted_length = _whole(options, "max_length") if "max_length" in options else None
+    layers = options.get("layers")
     dtype, quantization = str(options.get("dtype", "auto")), _quantization(options, on, exact=exact)
     branch_slots = 0 if exact or options.get("lookup") else _BRANCH_SLOTS
     slots, max_length = fit_into_memory(
-        directory, on, reference=model, dtype=dtype, quantization=quantization, layers=options.get("layers"),
-        slots=wanted_slots, max_length=wanted_length, branch_slots=branch_slots,
+        directory, on, reference=model, dtype=dtype, quantization=quantization, layers=layers,
+        devices=len(devices), slots=wanted_slots, max_length=wanted_length, branch_slots=branch_slots,
         prompt_chunk=prompt_chunk_of(on.type), share=_share(options),
     )  # fmt: skip
-    loaded = load_model(
-        directory, on, reference=model, dtype=dtype, quantization=quantization, rows=window, most_positions=max_length,
-        graphs=options.get("graphs", True) is not False, exact=exact, layers=options.get("layers"),
+    setup = Setup(
+        device=devices[0], threads=_whole(options, "threads", 1), directory=str(directory), reference=model, dtype=dtype,
+        quantization=quantization, rows=window, most_positions=max_length, graphs=options.get("graphs", True) is not False,
+        exact=exact, layers=layers, slots=slots + branch_slots,
     )  # fmt: skip
-    log.info("read", model=model)
-    keep_freed_memory()
-    chunk = loaded.decoder.prompt_chunk
-    capacity = slot_positions(loaded.positions, chunk)
-    forward = Forward(loaded.decoder, loaded.config, on, slots=slots + branch_slots, capacity=capacity)
-    words = int(loaded.config.vocab_size)
+    loaded, forward = load_group(devices, setup) if len(devices) > 1 else load_whole(setup)
+    with ExitStack() as on_error:
+        on_error.callback(forward.close)
+        log.info("read", model=model)
+        keep_freed_memory()
+        backend = _backend_of(forward, loaded, setup, exact=exact, branch_slots=branch_slots, vocabulary=vocabulary)
+        on_error.pop_all()
+    return backend
+
+
+def _backend_of(
+    forward: Forward, loaded: Loaded, setup: Setup, *, exact: bool, branch_slots: int, vocabulary: str
+) -> TorchBackend:
+    """The backend of a loaded model, warmed up."""
+    words, chunk = int(loaded.config.vocab_size), loaded.decoder.prompt_chunk
+    slots, window = setup.slots - branch_slots, setup.rows
     widths: Widths | None = None
     if exact:
-        trial = Trial(forward, window=window, words=words, name=f"{loaded.config.model_type} on {on}")
-        widths = widths_tried(forward, directory, window=window, slots=slots, try_them=lambda: trial.widths(slots))
+        trial = Trial(forward, window=window, words=words, name=f"{loaded.config.model_type} on {forward.device}")
+        widths = widths_tried(
+            forward, Path(setup.directory), window=window, slots=slots, try_them=lambda: trial.widths(slots)
+        )
         forward.cache.release(0)
         log.info("bits tried", widths=sorted(widths.costs_s))
-    elif on.type == "cpu":
+    elif forward.device.type == "cpu":
         forward.read_step = 1
     backend = TorchBackend(
         forward, widths, vocabulary=vocabulary, vocabulary_size=words, max_length=loaded.positions, window=window,
@@ -105,6 +125,14 @@ def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, 
     backend.compute([prompt], Never())
     backend.warm_up()
     return backend
+
+
+def _refuse_mixed(devices: Sequence[str], on: torch.device) -> None:
+    """Raise EngineError if the devices of a group are not of one kind, or if a GPU is named twice."""
+    if any(not device.startswith(on.type) for device in devices):
+        raise EngineError(f"the devices of a group must be of one kind, CPUs or GPUs, not {', '.join(devices)}")
+    if on.type == "cuda" and len(set(devices)) < len(devices):
+        raise EngineError(f"a group computes on a GPU of its own for each rank, not on {', '.join(devices)}")
 
 
 def _quantization(options: Mapping[str, OptionValue], device: torch.device, *, exact: bool) -> str:

@@ -15,6 +15,7 @@ from dsi_workers.checkpoints.sizes import (
     gib,
     loading_bytes,
     of_first_layers,
+    of_first_rank,
     text_config,
     weight_bytes,
 )
@@ -28,7 +29,7 @@ log = structlog.get_logger("dsi.engine")
 
 def fit_into_memory(
     directory: Path, device: torch.device, *, reference: str, dtype: str, quantization: str, layers: OptionValue | None,
-    slots: int | None, max_length: int | None, branch_slots: int, prompt_chunk: int, share: float,
+    slots: int | None, max_length: int | None, branch_slots: int, prompt_chunk: int, share: float, devices: int = 1,
 ) -> tuple[int, int]:  # fmt: skip
     """Return `slots` and `max_length`, chosen where they are None. Raise EngineError if the model does not fit the device's free
     memory with them.
@@ -37,13 +38,16 @@ def fit_into_memory(
     the KV cache takes memory as it fills. There only the weights must fit, a length that is chosen lets all slots fill up, and a
     cache that could not is a warning.
 
-    `reference`: the model's name in error messages. `layers`: only so many are kept; None: all. `branch_slots`: those of a
+    `reference`: the model's name in error messages. `layers`: only so many are kept; None: all. `devices`: the model is
+    divided among so many, of which each GPU needs its part only; CPUs share their memory. `branch_slots`: those of a
     drafter's branches. `prompt_chunk`: positions of a chunk of a prompt.
     """
     number_bytes, int8 = number_type_of(dtype, quantization, device).itemsize, quantization == "int8"
     tensors, config = read_tensors(directory), text_config(read_json(directory / "config.json"))
     if type(layers) is int:
         config = {**config, "num_hidden_layers": min(layers, config.get("num_hidden_layers", layers))}
+    if device.type == "cuda":
+        tensors, config = of_first_rank(tensors, config, devices)
     weights = weight_bytes(of_first_layers(tensors, layers), number_bytes, int8=int8)
     margin, free, gpu = MARGIN * weights, free_bytes(device), device.type == "cuda"
     needs = Needs(config, weights + margin, number_bytes, branch_slots, prompt_chunk, gpu=gpu, int8=int8)
@@ -65,8 +69,7 @@ def fit_into_memory(
         raise EngineError(
             f"{reference} does not fit {device}: loading and running it takes {gib(needed)} (weights {gib(weights)}, KV cache "
             f"{gib(cache)} for slots {slots} and max_length {max_length}{more}), and {gib(free)} are free; choose fewer slots, a "
-            "shorter max_length, another dtype or quantization, or a larger device (one model cannot be split over several "
-            "devices yet)"
+            "shorter max_length, another dtype or quantization, a larger device, or several together (--gpu 0,1)"
         )
     if total > free:
         log.warning(

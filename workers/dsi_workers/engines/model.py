@@ -58,6 +58,7 @@ class ModelEngine(Engine):
             slots=backend.slots,
             fingerprint=fingerprint_of(backend) if exact else 0,
             rows=backend.tree_rows if exact else 1 if self._branches is None else self._branches.most_rows,
+            devices=backend.devices,
         )
         self.info = measured(backend, info, exact=exact) if calibrate else info
         backend.release()
@@ -230,6 +231,9 @@ class ModelEngine(Engine):
         self._choice.forget(session)
         if self._lookup is not None:
             self._lookup.forget(session)
+
+    def close(self) -> None:
+        self._backend.close()
 
 
 def _position(task: Task) -> int:

@@ -88,6 +88,9 @@ class TranslatingEngine(Engine):
         if translation is not None:
             self._drafter.forget(translation.session)
 
+    def close(self) -> None:
+        self._drafter.close()
+
     def _follow(self, session: Session) -> Translation:
         """The generation's translation, brought up to the session's tokens."""
         translation = self._translations.get(session.generation)
