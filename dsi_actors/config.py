@@ -10,7 +10,15 @@ from typing import Literal, SupportsFloat, SupportsIndex
 
 from dsi_actors.errors import ConfigError
 from dsi_actors.host.devices import device_name, local_devices, servers_beside_drafters
-from dsi_protocol import Endpoint, EndpointError, OptionValue, ProtocolError, Welcome, encode
+from dsi_protocol import (
+    Endpoint,
+    EndpointError,
+    OptionValue,
+    ProtocolError,
+    SamplingParameters,
+    Welcome,
+    encode,
+)
 
 Algorithm = Literal["dsi", "si", "ar"]
 ALGORITHMS: tuple[Algorithm, ...] = ("dsi", "si", "ar")
@@ -233,19 +241,20 @@ class Sampling:
         stops = tuple(_whole("stop_token_ids", token) for token in self.stop_token_ids)
         object.__setattr__(self, "stop_token_ids", stops)
         _require(self.max_tokens >= 1, f"max_tokens must be at least 1, not {self.max_tokens}")
-        _require(0 <= self.temperature <= 1000, f"temperature must lie in [0, 1000], not {self.temperature}")
         _require(
             self.top_k is None or 1 <= self.top_k < 1 << 32,
             f"top_k must be at least 1 (leave it out to keep all tokens), not {self.top_k}",
         )
-        _require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}")
-        _require(0 <= self.min_p <= 1, f"min_p must lie in [0, 1], not {self.min_p}")
-        _require(
-            0.001 <= self.repetition_penalty <= 1000,
-            f"repetition_penalty must lie in [0.001, 1000], not {self.repetition_penalty}",
-        )
+        _require(not self.parameters.problem, self.parameters.problem)
         _require(0 <= self.seed < 1 << 64, f"seed must lie in [0, 2**64), not {self.seed}")
         _require(all(0 <= token < 1 << 32 for token in self.stop_token_ids), "stop_token_ids must be token ids")
+
+    @property
+    def parameters(self) -> SamplingParameters:
+        """What workers are told of these."""
+        return SamplingParameters(
+            self.temperature, self.top_k or 0, self.top_p, self.min_p, self.repetition_penalty, self.seed, self.logprobs
+        )
 
 
 def _whole(name: str, value: SupportsIndex) -> int:

@@ -30,7 +30,7 @@ LAYERS = {
         "__init__ tree draft_tree session sessions engine backend sampling connection models decoding checkpoints drafting "
         "engines benches refusal work loop prepare_models main"
     ),
-    "dsi_protocol": "errors checksums fields gumbel messages codec endpoints __init__",
+    "dsi_protocol": "errors checksums fields sampling gumbel messages codec endpoints __init__",
 }
 #: One idea each, so that a module can be read in one sitting.
 MOST_LINES = 400

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import Annotated, Protocol, TypeAlias
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from typing import Annotated, Any, Protocol, TypeAlias, get_type_hints
 
 MAX_TEXT_BYTES = 4096
 MAX_TOKENS_PER_MESSAGE = 1 << 18
@@ -149,6 +151,53 @@ class OptionMap:
             if type(value) is str:
                 _check_text(value)
         return wire
+
+
+class Record:
+    """A map with the fields of the dataclass `kind`, each of which has a default.
+
+    A field with its default may be absent. Unlike in a message, no other field may be there: its sender counts on its effect.
+    """
+
+    def __init__(self, kind: type[Any]) -> None:
+        self.kind = kind
+        self._schema = dict(schema_of(kind))
+        self._defaults = defaults_of(kind)
+
+    def pack(self, value: object) -> dict[str, object]:
+        if type(value) is not self.kind:
+            raise ValueError(f"expected {self.kind.__name__}, got {_kind_name(value)}")
+        values = {name: getattr(value, name) for name in self._schema}
+        said = {name: each for name, each in values.items() if each != self._defaults[name]}
+        return {name: self._field(name, self._schema[name].pack, each) for name, each in said.items()}
+
+    def unpack(self, wire: object) -> Any:
+        if type(wire) is not dict:
+            raise ValueError(f"expected a map, got {_kind_name(wire)}")
+        values = {}
+        for name, each in wire.items():
+            if name not in self._schema:
+                raise ValueError(f"there is no field {str(name)[:100]!r}")
+            values[name] = self._field(name, self._schema[name].unpack, each)
+        return self.kind(**values)
+
+    @staticmethod
+    def _field(name: str, convert: Callable[[object], object], value: object) -> object:
+        try:
+            return convert(value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+
+def schema_of(record: type[Any]) -> tuple[tuple[str, Kind], ...]:
+    """The name and the type of each field of a dataclass."""
+    hints = get_type_hints(record, include_extras=True)
+    return tuple((field.name, hints[field.name].__metadata__[0]) for field in fields(record))
+
+
+def defaults_of(record: type[Any]) -> dict[str, Any]:
+    """The fields of a dataclass that may be absent, and what they are then."""
+    return {field.name: field.default for field in fields(record) if field.default is not MISSING}
 
 
 def _check_text(text: str) -> None:

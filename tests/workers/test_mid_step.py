@@ -21,6 +21,7 @@ from dsi_protocol import (
     OpenGeneration,
     OptionValue,
     Ready,
+    SamplingParameters,
     Verified,
     Verify,
     Welcome,
@@ -39,7 +40,7 @@ from support.engines import CountingEngine, ScriptedSocket, make_tiny_model, rol
 ONE, OTHER, THIRD = 987_654_321, 987_654_322, 987_654_323
 #: Prompt lookup finds what follows.
 PROMPT, FOLLOWS = (5, 6, 7, 8, 9, 10, 5, 6, 7, 8, 9, 10, 5, 6, 7, 8), (9,)
-OPEN = OpenGeneration(ONE, len(PROMPT), "test", 0.7, 0, 1.0, 0.0, 1.2, 3, False)
+OPEN = OpenGeneration(ONE, len(PROMPT), "test", SamplingParameters(0.7, repetition_penalty=1.2, seed=3))
 READY = Ready("count", 1000, 64, 8, 1, 1, 8, 1, 5, 0)
 
 
@@ -245,7 +246,7 @@ def test_what_a_request_asks_is_no_failure_of_the_engine() -> None:
 )  # fmt: skip
 def test_parameters_without_a_meaning_are_refused_as_the_requests_own(name: str, value: float) -> None:
     changed: dict[str, Any] = {name: value}
-    opened = replace(OPEN, **changed)
+    opened = replace(OPEN, sampling=replace(OPEN.sampling, **changed))
     [reply] = served(CountingEngine(), MidStepSocket(), opened, Verify(ONE, 1, 0, 0, (10, 11, 12), 3))
     assert isinstance(reply, Failed)
     assert reply.code == "request"
@@ -275,10 +276,9 @@ def test_broken_logits_are_answered(model: Path, monkeypatch: pytest.MonkeyPatch
         return [logits * float("nan") for logits in compute(self, *arguments, **more)]
 
     monkeypatch.setattr(type(torch_backend(engine).forward), "__call__", broken)
-    greedy = replace(OPEN, generation=OTHER, temperature=0.0, repetition_penalty=1.0, logprobs=True)
-    sent = served(
-        engine, MidStepSocket(), replace(OPEN, logprobs=True), greedy, ask("target", ONE), ask("target", OTHER)
-    )
+    told = replace(OPEN, sampling=replace(OPEN.sampling, logprobs=True))
+    greedy = OpenGeneration(OTHER, len(PROMPT), "test", SamplingParameters(logprobs=True))
+    sent = served(engine, MidStepSocket(), told, greedy, ask("target", ONE), ask("target", OTHER))
     assert len(sent) == 2
     for reply in sent:
         assert isinstance(reply, Verified)

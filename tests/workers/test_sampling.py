@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation import logits_process as library
 
+from dsi_protocol import SamplingParameters
 from dsi_protocol.gumbel import gumbel, stream_key
 from dsi_workers.sampling import Sampler, apply_repetition_penalty, filter_scores, gumbel_noise, log_probability
-from dsi_workers.session import SamplingParameters, Session
+from dsi_workers.session import Session
 from support.engines import make_tiny_model
 
 U64 = st.integers(0, 2**64 - 1)
@@ -292,7 +293,8 @@ def test_a_sampled_request_imports_nothing(tmp_path: Path) -> None:
     program = """
 import sys
 from dsi_workers.engines import Task, load_engine
-from dsi_workers.session import SamplingParameters, Session
+from dsi_protocol import SamplingParameters
+from dsi_workers.session import Session
 from support.engines import NoInterrupt
 for role, options in (("target", {}), ("drafter", {}), ("drafter", {"lookup": True})):
     options["calibrate"] = False

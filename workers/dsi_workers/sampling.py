@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
+from dsi_protocol import SamplingParameters
 from dsi_protocol.gumbel import (
     FRACTION_BITS,
     GAMMA,
@@ -24,7 +25,7 @@ from dsi_protocol.gumbel import (
     half_log_table,
     stream_key,
 )
-from dsi_workers.session import Occurrences, SamplingParameters, Session
+from dsi_workers.session import Occurrences, Session
 
 _LARGEST = torch.finfo(torch.float32).max
 

@@ -8,55 +8,14 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from dsi_protocol import FromWorker, prefix_checksum
+from dsi_protocol import FromWorker, SamplingParameters, prefix_checksum
 from dsi_workers.draft_tree import DraftTree
 
 #: The last attempts that are remembered, to detect duplicates. More than can be queued (MAX_QUEUED_REQUESTS in loop.py).
 _REMEMBERED_ATTEMPTS = 8192
 #: The last replies that are remembered. More than a worker sends before an orchestrator repeats a request.
 _REMEMBERED_REPLIES = 1024
-
-
-#: Below this temperature, sampling is greedy (SPEC.md section 7).
-_LEAST_TEMPERATURE = 1e-6
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParameters:
-    """The sampling parameters of a generation, with the same meaning as in transformers."""
-
-    temperature: float = 0.0  # below 1e-6 is greedy
-    top_k: int = 0  # 0 is off
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    logprobs: bool = False
-
-    @property
-    def greedy(self) -> bool:
-        """True if the token with the largest logit is chosen, after the repetition penalty."""
-        return self.temperature < _LEAST_TEMPERATURE
-
-    @property
-    def plain_greedy(self) -> bool:
-        """True if the token with the largest logit is chosen, without a repetition penalty."""
-        return self.greedy and self.repetition_penalty == 1
-
-    @property
-    def problem(self) -> str:
-        """Names a parameter that is outside its range (SPEC.md section 7). "" if all are valid."""
-        if not 0 <= self.temperature <= 1000:
-            return f"temperature must lie in [0, 1000], not {self.temperature}"
-        if not 0 < self.top_p <= 1:
-            return f"top_p must lie in (0, 1], not {self.top_p}"
-        if not 0 <= self.min_p <= 1:
-            return f"min_p must lie in [0, 1], not {self.min_p}"
-        if not 0.001 <= self.repetition_penalty <= 1000:
-            return f"repetition_penalty must lie in [0.001, 1000], not {self.repetition_penalty}"
-        return ""
 
 
 class Occurrences:
