@@ -27,8 +27,8 @@ LAYERS = {
         "percentiles simulation tracing serving chaos conformance console benches worker cli"
     ),
     "dsi_workers": (
-        "__init__ tree draft_tree session sessions engine backend sampling connection models decoding checkpoints drafting "
-        "engines benches refusal work loop prepare_models main"
+        "__init__ tree draft_tree session sessions engine backend logit_changes sampling connection models decoding checkpoints "
+        "drafting engines benches refusal work loop prepare_models main"
     ),
     "dsi_protocol": "errors checksums fields sampling gumbel messages codec endpoints __init__",
 }

@@ -58,6 +58,10 @@ const KINDS = {
   },
   text: { read: text, write: text },
   tokens: { read: packed("getUint32"), write: (tokens) => new Uint8Array(Uint32Array.from(tokens).buffer) },
+  lists: {
+    read: (value) => (Array.isArray(value) ? value.map((each) => KINDS.tokens.read(each)) : refuse("not a list of token lists")),
+    write: (value) => value.map((each) => KINDS.tokens.write(each)),
+  },
   floats: { read: packed("getFloat32"), write: (numbers) => new Uint8Array(Float32Array.from(numbers).buffer) },
   options: { read: options, write: options },
 };
@@ -69,7 +73,7 @@ const fields = (words) =>
     return [name, kind.replace("?", ""), kind.endsWith("?")];
   });
 // The parameters of OpenGeneration, each of them optional. One that is not known is refused, since it would change the tokens.
-const SAMPLING = fields("temperature f64, top_k u32, top_p f64, min_p f64, repetition_penalty f64, seed u64, logprobs bool");
+const SAMPLING = fields("temperature f64, top_k u32, top_p f64, min_p f64, repetition_penalty f64, seed u64, logprobs bool, presence_penalty f64, frequency_penalty f64, biased_tokens tokens, biases floats, bad_words lists, min_tokens u32, stop_tokens tokens");
 const sampling = (way) => (value) => {
   if (!isMap(value)) refuse("not a map of parameters");
   const kinds = new Map(SAMPLING);

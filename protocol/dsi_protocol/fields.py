@@ -15,6 +15,7 @@ from typing import Annotated, Any, Protocol, TypeAlias, get_type_hints
 MAX_TEXT_BYTES = 4096
 MAX_TOKENS_PER_MESSAGE = 1 << 18
 MAX_OPTIONS = 64
+MAX_TOKEN_LISTS = 1024
 
 
 class Kind(Protocol):
@@ -129,6 +130,25 @@ class PackedTokens:
         return struct.unpack(f"<{len(wire) // 4}I", wire)
 
 
+class TokenLists:
+    """A list of token lists: a msgpack array of bins."""
+
+    def __init__(self) -> None:
+        self._each = PackedTokens()
+
+    def pack(self, value: object) -> list[bytes]:
+        if type(value) is not tuple or len(value) > MAX_TOKEN_LISTS:
+            raise ValueError(f"expected a tuple of at most {MAX_TOKEN_LISTS} token lists")
+        return [self._each.pack(each) for each in value]
+
+    def unpack(self, wire: object) -> tuple[tuple[int, ...], ...]:
+        if type(wire) is not list:
+            raise ValueError(f"expected a list of packed tokens, got {_kind_name(wire)}")
+        if len(wire) > MAX_TOKEN_LISTS:
+            raise ValueError(f"{len(wire)} token lists are over the limit of {MAX_TOKEN_LISTS}")
+        return tuple(map(self._each.unpack, wire))
+
+
 class OptionMap:
     """A map from text to text, integer, float or bool. It is not nested."""
 
@@ -219,5 +239,6 @@ F64: TypeAlias = Annotated[float, Double()]
 Floats: TypeAlias = Annotated[tuple[float, ...], PackedFloats()]
 Text: TypeAlias = Annotated[str, ShortText()]
 Tokens: TypeAlias = Annotated[tuple[int, ...], PackedTokens()]
+TokenSequences: TypeAlias = Annotated[tuple[tuple[int, ...], ...], TokenLists()]
 OptionValue: TypeAlias = str | int | float | bool
 Options: TypeAlias = Annotated[dict[str, OptionValue], OptionMap()]

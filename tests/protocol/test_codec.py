@@ -25,7 +25,17 @@ from dsi_protocol import (
     decode,
     encode,
 )
-from dsi_protocol.fields import Boolean, Double, OptionMap, PackedFloats, PackedTokens, Record, ShortText, Unsigned
+from dsi_protocol.fields import (
+    Boolean,
+    Double,
+    OptionMap,
+    PackedFloats,
+    PackedTokens,
+    Record,
+    ShortText,
+    TokenLists,
+    Unsigned,
+)
 
 U32 = st.integers(0, 2**32 - 1)
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -46,6 +56,8 @@ def values_of(kind: object) -> st.SearchStrategy[object]:
             return st.text(max_size=40)
         case PackedTokens():
             return st.lists(U32, max_size=30).map(tuple)
+        case TokenLists():
+            return st.lists(st.lists(U32, max_size=5).map(tuple), max_size=5).map(tuple)
         case OptionMap():
             return st.dictionaries(st.text(max_size=10), scalars, max_size=6)
         case Record(kind=kind):

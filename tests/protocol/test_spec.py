@@ -19,6 +19,7 @@ from dsi_protocol.fields import (
     PackedTokens,
     Record,
     ShortText,
+    TokenLists,
     Unsigned,
     schema_of,
 )
@@ -33,6 +34,7 @@ KINDS = {
     PackedFloats: "floats",
     OptionMap: "options",
     Record: "map",
+    TokenLists: "lists",
 }
 LETTERS = {"orchestrator": "O", "target": "T", "drafter": "D"}
 

@@ -241,7 +241,8 @@ def test_what_a_request_asks_is_no_failure_of_the_engine() -> None:
     ("name", "value"),
     [
         ("temperature", -1.0), ("temperature", 1e9), ("top_p", 0.0), ("top_p", 2.0), ("min_p", -0.5), ("min_p", 7.0),
-        ("repetition_penalty", 0.0), ("repetition_penalty", -2.0), ("repetition_penalty", 1e-40),
+        ("repetition_penalty", 0.0), ("repetition_penalty", -2.0), ("repetition_penalty", 1e-40), ("presence_penalty", 3.0),
+        ("frequency_penalty", -3.0),
     ],
 )  # fmt: skip
 def test_parameters_without_a_meaning_are_refused_as_the_requests_own(name: str, value: float) -> None:
@@ -251,6 +252,26 @@ def test_parameters_without_a_meaning_are_refused_as_the_requests_own(name: str,
     assert isinstance(reply, Failed)
     assert reply.code == "request"
     assert f"{name} must lie in" in reply.message
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"biased_tokens": (1, 2), "biases": (1.0,)}, "one bias for each token"),
+        ({"biased_tokens": (1, 1), "biases": (1.0, 2.0)}, "no token twice"),
+        ({"biased_tokens": (1,), "biases": (1000.0,)}, "a bias in"),
+        ({"biased_tokens": tuple(range(1025)), "biases": (1.0,) * 1025}, "at most 1024 tokens"),
+        ({"bad_words": ((),)}, "bad_words must"),
+        ({"bad_words": ((1,) * 65,)}, "bad_words must"),
+        ({"stop_tokens": tuple(range(1025))}, "stop_token_ids must"),
+    ],
+)
+def test_lists_of_parameters_have_limits(changed: dict[str, Any], words: str) -> None:
+    opened = replace(OPEN, sampling=replace(OPEN.sampling, **changed))
+    [reply] = served(CountingEngine(), MidStepSocket(), opened, Verify(ONE, 1, 0, 0, (10, 11, 12), 3))
+    assert isinstance(reply, Failed)
+    assert reply.code == "request"
+    assert words in reply.message
 
 
 def test_a_sampler_that_breaks_is_no_failure_of_the_engine(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,19 +19,21 @@ _REMEMBERED_REPLIES = 1024
 
 
 class Occurrences:
-    """Counts the token ids among the first `length` tokens of a text.
+    """Counts the token ids at positions [begin, length) of a text.
 
     The cost depends on how much the text changes, not on its length.
     """
 
-    def __init__(self) -> None:
-        self.length = 0
+    def __init__(self, begin: int = 0) -> None:
+        self._begin = begin
+        self.length = begin
         self._counts: dict[int, int] = {}
         #: Ids whose count changed since the last call of `changes`.
         self._changed: set[int] = set()
 
     def move_to(self, tokens: Sequence[int], length: int) -> None:
-        """Count the first `length` of these tokens. Tokens that are already counted must not have changed."""
+        """Count the tokens before position `length`. Tokens that are already counted must not have changed."""
+        length = max(length, self._begin)
         while self.length < length:
             self._count(tokens[self.length], 1)
             self.length += 1
@@ -39,12 +41,10 @@ class Occurrences:
             self.length -= 1
             self._count(tokens[self.length], -1)
 
-    def changes(self) -> tuple[list[int], list[int]]:
-        """Return (ids that occur, ids that do not occur), of the ids whose count changed since the last call."""
+    def changes(self) -> dict[int, int]:
+        """How often each id occurs, of the ids whose count changed since the last call."""
         changed, self._changed = self._changed, set()
-        return [token for token in changed if token in self._counts], [
-            token for token in changed if token not in self._counts
-        ]
+        return {token: self._counts.get(token, 0) for token in changed}
 
     def _count(self, token: int, more: int) -> None:
         self._changed.add(token)
@@ -68,8 +68,8 @@ class Session:
         self.revision = 0
         #: (revision, number of tokens left) of removals, without those that a later one went below. So both numbers rise.
         self._cuts: list[tuple[int, int]] = []
-        #: Counts of the tokens, for a sampler with repetition penalty.
-        self.occurrences: Occurrences | None = None
+        #: Counts of the tokens, for samplers with penalties. They are kept up to date when tokens are removed.
+        self.counters: list[Occurrences] = []
         #: The engine has computed positions [0, computed). A transformer's KV cache is valid for these.
         self.computed = 0
         #: On a drafter: drafts that are not sent yet.
@@ -121,8 +121,9 @@ class Session:
     def truncate(self, length: int) -> None:
         """Remove all tokens from position `length` on."""
         if length < len(self.tokens):
-            if self.occurrences is not None and self.occurrences.length > length:
-                self.occurrences.move_to(self.tokens, length)
+            for counter in self.counters:
+                if counter.length > length:
+                    counter.move_to(self.tokens, length)
             self.revision += 1
             while self._cuts and self._cuts[-1][1] >= length:
                 self._cuts.pop()
