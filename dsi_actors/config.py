@@ -11,6 +11,7 @@ from typing import Literal, SupportsFloat, SupportsIndex
 
 from dsi_actors.errors import ConfigError
 from dsi_actors.host.devices import device_name, local_devices, servers_beside_drafters
+from dsi_actors.structure import Structure
 from dsi_protocol import (
     Endpoint,
     EndpointError,
@@ -223,6 +224,7 @@ class Sampling:
     * `frequency_penalty`: the same, once for each time that the answer has the token.
     * `logit_bias`: what to add to the logits of tokens, by token id.
     * `bad_words`: sequences of token ids that the answer must not have.
+    * `structure`: what the answer must be, such as JSON of a schema. It needs `stop_token_ids`, which end the answer.
     * `seed`: the same seed gives the same text.
     * `min_tokens`: no token of `stop_token_ids` comes before the answer has so many tokens.
     * `stop_token_ids`: the generation ends with the first of these, which is its last token.
@@ -239,6 +241,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()  # kept as pairs in the order of the ids
     bad_words: Iterable[Iterable[int]] = ()  # kept as tuples
+    structure: Structure | None = None
     seed: int = 0
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
@@ -265,17 +268,25 @@ class Sampling:
             self.top_k is None or 1 <= self.top_k < 1 << 32,
             f"top_k must be at least 1 (leave it out to keep all tokens), not {self.top_k}",
         )
+        _require(
+            self.structure is None or isinstance(self.structure, Structure),
+            "structure must be a dsi_actors.Structure, such as Structure.json_object()",
+        )
+        _require(
+            self.structure is None or bool(self.stop_token_ids), "structure needs stop_token_ids, which end the answer"
+        )
         _require(0 <= self.seed < 1 << 64, f"seed must lie in [0, 2**64), not {self.seed}")
         _require(not self.parameters.problem, self.parameters.problem)
 
     @property
     def parameters(self) -> SamplingParameters:
         """What workers are told of these."""
-        biases = dict(self.logit_bias)
+        biases, ends = dict(self.logit_bias), self.min_tokens or self.structure is not None
         return SamplingParameters(
             self.temperature, self.top_k or 0, self.top_p, self.min_p, self.repetition_penalty, self.seed, self.logprobs,
             self.presence_penalty, self.frequency_penalty, tuple(biases), tuple(biases.values()),
-            tuple(map(tuple, self.bad_words)), self.min_tokens, self.stop_token_ids if self.min_tokens else (),
+            tuple(map(tuple, self.bad_words)), self.min_tokens, self.stop_token_ids if ends else (),
+            "" if self.structure is None else self.structure.grammar,
         )  # fmt: skip
 
     @property

@@ -115,8 +115,14 @@ class _Request(_Strict):
     min_tokens: Annotated[int, Field(ge=0)] = 0
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_LISTED)] = Field(default_factory=list)
     bad_words: Annotated[list[str], BeforeValidator(_bad_words)] = Field(default_factory=list)
-    # Refused unless they say nothing.
+    # The form of the answer: structured.py reads them.
     response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    # Refused unless they say nothing.
     tools: list[Any] | None = None
     functions: list[Any] | None = None
 
@@ -125,9 +131,6 @@ class _Request(_Strict):
         for name in ("tools", "functions"):
             if getattr(self, name):
                 raise ValueError(f"{name} is not supported: leave it out")
-        asked = {name: value for name, value in (self.response_format or {}).items() if value is not None}
-        if asked not in ({}, {"type": "text"}):
-            raise ValueError("response_format must be text: no other is supported")
         return self
 
 

@@ -10,6 +10,7 @@ const MAX_ITEMS = 1024;
 const MAX_NESTING = 8;
 const MAX_OPTIONS = 64;
 const MAX_TEXT_BYTES = 4096;
+const MAX_LONG_TEXT_BYTES = 1 << 18;
 
 export class ProtocolError extends Error {}
 
@@ -25,6 +26,11 @@ const unsigned = (bits) => (value) => {
 
 const text = (value) => {
   if (typeof value !== "string" || new TextEncoder().encode(value).length > MAX_TEXT_BYTES) refuse("not a short text");
+  return value;
+};
+
+const longText = (value) => {
+  if (typeof value !== "string" || new TextEncoder().encode(value).length > MAX_LONG_TEXT_BYTES) refuse("not a text of that length");
   return value;
 };
 
@@ -57,6 +63,7 @@ const KINDS = {
     write: Number,
   },
   text: { read: text, write: text },
+  longtext: { read: longText, write: longText },
   tokens: { read: packed("getUint32"), write: (tokens) => new Uint8Array(Uint32Array.from(tokens).buffer) },
   lists: {
     read: (value) => (Array.isArray(value) ? value.map((each) => KINDS.tokens.read(each)) : refuse("not a list of token lists")),
@@ -73,7 +80,7 @@ const fields = (words) =>
     return [name, kind.replace("?", ""), kind.endsWith("?")];
   });
 // The parameters of OpenGeneration, each of them optional. One that is not known is refused, since it would change the tokens.
-const SAMPLING = fields("temperature f64, top_k u32, top_p f64, min_p f64, repetition_penalty f64, seed u64, logprobs bool, presence_penalty f64, frequency_penalty f64, biased_tokens tokens, biases floats, bad_words lists, min_tokens u32, stop_tokens tokens");
+const SAMPLING = fields("temperature f64, top_k u32, top_p f64, min_p f64, repetition_penalty f64, seed u64, logprobs bool, presence_penalty f64, frequency_penalty f64, biased_tokens tokens, biases floats, bad_words lists, min_tokens u32, stop_tokens tokens, grammar longtext");
 const sampling = (way) => (value) => {
   if (!isMap(value)) refuse("not a map of parameters");
   const kinds = new Map(SAMPLING);

@@ -13,6 +13,7 @@ from dataclasses import MISSING, fields
 from typing import Annotated, Any, Protocol, TypeAlias, get_type_hints
 
 MAX_TEXT_BYTES = 4096
+MAX_LONG_TEXT_BYTES = 1 << 18
 MAX_TOKENS_PER_MESSAGE = 1 << 18
 MAX_OPTIONS = 64
 MAX_TOKEN_LISTS = 1024
@@ -104,6 +105,19 @@ class ShortText:
         if type(wire) is not str:
             raise ValueError(f"expected text, got {_kind_name(wire)}")
         _check_text(wire)
+        return wire
+
+
+class BigText:
+    """A text of at most MAX_LONG_TEXT_BYTES bytes in UTF-8."""
+
+    def pack(self, value: object) -> object:
+        return self.unpack(value)
+
+    def unpack(self, wire: object) -> str:
+        if type(wire) is not str:
+            raise ValueError(f"expected text, got {_kind_name(wire)}")
+        _check_text(wire, MAX_LONG_TEXT_BYTES)
         return wire
 
 
@@ -220,10 +234,10 @@ def defaults_of(record: type[Any]) -> dict[str, Any]:
     return {field.name: field.default for field in fields(record) if field.default is not MISSING}
 
 
-def _check_text(text: str) -> None:
+def _check_text(text: str, most_bytes: int = MAX_TEXT_BYTES) -> None:
     try:
-        if len(text.encode()) > MAX_TEXT_BYTES:
-            raise ValueError(f"text is over {MAX_TEXT_BYTES} bytes")
+        if len(text.encode()) > most_bytes:
+            raise ValueError(f"text is over {most_bytes} bytes")
     except UnicodeEncodeError:
         raise ValueError("text is not valid Unicode") from None
 
@@ -238,6 +252,7 @@ Bool: TypeAlias = Annotated[bool, Boolean()]
 F64: TypeAlias = Annotated[float, Double()]
 Floats: TypeAlias = Annotated[tuple[float, ...], PackedFloats()]
 Text: TypeAlias = Annotated[str, ShortText()]
+LongText: TypeAlias = Annotated[str, BigText()]
 Tokens: TypeAlias = Annotated[tuple[int, ...], PackedTokens()]
 TokenSequences: TypeAlias = Annotated[tuple[tuple[int, ...], ...], TokenLists()]
 OptionValue: TypeAlias = str | int | float | bool

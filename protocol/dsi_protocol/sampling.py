@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsi_protocol.fields import F64, U32, U64, Bool, Floats, Tokens, TokenSequences
+from dsi_protocol.fields import F64, U32, U64, Bool, Floats, LongText, Tokens, TokenSequences
 
 #: Below this temperature, sampling is greedy.
 LEAST_TEMPERATURE = 1e-6
@@ -31,7 +31,8 @@ class SamplingParameters:
     biases: Floats = ()  # one for each of `biased_tokens`
     bad_words: TokenSequences = ()  # sequences of tokens that the answer must not have
     min_tokens: U32 = 0  # the answer has none of `stop_tokens` among its first tokens, so many
-    stop_tokens: Tokens = ()  # tokens that end the answer; needed with min_tokens only
+    stop_tokens: Tokens = ()  # tokens that end the answer; needed with min_tokens and with a grammar
+    grammar: LongText = ""  # what the answer must be, as llguidance takes it; "": anything
 
     @property
     def greedy(self) -> bool:
@@ -52,6 +53,7 @@ class SamplingParameters:
             or self.frequency_penalty
             or self.biased_tokens
             or self.bad_words
+            or self.grammar
             or (self.min_tokens and self.stop_tokens)
         )
 

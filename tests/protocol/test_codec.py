@@ -26,6 +26,7 @@ from dsi_protocol import (
     encode,
 )
 from dsi_protocol.fields import (
+    BigText,
     Boolean,
     Double,
     OptionMap,
@@ -52,7 +53,7 @@ def values_of(kind: object) -> st.SearchStrategy[object]:
             return st.floats(-(2.0**53), 2.0**53)
         case PackedFloats():
             return st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=30).map(tuple)
-        case ShortText():
+        case ShortText() | BigText():
             return st.text(max_size=40)
         case PackedTokens():
             return st.lists(U32, max_size=30).map(tuple)

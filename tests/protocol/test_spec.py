@@ -12,6 +12,7 @@ import pytest
 import dsi_protocol
 from dsi_protocol import MAX_FRAME_BYTES, MAX_REPLY_FRAME_BYTES, MESSAGES, Message, SamplingParameters
 from dsi_protocol.fields import (
+    BigText,
     Boolean,
     Double,
     OptionMap,
@@ -34,6 +35,7 @@ KINDS = {
     PackedFloats: "floats",
     OptionMap: "options",
     Record: "map",
+    BigText: "long text",
     TokenLists: "lists",
 }
 LETTERS = {"orchestrator": "O", "target": "T", "drafter": "D"}

@@ -201,7 +201,7 @@ def test_each_choice_has_a_seed_of_its_own(client: openai.OpenAI) -> None:
         ({"extra_body": {"stop_token_ids": [-1]}}, 400, "stop_token_ids.0: Input should be greater than or equal to 0"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools is not supported"),
         ({"presence_penalty": 3}, 400, "presence_penalty must lie in [-2, 2], not 3.0"),
-        ({"response_format": {"type": "json_object"}}, 400, "response_format must be text"),
+        ({"response_format": {"type": "xml"}}, 400, "response_format: type must be text, json_object or json_schema"),
         ({"stop": [""]}, 400, "none of them empty"),
         ({"n": 100}, 400, "n: Input should be less than or equal to 16"),
         ({"extra_body": {"dsi": {"algorithm": "magic"}}}, 400, "dsi.algorithm: Input should be 'dsi', 'si' or 'ar'"),

@@ -1,4 +1,4 @@
-"""Changes logits before a token is chosen: bad words, stop tokens, biases and penalties (SPEC.md section 7, steps 1 to 5).
+"""Changes logits before a token is chosen: grammar, bad words, stop tokens, biases and penalties (SPEC.md section 7).
 
 Each change follows from the parameters and the text before the position alone, whether that text is committed or guessed.
 """
@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from dsi_protocol import SamplingParameters
+from dsi_workers.grammar import Grammars
 from dsi_workers.session import Occurrences, Session
 
 LARGEST = torch.finfo(torch.float32).max
@@ -18,9 +19,11 @@ LARGEST = torch.finfo(torch.float32).max
 class LogitChanges:
     """The changes for one session. They take no longer for a longer text."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, grammars: Grammars | None = None) -> None:
+        """Raises RequestError if the grammar cannot be followed here."""
         self._session = session
         self._parameters = parameters = session.sampling
+        self._grammar = (grammars or Grammars()).mask_of(session)
         self._in_text = _TokenCounts(session, 0) if parameters.repetition_penalty != 1 else None
         penalised = parameters.presence_penalty or parameters.frequency_penalty
         self._in_answer = _TokenCounts(session, session.prompt_length) if penalised else None
@@ -34,6 +37,8 @@ class LogitChanges:
         The text before `position` is the session's tokens before position `end`, and then `guess`.
         """
         parameters = self._parameters
+        if self._grammar is not None:
+            scores = self._grammar.apply(scores, position, guess, end)
         if self._longest_bad_word:
             scores = _forbid(scores, self._bad_tokens(position, guess, end))
         if position - self._session.prompt_length < parameters.min_tokens:

@@ -25,6 +25,7 @@ from dsi_protocol.gumbel import (
     half_log_table,
     stream_key,
 )
+from dsi_workers.grammar import Grammars
 from dsi_workers.logit_changes import LARGEST, LogitChanges
 from dsi_workers.session import Session
 
@@ -32,10 +33,11 @@ from dsi_workers.session import Session
 class Sampler:
     """Chooses the tokens of one session. A choice takes no longer for a longer text."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, grammars: Grammars | None = None) -> None:
+        """Raises RequestError if the session's grammar cannot be followed here."""
         self._session = session
         self._parameters = session.sampling
-        self._changes = LogitChanges(session) if self._parameters.changes_logits else None
+        self._changes = LogitChanges(session, grammars) if self._parameters.changes_logits else None
         #: A position, and the noise of all tokens there.
         self._noise: tuple[int, torch.Tensor] | None = None
 
