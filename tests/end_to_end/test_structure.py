@@ -44,7 +44,7 @@ def config(model: Path, **more: Any) -> dsi_actors.Config:
 
 
 def sampling(structure: Structure, **more: Any) -> Sampling:
-    return Sampling(max_tokens=300, structure=structure, stop_token_ids=[END], **more)
+    return Sampling(max_tokens=300, structure=structure, stop_token_ids=(END,), **more)
 
 
 def check_json(text: str) -> None:

@@ -39,7 +39,7 @@ async def test_all_algorithms_write_the_same_text_with_trees(model: Path) -> Non
             logit_bias={3: 1.5, 14: -100},
             bad_words=[[9], [3, 26]],
             min_tokens=60,
-            stop_token_ids=range(20, 40),
+            stop_token_ids=tuple(range(20, 40)),
         ),
     ]
     settings = config(model, str(model), layers=2, quantization="none")

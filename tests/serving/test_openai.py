@@ -159,7 +159,8 @@ def test_penalties_biases_and_bad_words_change_the_text_as_they_say(client: open
         mine = {
             name: fields.pop(name) for name in list(fields) if name in ("bad_words", "min_tokens", "stop_token_ids")
         }
-        return client.completions.create(**asked, **fields, extra_body={**more, **mine}).choices[0].text.split()
+        answer = client.completions.create(**asked, **fields, extra_body={**more, **mine})
+        return str(answer.choices[0].text).split()
 
     plain = words()
     assert len(set(words(frequency_penalty=2, presence_penalty=2))) > len(set(plain))
