@@ -126,6 +126,19 @@ class _Request(_Strict):
     tools: list[Any] | None = None
     functions: list[Any] | None = None
 
+    @property
+    def names_structure(self) -> bool:
+        """Whether a field says something about the form of the answer."""
+        names = (
+            "response_format",
+            "structured_outputs",
+            "guided_json",
+            "guided_regex",
+            "guided_choice",
+            "guided_grammar",
+        )
+        return any(getattr(self, name) is not None for name in names)
+
     @model_validator(mode="after")
     def _nothing_silently_ignored(self) -> _Request:
         for name in ("tools", "functions"):

@@ -185,7 +185,9 @@ class Service:
 
     async def _prepare(self, asked: AnyRequest, client: Hashable, size_bytes: int, correlation: str) -> Job:
         """Raises ApiError and ConfigError."""
-        structure = await self._threads.run(client, size_bytes, partial(structure_of, asked))
+        structure = None
+        if asked.names_structure:
+            structure = await self._threads.run(client, size_bytes, partial(structure_of, asked))
         while not (max_length := self._max_length):
             patience_s = self.orchestrator.config.ready_timeout_s
             if not await self.orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=patience_s):
