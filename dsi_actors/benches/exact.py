@@ -1,6 +1,6 @@
 """`dsi-actors bench exact`: is the text the same, whatever the algorithm, the drafter, the servers, the lookahead?
 
-For each dtype and prompt, greedy and sampled, plain decoding (AR) gives the reference. Every other way must give the same
+For each dtype, prompt and kind of sampling (--kinds), plain decoding (AR) gives the reference. Every other way must give the same
 token ids: AR, SI and DSI × drafters × SP × lookahead × chains and trees of drafts, each drafter with worker processes of its
 own. Trees have as many rows as the workers take, up to the number in the table.
 """
@@ -31,7 +31,9 @@ from dsi_actors.console.options import (
 )
 from dsi_actors.console.progress import model_directory, prepare_shown
 from dsi_actors.console.terminal import terminal
+from dsi_actors.errors import ConfigError
 from dsi_actors.orchestrator import Orchestrator
+from dsi_actors.structure import Structure
 from dsi_actors.tokenizer import Tokenizer
 
 DRAFTERS = (SELF_INT8, NGRAM, RANDOM)
@@ -40,6 +42,22 @@ LOOKAHEADS: tuple[int | Literal["auto"], ...] = (1, 3, 8, "auto")
 TREE_LOOKAHEAD, TREE_ROWS = 2, 4
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "top_k": 50, "repetition_penalty": 1.1}
 
+
+PENALISED: dict[str, Any] = {
+    "temperature": 0.8, "presence_penalty": 0.5, "frequency_penalty": 0.3, "logit_bias": {0: -100, 5: 1.5}, "min_tokens": 8,
+}  # fmt: skip
+#: A value of this schema is short.
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "answer": {"type": "string", "maxLength": 40},
+        "certain": {"type": "boolean"},
+        "steps": {"type": "array", "items": {"type": "integer"}, "maxItems": 4},
+    },
+    "required": ["answer", "certain", "steps"],
+    "additionalProperties": False,
+}
+KINDS = ("greedy", "sampled", "penalised", "structured")
 
 _Key = tuple[str, str, str, int, int]
 
@@ -63,9 +81,25 @@ def ways(servers: int) -> Iterator[Way]:
             yield Way("dsi", sp, lookahead, rows)
 
 
+def sampling_of(kind: str, max_tokens: int, stops: tuple[int, ...]) -> Sampling:
+    """The sampling parameters of a kind. `stops`: the model's stop tokens. Raises ConfigError."""
+    match kind:
+        case "sampled":
+            return Sampling(max_tokens=max_tokens, seed=2024, **SAMPLED)
+        case "penalised":
+            more = {**PENALISED, "min_tokens": min(PENALISED["min_tokens"], max_tokens)}
+            return Sampling(max_tokens=max_tokens, seed=2024, stop_token_ids=stops, **more)
+        case "structured":
+            structure = Structure.json_schema(SCHEMA)
+            return Sampling(
+                max_tokens=max_tokens, seed=2024, temperature=0.8, stop_token_ids=stops, structure=structure
+            )
+    return Sampling(max_tokens=max_tokens)
+
+
 @dataclass(slots=True)
 class Findings:
-    """Counts by (dtype, drafter, algorithm, sp, rows), and the references: by (dtype, prompt id, greedy or sampled)."""
+    """Counts by (dtype, drafter, algorithm, sp, rows), and the references: by (dtype, prompt id, kind)."""
 
     compared: Counter[_Key] = field(default_factory=Counter)
     differing: Counter[_Key] = field(default_factory=Counter)
@@ -102,6 +136,10 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--servers", type=int, default=3, metavar="N", help="SP from 1 to this (default %(default)s)")
     parser.add_argument("--dtypes", default="float32,bfloat16", metavar="LIST", help="default %(default)s")
     parser.add_argument("--drafters", default=",".join(DRAFTERS), metavar="LIST", help="default %(default)s")
+    parser.add_argument(
+        "--kinds", default="greedy,sampled", metavar="LIST",
+        help=f"kinds of sampling, of {', '.join(KINDS)}; structured is JSON of a schema (default %(default)s)",
+    )  # fmt: skip
     add_device_options(parser)
     add_json_option(parser)
     add_ready_timeout_option(parser)
@@ -110,11 +148,12 @@ def add_parser(benches: SubParsers) -> None:
 
 
 async def run(arguments: argparse.Namespace) -> int:
-    prompts = read_prompts(arguments, Tokenizer(await model_directory(arguments.target)))
-    samplings = {
-        "greedy": Sampling(max_tokens=arguments.max_tokens),
-        "sampled": Sampling(max_tokens=arguments.max_tokens, seed=2024, **SAMPLED),
-    }
+    kinds = arguments.kinds.split(",")
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise ConfigError(f"--kinds: {unknown[0]!r} is none of {', '.join(KINDS)}")
+    tokenizer = Tokenizer(await model_directory(arguments.target))
+    prompts = read_prompts(arguments, tokenizer)
+    samplings = {kind: sampling_of(kind, arguments.max_tokens, tokenizer.stop_token_ids) for kind in kinds}
     findings = Findings()
     err = terminal(stderr=True)
     for dtype in arguments.dtypes.split(","):

@@ -136,7 +136,7 @@ def _floor(arguments: argparse.Namespace) -> dict[str, Any]:
             router.send_multipart([identity, encode(Welcome(1, "target", "timed", "", options, 60_000, 600_000))])
             while not isinstance(decode(router.recv_multipart()[1]), Ready):
                 pass
-            opened = OpenGeneration(_GENERATION, 1, "bench", 0.0, 0, 1.0, 0.0, 1.0, 0, False)
+            opened = OpenGeneration(_GENERATION, 1, "bench")
             router.send_multipart([identity, encode(opened)])
             begun = 0.0
             for attempt in range(1, arguments.repeats + 11):

@@ -26,6 +26,7 @@ from dsi_protocol import (
     Preparing,
     Ready,
     Reply,
+    SamplingParameters,
     Verified,
     Verify,
     Welcome,
@@ -190,7 +191,8 @@ class Peer:
         """Open a new generation and return its number. Its prompt is PROMPT."""
         generation = next(self._generations)
         self._open.append(generation)
-        self.tell(OpenGeneration(generation, len(PROMPT), "conformance", temperature, 0, 1.0, 0.0, 1.0, seed, logprobs))
+        sampling = SamplingParameters(temperature=temperature, seed=seed, logprobs=logprobs)
+        self.tell(OpenGeneration(generation, len(PROMPT), "conformance", sampling))
         return generation
 
     def close_generations(self) -> None:

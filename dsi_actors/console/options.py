@@ -205,12 +205,22 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "min_p": ("P", "keep tokens with at least this share of the most probable token's probability"),
         "repetition_penalty": ("R", "above 1, tokens that were there before become less probable"),
     }
+    penalties = {
+        "presence_penalty": "subtracted from the logits of tokens that the answer has",
+        "frequency_penalty": "subtracted from the logit of a token for each time that the answer has it",
+    }
     for name, (metavar, text) in helps.items():
         otherwise = "all" if name == "top_k" else f"{default_of(Sampling, name):g}"
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=int if name == "top_k" else float, metavar=metavar,
             help=f"{text} (default: what the model's generation_config.json says, else {otherwise})",
         )  # fmt: skip
+    for name, text in penalties.items():
+        otherwise = f"{default_of(Sampling, name):g}"
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=float, metavar="P", help=f"{text} (default: {otherwise})"
+        )
+    parser.add_argument("--min-tokens", type=int, metavar="N", help="the answer does not end before it has N tokens")
     parser.add_argument(
         "--seed", type=int, metavar="S", default=default_of(Sampling, "seed"), help="the same seed gives the same text"
     )
@@ -218,7 +228,10 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def sampling_from(arguments: argparse.Namespace, defaults: Mapping[str, float] | None = None, **more: Any) -> Sampling:
     """The sampling parameters that the user gave, and for the others `defaults`, the model's own. Raises ConfigError."""
-    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    names = (
+        "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+        "frequency_penalty", "min_tokens", "seed",
+    )  # fmt: skip
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     return Sampling(**{**(defaults or {}), **given, **more})
 

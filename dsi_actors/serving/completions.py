@@ -103,7 +103,8 @@ class Completion:
 
     async def _generate(self, choice: Choice, queue: asyncio.Queue[Update | BaseException]) -> None:
         job = self.job
-        assembler = TextAssembler(self._tokenizer, job.stops, after=job.prompt_ids if job.continues else ())
+        after = job.prompt_ids if job.continues else ()
+        assembler = TextAssembler(self._tokenizer, job.stops, after=after, min_tokens=job.sampling.min_tokens)
         stop_token_ids = {*job.sampling.stop_token_ids, *self._tokenizer.stop_tokens_of(job.stops)}
         sampling = replace(job.sampling, seed=choice.seed, stop_token_ids=tuple(sorted(stop_token_ids)))
         begun_s = last_s = time.perf_counter()

@@ -5,19 +5,26 @@ Types are strict (true is no number, "5" is none either), and null means that th
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
 
 from dsi_actors.serving.errors import ApiError, from_validation
 from dsi_actors.serving.strict_json import loads
+from dsi_protocol.sampling import MAX_LISTED
 
 _MOST_STOPS = 16
 _MOST_STOP_CHARACTERS = 500
 _MOST_CHOICES = 16
+_MOST_BAD_WORDS = 128
 _MOST_MESSAGES = 4096
 #: Values in the JSON of a request beside its prompt's token ids.
 _MOST_OTHER_VALUES = 1 << 16
+
+
+_TOKEN_ID = re.compile("[0-9]{1,9}")
+TokenId: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
 class _Strict(BaseModel):
@@ -63,6 +70,25 @@ def _stops(given: Any) -> list[str]:
     return stops
 
 
+def _bad_words(given: Any) -> Any:
+    if not isinstance(given, list) or not all(isinstance(word, str) for word in given):
+        raise ValueError("give a list of texts")
+    if len(given) > _MOST_BAD_WORDS or not all(0 < len(word) <= _MOST_STOP_CHARACTERS for word in given):
+        raise ValueError(
+            f"give at most {_MOST_BAD_WORDS} texts, none of them empty or longer than {_MOST_STOP_CHARACTERS} characters"
+        )
+    return given
+
+
+def _biases(given: Any) -> Any:
+    """By token id. A key of JSON is a text."""
+    if not isinstance(given, dict) or len(given) > MAX_LISTED or not all(map(_TOKEN_ID.fullmatch, given)):
+        raise ValueError(f"give a bias for each of at most {MAX_LISTED} token ids")
+    if not all(type(bias) in (int, float) and -100 <= bias <= 100 for bias in given.values()):
+        raise ValueError("give biases in [-100, 100]")
+    return {int(token): float(bias) for token, bias in given.items()}
+
+
 class _Request(_Strict):
     """What chat and text completions share."""
 
@@ -82,25 +108,42 @@ class _Request(_Strict):
     repetition_penalty: float | None = None
     ignore_eos: bool = False
     dsi: DsiOptions = Field(default_factory=DsiOptions)
-    # Refused unless they say nothing.
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: dict[str, Any] | None = None
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_biases)] = Field(default_factory=dict)
+    # vLLM's.
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_LISTED)] = Field(default_factory=list)
+    bad_words: Annotated[list[str], BeforeValidator(_bad_words)] = Field(default_factory=list)
+    # The form of the answer: structured.py reads them.
     response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    # Refused unless they say nothing.
     tools: list[Any] | None = None
     functions: list[Any] | None = None
 
+    @property
+    def names_structure(self) -> bool:
+        """Whether a field says something about the form of the answer."""
+        names = (
+            "response_format",
+            "structured_outputs",
+            "guided_json",
+            "guided_regex",
+            "guided_choice",
+            "guided_grammar",
+        )
+        return any(getattr(self, name) is not None for name in names)
+
     @model_validator(mode="after")
     def _nothing_silently_ignored(self) -> _Request:
-        for name in ("presence_penalty", "frequency_penalty"):
-            if getattr(self, name):
-                raise ValueError(f"{name} is not supported: leave it out, or use repetition_penalty")
-        for name in ("logit_bias", "tools", "functions"):
+        for name in ("tools", "functions"):
             if getattr(self, name):
                 raise ValueError(f"{name} is not supported: leave it out")
-        asked = {name: value for name, value in (self.response_format or {}).items() if value is not None}
-        if asked not in ({}, {"type": "text"}):
-            raise ValueError("response_format must be text: no other is supported")
         return self
 
 

@@ -26,6 +26,7 @@ from dsi_actors.serving.exchange import Exchange
 from dsi_actors.serving.limits import BodyMemory, FairThreads, Places
 from dsi_actors.serving.metrics import Metrics
 from dsi_actors.serving.schemas import AnyRequest, ChatRequest, CompletionRequest, parse
+from dsi_actors.serving.structured import structure_of
 from dsi_actors.serving.watch import Watch
 from dsi_actors.tokenization.sampling_defaults import DEFAULT_NAMES
 from dsi_actors.tokenizer import Tokenizer
@@ -184,11 +185,15 @@ class Service:
 
     async def _prepare(self, asked: AnyRequest, client: Hashable, size_bytes: int, correlation: str) -> Job:
         """Raises ApiError and ConfigError."""
+        structure = None
+        if asked.names_structure:
+            structure = await self._threads.run(client, size_bytes, partial(structure_of, asked))
         while not (max_length := self._max_length):
             patience_s = self.orchestrator.config.ready_timeout_s
             if not await self.orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=patience_s):
                 raise NoTargetError(f"no target server came within {patience_s:g} s")
         prompt_ids = await self._threads.run(client, size_bytes, partial(self._encode, asked, max_length))
+        bad_words = [ids for word in asked.bad_words for ids in self._tokenizer.spellings(word)]
         room = max(1, max_length - len(prompt_ids))
         max_tokens = asked.most_tokens or min(self.config.default_max_tokens, room)
         if len(prompt_ids) + max_tokens > max_length:
@@ -200,8 +205,11 @@ class Service:
         given = {name: value for name in DEFAULT_NAMES if (value := getattr(asked, name)) is not None}
         sampling = Sampling(
             **{"temperature": _TEMPERATURE, **self._tokenizer.sampling_defaults, **given},
-            max_tokens=max_tokens, seed=seed_or_any(asked.seed),
-            stop_token_ids=() if asked.ignore_eos else self._tokenizer.stop_token_ids, logprobs=asked.wants_logprobs,
+            presence_penalty=asked.presence_penalty, frequency_penalty=asked.frequency_penalty,
+            logit_bias=asked.logit_bias, bad_words=bad_words, structure=structure,
+            max_tokens=max_tokens, min_tokens=asked.min_tokens,
+            stop_token_ids=(*asked.stop_token_ids, *(() if asked.ignore_eos else self._tokenizer.stop_token_ids)),
+            seed=seed_or_any(asked.seed), logprobs=asked.wants_logprobs,
         )  # fmt: skip
         options = asked.dsi
         return Job(

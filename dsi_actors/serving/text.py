@@ -39,8 +39,12 @@ class TextAssembler:
     Names of special tokens, which are not shown, can be stop strings and parts of them.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], *, after: Sequence[int] = ()) -> None:
-        """`after`: the tokens whose text the answer continues, if it does not stand alone."""
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str], *, after: Sequence[int] = (), min_tokens: int = 0
+    ) -> None:
+        """`after`: the tokens whose text the answer continues, if it does not stand alone. `min_tokens`: in the text of so many
+        tokens, stop strings are not looked for."""
+        self._unread = min_tokens
         self._stream = tokenizer.stream(after=after)
         self._names = tokenizer.special_tokens
         self._stops = [_Stop(text) for text in stop]
@@ -60,6 +64,7 @@ class TextAssembler:
             logprob = tokens.logprobs[index] if tokens.logprobs else None
             seen.append(TokenText(token, self._stream.own, offset, logprob))
             end = self._read(text, self._names.get(token, ""))
+            self._unread -= 1
             if end is not None:
                 self.stopped = True
                 return Piece(self._show_until(end), tuple(seen))
@@ -76,6 +81,10 @@ class TextAssembler:
 
     def _read(self, text: str, name: str) -> int | None:
         """Where the answer ends, if a stop string is complete now."""
+        if self._unread > 0:
+            self._held += text
+            self._length += len(text)
+            return None
         begins = [stop.read(text, self._length) for stop in self._stops]
         begins += [stop.read(name or text, self._length, shown=not name) for stop in self._stops_with_names]
         self._held += text

@@ -171,10 +171,7 @@ class WorkerHandle:
         self._tell(Cancel(generation, attempt))
 
     def open(self, generation: int, prompt_length: int, correlation: str, sampling: Sampling) -> None:
-        opened = OpenGeneration(
-            generation, prompt_length, correlation, sampling.temperature, sampling.top_k or 0, sampling.top_p,
-            sampling.min_p, sampling.repetition_penalty, sampling.seed, sampling.logprobs,
-        )  # fmt: skip
+        opened = OpenGeneration(generation, prompt_length, correlation, sampling.parameters)
         self._opened[generation] = opened
         self._tell(opened)
 

@@ -10,6 +10,7 @@ const MAX_ITEMS = 1024;
 const MAX_NESTING = 8;
 const MAX_OPTIONS = 64;
 const MAX_TEXT_BYTES = 4096;
+const MAX_LONG_TEXT_BYTES = 1 << 18;
 
 export class ProtocolError extends Error {}
 
@@ -25,6 +26,11 @@ const unsigned = (bits) => (value) => {
 
 const text = (value) => {
   if (typeof value !== "string" || new TextEncoder().encode(value).length > MAX_TEXT_BYTES) refuse("not a short text");
+  return value;
+};
+
+const longText = (value) => {
+  if (typeof value !== "string" || new TextEncoder().encode(value).length > MAX_LONG_TEXT_BYTES) refuse("not a text of that length");
   return value;
 };
 
@@ -57,7 +63,12 @@ const KINDS = {
     write: Number,
   },
   text: { read: text, write: text },
+  longtext: { read: longText, write: longText },
   tokens: { read: packed("getUint32"), write: (tokens) => new Uint8Array(Uint32Array.from(tokens).buffer) },
+  lists: {
+    read: (value) => (Array.isArray(value) ? value.map((each) => KINDS.tokens.read(each)) : refuse("not a list of token lists")),
+    write: (value) => value.map((each) => KINDS.tokens.write(each)),
+  },
   floats: { read: packed("getFloat32"), write: (numbers) => new Uint8Array(Float32Array.from(numbers).buffer) },
   options: { read: options, write: options },
 };
@@ -68,13 +79,21 @@ const fields = (words) =>
     const [name, kind] = word.split(" ");
     return [name, kind.replace("?", ""), kind.endsWith("?")];
   });
+// The parameters of OpenGeneration, each of them optional. One that is not known is refused, since it would change the tokens.
+const SAMPLING = fields("temperature f64, top_k u32, top_p f64, min_p f64, repetition_penalty f64, seed u64, logprobs bool, presence_penalty f64, frequency_penalty f64, biased_tokens tokens, biases floats, bad_words lists, min_tokens u32, stop_tokens tokens, grammar longtext");
+const sampling = (way) => (value) => {
+  if (!isMap(value)) refuse("not a map of parameters");
+  const kinds = new Map(SAMPLING);
+  return Object.fromEntries(Object.entries(value).map(([name, each]) => [name, KINDS[kinds.get(name) ?? refuse(`unknown parameter ${name}`)][way](each)]));
+};
+KINDS.sampling = { read: sampling("read"), write: sampling("write") };
 const REQUEST = "generation u64, attempt u64, ";
 const MESSAGES = {
   Hello: [1, "version u32, incarnation u64, role text, engine text, model text, device text, host text, process u32"],
   Welcome: [2, "version u32, role text, engine text, model text, options options, heartbeat_ms u32, silence_ms u32"],
   Ready: [3, "vocabulary text, vocabulary_size u32, max_length u32, window u32, latency_us u32, window_latency_us u32, slots u32, batch_latency_us u32, load_ms u32, fingerprint u32, rows u32?, devices u32?"],
   Heartbeat: [4, "incarnation u64, sequence u64"],
-  OpenGeneration: [5, "generation u64, prompt_length u32, correlation text, temperature f64, top_k u32, top_p f64, min_p f64, repetition_penalty f64, seed u64, logprobs bool"],
+  OpenGeneration: [5, "generation u64, prompt_length u32, correlation text, sampling sampling?"],
   CloseGeneration: [6, "generation u64"],
   Draft: [7, REQUEST + "base u32, base_crc u32, tokens tokens, start u32, count u32, block u32, rows u32?, committed u32?"],
   Drafted: [8, REQUEST + "start u32, tokens tokens, done bool, busy_us u32, parents tokens?"],

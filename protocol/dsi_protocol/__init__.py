@@ -32,6 +32,7 @@ from dsi_protocol.messages import (
     Verify,
     Welcome,
 )
+from dsi_protocol.sampling import SamplingParameters
 
 __all__ = [
     "MAX_FRAME_BYTES",
@@ -66,6 +67,7 @@ __all__ = [
     "ProtocolError",
     "Ready",
     "Reply",
+    "SamplingParameters",
     "UnknownMessage",
     "Verified",
     "Verify",

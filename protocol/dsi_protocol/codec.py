@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
-from typing import Any, get_type_hints
+from typing import Any
 
 import msgpack
 
 from dsi_protocol.errors import FrameTooLarge, InvalidField, MalformedFrame, UnknownMessage
-from dsi_protocol.fields import MAX_TOKENS_PER_MESSAGE, Kind
+from dsi_protocol.fields import MAX_TOKENS_PER_MESSAGE, defaults_of, schema_of
 from dsi_protocol.messages import MESSAGES, Message
 
 #: The largest frame that a worker accepts: a full list of tokens, and room for the other fields.
 MAX_FRAME_BYTES = 4 * MAX_TOKENS_PER_MESSAGE + 64 * 1024
 #: The largest frame that an orchestrator accepts. Replies are short.
 MAX_REPLY_FRAME_BYTES = 128 * 1024
-#: Arrays, and maps beside the options of Welcome, occur only in fields that a later version may add.
+#: Arrays, and maps beside `options` and `sampling`, occur only in fields that a later version may add.
 MAX_ARRAY_ITEMS = 1024
 MAX_NESTING = 8
 
@@ -24,19 +23,11 @@ _TYPE_KEY = "type"
 _BUFFER_BYTES = 1024
 
 
-def _schema(message: type[Message]) -> tuple[tuple[str, Kind], ...]:
-    hints = get_type_hints(message, include_extras=True)
-    return tuple((field.name, hints[field.name].__metadata__[0]) for field in fields(message))
-
-
-_SCHEMAS = {message: _schema(message) for message in MESSAGES}
+_SCHEMAS = {message: schema_of(message) for message in MESSAGES}
 _PACKERS = {message: tuple((name, kind.pack) for name, kind in schema) for message, schema in _SCHEMAS.items()}
 _UNPACKERS = {message: tuple((name, kind.unpack) for name, kind in schema) for message, schema in _SCHEMAS.items()}
 #: Fields that may be absent, and what they are then. They are sent only where they say something else.
-_DEFAULTS = {
-    message: {field.name: field.default for field in fields(message) if field.default is not MISSING}
-    for message in MESSAGES
-}
+_DEFAULTS = {message: defaults_of(message) for message in MESSAGES}
 _BY_TYPE: dict[int, type[Message]] = {message.TYPE: message for message in MESSAGES}
 assert len(_BY_TYPE) == len(MESSAGES)
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import Annotated, Protocol, TypeAlias
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from typing import Annotated, Any, Protocol, TypeAlias, get_type_hints
 
 MAX_TEXT_BYTES = 4096
+MAX_LONG_TEXT_BYTES = 1 << 18
 MAX_TOKENS_PER_MESSAGE = 1 << 18
 MAX_OPTIONS = 64
+MAX_TOKEN_LISTS = 1024
 
 
 class Kind(Protocol):
@@ -104,6 +108,19 @@ class ShortText:
         return wire
 
 
+class BigText:
+    """A text of at most MAX_LONG_TEXT_BYTES bytes in UTF-8."""
+
+    def pack(self, value: object) -> object:
+        return self.unpack(value)
+
+    def unpack(self, wire: object) -> str:
+        if type(wire) is not str:
+            raise ValueError(f"expected text, got {_kind_name(wire)}")
+        _check_text(wire, MAX_LONG_TEXT_BYTES)
+        return wire
+
+
 class PackedTokens:
     """A list of token ids, packed as little-endian u32 into a msgpack bin."""
 
@@ -125,6 +142,25 @@ class PackedTokens:
         if len(wire) > 4 * MAX_TOKENS_PER_MESSAGE:
             raise ValueError(f"{len(wire) // 4} tokens are over the limit of {MAX_TOKENS_PER_MESSAGE}")
         return struct.unpack(f"<{len(wire) // 4}I", wire)
+
+
+class TokenLists:
+    """A list of token lists: a msgpack array of bins."""
+
+    def __init__(self) -> None:
+        self._each = PackedTokens()
+
+    def pack(self, value: object) -> list[bytes]:
+        if type(value) is not tuple or len(value) > MAX_TOKEN_LISTS:
+            raise ValueError(f"expected a tuple of at most {MAX_TOKEN_LISTS} token lists")
+        return [self._each.pack(each) for each in value]
+
+    def unpack(self, wire: object) -> tuple[tuple[int, ...], ...]:
+        if type(wire) is not list:
+            raise ValueError(f"expected a list of packed tokens, got {_kind_name(wire)}")
+        if len(wire) > MAX_TOKEN_LISTS:
+            raise ValueError(f"{len(wire)} token lists are over the limit of {MAX_TOKEN_LISTS}")
+        return tuple(map(self._each.unpack, wire))
 
 
 class OptionMap:
@@ -151,10 +187,57 @@ class OptionMap:
         return wire
 
 
-def _check_text(text: str) -> None:
+class Record:
+    """A map with the fields of the dataclass `kind`, each of which has a default.
+
+    A field with its default may be absent. Unlike in a message, no other field may be there: its sender counts on its effect.
+    """
+
+    def __init__(self, kind: type[Any]) -> None:
+        self.kind = kind
+        self._schema = dict(schema_of(kind))
+        self._defaults = defaults_of(kind)
+
+    def pack(self, value: object) -> dict[str, object]:
+        if type(value) is not self.kind:
+            raise ValueError(f"expected {self.kind.__name__}, got {_kind_name(value)}")
+        values = {name: getattr(value, name) for name in self._schema}
+        said = {name: each for name, each in values.items() if each != self._defaults[name]}
+        return {name: self._field(name, self._schema[name].pack, each) for name, each in said.items()}
+
+    def unpack(self, wire: object) -> Any:
+        if type(wire) is not dict:
+            raise ValueError(f"expected a map, got {_kind_name(wire)}")
+        values = {}
+        for name, each in wire.items():
+            if name not in self._schema:
+                raise ValueError(f"there is no field {str(name)[:100]!r}")
+            values[name] = self._field(name, self._schema[name].unpack, each)
+        return self.kind(**values)
+
+    @staticmethod
+    def _field(name: str, convert: Callable[[object], object], value: object) -> object:
+        try:
+            return convert(value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+
+def schema_of(record: type[Any]) -> tuple[tuple[str, Kind], ...]:
+    """The name and the type of each field of a dataclass."""
+    hints = get_type_hints(record, include_extras=True)
+    return tuple((field.name, hints[field.name].__metadata__[0]) for field in fields(record))
+
+
+def defaults_of(record: type[Any]) -> dict[str, Any]:
+    """The fields of a dataclass that may be absent, and what they are then."""
+    return {field.name: field.default for field in fields(record) if field.default is not MISSING}
+
+
+def _check_text(text: str, most_bytes: int = MAX_TEXT_BYTES) -> None:
     try:
-        if len(text.encode()) > MAX_TEXT_BYTES:
-            raise ValueError(f"text is over {MAX_TEXT_BYTES} bytes")
+        if len(text.encode()) > most_bytes:
+            raise ValueError(f"text is over {most_bytes} bytes")
     except UnicodeEncodeError:
         raise ValueError("text is not valid Unicode") from None
 
@@ -169,6 +252,8 @@ Bool: TypeAlias = Annotated[bool, Boolean()]
 F64: TypeAlias = Annotated[float, Double()]
 Floats: TypeAlias = Annotated[tuple[float, ...], PackedFloats()]
 Text: TypeAlias = Annotated[str, ShortText()]
+LongText: TypeAlias = Annotated[str, BigText()]
 Tokens: TypeAlias = Annotated[tuple[int, ...], PackedTokens()]
+TokenSequences: TypeAlias = Annotated[tuple[tuple[int, ...], ...], TokenLists()]
 OptionValue: TypeAlias = str | int | float | bool
 Options: TypeAlias = Annotated[dict[str, OptionValue], OptionMap()]

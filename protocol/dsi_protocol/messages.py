@@ -9,11 +9,14 @@ base + len(tokens). A Verified with `more` is not terminal.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import Annotated, ClassVar, TypeAlias
 
-from dsi_protocol.fields import F64, U32, U64, Bool, Floats, Options, Text, Tokens
+from dsi_protocol.fields import U32, U64, Bool, Floats, Options, Record, Text, Tokens
+from dsi_protocol.sampling import GREEDY, SamplingParameters
 
 PROTOCOL_VERSION = 1
+
+Sampling: TypeAlias = Annotated[SamplingParameters, Record(SamplingParameters)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +91,7 @@ class OpenGeneration:
     generation: U64
     prompt_length: U32  # the prompt is at [0, prompt_length); a worker may read it in larger pieces
     correlation: Text  # a name for this generation in log lines
-    temperature: F64  # below 1e-6: the most probable token
-    top_k: U32  # 0: off
-    top_p: F64
-    min_p: F64
-    repetition_penalty: F64
-    seed: U64
-    logprobs: Bool  # whether Verified carries logarithms of probabilities
+    sampling: Sampling = GREEDY  # how tokens are chosen
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,9 @@ import dsi_actors
 from dsi_actors.config import ALGORITHMS, DEFAULT_TARGET
 from dsi_actors.models import resolve_model
 from dsi_actors.tokenizer import Tokenizer
+from dsi_protocol import SamplingParameters
 from dsi_workers.engines import Task, load_engine
-from dsi_workers.session import SamplingParameters, Session
+from dsi_workers.session import Session
 from dsi_workers.tree import Branch
 from support.engines import NoInterrupt
 

@@ -247,7 +247,11 @@ def test_bad_settings_are_named(settings: dict[str, object], problem: str) -> No
     [
         ("max_tokens", 0), ("max_tokens", -3), ("seed", -1), ("seed", 1 << 64), ("temperature", -0.1),
         ("temperature", math.nan), ("temperature", math.inf), ("top_p", 0.0), ("top_p", 1.01), ("top_p", math.nan),
-        ("min_p", -0.1), ("min_p", 1.5), ("top_k", 0), ("top_k", -1), ("repetition_penalty", 0.0),
+        ("min_p", -0.1), ("min_p", 1.5), ("top_k", -2), ("presence_penalty", 2.5), ("frequency_penalty", math.nan),
+        ("logit_bias", {5: 200}), ("logit_bias", {-1: 1}),
+        ("logit_bias", {5: "a"}), ("logit_bias", 3), ("bad_words", [[]]), ("bad_words", [3]), ("min_tokens", 200),
+        ("min_tokens", -1),
+        ("repetition_penalty", 0.0),
         ("repetition_penalty", 1e-40), ("repetition_penalty", 1e39), ("repetition_penalty", math.nan), ("stop_token_ids", (-1,)),
         ("max_tokens", "5"), ("seed", 1.5), ("temperature", "0.5"), ("temperature", None), ("top_k", "3"),
         ("stop_token_ids", ("a",)), ("stop_token_ids", 3),

@@ -32,6 +32,15 @@ async def test_all_algorithms_write_the_same_text_with_trees(model: Path) -> Non
     samplings = [
         dsi_actors.Sampling(max_tokens=60),
         dsi_actors.Sampling(max_tokens=60, temperature=1.2, seed=5, repetition_penalty=1.1),
+        dsi_actors.Sampling(
+            max_tokens=60,
+            presence_penalty=0.5,
+            frequency_penalty=0.3,
+            logit_bias={3: 1.5, 14: -100},
+            bad_words=[[9], [3, 26]],
+            min_tokens=60,
+            stop_token_ids=tuple(range(20, 40)),
+        ),
     ]
     settings = config(model, str(model), layers=2, quantization="none")
     by_alternative = 0

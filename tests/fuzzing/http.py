@@ -126,8 +126,9 @@ _options = {
     "top_p": _or_null(st.floats(0.1, 1)), "top_k": _or_null(st.integers(1, 1 << 31)), "min_p": _or_null(st.floats(0, 1)),
     "ignore_eos": _or_null(st.booleans()),
     "stream_options": _or_null(st.fixed_dictionaries({"include_usage": _or_null(st.booleans())})),
-    "dsi": _or_null(_dsi), "user": _or_null(st.text(max_size=5)), "presence_penalty": _or_null(st.just(0)),
-    "logit_bias": _or_null(st.just({})), "tools": st.none(), "response_format": _or_null(st.just({"type": "text"})),
+    "dsi": _or_null(_dsi), "user": _or_null(st.text(max_size=5)), "presence_penalty": _or_null(st.floats(-2, 2)),
+    "logit_bias": _or_null(st.dictionaries(st.integers(0, 999).map(str), st.integers(-100, 100), max_size=3)),
+    "tools": st.none(), "response_format": _or_null(st.just({"type": "text"})),
     "max_tokens": _or_null(st.integers(1, 40)),
 }  # fmt: skip
 _chat = st.fixed_dictionaries(

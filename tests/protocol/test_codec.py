@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import fields
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import msgpack
 import pytest
@@ -25,7 +25,18 @@ from dsi_protocol import (
     decode,
     encode,
 )
-from dsi_protocol.fields import Boolean, Double, OptionMap, PackedFloats, PackedTokens, ShortText, Unsigned
+from dsi_protocol.fields import (
+    BigText,
+    Boolean,
+    Double,
+    OptionMap,
+    PackedFloats,
+    PackedTokens,
+    Record,
+    ShortText,
+    TokenLists,
+    Unsigned,
+)
 
 U32 = st.integers(0, 2**32 - 1)
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -42,16 +53,20 @@ def values_of(kind: object) -> st.SearchStrategy[object]:
             return st.floats(-(2.0**53), 2.0**53)
         case PackedFloats():
             return st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=30).map(tuple)
-        case ShortText():
+        case ShortText() | BigText():
             return st.text(max_size=40)
         case PackedTokens():
             return st.lists(U32, max_size=30).map(tuple)
+        case TokenLists():
+            return st.lists(st.lists(U32, max_size=5).map(tuple), max_size=5).map(tuple)
         case OptionMap():
             return st.dictionaries(st.text(max_size=10), scalars, max_size=6)
+        case Record(kind=kind):
+            return instances_of(kind)
     raise AssertionError(kind)
 
 
-def instances_of(message: type[Message]) -> st.SearchStrategy[Message]:
+def instances_of(message: type[Any]) -> st.SearchStrategy[Any]:
     hints = get_type_hints(message, include_extras=True)
     return st.builds(message, **{field.name: values_of(hints[field.name].__metadata__[0]) for field in fields(message)})
 

@@ -5,13 +5,25 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any
 
 import pytest
 
 import dsi_protocol
-from dsi_protocol import MAX_FRAME_BYTES, MAX_REPLY_FRAME_BYTES, MESSAGES, Message
-from dsi_protocol.fields import Boolean, Double, OptionMap, PackedFloats, PackedTokens, ShortText, Unsigned
+from dsi_protocol import MAX_FRAME_BYTES, MAX_REPLY_FRAME_BYTES, MESSAGES, Message, SamplingParameters
+from dsi_protocol.fields import (
+    BigText,
+    Boolean,
+    Double,
+    OptionMap,
+    PackedFloats,
+    PackedTokens,
+    Record,
+    ShortText,
+    TokenLists,
+    Unsigned,
+    schema_of,
+)
 from support.vectors import VECTORS, load
 
 SPEC = (Path(dsi_protocol.__file__).parent.parent / "SPEC.md").read_text(encoding="utf-8")
@@ -22,8 +34,16 @@ KINDS = {
     PackedTokens: "tokens",
     PackedFloats: "floats",
     OptionMap: "options",
+    Record: "map",
+    BigText: "long text",
+    TokenLists: "lists",
 }
 LETTERS = {"orchestrator": "O", "target": "T", "drafter": "D"}
+
+
+def rows_of(part: str) -> list[list[str]]:
+    """The rows of a table whose first cells stand in backticks."""
+    return [[cell.strip() for cell in row.split("|")] for row in re.findall(r"^\| `.*$", part, flags=re.MULTILINE)]
 
 
 def sections() -> dict[str, tuple[int, list[tuple[str, str]]]]:
@@ -32,23 +52,27 @@ def sections() -> dict[str, tuple[int, list[tuple[str, str]]]]:
     for part in re.split(r"^### 4\.\d+ ", SPEC.partition("## 5. ")[0], flags=re.MULTILINE)[1:]:
         heading = re.match(r"(\w+) \((\d+)\), (W→O|O→W|both ways)\n", part)
         assert heading, part[:80]
-        rows = [[cell.strip() for cell in row.split("|")] for row in re.findall(r"^\| `.*$", part, flags=re.MULTILINE)]
+        table = part.partition("\n**The fields of")[0]
+        rows = rows_of(table)
         assert all(len(row) == 6 and row[4] for row in rows), "name, type, range, and what it means"
         found[heading[1]] = (int(heading[2]), [(row[1].strip("`"), row[2]) for row in rows])
     return found
 
 
-def fields_of(message: type[Message]) -> list[tuple[str, str]]:
-    hints = get_type_hints(message, include_extras=True)
-    kinds = {name: hint.__metadata__[0] for name, hint in hints.items() if hasattr(hint, "__metadata__")}
+def fields_of(record: type[Any]) -> list[tuple[str, str]]:
     return [
-        (name, f"u{kind.bits}" if isinstance(kind, Unsigned) else KINDS[type(kind)]) for name, kind in kinds.items()
+        (name, f"u{kind.bits}" if isinstance(kind, Unsigned) else KINDS[type(kind)]) for name, kind in schema_of(record)
     ]
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message.__name__)
 def test_the_table_of_a_message_is_its_fields(message: type[Message]) -> None:
     assert sections()[message.__name__] == (message.TYPE, fields_of(message))
+
+
+def test_the_table_of_sampling_is_its_fields() -> None:
+    table = SPEC.partition("**The fields of `sampling`.**")[2].partition("### ")[0]
+    assert [(row[1].strip("`"), row[2]) for row in rows_of(table)] == fields_of(SamplingParameters)
 
 
 def test_there_is_no_other_message() -> None:

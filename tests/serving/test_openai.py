@@ -153,6 +153,27 @@ def test_logprobs_are_those_of_the_chosen_tokens(client: openai.OpenAI) -> None:
     assert len(plain.token_logprobs) == 8
 
 
+def test_penalties_biases_and_bad_words_change_the_text_as_they_say(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "w5 w6 w7", "max_tokens": 24, "temperature": 0}
+    more: dict[str, Any] = {"ignore_eos": True}
+
+    def words(**fields: Any) -> list[str]:
+        mine = {
+            name: fields.pop(name) for name in list(fields) if name in ("bad_words", "min_tokens", "stop_token_ids")
+        }
+        answer = client.completions.create(**asked, **fields, extra_body={**more, **mine})
+        return str(answer.choices[0].text).split()
+
+    plain = words()
+    assert len(set(words(frequency_penalty=2, presence_penalty=2))) > len(set(plain))
+    assert set(words(logit_bias={"7": 100})) == {"w7"}
+    assert plain[0] not in words(bad_words=[plain[0]])
+    stop = int(plain[3].removeprefix("w"))
+    assert len(words(stop_token_ids=[stop])) <= 4
+    assert len(words(stop_token_ids=[stop], min_tokens=10)) >= 10
+    assert words(stop_token_ids=[stop], min_tokens=10)[:3] == plain[:3]
+
+
 def test_each_choice_has_a_seed_of_its_own(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 20, "temperature": 1.0}
     both = client.completions.create(**asked, n=2, seed=11)
@@ -175,10 +196,15 @@ def test_each_choice_has_a_seed_of_its_own(client: openai.OpenAI) -> None:
         ({"max_tokens": 5000}, 400, "over the target's limit of 512"),
         ({"messages": []}, 400, "messages: List should have at least 1 item"),
         ({"messages": [{"role": "user", "content": "w1 " * 600}]}, 400, "over the target's limit of 512"),
-        ({"logit_bias": {"5": 1}}, 400, "logit_bias is not supported"),
+        ({"logit_bias": {"x": 1}}, 400, "logit_bias: give a bias for each of at most 1024 token ids"),
+        ({"logit_bias": {"5": 101}}, 400, "logit_bias: give biases in [-100, 100]"),
+        ({"logit_bias": {"5000": 1}}, 400, "token 5000 is outside the target's vocabulary"),
+        ({"extra_body": {"bad_words": [""]}}, 400, "bad_words: give at most 128 texts"),
+        ({"extra_body": {"min_tokens": 9}, "max_tokens": 8}, 400, "min_tokens must lie in [0, max_tokens], not 9"),
+        ({"extra_body": {"stop_token_ids": [-1]}}, 400, "stop_token_ids.0: Input should be greater than or equal to 0"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools is not supported"),
-        ({"presence_penalty": 1}, 400, "presence_penalty is not supported"),
-        ({"response_format": {"type": "json_object"}}, 400, "response_format must be text"),
+        ({"presence_penalty": 3}, 400, "presence_penalty must lie in [-2, 2], not 3.0"),
+        ({"response_format": {"type": "xml"}}, 400, "response_format: type must be text, json_object or json_schema"),
         ({"stop": [""]}, 400, "none of them empty"),
         ({"n": 100}, 400, "n: Input should be less than or equal to 16"),
         ({"extra_body": {"dsi": {"algorithm": "magic"}}}, 400, "dsi.algorithm: Input should be 'dsi', 'si' or 'ar'"),

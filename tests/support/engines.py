@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -100,6 +101,30 @@ def session_of(tokens: Sequence[int], *, prompt_length: int | None = None, gener
     session = Session(generation, len(tokens) if prompt_length is None else prompt_length, "test")
     session.write(0, tokens)
     return session
+
+
+#: The token that ends a text of the model of bytes.
+END = 256
+
+
+def make_byte_model(directory: Path) -> Path:
+    """A random Llama whose tokens are the 256 bytes and END, with a chat template: it can write any text."""
+    from tokenizers import Tokenizer
+    from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    make_tiny_model(directory, words=END + 1)
+    letters = sorted(ByteLevel.alphabet())
+    tokenizer = Tokenizer(BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": END}), encoding="utf-8")
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return directory
 
 
 def make_tiny_model(

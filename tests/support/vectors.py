@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import dsi_protocol
-from dsi_protocol import MESSAGES, Message
+from dsi_protocol import MESSAGES, Message, SamplingParameters
 
 VECTORS = Path(dsi_protocol.__file__).parent.parent / "vectors"
 
@@ -28,16 +28,31 @@ def cases(name: str) -> list[Any]:
 
 def as_json(message: Message) -> dict[str, Any]:
     """The message as an object of JSON, its name as `type`, without optional fields that have their default."""
-    defaults = {each.name: each.default for each in fields(message)}
-    values = {key: value for key, value in asdict(message).items() if value != defaults[key]}
-    return {
-        "type": type(message).__name__,
-        **{key: list(value) if isinstance(value, tuple) else value for key, value in values.items()},
-    }
+    return {"type": type(message).__name__, **_said(message)}
+
+
+def _said(record: Any) -> dict[str, Any]:
+    """The fields of a dataclass that do not have their default."""
+    said = {each.name: getattr(record, each.name) for each in fields(record)}
+    defaults = {each.name: each.default for each in fields(record)}
+    return {name: _plain(value) for name, value in said.items() if value != defaults[name]}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return _said(value)
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def from_json(said: dict[str, Any]) -> Any:
     """The message that such an object stands for."""
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()}
+    values = {key: _tuples(value) for key, value in said.items()}
+    if "sampling" in values:
+        sampling = {key: _tuples(value) for key, value in values["sampling"].items()}
+        values["sampling"] = SamplingParameters(**sampling)
     by_name = {message.__name__: message for message in MESSAGES}
     return by_name[values.pop("type")](**values)

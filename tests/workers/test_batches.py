@@ -19,6 +19,7 @@ from dsi_protocol import (
     Failed,
     Message,
     OpenGeneration,
+    SamplingParameters,
     Verified,
     Verify,
 )
@@ -28,7 +29,7 @@ from dsi_workers.engine import Answer, Interrupt
 from dsi_workers.engines import Engine, Task, load_engine
 from dsi_workers.engines.model import ModelEngine
 from dsi_workers.loop import WorkerLoop
-from dsi_workers.session import SamplingParameters, Session
+from dsi_workers.session import Session
 from support.engines import CountingEngine, NoInterrupt, ScriptedSocket, make_tiny_model, role_for, session_of
 
 
@@ -168,7 +169,7 @@ def test_a_session_that_is_opened_again_finds_nothing_of_the_closed_one() -> Non
 
 
 def opened(generation: int) -> OpenGeneration:
-    return OpenGeneration(generation, 3, "test", 0.0, 0, 1.0, 0.0, 1.0, 0, False)
+    return OpenGeneration(generation, 3, "test")
 
 
 def serve(engine: CountingEngine, *messages: Message) -> ScriptedSocket:

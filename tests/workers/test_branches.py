@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from dsi_protocol import SamplingParameters
 from dsi_workers import sampling as sampling_module
 from dsi_workers.backend import Run
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.engines import Engine, EngineError, Interrupted, Task, load_engine
 from dsi_workers.sampling import Sampler
-from dsi_workers.session import SamplingParameters, Session
+from dsi_workers.session import Session
 from dsi_workers.tree import Branch
 from support.engines import InterruptAfter, NoInterrupt, make_tiny_model, torch_backend
 

@@ -198,7 +198,7 @@ def asked(loop: WorkerLoop, socket: ScriptedSocket, *requests: Draft, steps: int
 def a_drafter() -> tuple[WorkerLoop, ScriptedSocket, CountingEngine]:
     engine, socket = CountingEngine(), ScriptedSocket()
     loop = WorkerLoop(cast(WorkSocket, socket), engine, lambda: True, role="drafter")
-    loop._on_message(OpenGeneration(1, len(PROMPT), "test", 0.0, 0, 1.0, 0.0, 1.0, 0, False))
+    loop._on_message(OpenGeneration(1, len(PROMPT), "test"))
     return loop, socket, engine
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from dsi_protocol import SamplingParameters
 from dsi_workers.decoding.torch_backend import TorchBackend
 from dsi_workers.decoding.widths import Trial, Widths
 from dsi_workers.drafting.suffix_index import READ_AT_ONCE
@@ -21,7 +22,7 @@ from dsi_workers.engines import Engine, EngineError, Interrupted, Task, load_eng
 from dsi_workers.engines.loading import load_model_engine
 from dsi_workers.engines.model import ModelEngine
 from dsi_workers.engines.translating import TranslatingEngine
-from dsi_workers.session import SamplingParameters, Session
+from dsi_workers.session import Session
 from support.engines import InterruptAfter, NoInterrupt, make_tiny_model, session_of, torch_backend
 
 MakeEngine = Callable[[], Engine]

@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("triton", reason="kernels for a GPU need Triton")
 
+from dsi_protocol import SamplingParameters
 from dsi_workers.backend import Run
 from dsi_workers.benches.device import SHAPES, peak_tflops
 from dsi_workers.checkpoints.load import load_model
@@ -28,7 +29,7 @@ from dsi_workers.decoding.widths import Widths
 from dsi_workers.engine import EngineError, Interrupted, Task
 from dsi_workers.engines import load_engine
 from dsi_workers.engines.model import ModelEngine
-from dsi_workers.session import SamplingParameters, Session
+from dsi_workers.session import Session
 from support.engines import InterruptAfter, NoInterrupt, make_tiny_model
 
 GPU = torch.cuda.is_available()

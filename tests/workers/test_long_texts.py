@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dsi_protocol import Draft, Drafted, OpenGeneration, Verified, Verify, prefix_checksum
+from dsi_protocol import Draft, Drafted, OpenGeneration, SamplingParameters, Verified, Verify, prefix_checksum
 from dsi_workers.backend import Run
 from dsi_workers.connection import WorkSocket
 from dsi_workers.decoding.torch_backend import TorchBackend
@@ -20,7 +20,7 @@ from dsi_workers.drafting.translation import Vocabulary
 from dsi_workers.engines import Engine, Task, load_engine
 from dsi_workers.engines.translating import TranslatingEngine
 from dsi_workers.loop import WorkerLoop
-from dsi_workers.session import SamplingParameters, Session
+from dsi_workers.session import Session
 from support.counting import CountedList, calls_of
 from support.engines import NoInterrupt, ScriptedSocket, make_tiny_model
 
@@ -319,7 +319,7 @@ def test_a_request_is_prepared_and_answered_without_a_look_at_the_whole_text() -
         socket = ScriptedSocket()
         loop = WorkerLoop(cast(WorkSocket, socket), ngram(), lambda: True, role="drafter")
         prompt = tuple(text(length))
-        socket.inbox.append(OpenGeneration(1, length, "test", 0.0, 0, 1.0, 0.0, 1.0, 0, False))
+        socket.inbox.append(OpenGeneration(1, length, "test"))
         socket.inbox.append(Draft(1, 1, 0, 0, prompt, length, 4, 4))
         loop.run()
         loop.farewell = None
@@ -347,7 +347,7 @@ def test_a_target_answers_a_verification_by_its_own_tokens_only() -> None:
         engine = load_engine("timed", role="target", model="", device="cpu:0", options={"vocabulary_size": 90})
         loop = WorkerLoop(cast(WorkSocket, socket), engine, lambda: True, role="target")
         prompt = tuple(text(length))
-        socket.inbox.append(OpenGeneration(1, length, "test", 0.0, 0, 1.0, 0.0, 1.0, 0, False))
+        socket.inbox.append(OpenGeneration(1, length, "test"))
         socket.inbox.append(Verify(1, 1, 0, 0, prompt, length))
         loop.run()
         loop.farewell = None

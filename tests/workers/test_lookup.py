@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsi_protocol import SamplingParameters
 from dsi_workers.backend import Run
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.drafting.lookup import Lookup
 from dsi_workers.drafting.suffix_index import SuffixIndex, Text, Texts
 from dsi_workers.engines import Engine, Interrupted, Task, load_engine
-from dsi_workers.session import SamplingParameters, Session
+from dsi_workers.session import Session
 from support.engines import InterruptAfter, NoInterrupt, make_tiny_model, session_of
 
 FLAT = {1: 10.0, 8: 11.0}

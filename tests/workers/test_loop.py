@@ -38,7 +38,7 @@ from dsi_workers.loop import WorkerLoop
 from dsi_workers.sessions import MAX_SESSIONS
 from support.engines import CountingEngine, ScriptedSocket, role_for
 
-OPEN = OpenGeneration(1, 3, "test", 0.0, 0, 1.0, 0.0, 1.0, 0, False)
+OPEN = OpenGeneration(1, 3, "test")
 PROMPT = (10, 11, 12)
 
 

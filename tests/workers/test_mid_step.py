@@ -21,6 +21,7 @@ from dsi_protocol import (
     OpenGeneration,
     OptionValue,
     Ready,
+    SamplingParameters,
     Verified,
     Verify,
     Welcome,
@@ -39,7 +40,7 @@ from support.engines import CountingEngine, ScriptedSocket, make_tiny_model, rol
 ONE, OTHER, THIRD = 987_654_321, 987_654_322, 987_654_323
 #: Prompt lookup finds what follows.
 PROMPT, FOLLOWS = (5, 6, 7, 8, 9, 10, 5, 6, 7, 8, 9, 10, 5, 6, 7, 8), (9,)
-OPEN = OpenGeneration(ONE, len(PROMPT), "test", 0.7, 0, 1.0, 0.0, 1.2, 3, False)
+OPEN = OpenGeneration(ONE, len(PROMPT), "test", SamplingParameters(0.7, repetition_penalty=1.2, seed=3))
 READY = Ready("count", 1000, 64, 8, 1, 1, 8, 1, 5, 0)
 
 
@@ -240,16 +241,37 @@ def test_what_a_request_asks_is_no_failure_of_the_engine() -> None:
     ("name", "value"),
     [
         ("temperature", -1.0), ("temperature", 1e9), ("top_p", 0.0), ("top_p", 2.0), ("min_p", -0.5), ("min_p", 7.0),
-        ("repetition_penalty", 0.0), ("repetition_penalty", -2.0), ("repetition_penalty", 1e-40),
+        ("repetition_penalty", 0.0), ("repetition_penalty", -2.0), ("repetition_penalty", 1e-40), ("presence_penalty", 3.0),
+        ("frequency_penalty", -3.0),
     ],
 )  # fmt: skip
 def test_parameters_without_a_meaning_are_refused_as_the_requests_own(name: str, value: float) -> None:
     changed: dict[str, Any] = {name: value}
-    opened = replace(OPEN, **changed)
+    opened = replace(OPEN, sampling=replace(OPEN.sampling, **changed))
     [reply] = served(CountingEngine(), MidStepSocket(), opened, Verify(ONE, 1, 0, 0, (10, 11, 12), 3))
     assert isinstance(reply, Failed)
     assert reply.code == "request"
     assert f"{name} must lie in" in reply.message
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"biased_tokens": (1, 2), "biases": (1.0,)}, "one bias for each token"),
+        ({"biased_tokens": (1, 1), "biases": (1.0, 2.0)}, "no token twice"),
+        ({"biased_tokens": (1,), "biases": (1000.0,)}, "a bias in"),
+        ({"biased_tokens": tuple(range(1025)), "biases": (1.0,) * 1025}, "at most 1024 tokens"),
+        ({"bad_words": ((),)}, "bad_words must"),
+        ({"bad_words": ((1,) * 65,)}, "bad_words must"),
+        ({"stop_tokens": tuple(range(1025))}, "stop_token_ids must"),
+    ],
+)
+def test_lists_of_parameters_have_limits(changed: dict[str, Any], words: str) -> None:
+    opened = replace(OPEN, sampling=replace(OPEN.sampling, **changed))
+    [reply] = served(CountingEngine(), MidStepSocket(), opened, Verify(ONE, 1, 0, 0, (10, 11, 12), 3))
+    assert isinstance(reply, Failed)
+    assert reply.code == "request"
+    assert words in reply.message
 
 
 def test_a_sampler_that_breaks_is_no_failure_of_the_engine(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,10 +297,9 @@ def test_broken_logits_are_answered(model: Path, monkeypatch: pytest.MonkeyPatch
         return [logits * float("nan") for logits in compute(self, *arguments, **more)]
 
     monkeypatch.setattr(type(torch_backend(engine).forward), "__call__", broken)
-    greedy = replace(OPEN, generation=OTHER, temperature=0.0, repetition_penalty=1.0, logprobs=True)
-    sent = served(
-        engine, MidStepSocket(), replace(OPEN, logprobs=True), greedy, ask("target", ONE), ask("target", OTHER)
-    )
+    told = replace(OPEN, sampling=replace(OPEN.sampling, logprobs=True))
+    greedy = OpenGeneration(OTHER, len(PROMPT), "test", SamplingParameters(logprobs=True))
+    sent = served(engine, MidStepSocket(), told, greedy, ask("target", ONE), ask("target", OTHER))
     assert len(sent) == 2
     for reply in sent:
         assert isinstance(reply, Verified)

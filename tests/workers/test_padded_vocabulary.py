@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dsi_protocol import SamplingParameters
 from dsi_workers.engines import Engine, Task, load_engine
-from dsi_workers.session import SamplingParameters
 from support.engines import NoInterrupt, make_tiny_model, session_of
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]

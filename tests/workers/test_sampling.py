@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation import logits_process as library
 
+from dsi_protocol import SamplingParameters
 from dsi_protocol.gumbel import gumbel, stream_key
-from dsi_workers.sampling import Sampler, apply_repetition_penalty, filter_scores, gumbel_noise, log_probability
-from dsi_workers.session import SamplingParameters, Session
+from dsi_workers.logit_changes import LogitChanges, apply_repetition_penalty
+from dsi_workers.sampling import Sampler, filter_scores, gumbel_noise, log_probability
+from dsi_workers.session import Session
 from support.engines import make_tiny_model
 
 U64 = st.integers(0, 2**64 - 1)
@@ -256,6 +258,70 @@ def test_the_penalty_is_on_what_stands_before_however_the_text_changed(data: st.
         assert made.choose(logits, position, guess, fork) == sampler(parameters, before).choose(logits, position)
 
 
+def changed_by_hand(logits: torch.Tensor, text: list[int], parameters: SamplingParameters) -> torch.Tensor:
+    """As section 7 of the specification has it, from the whole text. The prompt is its first two tokens."""
+    scores = [float(value) for value in logits]
+    answer = text[2:]
+    bad = {word[-1] for word in parameters.bad_words if answer[len(answer) - len(word) + 1 :] == list(word[:-1])}
+    stops = set(parameters.stop_tokens) if len(text) - 2 < parameters.min_tokens else set()
+    for tokens in (bad, stops):
+        left = [-math.inf if token in tokens else score for token, score in enumerate(scores)]
+        scores = left if max(left) > -math.inf else scores
+    made = torch.tensor(scores)
+    for token, bias in zip(parameters.biased_tokens, parameters.biases, strict=True):
+        if token < len(made):
+            made[token] += bias
+    for token in set(text) & set(range(len(made))):
+        made[token] = made[token] * 1.5 if made[token] < 0 else made[token] / 1.5
+    for token, count in Counter(answer).items():
+        if token < len(made):
+            made[token] = made[token] - parameters.frequency_penalty * torch.tensor(float(count))
+            made[token] = made[token] - parameters.presence_penalty
+    return made
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_logits_change_as_the_specification_says_however_the_text_changed(data: st.DataObject) -> None:
+    """In chains and trees: whatever is committed, guessed, or on a branch, the text before the row alone counts."""
+    words = st.integers(0, 11)  # two more than there are logits
+    halves = st.sampled_from([-1.5, -0.5, 0.0, 0.25, 2.0])
+    biased = data.draw(st.lists(words, unique=True, max_size=4))
+    parameters = SamplingParameters(
+        repetition_penalty=1.5, presence_penalty=data.draw(halves), frequency_penalty=data.draw(halves),
+        biased_tokens=tuple(biased), biases=tuple(data.draw(halves) for _ in biased),
+        bad_words=tuple(data.draw(st.lists(st.lists(words, min_size=1, max_size=3).map(tuple), max_size=4))),
+        min_tokens=data.draw(st.integers(0, 6)), stop_tokens=tuple(data.draw(st.lists(words, max_size=12))),
+    )  # fmt: skip
+    session = Session(1, 2, "", parameters)
+    session.write(0, data.draw(st.lists(words, min_size=2, max_size=6)))
+    changes = LogitChanges(session)
+    logits = torch.randn(10, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
+    for _ in range(data.draw(st.integers(1, 6))):
+        base = data.draw(st.integers(2, len(session.tokens)))
+        if data.draw(st.booleans()):
+            session.truncate(base)
+        session.write(base, data.draw(st.lists(words, max_size=5)))
+        guess = data.draw(st.lists(words, max_size=3))
+        end = data.draw(st.integers(2, len(session.tokens)))
+        position = data.draw(st.integers(2, end + len(guess)))
+        text = [*session.tokens[:end], *guess][:position]
+        assert torch.equal(
+            changes.apply(logits.clone(), position, guess, end), changed_by_hand(logits, text, parameters)
+        )
+
+
+def test_penalties_are_on_the_answer_alone() -> None:
+    session = Session(1, 2, "", SamplingParameters(frequency_penalty=1.0, presence_penalty=0.5))
+    session.write(0, [0, 0, 1, 1])
+    assert LogitChanges(session).apply(torch.zeros(3), 4, (), 4).tolist() == [0.0, -2.5, 0.0]
+
+
+def test_an_answer_goes_on_where_every_token_is_forbidden() -> None:
+    parameters = SamplingParameters(bad_words=((0,), (1,)), min_tokens=5, stop_tokens=(0, 1))
+    assert sampler(parameters, [0]).choose(torch.tensor([1.0, 2.0]), 1) == 1
+
+
 def test_a_token_costs_as_much_after_a_long_text_as_after_a_short_one() -> None:
     """Counted in looks at the text."""
 
@@ -271,7 +337,9 @@ def test_a_token_costs_as_much_after_a_long_text_as_after_a_short_one() -> None:
             return super().__iter__()
 
     def looks_after(length: int) -> int:
-        session = Session(1, length, "", SamplingParameters(temperature=0.8, repetition_penalty=1.2))
+        session = Session(
+            1, length, "", SamplingParameters(temperature=0.8, repetition_penalty=1.2, bad_words=((1, 2),))
+        )
         session.tokens = Counted(number % WORDS for number in range(length))
         made, logits = Sampler(session), torch.zeros(WORDS)
         made.choose(logits, length)
@@ -292,7 +360,8 @@ def test_a_sampled_request_imports_nothing(tmp_path: Path) -> None:
     program = """
 import sys
 from dsi_workers.engines import Task, load_engine
-from dsi_workers.session import SamplingParameters, Session
+from dsi_protocol import SamplingParameters
+from dsi_workers.session import Session
 from support.engines import NoInterrupt
 for role, options in (("target", {}), ("drafter", {}), ("drafter", {"lookup": True})):
     options["calibrate"] = False

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dsi_protocol import SamplingParameters
 from dsi_workers.engine import Interrupted, RequestError
 from dsi_workers.engines import Engine, Task, load_engine
-from dsi_workers.session import SamplingParameters, Session
+from dsi_workers.session import Session
 from dsi_workers.tree import Branch, read_tree
 from support.engines import InterruptAfter, NoInterrupt, make_tiny_model
 

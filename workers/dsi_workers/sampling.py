@@ -1,10 +1,10 @@
-"""Samples tokens from logits: apply transformers' sampling parameters, then take argmax(log p + g) with Gumbel noise g.
+"""Samples tokens from logits: apply the sampling parameters, then take argmax(log p + g) with Gumbel noise g.
 
 The noise is the same on every worker. The token depends only on the logits, the parameters, the seed, the position and the
 tokens before it. It does not depend on the drafter, on how tokens were grouped into verifications, or on the worker. A drafter
 with the same noise agrees with the target as often as their distributions are close (arXiv 2408.07978). Only token ids are sent.
 
-Each parameter gives the same bits as transformers' processor of that name (tests/workers/test_sampling.py). transformers itself
+A parameter that transformers has, too, gives the same bits as there (tests/workers/test_sampling.py). transformers itself
 is not used: its import takes seconds, and its repetition penalty reads the whole text for each token.
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
+from dsi_protocol import SamplingParameters
 from dsi_protocol.gumbel import (
     FRACTION_BITS,
     GAMMA,
@@ -24,23 +25,21 @@ from dsi_protocol.gumbel import (
     half_log_table,
     stream_key,
 )
-from dsi_workers.session import Occurrences, SamplingParameters, Session
-
-_LARGEST = torch.finfo(torch.float32).max
+from dsi_workers.grammar import Grammars
+from dsi_workers.logit_changes import LARGEST, LogitChanges
+from dsi_workers.session import Session
 
 
 class Sampler:
     """Chooses the tokens of one session. A choice takes no longer for a longer text."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, grammars: Grammars | None = None) -> None:
+        """Raises RequestError if the session's grammar cannot be followed here."""
         self._session = session
         self._parameters = session.sampling
-        self._seen: _SeenTokens | None = None
+        self._changes = LogitChanges(session, grammars) if self._parameters.changes_logits else None
         #: A position, and the noise of all tokens there.
         self._noise: tuple[int, torch.Tensor] | None = None
-        if self._parameters.repetition_penalty != 1:
-            session.occurrences = Occurrences()
-            self._seen = _SeenTokens(session.occurrences)
 
     def choose(self, logits: torch.Tensor, position: int, guess: Sequence[int] = (), fork: int | None = None) -> int:
         """Return the token at `position`, from logits [vocabulary].
@@ -69,15 +68,11 @@ class Sampler:
         return first, int(candidates[second_choice(perturbed, place)])
 
     def _scores(self, logits: torch.Tensor, position: int, guess: Sequence[int], fork: int | None) -> torch.Tensor:
-        """Finite logits after the repetition penalty."""
+        """Finite logits after all changes that come before the temperature."""
         scores = _finite(logits)
-        if self._seen is None:
+        if self._changes is None:
             return scores
-        tokens = self._session.tokens
-        end = len(tokens) if fork is None else fork
-        self._seen.move_to(tokens, min(position, end))
-        seen = self._seen.mask(scores, guess[: max(0, position - end)])
-        return apply_repetition_penalty(scores, seen, self._parameters.repetition_penalty)
+        return self._changes.apply(scores, position, guess, len(self._session.tokens) if fork is None else fork)
 
     def _perturbed(self, scores: torch.Tensor, position: int) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Return (candidates, log p + g of each). The largest is the choice. Candidates None: every token, without noise."""
@@ -100,36 +95,6 @@ class Sampler:
         return self._noise[1]
 
 
-class _SeenTokens:
-    """The set of tokens that occur in a text, as a mask over the vocabulary. Updated in place when the text changes."""
-
-    def __init__(self, occurrences: Occurrences) -> None:
-        self._occurrences = occurrences
-        self._mask: torch.Tensor | None = None
-
-    def move_to(self, tokens: Sequence[int], length: int) -> None:
-        """Change the text to the first `length` of these tokens."""
-        self._occurrences.move_to(tokens, length)
-
-    def mask(self, scores: torch.Tensor, more: Sequence[int]) -> torch.Tensor:
-        """Return the mask for the text followed by `more`. Its shape and device are those of `scores`."""
-        if self._mask is None:
-            self._mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
-        for ids, seen in zip(self._occurrences.changes(), (True, False), strict=True):
-            self._set(self._mask, ids, seen=seen)
-        if not more:
-            return self._mask
-        mask = self._mask.clone()
-        self._set(mask, more, seen=True)
-        return mask
-
-    @staticmethod
-    def _set(mask: torch.Tensor, ids: Sequence[int], *, seen: bool) -> None:
-        known = [token for token in ids if token < len(mask)]  # a vocabulary may have tokens without a logit
-        if known:
-            mask[torch.tensor(known, device=mask.device)] = seen
-
-
 def second_choice(scores: torch.Tensor, first: int) -> int:
     """Return the place of the largest of `scores` [n] beside the place `first`."""
     others = scores.clone()
@@ -139,13 +104,7 @@ def second_choice(scores: torch.Tensor, first: int) -> int:
 
 def _finite(logits: torch.Tensor) -> torch.Tensor:
     """The logits in float32, with NaN replaced by -inf (an impossible token), and +inf by the largest finite number."""
-    return logits.float().nan_to_num(nan=-torch.inf, posinf=_LARGEST, neginf=-torch.inf)
-
-
-def apply_repetition_penalty(scores: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Return the scores after the repetition penalty. `seen` is True for tokens that occur earlier in the text."""
-    changed = torch.where(scores < 0, scores * penalty, scores / penalty).clamp_(max=_LARGEST)
-    return torch.where(seen, changed, scores)
+    return logits.float().nan_to_num(nan=-torch.inf, posinf=LARGEST, neginf=-torch.inf)
 
 
 def filter_scores(scores: torch.Tensor, parameters: SamplingParameters) -> torch.Tensor:
@@ -154,7 +113,7 @@ def filter_scores(scores: torch.Tensor, parameters: SamplingParameters) -> torch
     Dropped tokens get the score -inf. At least one token is kept.
     """
     if parameters.temperature != 1:
-        scores = (scores / parameters.temperature).clamp_(max=_LARGEST)
+        scores = (scores / parameters.temperature).clamp_(max=LARGEST)
     if parameters.top_k:
         least = torch.topk(scores, min(parameters.top_k, len(scores))).values[-1]
         scores = scores.masked_fill(scores < least, -torch.inf)
@@ -174,12 +133,15 @@ def filter_scores(scores: torch.Tensor, parameters: SamplingParameters) -> torch
 def log_probability(logits: torch.Tensor, token: int) -> float:
     """Return the log probability of the token, from logits [vocabulary]. It is finite for any logits."""
     value = float(_finite(logits).log_softmax(dim=-1)[token])
-    return value if value >= -_LARGEST else -_LARGEST
+    return value if value >= -LARGEST else -LARGEST
 
 
 def warm_up(logits: torch.Tensor) -> None:
     """Sample once with every parameter, from logits [vocabulary], so that the first request does not wait for initialization."""
-    parameters = SamplingParameters(0.9, 50, 0.9, 0.01, 1.1, 1, logprobs=True)
+    parameters = SamplingParameters(
+        0.9, 50, 0.9, 0.01, 1.1, presence_penalty=0.1, frequency_penalty=0.1, biased_tokens=(1,), biases=(0.5,),
+        bad_words=((2,), (0, 1)), min_tokens=9, stop_tokens=(1,), seed=1, logprobs=True,
+    )  # fmt: skip
     session = Session(0, 1, "warm-up", parameters)
     session.write(0, [0, 1, 0])
     sampler = Sampler(session)

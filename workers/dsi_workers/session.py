@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from dsi_protocol import FromWorker, prefix_checksum
+from dsi_protocol import FromWorker, SamplingParameters, prefix_checksum
 from dsi_workers.draft_tree import DraftTree
 
 #: The last attempts that are remembered, to detect duplicates. More than can be queued (MAX_QUEUED_REQUESTS in loop.py).
@@ -19,60 +18,22 @@ _REMEMBERED_ATTEMPTS = 8192
 _REMEMBERED_REPLIES = 1024
 
 
-#: Below this temperature, sampling is greedy (SPEC.md section 7).
-_LEAST_TEMPERATURE = 1e-6
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParameters:
-    """The sampling parameters of a generation, with the same meaning as in transformers."""
-
-    temperature: float = 0.0  # below 1e-6 is greedy
-    top_k: int = 0  # 0 is off
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    logprobs: bool = False
-
-    @property
-    def greedy(self) -> bool:
-        """True if the token with the largest logit is chosen, after the repetition penalty."""
-        return self.temperature < _LEAST_TEMPERATURE
-
-    @property
-    def plain_greedy(self) -> bool:
-        """True if the token with the largest logit is chosen, without a repetition penalty."""
-        return self.greedy and self.repetition_penalty == 1
-
-    @property
-    def problem(self) -> str:
-        """Names a parameter that is outside its range (SPEC.md section 7). "" if all are valid."""
-        if not 0 <= self.temperature <= 1000:
-            return f"temperature must lie in [0, 1000], not {self.temperature}"
-        if not 0 < self.top_p <= 1:
-            return f"top_p must lie in (0, 1], not {self.top_p}"
-        if not 0 <= self.min_p <= 1:
-            return f"min_p must lie in [0, 1], not {self.min_p}"
-        if not 0.001 <= self.repetition_penalty <= 1000:
-            return f"repetition_penalty must lie in [0.001, 1000], not {self.repetition_penalty}"
-        return ""
-
-
 class Occurrences:
-    """Counts the token ids among the first `length` tokens of a text.
+    """Counts the token ids at positions [begin, length) of a text.
 
     The cost depends on how much the text changes, not on its length.
     """
 
-    def __init__(self) -> None:
-        self.length = 0
+    def __init__(self, begin: int = 0) -> None:
+        self._begin = begin
+        self.length = begin
         self._counts: dict[int, int] = {}
         #: Ids whose count changed since the last call of `changes`.
         self._changed: set[int] = set()
 
     def move_to(self, tokens: Sequence[int], length: int) -> None:
-        """Count the first `length` of these tokens. Tokens that are already counted must not have changed."""
+        """Count the tokens before position `length`. Tokens that are already counted must not have changed."""
+        length = max(length, self._begin)
         while self.length < length:
             self._count(tokens[self.length], 1)
             self.length += 1
@@ -80,12 +41,10 @@ class Occurrences:
             self.length -= 1
             self._count(tokens[self.length], -1)
 
-    def changes(self) -> tuple[list[int], list[int]]:
-        """Return (ids that occur, ids that do not occur), of the ids whose count changed since the last call."""
+    def changes(self) -> dict[int, int]:
+        """How often each id occurs, of the ids whose count changed since the last call."""
         changed, self._changed = self._changed, set()
-        return [token for token in changed if token in self._counts], [
-            token for token in changed if token not in self._counts
-        ]
+        return {token: self._counts.get(token, 0) for token in changed}
 
     def _count(self, token: int, more: int) -> None:
         self._changed.add(token)
@@ -109,8 +68,8 @@ class Session:
         self.revision = 0
         #: (revision, number of tokens left) of removals, without those that a later one went below. So both numbers rise.
         self._cuts: list[tuple[int, int]] = []
-        #: Counts of the tokens, for a sampler with repetition penalty.
-        self.occurrences: Occurrences | None = None
+        #: Counts of the tokens, for samplers with penalties. They are kept up to date when tokens are removed.
+        self.counters: list[Occurrences] = []
         #: The engine has computed positions [0, computed). A transformer's KV cache is valid for these.
         self.computed = 0
         #: On a drafter: drafts that are not sent yet.
@@ -162,8 +121,9 @@ class Session:
     def truncate(self, length: int) -> None:
         """Remove all tokens from position `length` on."""
         if length < len(self.tokens):
-            if self.occurrences is not None and self.occurrences.length > length:
-                self.occurrences.move_to(self.tokens, length)
+            for counter in self.counters:
+                if counter.length > length:
+                    counter.move_to(self.tokens, length)
             self.revision += 1
             while self._cuts and self._cuts[-1][1] >= length:
                 self._cuts.pop()

@@ -7,7 +7,7 @@ from collections.abc import Container
 import structlog
 
 from dsi_protocol import OpenGeneration
-from dsi_workers.session import SamplingParameters, Session
+from dsi_workers.session import Session
 
 log = structlog.get_logger("dsi.worker")
 
@@ -39,11 +39,9 @@ class Sessions:
         if len(self._open) >= MAX_SESSIONS and not self._evict(busy):
             log.warning("too many generations are open: a new one is refused", limit=MAX_SESSIONS)
             return
-        sampling = SamplingParameters(
-            opened.temperature, opened.top_k, opened.top_p, opened.min_p, opened.repetition_penalty, opened.seed,
-            opened.logprobs,
-        )  # fmt: skip
-        self._open[opened.generation] = Session(opened.generation, opened.prompt_length, opened.correlation, sampling)
+        self._open[opened.generation] = Session(
+            opened.generation, opened.prompt_length, opened.correlation, opened.sampling
+        )
 
     def _evict(self, busy: Container[int]) -> bool:
         """Close the generation that has been idle longest: its CloseGeneration may be lost. Returns False if none is idle.

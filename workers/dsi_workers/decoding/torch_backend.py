@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -30,7 +31,10 @@ class TorchBackend:
         max_length: int,
         window: int,
         branch_slots: int = 0,
+        tokenizer: Path | None = None,
     ) -> None:
+        #: The model's tokenizer.json.
+        self.tokenizer = tokenizer
         self.vocabulary = vocabulary
         self.vocabulary_size = vocabulary_size
         self.max_length = max_length

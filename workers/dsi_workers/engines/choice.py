@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from dsi_workers.engine import RequestError, Task
+from dsi_workers.grammar import Grammars
 from dsi_workers.sampling import Sampler, log_probability, second_choice
 from dsi_workers.session import Session
 from dsi_workers.tree import Branch
@@ -16,14 +17,18 @@ from dsi_workers.tree import Branch
 class Choice:
     """Chooses the tokens of all generations of one engine."""
 
-    def __init__(self) -> None:
+    def __init__(self, grammars: Grammars) -> None:
+        self._grammars = grammars
         #: By generation. Plainly greedy generations have none.
         self._samplers: dict[int, Sampler] = {}
 
     def begin(self, session: Session) -> None:
-        """Prepare to choose tokens for the session. Call this before its logits are computed, so that errors show early."""
+        """Prepare to choose tokens for the session. Call this before its logits are computed, so that errors show early.
+
+        Raises RequestError.
+        """
         if not session.sampling.plain_greedy and session.generation not in self._samplers:
-            self._samplers[session.generation] = Sampler(session)
+            self._samplers[session.generation] = Sampler(session, self._grammars)
 
     def forget(self, session: Session) -> None:
         """Free what is held for the session."""
@@ -101,6 +106,8 @@ def _blamed_on_the_request() -> Iterator[None]:
     """Any error of the sampler but one of the device is the request's fault, not the model's: raises RequestError."""
     try:
         yield
+    except RequestError:
+        raise
     except (
         torch.OutOfMemoryError,
         torch.AcceleratorError,

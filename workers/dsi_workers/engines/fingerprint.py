@@ -1,4 +1,7 @@
-"""A checksum of the logits of a fixed text: it differs where two target servers compute different bits."""
+"""A checksum of the logits of a fixed text: it differs where two target servers compute different bits.
+
+The version of the library for structured output belongs to it, since it decides which tokens a grammar allows.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import zlib
 
 from dsi_workers.backend import Backend, Run
 from dsi_workers.engine import Never
+from dsi_workers.grammar import grammar_checksum
 
 #: The text has token ids below this, which every model knows.
 _WORDS = 97
@@ -21,7 +25,7 @@ def fingerprint_of(backend: Backend) -> int:
     text = [position * 31 % words for position in range(chunk + backend.window)]
     prompt = Run(0, text[:chunk], 0, chunk, chunk - 1)
     window = Run(0, text[chunk:], chunk, 0, chunk)
-    checksum = backend.devices - 1
+    checksum = zlib.crc32(backend.devices.to_bytes(2, "little"), grammar_checksum())
     for run in (prompt, window):
         for logits in backend.compute([run], Never()):
             checksum = zlib.crc32(logits.float().cpu().numpy().tobytes(), checksum)

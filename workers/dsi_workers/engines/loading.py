@@ -58,7 +58,10 @@ def load_model_engine(model: str, *, device: str, drafter: bool, options: Mappin
     lookup = None
     if drafter and options.get("lookup"):
         lookup = Lookup(guess_costs_us(backend), remember=options.get("remember", True) is not False)
-    return ModelEngine(backend, exact=not drafter, lookup=lookup, calibrate=options.get("calibrate", True) is not False)
+    return ModelEngine(
+        backend, exact=not drafter, lookup=lookup, calibrate=options.get("calibrate", True) is not False,
+        tokenizer=backend.tokenizer,
+    )  # fmt: skip
 
 
 def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, OptionValue]) -> TorchBackend:
@@ -119,7 +122,7 @@ def _backend_of(
         forward.read_step = 1
     backend = TorchBackend(
         forward, widths, vocabulary=vocabulary, vocabulary_size=words, max_length=loaded.positions, window=window,
-        branch_slots=branch_slots,
+        branch_slots=branch_slots, tokenizer=directory / "tokenizer.json",
     )  # fmt: skip
     prompt = Run(0, [position % 16 for position in range(chunk)], 0, chunk, chunk - 1)
     backend.compute([prompt], Never())

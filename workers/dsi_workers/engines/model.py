@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,7 @@ from dsi_workers.engines.calibration import measured
 from dsi_workers.engines.choice import Choice
 from dsi_workers.engines.fingerprint import fingerprint_of
 from dsi_workers.engines.trees import Share, answer_along, branches_to_compute, has_tree, main_end, runs_of
+from dsi_workers.grammar import Grammars
 from dsi_workers.sampling import warm_up
 from dsi_workers.session import Session
 from dsi_workers.tree import Branch
@@ -32,16 +34,24 @@ _MOST_BESIDE_BRANCHES = 8
 
 class ModelEngine(Engine):
     """`exact`: the engine is a target, whose bits matter. `lookup`: the engine is a drafter that checks guesses of prompt lookup
-    in its forwards. `calibrate`: measure latencies now.
+    in its forwards. `calibrate`: measure latencies now. `tokenizer`: the model's tokenizer.json, for structured output.
 
     Uses slot 0 of the backend for warm-up and measurements.
     """
 
-    def __init__(self, backend: Backend, *, exact: bool, lookup: Lookup | None = None, calibrate: bool = True) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        exact: bool,
+        lookup: Lookup | None = None,
+        calibrate: bool = True,
+        tokenizer: Path | None = None,
+    ) -> None:
         self._backend = backend
         self._exact = exact
         self._lookup = lookup
-        self._choice = Choice()
+        self._choice = Choice(Grammars(tokenizer))
         self._slots = Slots(backend.slots, block=backend.prompt_chunk if exact else None)
         #: Of a drafter of trees.
         self._branches: Branches | None = None

@@ -1,0 +1,88 @@
+"""Structured output: a grammar that an answer must follow, checked when it is made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dsi_actors.errors import ConfigError
+from dsi_protocol.fields import MAX_LONG_TEXT_BYTES
+
+#: Between the parts of a JSON value stands at most one space: a small model would otherwise write spaces for ever.
+_JSON_OPTIONS: Any = {"whitespace_pattern": "[ ]?"}
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """What an answer must be. Make it by one of the functions of this class. All of them raise ConfigError.
+
+    `grammar`: the grammar in the form that llguidance takes. It is checked here, before any work: it can be followed, is not
+    contradictory, and not too large.
+    """
+
+    grammar: str
+
+    def __post_init__(self) -> None:
+        size = len(self.grammar.encode(errors="replace"))
+        if size > MAX_LONG_TEXT_BYTES:
+            raise ConfigError(f"the structure has {size} bytes, over the limit of {MAX_LONG_TEXT_BYTES}")
+        if problem := _library("the structure", lambda matcher: str(matcher.validate_grammar(self.grammar))):
+            raise ConfigError(f"the structure cannot be used: {' '.join(problem.split())[:500]}")
+
+    @classmethod
+    def json_object(cls) -> Structure:
+        """Any JSON object."""
+        return cls.json_schema({"type": "object"})
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any] | str) -> Structure:
+        """A JSON value that the schema allows. A part of JSON Schema that cannot be kept to is an error."""
+        text = schema if isinstance(schema, str) else _as_json(schema)
+        return cls(
+            _library("json_schema", lambda matcher: matcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS))
+        )
+
+    @classmethod
+    def regex(cls, pattern: str) -> Structure:
+        """A text that the regular expression matches as a whole. The syntax is that of Rust's crate regex."""
+        return cls(_library("regex", lambda matcher: matcher.grammar_from_regex(pattern)))
+
+    @classmethod
+    def choice(cls, texts: Sequence[str]) -> Structure:
+        """One of these texts."""
+        if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text for text in texts):
+            raise ConfigError("a choice needs a list of texts, none of them empty")
+        options = " | ".join(_as_json(text) for text in texts)
+        return cls(_library("choice", lambda matcher: matcher.grammar_from_lark(f"start: {options}")))
+
+    @classmethod
+    def lark(cls, grammar: str) -> Structure:
+        """A text of this context-free grammar, in Lark's syntax as llguidance has it, or in GBNF."""
+        return cls(_library("grammar", lambda _: _grammar_from(grammar)))
+
+
+def _as_json(value: object) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"the JSON schema is no JSON: {error}") from None
+
+
+def _library(name: str, make: Callable[[Any], str]) -> str:
+    """What `make` gives for the library's class. Raises ConfigError."""
+    try:
+        from llguidance import LLMatcher
+    except ImportError:
+        raise ConfigError("structured output needs llguidance: pip install 'dsi-actors[structure]'") from None
+    try:
+        return make(LLMatcher)
+    except ValueError as error:
+        raise ConfigError(f"the structure cannot be used: {name}: {error}") from None
+
+
+def _grammar_from(grammar: str) -> str:
+    from llguidance import grammar_from
+
+    return grammar_from("grammar", grammar)
