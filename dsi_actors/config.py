@@ -178,6 +178,7 @@ class Config:
             _require(self.ray_address is None, "ray_address names a Ray cluster: give cluster ray, too")
             return
         _require(self.listen is None, "workers are placed by Ray or connect by themselves: leave out cluster or listen")
+        _require(self.tp == 1, "a worker that Ray places has one GPU: leave out tp")
         _require(
             self.ray_address is None or "://" not in self.ray_address,
             f"ray_address {self.ray_address} is for a Ray client, which workers cannot dial: run the orchestrator on a node of "

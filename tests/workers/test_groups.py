@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 
+from dsi_protocol import SamplingParameters
 from dsi_workers.backend import Run
 from dsi_workers.checkpoints.checkpoint import read_checkpoint
 from dsi_workers.checkpoints.load import load_model
@@ -25,7 +26,7 @@ from dsi_workers.engines import load_engine
 from dsi_workers.engines.loading import load_backend
 from dsi_workers.engines.model import ModelEngine
 from dsi_workers.group.steps import Following, Leading, SharedSteps
-from dsi_workers.session import SamplingParameters, Session
+from dsi_workers.session import Session
 from dsi_workers.tree import Branch
 from support.engines import InterruptAfter, NoInterrupt, make_tiny_model, session_of
 from support.group import ThreadRanks, make_uneven_model, of_each_rank

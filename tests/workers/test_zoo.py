@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from dsi_protocol import SamplingParameters
 from dsi_workers.engines import Engine, EngineError, Task, load_engine
-from dsi_workers.session import SamplingParameters, Session
+from dsi_workers.session import Session
 from support.engines import NoInterrupt
 from support.zoo import KINDS, REFUSED, WORDS, make, table
 

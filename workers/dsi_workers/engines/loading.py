@@ -122,7 +122,7 @@ def _backend_of(
         forward.read_step = 1
     backend = TorchBackend(
         forward, widths, vocabulary=vocabulary, vocabulary_size=words, max_length=loaded.positions, window=window,
-        branch_slots=branch_slots, tokenizer=directory / "tokenizer.json",
+        branch_slots=branch_slots, tokenizer=Path(setup.directory) / "tokenizer.json",
     )  # fmt: skip
     prompt = Run(0, [position % 16 for position in range(chunk)], 0, chunk, chunk - 1)
     backend.compute([prompt], Never())
