@@ -19,7 +19,7 @@ from dsi_workers.checkpoints import sizes
 from dsi_workers.checkpoints.experts import choose_block_rows, replace_experts
 from dsi_workers.checkpoints.library import TransformersDecoder
 from dsi_workers.checkpoints.load import load_model
-from dsi_workers.decoding import widths
+from dsi_workers.decoding import kernel_agreement
 from dsi_workers.decoding.experts import Blocks, Expert, route_in_blocks
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.decoding.widths import Trial
@@ -95,7 +95,7 @@ def test_widths_at_which_an_activation_has_other_bits_are_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shared expert is computed with all rows of a forward pass. Here its rows are shorter than the vectors of a CPU."""
-    monkeypatch.setattr(widths, "_LEAST_VALUES", 2000)  # else seconds: the layers are small
+    monkeypatch.setattr(kernel_agreement, "_LEAST_VALUES", 2000)  # else seconds: the layers are small
     _, forward = loaded(tmp_path, "deepseek_v3")
     found = Trial(forward, window=8, words=WORDS, name="made").widths(1)
     activations = torch.randn(4800, 24, generator=torch.Generator().manual_seed(1))
