@@ -496,7 +496,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, when: str) -> None:
         (["generate", PROMPT, "--temperature", "-1"], "temperature must lie in [0, 1000], not -1.0"),
         (["generate", PROMPT, "--temperature", "nan"], "temperature must lie in [0, 1000], not nan"),
         (["generate", PROMPT, "--top-p", "0"], "top_p must lie in (0, 1], not 0.0"),
-        (["generate", PROMPT, "--top-k", "0"], "top_k must be at least 1 (leave it out to keep all tokens), not 0"),
+        (["generate", PROMPT, "--top-k", "-2"], "top_k must be at least 1 (leave it out to keep all tokens), not -2"),
         (["generate", PROMPT, "--seed", "-1"], "seed must lie in [0, 2**64), not -1"),
         (["generate", PROMPT, "--lookahead", "0"], "give auto or a whole number of at least 1"),
         (["generate", PROMPT, "--max-tokens", "5000"], "together 5008 are over the target's limit of 512"),
