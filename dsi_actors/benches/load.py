@@ -63,7 +63,13 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--target", metavar="REF", help="a real model, with an int8 copy of it as the drafter")
     parser.add_argument("--fixed", action="store_true", help="run other fixed ways than plain decoding, too")
     parser.add_argument("--one-device", action="store_true", help="drafter and targets take turns, as on one GPU")
-    parser.add_argument("--repeats", type=int, default=1, metavar="R", help="of the ways in turn; the median is shown")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=1,
+        metavar="R",
+        help="measurements of each way, in turn; the median is shown (default %(default)s)",
+    )
     add_json_option(parser)
     add_ready_timeout_option(parser)
     add_logging_option(parser)

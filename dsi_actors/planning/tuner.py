@@ -198,7 +198,7 @@ class Tuner:
         return may_branch(self._fixed, self._most_rows)
 
     @property
-    def _waits(self) -> bool:
+    def _drafts_wait_for_others(self) -> bool:
         """Whether each drafted token waits for a forward that verifies others, since drafter and targets take turns on one device
         that several generations share. With k drafts a round takes k + 1 such forwards, and yields at most k + 1 tokens: no
         faster than plain decoding, and slower by the drafter's own time."""
@@ -304,7 +304,7 @@ class Tuner:
             policy = Policy.speculative(fixed) if self._algorithm == "si" else Policy.distributed(fixed, sp)
             policy = with_rows(policy, min(self._most_rows or 1, known.rows))
             return replace(policy, branches=UNLIMITED) if self.may_branch else policy  # drafters may come that branch
-        if self._algorithm == "dsi" and (not self.speculates or self._waits):
+        if self._algorithm == "dsi" and (not self.speculates or self._drafts_wait_for_others):
             return Policy.undrafted(sp)
         if target_ms <= 0 or known.drafter_ms <= 0:  # not calibrated: begin as plain decoding does, and measure
             return Policy.speculative(1) if self._algorithm == "si" else Policy.distributed(1, sp)

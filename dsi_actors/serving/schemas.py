@@ -60,22 +60,21 @@ class StreamOptions(_Strict):
 
 
 def _stops(given: Any) -> list[str]:
-    stops = [given] if isinstance(given, str) else given
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise ValueError("give a text or a list of texts")
-    if len(stops) > _MOST_STOPS or not all(0 < len(stop) <= _MOST_STOP_CHARACTERS for stop in stops):
-        raise ValueError(
-            f"give at most {_MOST_STOPS} stop strings, none of them empty or longer than {_MOST_STOP_CHARACTERS} characters"
-        )
-    return stops
+    return _texts(
+        [given] if isinstance(given, str) else given, _MOST_STOPS, "stop strings", "a text or a list of texts"
+    )
 
 
-def _bad_words(given: Any) -> Any:
-    if not isinstance(given, list) or not all(isinstance(word, str) for word in given):
-        raise ValueError("give a list of texts")
-    if len(given) > _MOST_BAD_WORDS or not all(0 < len(word) <= _MOST_STOP_CHARACTERS for word in given):
+def _bad_words(given: Any) -> list[str]:
+    return _texts(given, _MOST_BAD_WORDS, "texts", "a list of texts")
+
+
+def _texts(given: Any, most: int, what: str, expected: str) -> list[str]:
+    if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
+        raise ValueError(f"give {expected}")
+    if len(given) > most or not all(0 < len(text) <= _MOST_STOP_CHARACTERS for text in given):
         raise ValueError(
-            f"give at most {_MOST_BAD_WORDS} texts, none of them empty or longer than {_MOST_STOP_CHARACTERS} characters"
+            f"give at most {most} {what}, none of them empty or longer than {_MOST_STOP_CHARACTERS} characters"
         )
     return given
 

@@ -94,14 +94,21 @@ def test_where_bits_depend_on_the_place_in_a_block_rows_are_computed_one_by_one(
 def test_widths_at_which_an_activation_has_other_bits_are_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A shared expert is computed with all rows of a forward pass. Here its rows are shorter than the vectors of a CPU."""
-    monkeypatch.setattr(kernel_agreement, "_LEAST_VALUES", 2000)  # else seconds: the layers are small
+    """The rows of a shared expert may be shorter than the vectors of a CPU, and the rest of a vector is computed otherwise. Here
+    a function stands for that whose bits depend on the number of rows."""
+
+    def by_fours(numbers: torch.Tensor) -> torch.Tensor:
+        return numbers if len(numbers) % 4 == 0 else numbers.nextafter(numbers + 1)
+
     _, forward = loaded(tmp_path, "deepseek_v3")
-    found = Trial(forward, window=8, words=WORDS, name="made").widths(1)
-    activations = torch.randn(4800, 24, generator=torch.Generator().manual_seed(1))
-    expected = torch.cat([functional.silu(part) for part in activations.split(8)])
-    for width in found.costs_s:
-        assert torch.equal(torch.cat([functional.silu(part) for part in activations.split(width)]), expected)
+    monkeypatch.setattr(kernel_agreement, "_LEAST_VALUES", 2000)  # else seconds: the layers are small
+    monkeypatch.setattr(kernel_agreement, "_ACTIVATIONS", (by_fours,))
+    assert kernel_agreement._activations_agree(forward, 4, 8)
+    assert not kernel_agreement._activations_agree(forward, 2, 8)
+    monkeypatch.setattr(kernel_agreement, "_linear_layers_agree", lambda forward, rows, window: True)
+    assert kernel_agreement.batches_agree(forward, 4, 8)
+    assert not kernel_agreement.batches_agree(forward, 2, 8)
+    assert not any(width % 4 for width in Trial(forward, window=8, words=WORDS, name="made").widths(1).costs_s)
 
 
 def test_a_router_may_return_one_tensor() -> None:
