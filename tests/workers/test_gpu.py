@@ -328,7 +328,8 @@ def test_a_tree_with_more_branches_than_a_forward_has_rows_for(
 ) -> None:
     """Those that do not fit wait until the answer goes along one of them."""
     engine = engine_on_a_gpu(monkeypatch, tmp_path, "target", slots=3, calibrate=False)
-    assert engine.info.rows == 256
+    rows = engine.info.rows  # a GPU tries no more windows than three generations need
+    assert rows == (64 if GPU else 256)
     session, others = (
         session_of([5, 6], prompt_length=1),
         [session_of([5], generation=2), session_of([5], generation=3)],
@@ -346,7 +347,10 @@ def test_a_tree_with_more_branches_than_a_forward_has_rows_for(
     while left := [task for task in tasks if not task.done]:
         engine.step(left, NoInterrupt())
     assert tree.answer.tokens == own
-    assert max(shared) == 1 + 62, "8 rows of the main path, and 4 of each branch"
+    if GPU:  # the fastest of several widths, which take equally long
+        assert 1 < max(shared) < len(wrong)
+    else:
+        assert max(shared) == 1 + (rows - 8) // 4, "8 rows of the main path, and 4 of each branch"
 
 
 @pytest.mark.parametrize("window", [4, 16])

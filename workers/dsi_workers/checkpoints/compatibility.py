@@ -5,17 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
-from transformers.cache_utils import (
-    DummyLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionCacheLayerMixin,
-)
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from dsi_workers.engine import EngineError
 
 #: Kinds of attention whose masks this engine has, as `layer_types` in config.json names them.
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+#: Layers of transformers' cache by name, since older versions do not have them all. A DummyLayer stands for a layer that reads
+#: the keys and values of an earlier one.
+_CACHES = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 #: Model types whose configuration names a sliding window that their attention does not use.
 _OTHER_MASKS = {"moshi"}
 #: Model types that have a running state only if a layer is no attention layer.
@@ -50,8 +48,7 @@ def refuse_if_not_rewindable(config: Any, reference: str) -> None:
             f"{reference} ({config.model_type}) keeps a running state that cannot be rewound when a draft is rejected: "
             "choose a model with attention layers only"
         )
-    # A DummyLayer stands for a layer that reads the keys and values of an earlier one.
-    known = kinds <= {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer} and layer_types <= _ATTENTION
+    known = {kind.__name__ for kind in kinds} <= _CACHES and layer_types <= _ATTENTION
     if not known or config.model_type in _OTHER_MASKS:
         raise EngineError(
             f"{reference} ({config.model_type}) has layers that choose in a way of their own which earlier tokens they read, and "

@@ -100,7 +100,7 @@ def _experts_of(module: Any, blocks: Blocks) -> Experts | None:
             return gated
 
         return DenseExperts(list(_split(module, "gate_up_proj", gate_first, transposed=True)), blocks)
-    if not hasattr(module, "has_gate") or not hasattr(module, "has_post_expert_norm"):
+    if not hasattr(module, "has_gate") or not hasattr(module, "is_transposed"):
         return None
     up, activate = ("gate_up_proj", module._apply_gate) if module.has_gate else ("up_proj", module.act_fn)
     return Experts(list(_split(module, up, activate, transposed=module.is_transposed)), blocks)
