@@ -31,6 +31,8 @@ from dsi_actors.host.devices import device_name, local_devices
 _SHAPES = ("1b", "3b", "8b", "tiny")
 #: Of cancels and of bits: what a verification has.
 _WINDOW = 8
+#: Drafts at once.
+_DRAFTS = (1, 4, 8)
 #: Positions of prompts.
 _PROMPTS, _PROMPTS_OF_A_CPU = "512,2048,8192,32768", "512"
 
@@ -80,6 +82,7 @@ async def run(arguments: argparse.Namespace) -> int:
         async with contextlib.AsyncExitStack() as stack:
             first = await stack.enter_async_context(LineProcess("dsi_workers.benches.device", *words))
             result = await _alone(first, shape, widths, lengths, arguments)
+            result["drafts"] = await _drafts(first, arguments.repeats)
             result["decoding"] = [await _decoding(first, number, arguments.repeats) for number in generations]
             others = [
                 await stack.enter_async_context(LineProcess("dsi_workers.benches.device", *words))
@@ -132,6 +135,12 @@ async def _prompt(process: LineProcess, positions: int, repeats: int) -> dict[st
     }  # fmt: skip
 
 
+async def _drafts(process: LineProcess, repeats: int) -> list[dict[str, Any]]:
+    """How long a drafted token takes, by how many are drafted at once."""
+    measured = [(count, await process.ask(draft=count, repeats=repeats)) for count in _DRAFTS]
+    return [{"at_once": count, "token_ms": statistics.median(each["ms"])} for count, each in measured]
+
+
 async def _decoding(process: LineProcess, generations: int, repeats: int) -> dict[str, Any]:
     measured = await process.ask(generations=generations, repeats=repeats)
     step_ms = statistics.median(measured["ms"])
@@ -167,6 +176,8 @@ def _show(console: Console, result: dict[str, Any]) -> None:
     for row in result["decoding"]:
         decoding.add_row(str(row["generations"]), f"{row['step_ms']:.2f}", f"{row['tokens_per_s']:.0f}")
     console.print(decoding)
+    drafts = (f"{row['token_ms']:.2f} ms ({row['at_once']} at once)" for row in result["drafts"])
+    console.print(f"a drafted token: {', '.join(drafts)}")
     if result["cancel_to_free_ms"] is not None:
         worst = result["worst_cancel_to_free_ms"]
         console.print(f"free after a cancel: {result['cancel_to_free_ms']:.2f} ms at the median, {worst:.2f} at worst")

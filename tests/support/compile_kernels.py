@@ -8,7 +8,7 @@ from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dsi_workers.decoding.gpu import kernels, prompt_kernels
+from dsi_workers.decoding.gpu import choice_kernels, kernels, prompt_kernels
 
 #: An 8B shape.
 SHAPE = {"heads": 32, "kv_heads": 8, "dim": 128}
@@ -19,7 +19,10 @@ HALF = (
 POINTERS = {
     **dict.fromkeys(HALF, "*bf16"),
     **dict.fromkeys(("positions", "slots", "forks", "firsts", "units", "begins", "ends"), "*i32"),
-    **dict.fromkeys(("partial_outputs", "maxima", "exp_sums"), "*fp32"),
+    **dict.fromkeys(("words", "best_tokens", "tokens", "steps", "ids"), "*i32"),
+    **dict.fromkeys(("partial_outputs", "maxima", "exp_sums", "best", "temperatures", "thresholds"), "*fp32"),
+    "logits": "*bf16",
+    "keys_of_rows": "*i64",
 }
 NUMBERS = {"epsilon": "fp32", "scaling": "fp32"}
 
@@ -60,4 +63,7 @@ if __name__ == "__main__":
         shared_bytes(prompt_kernels.apply_rope_and_store_chunk, rope, capability=capability)
         gate = {"block_rows": prompt_kernels.GATE_ROWS, "block": 512}
         shared_bytes(prompt_kernels.multiply_by_silu, gate, capability=capability)
+        choose = {"sampled": True, "filtered": True, "block": choice_kernels.BLOCK_TOKENS}
+        shared_bytes(choice_kernels.choose_in_blocks, choose, capability=capability)
+        shared_bytes(choice_kernels.take_choices, {"block_rows": 16, "block": 128}, capability=capability)
         assert taken <= 48 * 1024, f"attention takes {taken} bytes of shared memory: too few programs run side by side"

@@ -281,8 +281,8 @@ def engine_on_a_gpu(monkeypatch: pytest.MonkeyPatch, directory: Path, role: str,
             logits: torch.Tensor = self._decoder(packed, self.cache, between)
             return logits
 
-        monkeypatch.setattr("dsi_workers.decoding.gpu.decoder._Recording.record", lambda self, capture: None)
-        monkeypatch.setattr("dsi_workers.decoding.gpu.decoder._Recording.compute", compute)
+        monkeypatch.setattr("dsi_workers.decoding.gpu.recording.Recording.record", lambda self, capture: None)
+        monkeypatch.setattr("dsi_workers.decoding.gpu.recording.Recording.compute", compute)
         monkeypatch.setenv("DSI_CACHE", str(directory))
         monkeypatch.setattr("dsi_workers.checkpoints.load.pack", lambda linear, rows: linear)
         monkeypatch.setattr("dsi_workers.group.loading.load_model", load_by_kernels)
@@ -406,7 +406,7 @@ def test_a_drafter_that_lost_a_long_text_reads_it_before_its_branches(
 def test_an_interrupt_takes_effect_within_a_forward_and_leaves_no_trace(
     checks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsi_workers.decoding.gpu.decoder._LAYERS", 1)
+    monkeypatch.setattr("dsi_workers.decoding.gpu.recording._LAYERS", 1)
     by_kernels, _ = forwards()
     [expected] = logits_of(by_kernels, [run_of(0, 0, 3)])
     by_kernels.interrupt = InterruptAfter(checks)

@@ -119,7 +119,7 @@ def test_a_text_is_the_same_however_its_prompt_is_read(tmp_path: Path, monkeypat
     chunk = capacity.ROW_TILE
     forward, _ = forwards(*decoder(tmp_path, monkeypatch), chunk=chunk, positions=512)
     if not GPU:
-        monkeypatch.setattr("dsi_workers.decoding.gpu.decoder._WARM_UP", 0)
+        monkeypatch.setattr("dsi_workers.decoding.gpu.recording._WARM_UP", 0)
     widths = Widths({width: 1.0 for width in (8, 16, 32, 64)})
     backend = TorchBackend(forward, widths, vocabulary="", vocabulary_size=WORDS, max_length=384, window=8)
     engine = ModelEngine(backend, exact=True, calibrate=False)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from dsi_protocol import SamplingParameters
 from dsi_workers.engine import Interrupt, Never
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ class Backend(Protocol):
     branch_slots: int = 0
     #: Devices that compute one forward together. With another number of devices the logits have other bits.
     devices: int = 1
+    #: Of a drafter: the most tokens that `draft` gives in one call. 1: there is no `draft`.
+    most_drafts: int = 1
     #: Calls of the model so far. ModelEngine sets it to 0 when it is built.
     forwards: int
 
@@ -95,6 +98,22 @@ class Backend(Protocol):
         """Copy the keys and values of the positions [begin, end) from one slot to another. Needed with `branch_slots` only."""
         if self.branch_slots:
             raise NotImplementedError("a backend with branch_slots must copy keys and values from one slot to another")
+
+    def draft(
+        self,
+        runs: Sequence[Run],
+        parameters: Sequence[SamplingParameters],
+        *,
+        count: int,
+        words: int,
+        interrupt: Interrupt,
+    ) -> list[list[int]] | None:
+        """Continue each run, which has one token, by `count` tokens below `words`, chosen by its parameters (SPEC.md section 7).
+
+        Faster than as many calls of `compute`. Each token is the input of the next, so the slot then holds the keys and values of
+        all but the last. `interrupt` as in `compute`. None: with these parameters only `compute` can be used.
+        """
+        return None
 
     def rows(self, run: Run) -> int:
         """How many of `most_rows` the run takes in a forward for several generations."""

@@ -93,6 +93,8 @@ class Task:
     branches: Sequence[Branch] = ()
     #: Draft: whether second choices are wanted.
     alternatives: bool = False
+    #: Draft: so many tokens are told together. A step may draft up to so many at once.
+    block: int = 1
     answer: Answer = field(default_factory=Answer)
     #: The answer is complete.
     done: bool = False

@@ -50,7 +50,9 @@ class Work:
             self.task = Task(session, self.start, branches=self.branches)
             return
         length = len(session.tokens)
-        self.task = Task(session, length, request.start + request.count - length, alternatives=request.rows > 1)
+        block = max(1, request.block - session.drafts.unsent)
+        count = request.start + request.count - length
+        self.task = Task(session, length, count, alternatives=request.rows > 1, block=block)
         if request.rows > 1:
             self.task.branches = session.drafts.branches[: request.rows - 1]
 

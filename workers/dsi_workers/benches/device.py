@@ -8,6 +8,7 @@ per line:
     {"cancel": width, "repeats": n}   -> {"ms": [from a cancel during a forward pass until the device is free]}
     {"agree": width}                  -> {"widths": [widths with the bits of this one, alone or as several windows]}
     {"generations": n, "repeats": r}  -> {"ms": [each step of plain decoding, in which n generations get a token each]}
+    {"draft": count, "repeats": r}    -> {"ms": [a drafted token, of each step that may draft `count` at once]}
     {"prompt": positions, "repeats": n}
                                       -> {"ms": [until the logits after it are there], "tflop": its arithmetic}
     {"cancel_prompt": positions, "repeats": n}
@@ -217,8 +218,21 @@ class DeviceBench:
                 times_ms.append((time.perf_counter() - begun) * 1e3)
         return {"ms": times_ms}
 
-    def _step(self, sessions: Sequence[Session]) -> None:
-        """Give each generation one more token."""
+    def draft(self, count: int, repeats: int) -> dict[str, Any]:
+        """Time a drafted token, where `count` of them are drafted at once."""
+        self.generations(1, 1)
+        [session, *_] = self._sessions
+        session.truncate(self._context + 1)
+        times_ms = list[float]()
+        for step in range(_WARM_UP + min(repeats, _POSITIONS_BEHIND // count - _WARM_UP - 1)):
+            begun, length = time.perf_counter(), len(session.tokens)
+            self._step([session], count)
+            if step >= _WARM_UP:
+                times_ms.append((time.perf_counter() - begun) * 1e3 / (len(session.tokens) - length))
+        return {"ms": times_ms}
+
+    def _step(self, sessions: Sequence[Session], count: int = 1) -> None:
+        """Give each generation `count` more tokens, where the decoder drafts several at once; otherwise one."""
         if self._engine is None:
             backend = TorchBackend(
                 self._forward, None, vocabulary="", vocabulary_size=self._shape.words, window=self._window,
@@ -226,7 +240,7 @@ class DeviceBench:
             )  # fmt: skip
             # As a drafter: each of its forwards has as many rows as there are generations.
             self._engine = ModelEngine(backend, exact=False, calibrate=False)
-        tasks = [Task(session, len(session.tokens), 1) for session in sessions]
+        tasks = [Task(session, len(session.tokens), count, block=count) for session in sessions]
         while left := [task for task in tasks if not task.done]:
             self._engine.step(left, Never())
         for task in tasks:
@@ -319,6 +333,8 @@ def main() -> int:
             _say(bench.cancel(request["cancel"], request["repeats"]))
         elif "generations" in request:
             _say(bench.generations(request["generations"], request["repeats"]))
+        elif "draft" in request:
+            _say(bench.draft(request["draft"], request["repeats"]))
         elif "prompt" in request:
             _say(bench.prompt(request["prompt"], request["repeats"]))
         elif "cancel_prompt" in request:

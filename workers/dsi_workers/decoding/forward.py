@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from dsi_protocol import SamplingParameters
 from dsi_workers.backend import Run
 from dsi_workers.decoding.attention import AttentionShape
 from dsi_workers.decoding.capacity import READ_STEP, round_up
@@ -43,6 +44,20 @@ class ComputesLogits(Protocol):
         """Linear layers of every shape in the model. Each maps [rows, in_features] to [rows, out_features]."""
 
 
+@runtime_checkable
+class DraftsTokens(Protocol):
+    """A decoder that also chooses tokens, on its device."""
+
+    #: The most tokens that `draft` chooses in one call.
+    most_drafts: int
+
+    def draft(
+        self, packed: PackedBatch, cache: SlotCache, between_layers: Callable[[], None],
+        parameters: Sequence[SamplingParameters], *, count: int, words: int,
+    ) -> list[list[int]] | None:  # fmt: skip
+        """See `Forward.draft`."""
+
+
 class Forward:
     """Runs forward passes of a loaded model. An interrupt takes effect between layers; then no run counts as computed."""
 
@@ -71,6 +86,33 @@ class Forward:
         """
         self.interrupt.check()
         self.count += 1
+        packed = self._pack(runs, rows, logit_rows)
+        logits = self._decoder(packed, self.cache, self.interrupt.check)
+        lengths = [len(run.wanted) for run in runs]
+        return list(logits[: sum(lengths)].split(lengths))
+
+    @torch.inference_mode()
+    def draft(
+        self, runs: Sequence[Run], parameters: Sequence[SamplingParameters], *, count: int, words: int
+    ) -> list[list[int]] | None:
+        """Compute `count` forward passes, each from the tokens that were chosen after the one before.
+
+        `runs` have one row each. Returns `count` tokens below `words` for each of them, chosen by its parameters, most of them as
+        `Sampler` chooses: guesses for a target. At most `most_drafts` tokens. None: these parameters need the logits.
+        """
+        self.interrupt.check()
+        assert isinstance(self._decoder, DraftsTokens)
+        packed = self._pack(runs, len(runs), len(runs))
+        drafted = self._decoder.draft(packed, self.cache, self.interrupt.check, parameters, count=count, words=words)
+        self.count += 0 if drafted is None else count
+        return drafted
+
+    @property
+    def most_drafts(self) -> int:
+        """The most tokens that `draft` chooses in one call. 1: the decoder has no `draft`."""
+        return self._decoder.most_drafts if isinstance(self._decoder, DraftsTokens) else 1
+
+    def _pack(self, runs: Sequence[Run], rows: int, logit_rows: int) -> PackedBatch:
         ids, positions, segments, wanted = list[int](), list[int](), list[Segment](), list[int]()
         used = list[int]()
         for run in runs:
@@ -84,12 +126,7 @@ class Forward:
         ids, positions = ids + padding, positions + padding
         kept = wanted + [-1] * max(logit_rows - len(wanted), not wanted)
         self.cache.segments = segments
-        logits = self._decoder(
-            PackedBatch(ids, positions, segments, kept, used, self.attends_per_position),
-            self.cache,
-            self.interrupt.check,
-        )
-        return list(logits[: len(wanted)].split([len(run.wanted) for run in runs]))
+        return PackedBatch(ids, positions, segments, kept, used, self.attends_per_position)
 
     def timed_s(self, runs: Sequence[Run], *, rows: int, logit_rows: int) -> float:
         """Seconds of one forward pass, until the device has finished it. On a GPU, the call itself returns earlier."""

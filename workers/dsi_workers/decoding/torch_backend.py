@@ -8,10 +8,15 @@ from pathlib import Path
 
 import torch
 
+from dsi_protocol import SamplingParameters
+from dsi_protocol.sampling import GREEDY
 from dsi_workers.backend import Run
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.decoding.widths import Widths
 from dsi_workers.engine import Interrupt, Never
+
+#: What a token is chosen by has kernels of its own: greedy, sampled, and sampled from a part of the vocabulary.
+_EACH_CHOICE = (GREEDY, SamplingParameters(temperature=1.0), SamplingParameters(temperature=1.0, top_p=0.9))
 
 
 class TorchBackend:
@@ -44,6 +49,7 @@ class TorchBackend:
         self.branch_slots = branch_slots
         self.devices = forward.devices
         self.tree_rows = 1
+        self.most_drafts = forward.most_drafts if widths is None else 1
         self.forward = forward
         self.widths = widths
         recorded = max(forward.recorded_rows, default=1 << 30)
@@ -64,6 +70,18 @@ class TorchBackend:
         runs, rows, logit_rows = self._plan_rows(runs)
         return self.forward(runs, rows=rows, logit_rows=logit_rows)
 
+    def draft(
+        self,
+        runs: Sequence[Run],
+        parameters: Sequence[SamplingParameters],
+        *,
+        count: int,
+        words: int,
+        interrupt: Interrupt,
+    ) -> list[list[int]] | None:
+        self.forward.interrupt = interrupt
+        return self.forward.draft([replace(run, width=1) for run in runs], parameters, count=count, words=words)
+
     def time_s(self, runs: Sequence[Run]) -> float:
         self.forward.interrupt = Never()
         runs, rows, logit_rows = self._plan_rows(runs)
@@ -79,8 +97,12 @@ class TorchBackend:
     def warm_up(self) -> None:
         """Record the graphs of the forwards that are recorded on a GPU."""
         chunk = self.prompt_chunk
+        run = Run(0, [0], chunk, 1, chunk)
         for rows in self.forward.recorded_rows:
-            self.forward([Run(0, [0], chunk, 1, chunk)] * rows, rows=rows, logit_rows=rows)
+            self.forward([run] * rows, rows=rows, logit_rows=rows)
+        if self.most_drafts > 1:
+            for parameters in _EACH_CHOICE:
+                self.forward.draft([run], [parameters], count=1, words=self.vocabulary_size)
 
     def release(self) -> None:
         self.forward.cache.release(0)

@@ -19,6 +19,7 @@ from dsi_workers.drafting.lookup import Lookup
 from dsi_workers.engine import Engine, EngineInfo, Interrupt, Never, Task
 from dsi_workers.engines.branches import Branches
 from dsi_workers.engines.calibration import measured
+from dsi_workers.engines.chains import Chains
 from dsi_workers.engines.choice import Choice
 from dsi_workers.engines.fingerprint import fingerprint_of
 from dsi_workers.engines.trees import Share, answer_along, branches_to_compute, has_tree, main_end, runs_of
@@ -52,6 +53,7 @@ class ModelEngine(Engine):
         self._exact = exact
         self._lookup = lookup
         self._choice = Choice(Grammars(tokenizer))
+        self._chains = Chains(backend)
         self._slots = Slots(backend.slots, block=backend.prompt_chunk if exact else None)
         #: Of a drafter of trees.
         self._branches: Branches | None = None
@@ -84,13 +86,16 @@ class ModelEngine(Engine):
         try:
             shares = {id(task): self._share_of(task) for task in tasks}
             for group in self._groups(tasks, shares):
-                self._compute(group, [shares[id(task)] for task in group], interrupt)
+                of_group = [shares[id(task)] for task in group]
+                if not self._chains.draft(group, of_group, words=self.info.vocabulary_size, interrupt=interrupt):
+                    self._compute(group, of_group, interrupt)
         finally:
             self.forwards += self._backend.forwards - counted
 
     def reads_alone(self, task: Task) -> bool:
         if self._exact:
             return _position(task) < task.session.prompt_length
+        self._chains.recall(task.session)
         if self._lookup is not None:
             self._lookup.recognize(task.session)
         return len(task.session.tokens) - _position(task) > 1
@@ -193,6 +198,7 @@ class ModelEngine(Engine):
         """
         session = task.session
         self._choice.begin(session)
+        self._chains.recall(session)  # before it may get another slot
         slot = self._slots.of(session)
         if self._lookup is not None:
             self._lookup.recognize(session)
@@ -236,6 +242,7 @@ class ModelEngine(Engine):
 
     def forget(self, session: Session) -> None:
         self._slots.forget(session)
+        self._chains.forget(session)
         if self._branches is not None:
             self._branches.forget(session)
         self._choice.forget(session)
