@@ -7,8 +7,9 @@ token, measured under like conditions: in the same *context*, which is the load 
 length of the text, both in powers of two.
 
 One rule holds for all arms. The first WARM_UP tokens after a change are not counted (a drafter reads the text then);
-after TRIAL counted tokens an arm is known; from then on the last MEMORY tokens count. An arm that is not used is
-tried again after a while, and after twice as long whenever it was found to be slower again.
+after TRIAL counted tokens, or sooner if all its guesses are wrong, an arm is known; from then on the last MEMORY tokens
+count. An arm that is not used is tried again after a while, and after twice as long whenever it was found to be slower
+again.
 
 Whether speculation pays is decided for all generations of a context together: one that speculates among plain ones
 may be fast at the others' cost. Which drafter is the fastest depends on the text, so each generation also judges by
@@ -27,6 +28,9 @@ from typing import NamedTuple
 PLAIN, TOGETHER = "", "&"
 #: Tokens, of each generation in the context.
 WARM_UP, TRIAL, MEMORY = 8, 24, 64
+#: Guesses of a drafter that has just begun, all of them wrong, after which its trial ends. One that is right three times of
+#: ten has so many wrong ones at first in one trial of a hundred.
+_HOPELESS = 13
 #: Tokens in other arms after which one is tried again: at first, and at most.
 _PATIENCE, _MOST_PATIENCE = 512, 16384
 #: What a drafter is worth in a context where it was not tried is taken from so many tokens elsewhere.
@@ -129,6 +133,12 @@ class Arms:
         #: How long the text of each generation is that has committed something.
         self._lengths: dict[Hashable, int] = {}
 
+    def end_trial(self, drafter: str, position: int) -> None:
+        """Judge this drafter by the tokens that it had, however few: none of its guesses was right."""
+        arm = self._contexts[self.context(position)].arms[drafter]
+        if arm.tokens > 0:
+            arm.tokens = max(arm.tokens, TRIAL)
+
     def generation_begins(self) -> None:
         if not self._running():  # what was before the lull says nothing
             self._load = 1.0
@@ -213,6 +223,8 @@ class ArmChoice:
         #: Tokens since the arm changed; and at which of them another drafter was asked for, that did not come yet.
         self._since = 0
         self._asked: int | None = None
+        #: Wrong guesses since the drafter began. None: one was right.
+        self._wrong: int | None = 0
 
     def pays(self, drafter: str) -> bool:
         return not self.left_to_us or drafter in self._never_left or self.arms.pays(drafter, self.position)
@@ -231,7 +243,16 @@ class ArmChoice:
 
     def use(self, drafter: str) -> None:
         """From now on this one drafts."""
-        self.drafter, self._arm, self._since, self._asked = drafter, drafter, 0, None
+        self.drafter, self._arm, self._since, self._asked, self._wrong = drafter, drafter, 0, None, 0
+
+    def judged(self, wrong: int, right: int) -> None:
+        """So many guesses of the present drafter were compared with the target's tokens."""
+        if right or self._wrong is None:
+            self._wrong = None
+            return
+        self._wrong += wrong
+        if self._wrong >= _HOPELESS and self.left_to_us:
+            self.arms.end_trial(self.drafter, self.position)
 
     def committed(self, tokens: int, took_ms: float, *, arm: str, promised_ms: float) -> None:
         """`tokens` tokens up to `self.position`, by this arm, `took_ms` after the ones before."""

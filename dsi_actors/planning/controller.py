@@ -69,6 +69,7 @@ class Controller:
         """Drafts were compared with the target's own tokens, which are known up to `committed`."""
         if committed > self._own_from:
             self.tuner.judged(what)
+            self.choice.judged(what.judged - what.accepted - what.alternatives, what.accepted + what.alternatives)
         if what.accepted < what.judged:  # what had been drafted beyond is dropped, whoever drafted it
             self._own_from = min(self._own_from, committed)
 

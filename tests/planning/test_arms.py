@@ -46,6 +46,27 @@ def test_speculation_is_tried_before_it_is_judged() -> None:
     assert not pays(arms)
 
 
+def test_a_trial_ends_early_where_all_guesses_are_wrong() -> None:
+    arms = Arms()
+    choice = ArmChoice(arms, DRAFTER)
+    guesses = 0
+    while choice.speculates:
+        choice.committed(1, 60.0, arm=DRAFTER, promised_ms=PROMISED_MS)
+        choice.judged(1, 0)
+        guesses += 1
+    assert guesses <= WARM_UP + TRIAL // 3
+    assert not pays(arms), "nor do others try it"
+
+
+@pytest.mark.parametrize(("right_at", "each_ms"), [(5, 60.0), (None, 50.0)])
+def test_a_trial_goes_on_where_a_guess_was_right_or_nothing_is_lost(right_at: int | None, each_ms: float) -> None:
+    choice = ArmChoice(Arms(), DRAFTER)
+    for guess in range(WARM_UP + TRIAL - 1):
+        choice.committed(1, each_ms, arm=DRAFTER, promised_ms=PROMISED_MS)
+        choice.judged(int(guess != right_at), int(guess == right_at))
+        assert choice.speculates
+
+
 def test_plain_decoding_is_held_to_what_it_was_measured_at() -> None:
     arms = Arms()
     commit(arms, 100, 60.0)
