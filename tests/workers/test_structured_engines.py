@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ import pytest
 from dsi_actors.structure import Structure
 from dsi_protocol import SamplingParameters
 from dsi_workers.engines import Engine, Interrupted, Task, load_engine
+from dsi_workers.engines.translating import TranslatingEngine
+from dsi_workers.grammar import Grammars
 from dsi_workers.session import Session
 from dsi_workers.tree import Branch
 from support.engines import END, InterruptAfter, NoInterrupt, make_byte_model
@@ -175,6 +178,30 @@ def test_second_choices_and_branches_follow_the_grammar(model: Path) -> None:
         )
         session.write(len(session.tokens), task.answer.tokens)
     assert len(session.drafts.branches) == 8
+
+
+def test_a_drafter_with_another_vocabulary_follows_the_grammar(model: Path, tmp_path: Path) -> None:
+    other = make_byte_model(tmp_path)
+    tokenizer = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
+    letters = sorted(tokenizer["model"]["vocab"])
+    tokenizer["model"]["vocab"] = {letter: 255 - number for number, letter in enumerate(letters)}
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    engine = engine_of(other, "drafter", target=str(model))
+    assert isinstance(engine, TranslatingEngine)
+    sampling = SamplingParameters(grammar=Structure.regex("(abcdef|[^a]{2})+").grammar, stop_tokens=(END,))
+    known = text_from(model, "abcdef")
+    [a] = (token for token, letter in known.items() if letter == "a")
+    session = opened(sampling, [a])
+    forwards = engine.forwards
+    drafts = engine.draft(session, 9, NoInterrupt())
+    assert "".join(known[token] for token in drafts) == "bcdef"
+    assert engine.forwards == forwards
+    expected = Grammars(model / "tokenizer.json").mask_of(session)
+    assert expected is not None
+    for _ in range(30):
+        drafts = engine.draft(session, 4, NoInterrupt())
+        assert list(expected.allowed(drafts)) == drafts
+        session.write(len(session.tokens), drafts or [a, *list(known)[1:]])
 
 
 def text_from(model: Path, letters: str) -> dict[int, str]:
