@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ class Structure:
             raise ConfigError(f"the structure has {size} bytes, over the limit of {MAX_LONG_TEXT_BYTES}")
         if problem := _library("the structure", lambda matcher: str(matcher.validate_grammar(self.grammar))):
             raise ConfigError(f"the structure cannot be used: {' '.join(problem.split())[:500]}")
+        if problem := _problem_at_the_beginning(self.grammar):
+            raise ConfigError(f"the structure cannot be used: {problem}")
 
     @classmethod
     def json_object(cls) -> Structure:
@@ -80,6 +83,28 @@ def _library(name: str, make: Callable[[Any], str]) -> str:
         return make(LLMatcher)
     except ValueError as error:
         raise ConfigError(f"the structure cannot be used: {name}: {error}") from None
+
+
+def _problem_at_the_beginning(grammar: str) -> str:
+    """Why no answer can begin. "" if one can. Found by following the grammar, as a worker does: so also a grammar that is too
+    complex is refused here."""
+    from llguidance import LLMatcher
+
+    matcher = LLMatcher(_bytes_as_tokens(), grammar, log_level=0)
+    if matcher.is_error():
+        return " ".join(matcher.get_error().split())[:500]
+    begins = any(matcher.compute_bitmask())
+    if matcher.is_error() or not (begins or matcher.is_accepting()):
+        return f"no text can follow it ({matcher.get_error().partition(chr(10))[0] or 'nothing is allowed'})"
+    return ""
+
+
+@functools.cache
+def _bytes_as_tokens() -> Any:
+    """A tokenizer with a token for each byte: what a grammar allows at all does not depend on a model's tokens."""
+    from llguidance import LLTokenizer
+
+    return LLTokenizer("byte")
 
 
 def _grammar_from(grammar: str) -> str:

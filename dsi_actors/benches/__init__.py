@@ -16,8 +16,10 @@ from dsi_actors.benches import (
     overhead,
     real,
     scale,
+    schemas,
     soak,
     start,
+    structure,
     table2,
     timed,
 )
@@ -25,7 +27,22 @@ from dsi_actors.console.options import SubParsers, add_group
 
 #: What tells a user how fast this machine is with real models; and what developers hold the project to.
 _FOR_USERS = (real, gpu, overhead, load, start)
-_FOR_DEVELOPERS = (exact, exact_cost, acceptance, timed, table2, never_slower, heatmap, long, scale, http, flood, soak)
+_FOR_DEVELOPERS = (
+    exact,
+    exact_cost,
+    structure,
+    acceptance,
+    timed,
+    table2,
+    never_slower,
+    heatmap,
+    long,
+    scale,
+    schemas,
+    http,
+    flood,
+    soak,
+)
 _DESCRIPTION = """For users: real, gpu, overhead, load and start measure this machine.
 For developers: the others hold the project to its promises of exactness, speed and endurance."""
 

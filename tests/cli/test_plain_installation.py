@@ -66,6 +66,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         (["bench", "gpu", "--gpu", "cpu"], ALL, f"this benchmark needs {NEEDS_TORCH}\n"),
         (["bench", "exact", "--prompts", "PROMPTS", "--target", "MODEL"], ALL, NEEDS_TORCH),
         (["bench", "exact-cost", "--prompts", "PROMPTS", "--target", "MODEL"], ALL, NEEDS_TORCH),
+        (["bench", "structure", "--prompts", "PROMPTS", "--target", "MODEL"], ALL, NEEDS_TORCH),
         (["bench", "acceptance", "--prompts", "PROMPTS", "--target", "MODEL"], ALL, NEEDS_TORCH),
         (["bench", "real", "--prompts", "PROMPTS", "--target", "MODEL"], ALL, NEEDS_TORCH),
         (["bench", "load", "--target", "MODEL"], ALL, NEEDS_TORCH),

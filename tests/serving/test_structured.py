@@ -69,6 +69,8 @@ def test_choice_regex_and_grammar(client: openai.OpenAI) -> None:
         ({"guided_choice": "x"}, "guided_choice: choice has the wrong type"),
         ({"structured_outputs": {"speed": 1}}, "structured_outputs: speed is not supported"),
         ({"guided_regex": "(x"}, "unclosed group"),
+        ({"guided_json": {"$ref": "#"}}, "guided_json: the structure cannot be used: no text can follow it"),
+        ({"guided_json": {"enum": ["x" * 300_000]}}, "guided_json: the structure has .* bytes, over the limit"),
         ({"guided_regex": "x", "ignore_eos": True}, "structure needs stop_token_ids"),
     ],
 )  # fmt: skip

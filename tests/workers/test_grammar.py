@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from dsi_actors.tokenizer import Tokenizer
 from dsi_protocol import SamplingParameters
 from dsi_workers.engine import RequestError
 from dsi_workers.engines.fingerprint import fingerprint_of
-from dsi_workers.grammar import Grammars
+from dsi_workers.grammar import Grammars, Row
 from dsi_workers.sampling import Sampler
 from dsi_workers.session import Session
 from support.engines import END, make_byte_model, make_tiny_model
@@ -71,6 +73,17 @@ def test_what_may_come_next_follows_from_the_text_before_alone(grammars: Grammar
             end = data.draw(st.integers(len(PROMPT), len(session.tokens)))
             guess = data.draw(pieces)
             position = data.draw(st.integers(len(PROMPT), end + len(guess)))
+            if data.draw(st.booleans()):  # as before a forward, for some of its rows, by the thread
+                rows = [
+                    Row(each, guess, end) for each in range(data.draw(st.integers(0, position)), end + len(guess) + 1)
+                ]
+                mask.prepare(rows, END + 1)
+                if data.draw(st.booleans()):
+                    session.truncate(max(len(PROMPT), len(session.tokens) - 1))
+                    end = min(end, len(session.tokens))
+                    position = min(position, end + len(guess))
+            if data.draw(st.booleans()):
+                assert set(mask.forced(9)[:1]) <= expected(session.tokens[len(PROMPT) :])
             scores = mask.apply(torch.zeros(END + 1), position, guess, end)
             answer = [*session.tokens[:end], *guess][len(PROMPT) : position]
             assert set((scores > -torch.inf).nonzero()[:, 0].tolist()) == expected(answer)
@@ -96,6 +109,37 @@ def test_logits_beyond_the_tokenizer_are_forbidden(grammars: Grammars) -> None:
     mask = grammars.mask_of(session_of(Structure.regex("x+").grammar))
     assert mask is not None
     assert int((mask.apply(torch.zeros(300), 3, (), 3) > -torch.inf).sum()) == 1
+
+
+def test_the_tokenizer_is_ready_when_the_model_is_loaded(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    shutil.copy(model / "tokenizer.json", file)
+    ready = Grammars(file)
+    file.unlink()
+    assert ready.mask_of(session_of(Structure.regex("x").grammar)) is not None
+
+
+def test_masks_are_made_by_another_thread_while_a_forward_runs(grammars: Grammars) -> None:
+    session = session_of(Structure.regex("[xy]{9}").grammar)
+    mask = grammars.mask_of(session)
+    assert mask is not None
+    matcher = mask._follower._matcher
+    threads = list[int]()
+
+    class Watched:
+        def compute_bitmask(self) -> bytes:
+            threads.append(threading.get_ident())
+            return matcher.compute_bitmask()
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(matcher, name)
+
+    mask._follower._matcher = Watched()  # type: ignore[assignment]
+    mask.prepare([Row(len(PROMPT), (), len(PROMPT))], END + 1)
+    scores = mask.apply(torch.zeros(END + 1), len(PROMPT), (), len(PROMPT))
+    assert int((scores > -torch.inf).sum()) == 2
+    assert len(threads) == 1, "a mask that is there is not made again"
+    assert threads[0] != threading.get_ident()
 
 
 @pytest.mark.parametrize("grammar", ["start: (", '{"grammars": [{"json_schema": {"type": "nonsense"}}]}', "{}", "\0"])

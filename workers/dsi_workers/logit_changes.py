@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from dsi_protocol import SamplingParameters
-from dsi_workers.grammar import Grammars
+from dsi_workers.grammar import GrammarMask, Grammars
 from dsi_workers.session import Occurrences, Session
 
 LARGEST = torch.finfo(torch.float32).max
@@ -23,7 +23,8 @@ class LogitChanges:
         """Raises RequestError if the grammar cannot be followed here."""
         self._session = session
         self._parameters = parameters = session.sampling
-        self._grammar = (grammars or Grammars()).mask_of(session)
+        #: None: the session has no grammar.
+        self.grammar: GrammarMask | None = (grammars or Grammars()).mask_of(session) if parameters.grammar else None
         self._in_text = _TokenCounts(session, 0) if parameters.repetition_penalty != 1 else None
         penalised = parameters.presence_penalty or parameters.frequency_penalty
         self._in_answer = _TokenCounts(session, session.prompt_length) if penalised else None
@@ -37,8 +38,8 @@ class LogitChanges:
         The text before `position` is the session's tokens before position `end`, and then `guess`.
         """
         parameters = self._parameters
-        if self._grammar is not None:
-            scores = self._grammar.apply(scores, position, guess, end)
+        if self.grammar is not None:
+            scores = self.grammar.apply(scores, position, guess, end)
         if self._longest_bad_word:
             scores = _forbid(scores, self._bad_tokens(position, guess, end))
         if position - self._session.prompt_length < parameters.min_tokens:

@@ -25,7 +25,7 @@ from dsi_protocol.gumbel import (
     half_log_table,
     stream_key,
 )
-from dsi_workers.grammar import Grammars
+from dsi_workers.grammar import GrammarMask, Grammars
 from dsi_workers.logit_changes import LARGEST, LogitChanges
 from dsi_workers.session import Session
 
@@ -41,6 +41,11 @@ class Sampler:
         #: A position, and the noise of all tokens there.
         self._noise: tuple[int, torch.Tensor] | None = None
 
+    @property
+    def grammar(self) -> GrammarMask | None:
+        """The masks of the session's grammar. None: it has no grammar."""
+        return self._changes.grammar if self._changes is not None else None
+
     def choose(self, logits: torch.Tensor, position: int, guess: Sequence[int] = (), fork: int | None = None) -> int:
         """Return the token at `position`, from logits [vocabulary].
 
@@ -51,11 +56,11 @@ class Sampler:
 
     def choose_two(
         self, logits: torch.Tensor, position: int, guess: Sequence[int] = (), fork: int | None = None
-    ) -> tuple[int, int]:
+    ) -> tuple[int, int | None]:
         """Return the token of `choose` and the runner-up under the same noise.
 
         The runner-up is what `choose` would return if the first token could not be chosen. Where the parameters leave one
-        candidate, the runner-up is the most probable of the other tokens.
+        candidate, the runner-up is the most probable of the other tokens. None: the grammar allows no other token.
         """
         scores = self._scores(logits, position, guess, fork)
         candidates, perturbed = self._perturbed(scores, position)
@@ -65,7 +70,8 @@ class Sampler:
         first = int(candidates[place])
         if len(candidates) == 1:
             return first, second_choice(scores, first)
-        return first, int(candidates[second_choice(perturbed, place)])
+        second = second_choice(perturbed, place)
+        return first, None if second is None else int(candidates[second])
 
     def _scores(self, logits: torch.Tensor, position: int, guess: Sequence[int], fork: int | None) -> torch.Tensor:
         """Finite logits after all changes that come before the temperature."""
@@ -95,11 +101,12 @@ class Sampler:
         return self._noise[1]
 
 
-def second_choice(scores: torch.Tensor, first: int) -> int:
-    """Return the place of the largest of `scores` [n] beside the place `first`."""
+def second_choice(scores: torch.Tensor, first: int) -> int | None:
+    """Return the place of the largest of `scores` [n] beside the place `first`. None: all others are -inf."""
     others = scores.clone()
     others[first] = -torch.inf
-    return int(others.argmax())
+    second = int(others.argmax())
+    return second if float(others[second]) > -torch.inf else None
 
 
 def _finite(logits: torch.Tensor) -> torch.Tensor:

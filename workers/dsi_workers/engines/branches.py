@@ -17,6 +17,7 @@ from dsi_workers.backend import Backend, Run
 from dsi_workers.decoding.slots import Slots
 from dsi_workers.engine import Task
 from dsi_workers.engines.choice import Choice
+from dsi_workers.grammar import Row
 from dsi_workers.session import Session
 from dsi_workers.tree import Branch
 
@@ -88,6 +89,12 @@ class Branches:
         """Return what the next forward computes for the branches of these tasks, whose main paths it completes."""
         self._asked = [(task, self._runs_of(task)) for task in tasks if task.branches]
         return [run for _, asked in self._asked for _, _, run in asked]
+
+    def texts(self, task: Task) -> list[Row]:
+        """The texts of the task's branches that the next forward continues."""
+        places = [place for each, asked in self._asked if each is task for place, _, _ in asked]
+        branches = [task.branches[place] for place in places]
+        return [Row(branch.end, tuple(branch.tokens), branch.fork) for branch in branches]
 
     def answer(self, logits: Sequence[torch.Tensor]) -> None:
         """Continue the branches by the logits of the runs that `runs` returned: [1, vocabulary] each."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from dsi_workers.engine import RequestError, Task
-from dsi_workers.grammar import Grammars
+from dsi_workers.grammar import GrammarMask, Grammars, Row
 from dsi_workers.sampling import Sampler, log_probability, second_choice
 from dsi_workers.session import Session
 from dsi_workers.tree import Branch
@@ -29,6 +29,18 @@ class Choice:
         """
         if not session.sampling.plain_greedy and session.generation not in self._samplers:
             self._samplers[session.generation] = Sampler(session, self._grammars)
+
+    def grammar_of(self, session: Session) -> GrammarMask | None:
+        """The masks of the session's grammar. None: it has no grammar. Raises RequestError."""
+        if not session.sampling.grammar:
+            return None
+        self.begin(session)
+        return self._samplers[session.generation].grammar
+
+    def prepare(self, session: Session, rows: Sequence[Row], words: int) -> None:
+        """Begin to make masks for these rows, for logits of `words` tokens, while a forward computes the logits."""
+        if (grammar := self.grammar_of(session)) is not None:
+            grammar.prepare(rows, words)
 
     def forget(self, session: Session) -> None:
         """Free what is held for the session."""

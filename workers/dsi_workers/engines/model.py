@@ -22,7 +22,7 @@ from dsi_workers.engines.calibration import measured
 from dsi_workers.engines.chains import Chains
 from dsi_workers.engines.choice import Choice
 from dsi_workers.engines.fingerprint import fingerprint_of
-from dsi_workers.engines.trees import Share, answer_along, branches_to_compute, has_tree, main_end, runs_of
+from dsi_workers.engines.trees import Share, answer_along, branches_to_compute, has_tree, main_end, rows_of, runs_of
 from dsi_workers.grammar import Grammars
 from dsi_workers.sampling import warm_up
 from dsi_workers.session import Session
@@ -79,7 +79,7 @@ class ModelEngine(Engine):
     # A step
 
     def step(self, tasks: Sequence[Task], interrupt: Interrupt) -> None:
-        tasks = [task for task in tasks if not self._copies(task)]
+        tasks = [task for task in tasks if not self._is_known(task)]
         counted = self._backend.forwards
         if self._branches is not None:
             self._branches.begin_step(tasks)
@@ -128,6 +128,10 @@ class ModelEngine(Engine):
         runs, beside = [run for share in shares for run in share.runs], list[Run]()
         if self._branches is not None:
             beside = self._branches.runs([task for task, run in zip(tasks, runs, strict=True) if _ends(task, run)])
+        for task, share in zip(tasks, shares, strict=True):
+            if task.session.sampling.grammar:
+                more = self._branches.texts(task) if self._branches is not None else []
+                self._choice.prepare(task.session, [*rows_of(task, share), *more], self.info.vocabulary_size)
         answers = iter(self._cut(self._backend.compute([*runs, *beside], interrupt)))
         main, branches_of = list[torch.Tensor | None](), list[list[tuple[Branch, torch.Tensor]]]()
         for share in shares:
@@ -219,14 +223,23 @@ class ModelEngine(Engine):
         first_logits = max(task.start - 1 + len(task.answer.tokens), begin)
         return Run(slot, session.tokens[begin:end] + guess, begin, width, first_logits)
 
-    # Prompt lookup for a drafter
+    # Drafts without a forward
 
-    def _copies(self, task: Task) -> bool:
-        """Answer the task with what followed the same tokens before, where that is sure enough. Returns whether it is done."""
-        if self._lookup is not None and task.count is not None:
-            task.answer.tokens = self._lookup.copy(task.session, task.count)
-            task.done = bool(task.answer.tokens)
+    def _is_known(self, task: Task) -> bool:
+        """Answer a draft with the tokens that the grammar forces, or with what followed the same tokens before, if that is
+        sure enough. Returns whether the task is done."""
+        if task.count is None:
+            return task.done
+        grammar = self._choice.grammar_of(task.session)
+        tokens = grammar.forced(task.count) if grammar is not None else []
+        if not tokens and self._lookup is not None:
+            tokens = self._lookup.copy(task.session, task.count)
+            tokens = list(grammar.allowed(tokens)) if grammar is not None else tokens
+        if tokens:
+            task.answer.tokens, task.answer.continued, task.done = tokens, [None] * len(task.branches), True
         return task.done
+
+    # Prompt lookup for a drafter
 
     def _guess(self, task: Task) -> list[int]:
         """Guesses that the next forward checks, to stand after the session's tokens."""

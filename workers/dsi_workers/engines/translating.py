@@ -11,6 +11,7 @@ import structlog
 from dsi_workers.drafting.translation import Translation, Vocabulary
 from dsi_workers.engine import Engine, EngineError, Interrupt, Task
 from dsi_workers.engines.model import ModelEngine
+from dsi_workers.grammar import GrammarMask, Grammars
 from dsi_workers.models.files import ModelError, read_json, read_vocabulary_hash
 from dsi_workers.models.resolve import resolve_model
 from dsi_workers.session import Session
@@ -38,19 +39,28 @@ def in_vocabulary_of(target: str, drafter: Engine, model: str) -> Engine:
         if isinstance(drafter, ModelEngine) and (words := _words(directory)):
             drafter.limit_vocabulary(words)
         return drafter
-    return TranslatingEngine(drafter, Vocabulary(own), Vocabulary(directory), vocabulary, _words(directory))
+    grammars = Grammars(directory / "tokenizer.json")
+    return TranslatingEngine(drafter, Vocabulary(own), Vocabulary(directory), vocabulary, _words(directory), grammars)
 
 
 class TranslatingEngine(Engine):
-    """Wraps a drafter. It drafts greedily even where the target samples: the shared noise belongs to the target's token ids."""
+    """Wraps a drafter. It drafts greedily even where the target samples: the shared noise belongs to the target's token ids.
+
+    A grammar belongs to the target's tokens, too: drafts are cut before the first token that it does not allow, and tokens
+    that it forces are drafted without a forward.
+    """
 
     def __init__(
-        self, drafter: Engine, own: Vocabulary, target: Vocabulary, vocabulary: str, vocabulary_size: int
-    ) -> None:
+        self, drafter: Engine, own: Vocabulary, target: Vocabulary, vocabulary: str, vocabulary_size: int,
+        grammars: Grammars | None = None,
+    ) -> None:  # fmt: skip
         self._drafter, self._own, self._target = drafter, own, target
         self.info = dataclasses.replace(
             drafter.info, vocabulary=vocabulary, vocabulary_size=max(vocabulary_size, target.size), rows=1
         )
+        self._grammars = grammars if grammars is not None else Grammars()
+        #: By generation, of those with a grammar.
+        self._masks: dict[int, GrammarMask] = {}
         self._translations: dict[int, Translation] = {}
         #: By generation: steps since its last draft.
         self._silent: dict[int, int] = {}
@@ -60,6 +70,8 @@ class TranslatingEngine(Engine):
         for task in tasks:
             if task.count is None:
                 raise EngineError("a drafter with another vocabulary only drafts: it has no tokens to verify with")
+            if self._is_forced(task):
+                continue
             translation = self._follow(task.session)
             if self._answer(task, translation, whole=False):
                 continue
@@ -84,6 +96,7 @@ class TranslatingEngine(Engine):
 
     def forget(self, session: Session) -> None:
         self._silent.pop(session.generation, None)
+        self._masks.pop(session.generation, None)
         translation = self._translations.pop(session.generation, None)
         if translation is not None:
             self._drafter.forget(translation.session)
@@ -107,6 +120,19 @@ class TranslatingEngine(Engine):
             return None
         return Task(translation.session, length, min((task.count or 0) + 1, most - length))
 
+    def _mask_of(self, session: Session) -> GrammarMask | None:
+        """None: the generation has no grammar. Raises RequestError."""
+        if session.generation not in self._masks and (mask := self._grammars.mask_of(session)) is not None:
+            self._masks[session.generation] = mask
+        return self._masks.get(session.generation)
+
+    def _is_forced(self, task: Task) -> bool:
+        """Answer the task with what the grammar forces. Returns whether it forces anything."""
+        mask = self._mask_of(task.session)
+        task.answer.tokens = mask.forced(task.count or 0) if mask is not None else []
+        task.done = bool(task.answer.tokens)
+        return task.done
+
     def _go_on(self, task: Task, translation: Translation, own: Task) -> None:
         """Take the wrapped drafter's answer `own` and answer the task, if there is a complete token of the target by now."""
         session = translation.session
@@ -122,7 +148,9 @@ class TranslatingEngine(Engine):
         was a draft."""
         drafts = translation.drafts(whole=whole)[: task.count]
         if drafts:
-            task.answer.tokens, task.done = drafts, True
+            mask = self._mask_of(task.session)
+            task.answer.tokens = list(mask.allowed(drafts)) if mask is not None else drafts
+            task.done = True
             self._silent[task.session.generation] = 0
         return bool(drafts)
 

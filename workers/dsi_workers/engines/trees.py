@@ -14,6 +14,7 @@ import torch
 from dsi_workers.backend import Run
 from dsi_workers.engine import RequestError, Task
 from dsi_workers.engines.choice import Choice
+from dsi_workers.grammar import Row
 from dsi_workers.tree import Branch, Walk
 
 
@@ -35,6 +36,20 @@ class Share:
     def main_end(self) -> int:
         """Positions of the main path before this one are computed when branches are."""
         return self.runs[0].begin + (0 if self.main is None else len(self.main.tokens))
+
+
+def rows_of(task: Task, share: Share) -> list[Row]:
+    """The texts after which the forward gives logits."""
+    rows, length = list[Row](), len(task.session.tokens)
+    if (main := share.main) is not None:
+        guess = main.tokens[length - main.begin :]
+        positions = range(main.first_logits + 1, main.begin + len(main.tokens) + 1)
+        rows += [Row(position, guess, length) for position in positions]
+    for branch, _ in share.branches:
+        fork, tokens = path_of(branch)
+        positions = range(max(branch.fork, task.start - 1 + len(task.answer.tokens)) + 1, fork + len(tokens) + 1)
+        rows += [Row(position, tokens, fork) for position in positions]
+    return rows
 
 
 def has_tree(task: Task) -> bool:
