@@ -73,6 +73,8 @@ class Backend(Protocol):
     branch_slots: int = 0
     #: Devices that compute one forward together. With another number of devices the logits have other bits.
     devices: int = 1
+    #: The library's build and its settings, as far as bits depend on them. Part of a target's fingerprint.
+    build: str = ""
     #: Calls of the model so far. ModelEngine sets it to 0 when it is built.
     forwards: int
 
