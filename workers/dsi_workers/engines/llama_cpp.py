@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 
 import psutil
 import structlog
 
 from dsi_protocol import OptionValue
+from dsi_workers.decoding.trial_cache import keep_trial, read_trial
 from dsi_workers.drafting.lookup import Lookup
 from dsi_workers.engine import EngineError
 from dsi_workers.engines.calibration import guess_costs_us
@@ -17,7 +19,8 @@ from dsi_workers.engines.options import whole_option
 from dsi_workers.llama.backend import LlamaBackend
 from dsi_workers.llama.files import gguf_file
 from dsi_workers.llama.library import Context, Model, Settings, build
-from dsi_workers.llama.widths import BOUNDARIES, Agreement, Trial, best_agreement
+from dsi_workers.llama.widths import BOUNDARY, Agreement, Trial, best_agreement
+from dsi_workers.models.conversion import identity
 from dsi_workers.models.files import read_vocabulary_hash
 from dsi_workers.models.resolve import resolve_model
 
@@ -58,7 +61,7 @@ def load_llama_engine(model: str, *, device: str, drafter: bool, options: Mappin
             )
         log.info("read", model=model)
         max_length, chunk = _max_length(options, weights, slots), LlamaBackend.prompt_chunk
-        positions = -(-(max(max_length, BOUNDARIES[-1]) + max(chunk, 2 * window)) // _STEP) * _STEP
+        positions = -(-(max(max_length, BOUNDARY) + max(chunk, 2 * window)) // _STEP) * _STEP
 
         def context_with(flash_attention: bool) -> Context:
             settings = Settings(threads, flash_attention)
@@ -74,7 +77,13 @@ def load_llama_engine(model: str, *, device: str, drafter: bool, options: Mappin
             context = context_with(flash)
         else:
             choices = (True, False) if wished is None else (flash,)
-            context, agreement, flash = best_agreement(context_with, trial, choices, file.name)
+            facts = [identity(file), build(), f"{window} {slots} {positions} {threads} {choices}"]
+            if (kept := Agreement.read(read_trial(facts))) is not None:
+                agreement, flash = kept
+                context = context_with(flash)
+            else:
+                context, agreement, flash = best_agreement(context_with, trial, choices, file.name)
+                keep_trial(facts, {**asdict(agreement), "flash_attention": flash})
             log.info("bits tried", widths=sorted(agreement.costs_s), together=agreement.together, flash_attention=flash)
         on_error.callback(context.close)
         backend = LlamaBackend(

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,8 +20,11 @@ from dsi_workers.llama.library import Context, Row
 
 #: Widths to try for one run, if they are below the window. Those of prompts are tried by themselves.
 _NARROW = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-#: Positions around which windows are tried: there llama.cpp begins to read a longer part of the cache, or in another way.
-BOUNDARIES = (256, 512)
+#: The position around which windows are tried: from here on llama.cpp reads 512 positions of the cache instead of 256, and flash
+#: attention of one row goes along them in another way.
+BOUNDARY = 256
+#: Positions before the runs of a batch that is tried.
+_BEFORE_BATCH = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,16 @@ class Agreement:
     @property
     def most(self) -> int:
         return max(self.costs_s)
+
+    @classmethod
+    def read(cls, kept: Mapping[str, Any]) -> tuple[Agreement, bool] | None:
+        """What was kept of an earlier trial, and whether it was with flash attention. None: nothing that can be used."""
+        try:
+            costs_s = {int(width): float(cost_s) for width, cost_s in kept["costs_s"].items()}
+            widths = tuple(map(int, kept["together_widths"]))
+            return cls(costs_s, int(kept["together"]), widths), bool(kept["flash_attention"])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return None
 
     def cheapest(self, rows: int, most: int) -> int:
         """The fastest width in [rows, most]."""
@@ -63,23 +77,21 @@ class Trial:
     def agreement(self) -> Agreement | None:
         """Return the widths that agree with a full window. None if full windows themselves give different bits for the same
         tokens, or chunks of a prompt do."""
-        window = self._window
-        costs_s = {width: math.inf for width in (*_NARROW, window) if width <= window}
-        for boundary in BOUNDARIES:
-            self._read(boundary - window)
-            expected, took_s = self._in_groups(boundary - window, boundary + window, window)
-            costs_s[window] = min(costs_s[window], took_s)
-            half = window // 2
-            across, _ = self._in_groups(boundary - half, boundary - half + window, window)
-            if not torch.equal(expected[window - half :][:window], across):
-                return None
-            for width in [width for width in costs_s if width < window]:
-                took_s = self._agrees(width, boundary - window, expected)
-                costs_s[width] = min(costs_s[width], took_s)
-                if took_s == math.inf:
-                    del costs_s[width]
+        window, half = self._window, self._window // 2
+        begin = BOUNDARY - window
+        self._read(0, self._chunk)
         if not self._prompts_agree():
             return None
+        self._read(self._chunk, begin)
+        expected, cost_s = self._in_groups(begin, BOUNDARY + window, window)
+        across = expected[window - half :][:window]
+        found, _ = self._in_groups(BOUNDARY - half, BOUNDARY - half + window, window)
+        if not torch.equal(found, across):
+            return None
+        costs_s = {window: cost_s}
+        for width in (width for width in _NARROW if width < window):
+            if (took_s := self._agrees(width, BOUNDARY - half, across)) < math.inf:
+                costs_s[width] = took_s
         together, widths = self._batches(sorted({min(costs_s), window}))
         return Agreement(dict(sorted(costs_s.items())), together, widths)
 
@@ -94,7 +106,7 @@ class Trial:
 
     def _batches(self, widths: Sequence[int]) -> tuple[int, tuple[int, ...]]:
         """The most generations that can share a forward, each with a run of one of `widths`, and these widths."""
-        begin = self._chunk
+        begin = _BEFORE_BATCH
         for slot in range(self._slots):
             self._context.cut(slot, 0)
             self._context.forward(self._rows(0, begin, begin, slot, wanted=0), Never())
@@ -115,26 +127,21 @@ class Trial:
         return all(torch.equal(each, expected[:width]) for each in found)
 
     def _prompts_agree(self) -> bool:
-        """Whether a chunk of a prompt has the same bits again, when its last tokens have not arrived yet."""
-        chunk, some = self._chunk, min(self._window, self._chunk // 2)
-        for begin in (0, chunk):
-            found = []
-            for count in (chunk, chunk - some):
-                self._context.cut(0, begin)
-                rows = self._rows(begin, begin + count, chunk, 0, wanted=chunk)
-                found.append(self._context.forward(rows, Never())[chunk - 2 * some : chunk - some])
-            if not torch.equal(*found):
-                return False
-            self._context.cut(0, begin)
-            self._context.forward(self._rows(begin, begin + chunk, chunk, 0, wanted=0), Never())
-        return True
+        """Whether the second chunk of a prompt has the same bits again, when its last tokens have not arrived yet."""
+        chunk, some, found = self._chunk, min(self._window, self._chunk // 2), list[torch.Tensor]()
+        for count in (chunk, chunk - some):
+            self._context.cut(0, chunk)
+            rows = self._rows(chunk, chunk + count, chunk, 0)
+            rows = [row._replace(wanted=chunk - 2 * some <= at < chunk - some) for at, row in enumerate(rows)]
+            found.append(self._context.forward(rows, Never()))
+        return torch.equal(*found)
 
-    def _read(self, end: int) -> None:
-        """Let the cache hold positions [0, end), always computed in the same way."""
-        self._context.cut(0, 0)
-        for begin in range(0, end, self._chunk):
-            upto = min(begin + self._chunk, end)
-            self._context.forward(self._rows(begin, upto, upto - begin, 0, wanted=0), Never())
+    def _read(self, begin: int, end: int) -> None:
+        """Let the cache hold positions [0, end), of which it holds [0, begin)."""
+        self._context.cut(0, begin)
+        for first in range(begin, end, self._chunk):
+            upto = min(first + self._chunk, end)
+            self._context.forward(self._rows(first, upto, upto - first, 0, wanted=0), Never())
 
     def _in_groups(self, begin: int, end: int, width: int) -> tuple[torch.Tensor, float]:
         groups = list(self._groups(begin, end, width))
