@@ -12,13 +12,13 @@ JOBS ?= 3
 # What the site is made of (mkdocs.yml): the pages, and the sources that they link to.
 PAGES := README.md CHANGELOG.md CONTRIBUTING.md LICENSE docs protocol workers examples dsi_actors tests
 
-.PHONY: run test test-long test-avx2 test-ray test-zoo check fuzz image-check format docs clean
+.PHONY: run test test-long test-avx2 test-ray test-llama test-zoo check fuzz image-check format docs clean
 
 run: $(VENV)/ready
 	$(BIN)/dsi-actors generate "$(PROMPT)" --max-tokens 48 --compare
 
 test: check
-	$(BIN)/pytest --numprocesses $(JOBS) --dist worksteal -m "not (long or ray or zoo)"
+	$(BIN)/pytest --numprocesses $(JOBS) --dist worksteal -m "not (long or ray or llama or zoo)"
 
 # The tests that `make test` leaves out, since they take long.
 test-long: $(VENV)/ready
@@ -28,9 +28,13 @@ test-long: $(VENV)/ready
 test-ray: $(VENV)/ready-for-ray
 	$(BIN)/pytest -m ray tests/clusters
 
+# The tests of the engine llama-cpp. llama.cpp is compiled for them alone, which takes ten minutes.
+test-llama: $(VENV)/ready-for-llama
+	$(BIN)/pytest -m llama tests
+
 # The tests as on a processor with AVX2 only. TESTS="tests/workers ..." runs some of them, as CI does (.ci/run).
 test-avx2: $(VENV)/ready
-	$(AVX2) $(BIN)/pytest -m "not (ray or zoo)" --numprocesses $(JOBS) --dist worksteal $(TESTS)
+	$(AVX2) $(BIN)/pytest -m "not (ray or llama or zoo)" --numprocesses $(JOBS) --dist worksteal $(TESTS)
 
 # A tiny model of each architecture in docs/models.md: about ten minutes.
 test-zoo: $(VENV)/ready
@@ -73,6 +77,10 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 $(VENV)/ready-for-ray: $(VENV)/ready
 	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[ray]"
+	touch $@
+
+$(VENV)/ready-for-llama: $(VENV)/ready
+	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[llama-cpp]"
 	touch $@
 
 # No torch: building pages needs none of it.

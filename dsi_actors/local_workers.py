@@ -18,7 +18,7 @@ log = get_logger("local")
 
 async def start_local_workers(root: Root, config: Config, launcher: Launcher, endpoint: str) -> None:
     """Returns when all are ready. Raises ConfigError and WorkerStartError."""
-    require_models(config.local_models)
+    require_models(config.local_models, *config.local_extras)
     workers = config.local_workers
     if config.cluster == "local":
         _warn_of_crowding(config)

@@ -28,7 +28,7 @@ LAYERS = {
     ),
     "dsi_workers": (
         "__init__ tree draft_tree session sessions engine backend grammar logit_changes sampling connection models decoding "
-        "checkpoints group drafting engines benches refusal work loop prepare_models main"
+        "checkpoints group drafting llama engines benches refusal work loop prepare_models main"
     ),
     "dsi_protocol": "errors checksums fields sampling gumbel messages codec endpoints __init__",
 }

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from dsi_actors.benches.prompts import add_prompt_options, read_prompts
-from dsi_actors.config import NGRAM, RANDOM, SELF_INT8, Algorithm, Config, Sampling
+from dsi_actors.config import LLAMA_CPP, NGRAM, RANDOM, SELF_INT8, TRANSFORMERS, Algorithm, Config, Sampling
 from dsi_actors.console.machine import describe_machine
 from dsi_actors.console.options import (
     SubParsers,
@@ -36,6 +36,8 @@ from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.structure import Structure
 from dsi_actors.tokenizer import Tokenizer
 
+#: What is tried of each engine.
+_DTYPES = {TRANSFORMERS: "float32,bfloat16", LLAMA_CPP: "none,f16,q8_0"}
 DRAFTERS = (SELF_INT8, NGRAM, RANDOM)
 LOOKAHEADS: tuple[int | Literal["auto"], ...] = (1, 3, 8, "auto")
 #: Trees of drafts: two tokens between verifications, and up to three branches.
@@ -134,7 +136,17 @@ def add_parser(benches: SubParsers) -> None:
     add_target_option(parser)
     add_prompt_options(parser, limit=2, max_tokens=32)
     parser.add_argument("--servers", type=int, default=3, metavar="N", help="SP from 1 to this (default %(default)s)")
-    parser.add_argument("--dtypes", default="float32,bfloat16", metavar="LIST", help="default %(default)s")
+    parser.add_argument(
+        "--engine",
+        choices=list(_DTYPES),
+        default=TRANSFORMERS,
+        help="of the targets and drafters (default %(default)s)",
+    )
+    parser.add_argument(
+        "--dtypes", metavar="LIST",
+        help="numbers that targets compute with; for llama-cpp kinds of weights, of which none means the file's own (default: "
+        f"{'; '.join(f'{dtypes} for {engine}' for engine, dtypes in _DTYPES.items())})",
+    )  # fmt: skip
     parser.add_argument("--drafters", default=",".join(DRAFTERS), metavar="LIST", help="default %(default)s")
     parser.add_argument(
         "--kinds", default="greedy,sampled", metavar="LIST",
@@ -156,11 +168,13 @@ async def run(arguments: argparse.Namespace) -> int:
     samplings = {kind: sampling_of(kind, arguments.max_tokens, tokenizer.stop_token_ids) for kind in kinds}
     findings = Findings()
     err = terminal(stderr=True)
-    for dtype in arguments.dtypes.split(","):
+    option = "quantization" if arguments.engine == LLAMA_CPP else "dtype"
+    for dtype in (arguments.dtypes or _DTYPES[arguments.engine]).split(","):
         for drafter in arguments.drafters.split(","):
             config = Config(
                 target=arguments.target, drafter=drafter, sp=arguments.servers, devices=devices_from(arguments), tp=arguments.tp,
-                target_options={"dtype": dtype}, ready_timeout_s=arguments.ready_timeout, log_level=arguments.log_level,
+                engine=arguments.engine, target_options={option: dtype},
+                ready_timeout_s=arguments.ready_timeout, log_level=arguments.log_level,
             )  # fmt: skip
             await prepare_shown(config)
             async with Orchestrator(config) as orchestrator:

@@ -176,7 +176,7 @@ async def _served(orchestrator: Orchestrator, tokenizer: Tokenizer) -> AsyncIter
 
 
 async def run(arguments: argparse.Namespace) -> int:
-    require_models(_config(arguments).local_models, "serve", what="this benchmark")
+    require_models(_config(arguments).local_models, "serve", *_config(arguments).local_extras, what="this benchmark")
     crowds = numbers(arguments.clients, "--clients", int, 1, _MOST_CLIENTS)
     if arguments.repeats < 1 or arguments.tokens < 2:
         raise ConfigError("--repeats must be at least 1, --tokens at least 2")

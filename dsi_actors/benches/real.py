@@ -1,8 +1,9 @@
 """`dsi-actors bench real`: real models, beside what people use today, on the same processors in one run.
 
 transformers' `generate` and its assisted generation (by the same drafter, and by prompt lookup) on the first of our devices,
-our plain decoding, SI and DSI, all greedy. Each round gives every way a prompt, another one to each, so that what disturbs
-the machine disturbs all and no worker still holds the prompt that it is given.
+our plain decoding, SI and DSI, all greedy. With --llama-cpp also llama.cpp's plain decoding, its prompt lookup and its
+speculation with a drafter, and ours on the engine llama-cpp with the same file. Each round gives every way a prompt, another one
+to each, so that what disturbs the machine disturbs all and no worker still holds the prompt that it is given.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from typing import Any
 
 from rich.table import Table
 
+from dsi_actors.benches.line_process import LineProcess
 from dsi_actors.benches.prompts import Prompt, add_prompt_options, read_prompts
-from dsi_actors.benches.reference import ReferenceProcess
-from dsi_actors.config import NGRAM, NGRAM_FOR, SELF_INT8, Algorithm, Config, Sampling
+from dsi_actors.benches.reference import LlamaCppProcess, ReferenceProcess
+from dsi_actors.config import LLAMA_CPP, NGRAM, NGRAM_FOR, SELF_INT8, TRANSFORMERS, Algorithm, Config, Sampling
 from dsi_actors.console.machine import describe_machine, processor_s_of
 from dsi_actors.console.options import (
     SubParsers,
@@ -37,6 +39,7 @@ from dsi_actors.console.progress import model_directory, prepare_shown
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
 from dsi_actors.host.devices import device_name, local_devices
+from dsi_actors.host.requirements import require
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.results import GenerationReport
 from dsi_actors.tokenizer import Tokenizer
@@ -66,6 +69,14 @@ def add_parser(benches: SubParsers) -> None:
         "--library", default="float32:1,float32:2,bfloat16:1,bfloat16:2", metavar="DTYPE:THREADS,...",
         help="how transformers runs (default %(default)s); none leaves it out",
     )  # fmt: skip
+    parser.add_argument(
+        "--llama-cpp", default="none", metavar="KIND:THREADS,...",
+        help="how llama.cpp runs, such as f16:1,f16:2,q8_0:1, with the weights written in this kind (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--engines", metavar="LIST",
+        help=f"of ours (default: {TRANSFORMERS}, and with --llama-cpp {LLAMA_CPP}, too)",
+    )  # fmt: skip
     add_json_option(parser)
     add_ready_timeout_option(parser)
     add_logging_option(parser)
@@ -88,10 +99,11 @@ _Ask = Callable[[Prompt, int], Awaitable[_Text]]
 
 @dataclass(slots=True)
 class _Way:
-    """`alike`: the way whose text it should give."""
+    """`alike`: the way whose text it should give. `plain`: our plain decoding of the same weights."""
 
     name: str
     alike: str
+    plain: str
     ask: _Ask
     texts: dict[str, _Text] = field(default_factory=dict)
 
@@ -114,7 +126,7 @@ def _ours(orchestrator: Orchestrator, algorithm: Algorithm, stop: Sequence[int],
     return ask
 
 
-def _library(reference: ReferenceProcess, threads: int, assist: str, stop: Sequence[int]) -> _Ask:
+def _library(reference: LineProcess, threads: int, assist: str, stop: Sequence[int]) -> _Ask:
     async def ask(prompt: Prompt, max_tokens: int) -> _Text:
         before_s = processor_s_of(reference.process_id)
         answer = await reference.ask(
@@ -128,43 +140,21 @@ def _library(reference: ReferenceProcess, threads: int, assist: str, stop: Seque
 
 
 async def run(arguments: argparse.Namespace) -> int:
-    library = _library_settings(arguments.library)
+    library, llama = _library_settings(arguments.library), _llama_settings(arguments.llama_cpp)
+    setups = _setups(arguments, list(dict.fromkeys(kind for kind, _ in llama)))
     tokenizer = Tokenizer(await model_directory(arguments.target))
     prompts = read_prompts(arguments, tokenizer)
     if len(prompts) < 2:
         raise ConfigError("give at least two prompts, --limit 2: a worker that is given one again need not read it")
     drafters = list(dict.fromkeys(arguments.drafters)) or [SELF_INT8]
-    model = next((each.removeprefix(NGRAM_FOR) for each in drafters if each != NGRAM), "")
     stop = tokenizer.stop_token_ids
-    device = device_name(local_devices(devices_from(arguments))[0])
-    for drafter in drafters:
-        await prepare_shown(_config(arguments, drafter))
+    for setup in setups:
+        for drafter in drafters:
+            await prepare_shown(setup.config(arguments, drafter))
     async with contextlib.AsyncExitStack() as stack:
-        references = {
-            dtype: await stack.enter_async_context(
-                ReferenceProcess(arguments.target, dtype=dtype, drafter=model, device=device)
-            )
-            for dtype in dict(library)
-        }
-        orchestrators = [
-            await stack.enter_async_context(Orchestrator(_config(arguments, drafter))) for drafter in drafters
-        ]
-        ways = [
-            _Way(f"{dtype}, {threads} threads: {name}", f"{dtype}, {threads} threads: {_ASSISTANCE['']}",
-                 _library(references[dtype], threads, assist, stop))
-            for dtype, threads in library for assist, name in _ASSISTANCE.items()
-            if assist != "drafter" or model
-        ]  # fmt: skip
-        ways.append(_Way("ours: AR", "ours: AR", _ours(orchestrators[0], "ar", stop, arguments.sp)))
-        algorithms: tuple[Algorithm, ...] = ("si", "dsi")
-        ways += [
-            _Way(f"ours: {algorithm.upper()} {drafter}", "ours: AR", _ours(each, algorithm, stop, arguments.sp))
-            for each, drafter in zip(orchestrators, drafters, strict=True) for algorithm in algorithms
-        ]  # fmt: skip
-        if arguments.choose and len(drafters) > 1:
-            chooses = await stack.enter_async_context(Orchestrator(_config(arguments, tuple(drafters))))
-            ask = _ours(chooses, "dsi", stop, arguments.sp)
-            ways.append(_Way(f"ours: DSI {' or '.join(drafters)}", "ours: AR", ask))
+        ways = await _theirs(stack, arguments, library, llama, drafters, stop, setups)
+        for setup in setups:
+            ways += await _own(stack, arguments, setup, drafters, stop)
         err = terminal(stderr=True)
         for way in ways:
             await way.ask(prompts[0], _WARM_UP_TOKENS)
@@ -181,14 +171,103 @@ async def run(arguments: argparse.Namespace) -> int:
     return 1 if any(row["differing"] for row in rows if row["way"].startswith("ours")) else 0
 
 
-def _config(arguments: argparse.Namespace, drafter: str | tuple[str, ...]) -> Config:
-    # Each prompt is asked several times: nothing of it may be found where it was left.
-    engine = {"slots": 1, "threads": arguments.threads}
-    return Config(
-        target=arguments.target, drafter=drafter, sp=arguments.sp, devices=devices_from(arguments), tp=arguments.tp,
-        target_options={**engine, "dtype": arguments.dtype}, drafter_options={**engine, "remember": False},
-        ready_timeout_s=arguments.ready_timeout, log_level=arguments.log_level,
-    )  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class _Setup:
+    """An engine of ours. `kind`: in which kind of weights llama.cpp has the model."""
+
+    engine: str
+    kind: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"ours on llama.cpp {self.kind}" if self.kind else "ours"
+
+    def config(self, arguments: argparse.Namespace, drafter: str | tuple[str, ...]) -> Config:
+        # Each prompt is asked several times: nothing of it may be found where it was left.
+        engine = {"slots": 1, "threads": arguments.threads}
+        own = {"quantization": self.kind} if self.kind else {"dtype": arguments.dtype}
+        return Config(
+            target=arguments.target, drafter=drafter, sp=arguments.sp, devices=devices_from(arguments), tp=arguments.tp,
+            engine=self.engine, target_options={**engine, **own}, drafter_options={**engine, "remember": False},
+            ready_timeout_s=arguments.ready_timeout, log_level=arguments.log_level,
+        )  # fmt: skip
+
+
+def _setups(arguments: argparse.Namespace, kinds: Sequence[str]) -> list[_Setup]:
+    """The engines of ours. Raises ConfigError."""
+    wished = arguments.engines or ",".join([TRANSFORMERS, *[LLAMA_CPP][: len(kinds)]])
+    setups = list[_Setup]()
+    for engine in wished.split(","):
+        if engine == LLAMA_CPP and kinds:
+            setups += [_Setup(engine, kind) for kind in kinds]
+        elif engine == TRANSFORMERS:
+            setups.append(_Setup(engine))
+        else:
+            raise ConfigError(f"--engines {engine}: give {TRANSFORMERS}, or {LLAMA_CPP} together with --llama-cpp")
+    return setups
+
+
+async def _own(
+    stack: contextlib.AsyncExitStack, arguments: argparse.Namespace, setup: _Setup, drafters: Sequence[str],
+    stop: Sequence[int],
+) -> list[_Way]:  # fmt: skip
+    """Our ways with one engine."""
+    orchestrators = [
+        await stack.enter_async_context(Orchestrator(setup.config(arguments, drafter))) for drafter in drafters
+    ]
+    plain = f"{setup.name}: AR"
+    ways = [_Way(plain, plain, plain, _ours(orchestrators[0], "ar", stop, arguments.sp))]
+    algorithms: tuple[Algorithm, ...] = ("si", "dsi")
+    ways += [
+        _Way(f"{setup.name}: {algorithm.upper()} {drafter}", plain, plain, _ours(each, algorithm, stop, arguments.sp))
+        for each, drafter in zip(orchestrators, drafters, strict=True) for algorithm in algorithms
+    ]  # fmt: skip
+    if arguments.choose and len(drafters) > 1:
+        chooses = await stack.enter_async_context(Orchestrator(setup.config(arguments, tuple(drafters))))
+        ask = _ours(chooses, "dsi", stop, arguments.sp)
+        ways.append(_Way(f"{setup.name}: DSI {' or '.join(drafters)}", plain, plain, ask))
+    return ways
+
+
+async def _theirs(
+    stack: contextlib.AsyncExitStack, arguments: argparse.Namespace, library: Sequence[tuple[str, int]],
+    llama: Sequence[tuple[str, int]], drafters: Sequence[str], stop: Sequence[int], setups: Sequence[_Setup],
+) -> list[_Way]:  # fmt: skip
+    """The ways of transformers and of llama.cpp."""
+    model = next((each.removeprefix(NGRAM_FOR) for each in drafters if each != NGRAM), "")
+    device = device_name(local_devices(devices_from(arguments))[0])
+    processes: dict[str, LineProcess] = {
+        dtype: ReferenceProcess(arguments.target, dtype=dtype, drafter=model, device=device) for dtype in dict(library)
+    }
+    drafts = "" if model == SELF_INT8 else model
+    processes |= {f"llama.cpp {kind}": LlamaCppProcess(arguments.target, kind, drafts) for kind in dict(llama)}
+    for process in processes.values():
+        await stack.enter_async_context(process)
+    ways = list[_Way]()
+    for kind, threads in [*library, *((f"llama.cpp {kind}", threads) for kind, threads in llama)]:
+        name = f"{kind}, {threads} threads"
+        own = next((f"{each.name}: AR" for each in setups if each.name == f"ours on {kind}"), f"{setups[0].name}: AR")
+        ways += [
+            _Way(f"{name}: {label}", f"{name}: {_ASSISTANCE['']}", own, _library(processes[kind], threads, assist, stop))
+            for assist, label in _ASSISTANCE.items() if assist != "drafter" or model
+        ]  # fmt: skip
+    return ways
+
+
+def _llama_settings(text: str) -> list[tuple[str, int]]:
+    """Raises ConfigError."""
+    if text == "none":
+        return []
+    require("--llama-cpp", "torch", "llama-cpp")
+    settings = []
+    for word in text.split(","):
+        kind, _, threads = word.partition(":")
+        if not kind or not threads.isdecimal() or int(threads) < 1:
+            raise ConfigError(
+                f"--llama-cpp {word} is no kind of weights and number of threads: write it as f16:2, or none"
+            )
+        settings.append((kind, int(threads)))
+    return settings
 
 
 def _library_settings(text: str) -> list[tuple[str, int]]:
@@ -206,7 +285,7 @@ def _library_settings(text: str) -> list[tuple[str, int]]:
 
 def _rows(ways: Sequence[_Way]) -> list[dict[str, Any]]:
     texts = {way.name: way.texts for way in ways}
-    return [_row(way, texts[way.alike], texts["ours: AR"]) for way in ways]
+    return [_row(way, texts[way.alike], texts[way.plain]) for way in ways]
 
 
 def _row(way: _Way, alike: dict[str, _Text], plain: dict[str, _Text]) -> dict[str, Any]:

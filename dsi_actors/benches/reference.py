@@ -1,4 +1,5 @@
-"""transformers itself as a process of ours, to measure against: see workers/dsi_workers/benches/reference.py."""
+"""transformers and llama.cpp themselves as processes of ours, to measure against: see reference.py and llama_cpp.py in
+workers/dsi_workers/benches."""
 
 from __future__ import annotations
 
@@ -22,3 +23,10 @@ class ReferenceProcess(LineProcess):
         if layers is not None:
             settings["--layers"] = str(layers)
         super().__init__("dsi_workers.benches.reference", *(word for setting in settings.items() for word in setting))
+
+
+class LlamaCppProcess(LineProcess):
+    def __init__(self, model: str, quantization: str, drafter: str = "") -> None:
+        super().__init__(
+            "dsi_workers.benches.llama_cpp", "--model", model, "--quantization", quantization, "--drafter", drafter
+        )

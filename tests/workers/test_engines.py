@@ -24,6 +24,8 @@ from dsi_workers.engines.model import ModelEngine
 from dsi_workers.engines.translating import TranslatingEngine
 from dsi_workers.session import Session
 from support.engines import InterruptAfter, NoInterrupt, make_tiny_model, session_of, torch_backend
+from support.gguf_files import made as made_llama
+from support.gguf_files import write as write_gguf
 
 MakeEngine = Callable[[], Engine]
 
@@ -42,6 +44,7 @@ def sliding_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(
     params=[
         "timed", "timed drafter", "transformers", "transformers drafter", "sliding window", "trigrams", "trigrams drafter",
+        pytest.param("llama-cpp", marks=pytest.mark.llama), pytest.param("llama-cpp drafter", marks=pytest.mark.llama),
     ]
 )  # fmt: skip
 def engine(request: pytest.FixtureRequest, tiny_model: Path, sliding_model: Path) -> Engine:
@@ -50,11 +53,25 @@ def engine(request: pytest.FixtureRequest, tiny_model: Path, sliding_model: Path
     if "trigrams" in kind:
         model = request.getfixturevalue("example_model")
         return load_engine("trigrams", role=role, model=str(model), device="cpu:0", options={})
+    if "llama-cpp" in kind:
+        return llama_engine(role, request)
     if "timed" in kind:
         return load_engine("timed", role=role, model="", device="cpu:0", options={"acceptance": 0.5, "seed": 4})
     model = sliding_model if "sliding" in kind else tiny_model
     options: dict[str, Any] = {"max_length": 256, "quantization": "none"}
     return load_engine("transformers", role=role, model=str(model), device="cpu:0", options=options)
+
+
+@pytest.fixture(scope="module")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", made_llama())
+
+
+def llama_engine(role: str, request: pytest.FixtureRequest, **options: Any) -> Engine:
+    pytest.importorskip("llama_cpp")
+    model = str(request.getfixturevalue("tiny_gguf"))
+    options = {"max_length": 256, "slots": 2, **options}
+    return load_engine("llama-cpp", role=role, model=model, device="cpu:0", options=options)
 
 
 def fresh(engine: Engine, tokens: list[int], start: int) -> list[int]:
@@ -115,7 +132,7 @@ def test_an_interrupt_leaves_no_trace(engine: Engine) -> None:
         session.truncate(len(tokens) - checks % 3)
         tokens = list(session.tokens)
         assert engine.verify(session, len(tokens), NoInterrupt()).tokens == fresh(engine, tokens, len(tokens))
-    if isinstance(engine, ModelEngine) and isinstance(engine._backend, TorchBackend):
+    if isinstance(engine, ModelEngine) and isinstance(engine._backend, TorchBackend):  # llama.cpp is asked by time
         assert interrupted >= 3, "an interrupt reaches between the layers"
 
 
@@ -133,7 +150,10 @@ def test_a_prompt_that_comes_in_pieces(engine: Engine) -> None:
     assert engine.verify(session, 70, NoInterrupt()).tokens == expected
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "trigrams"])
+@pytest.mark.parametrize(
+    "kind", ["float32", "bfloat16", "trigrams",
+             *(pytest.param(f"llama-cpp {kind}", marks=pytest.mark.llama) for kind in ("none", "f16", "q8_0", "q4_0"))],
+)  # fmt: skip
 def test_the_bits_do_not_depend_on_how_tokens_are_grouped(
     tiny_model: Path, kind: str, request: pytest.FixtureRequest
 ) -> None:
@@ -141,6 +161,8 @@ def test_the_bits_do_not_depend_on_how_tokens_are_grouped(
     if kind == "trigrams":
         model = str(request.getfixturevalue("example_model"))
         engine = load_engine("trigrams", role="target", model=model, device="cpu:0", options={})
+    elif kind.startswith("llama-cpp"):
+        engine = llama_engine("target", request, quantization=kind.split()[1])
     else:
         options: dict[str, Any] = {"dtype": kind, "window": 8}
         engine = load_engine("transformers", role="target", model=str(tiny_model), device="cpu:0", options=options)

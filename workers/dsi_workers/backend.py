@@ -76,6 +76,8 @@ class Backend(Protocol):
     devices: int = 1
     #: Of a drafter: the most tokens that `draft` gives in one call. 1: there is no `draft`.
     most_drafts: int = 1
+    #: The library's build and its settings, as far as bits depend on them. Part of a target's fingerprint.
+    build: str = ""
     #: Calls of the model so far. ModelEngine sets it to 0 when it is built.
     forwards: int
 

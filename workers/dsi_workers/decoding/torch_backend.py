@@ -48,6 +48,7 @@ class TorchBackend:
         self.slots = forward.cache.slots - branch_slots
         self.branch_slots = branch_slots
         self.devices = forward.devices
+        self.build = ""
         self.tree_rows = 1
         self.most_drafts = forward.most_drafts if widths is None else 1
         self.forward = forward

@@ -25,7 +25,11 @@ __all__ = [
     "load_engine",
 ]
 
-_LIBRARIES = {"transformers": ("torch", "transformers")}
+#: The libraries of an engine, and the extra that brings each.
+_LIBRARIES = {
+    "transformers": {"torch": "torch", "transformers": "torch"},
+    "llama-cpp": {"torch": "torch", "transformers": "torch", "llama_cpp": "llama-cpp"},
+}
 
 
 def engine_names() -> list[str]:
@@ -41,10 +45,11 @@ def check_known(name: str) -> None:
 
 def check_installed(name: str) -> None:
     """Raises EngineError if the engine's libraries are not installed. Does not import the libraries."""
-    missing = [each for each in _LIBRARIES.get(name, ()) if not _is_installed(each)]
+    missing = {module: extra for module, extra in _LIBRARIES.get(name, {}).items() if not _is_installed(module)}
     if missing:
+        module, extras = next(iter(missing)), ",".join(dict.fromkeys(missing.values()))
         raise EngineError(
-            f"a worker that runs a model needs {missing[0]}: pip install 'dsi-actors[torch]' where the worker runs"
+            f"a worker that runs a model needs {module}: pip install 'dsi-actors[{extras}]' where the worker runs"
         )
 
 
@@ -90,11 +95,24 @@ def _transformers(*, role: str, model: str, device: str, options: Mapping[str, O
     from dsi_workers.engines.loading import load_model_engine
 
     engine = load_model_engine(model, device=device, drafter=role == "drafter", options=options)
-    if role == "drafter" and options.get("target"):
-        from dsi_workers.engines.translating import in_vocabulary_of
+    return _in_targets_vocabulary(engine, role, model, options)
 
-        return in_vocabulary_of(str(options["target"]), engine, model)
-    return engine
+
+def _llama_cpp(*, role: str, model: str, device: str, options: Mapping[str, OptionValue]) -> Engine:
+    check_installed("llama-cpp")
+    from dsi_workers.engines.llama_cpp import load_llama_engine
+
+    engine = load_llama_engine(model, device=device, drafter=role == "drafter", options=options)
+    return _in_targets_vocabulary(engine, role, model, options)
+
+
+def _in_targets_vocabulary(engine: Engine, role: str, model: str, options: Mapping[str, OptionValue]) -> Engine:
+    """The engine; a drafter whose model has another vocabulary than the target answers in the target's."""
+    if role != "drafter" or not options.get("target"):
+        return engine
+    from dsi_workers.engines.translating import in_vocabulary_of
+
+    return in_vocabulary_of(str(options["target"]), engine, model)
 
 
 def _timed(*, role: str, model: str, device: str, options: Mapping[str, OptionValue]) -> Engine:
@@ -111,4 +129,6 @@ def _ngram(*, role: str, model: str, device: str, options: Mapping[str, OptionVa
     return NgramEngine(options)
 
 
-_OWN: dict[str, EngineFactory] = {"transformers": _transformers, "timed": _timed, "ngram": _ngram}
+_OWN: dict[str, EngineFactory] = {
+    "transformers": _transformers, "llama-cpp": _llama_cpp, "timed": _timed, "ngram": _ngram,
+}  # fmt: skip

@@ -16,8 +16,8 @@ _WORDS = 97
 
 
 def fingerprint_of(backend: Backend) -> int:
-    """The CRC-32 of the logits after a prompt of one chunk and after each position of the window that follows, and of the number
-    of devices that compute them together.
+    """The CRC-32 of the logits after a prompt of one chunk and after each position of the window that follows, of the number of
+    devices that compute them together, and of the backend's build.
 
     Never 0, which stands for unknown. Overwrites slot 0.
     """
@@ -26,6 +26,7 @@ def fingerprint_of(backend: Backend) -> int:
     prompt = Run(0, text[:chunk], 0, chunk, chunk - 1)
     window = Run(0, text[chunk:], chunk, 0, chunk)
     checksum = zlib.crc32(backend.devices.to_bytes(2, "little"), grammar_checksum())
+    checksum = zlib.crc32(backend.build.encode(), checksum)
     for run in (prompt, window):
         for logits in backend.compute([run], Never()):
             checksum = zlib.crc32(logits.float().cpu().numpy().tobytes(), checksum)

@@ -25,6 +25,7 @@ from dsi_workers.engine import EngineError, Never
 from dsi_workers.engines.calibration import guess_costs_us
 from dsi_workers.engines.memory import fit_into_memory
 from dsi_workers.engines.model import ModelEngine
+from dsi_workers.engines.options import whole_option
 from dsi_workers.group.commands import Setup
 from dsi_workers.group.loading import load_group, load_whole
 from dsi_workers.models.files import read_vocabulary_hash
@@ -78,9 +79,9 @@ def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, 
     vocabulary = read_vocabulary_hash(directory)
     if exact and "layers" in options:
         raise EngineError("option layers is for a drafter: a target with fewer layers would give another text")
-    window = _whole(options, "window", 32 if on.type == "cuda" else 8, most=_MOST_WINDOW[on.type])
-    wanted_slots = _whole(options, "slots", most=_MOST_SLOTS) if "slots" in options else None
-    wanted_length = _whole(options, "max_length") if "max_length" in options else None
+    window = whole_option(options, "window", 32 if on.type == "cuda" else 8, most=_MOST_WINDOW[on.type])
+    wanted_slots = whole_option(options, "slots", most=_MOST_SLOTS) if "slots" in options else None
+    wanted_length = whole_option(options, "max_length") if "max_length" in options else None
     layers = options.get("layers")
     dtype, quantization = str(options.get("dtype", "auto")), _quantization(options, on, exact=exact)
     branch_slots = 0 if exact or options.get("lookup") else _BRANCH_SLOTS
@@ -90,7 +91,7 @@ def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, 
         prompt_chunk=prompt_chunk_of(on.type), share=_share(options),
     )  # fmt: skip
     setup = Setup(
-        device=devices[0], threads=_whole(options, "threads", 1), directory=str(directory), reference=model, dtype=dtype,
+        device=devices[0], threads=whole_option(options, "threads", 1), directory=str(directory), reference=model, dtype=dtype,
         quantization=quantization, rows=window, most_positions=max_length, graphs=options.get("graphs", True) is not False,
         exact=exact, layers=layers, slots=slots + branch_slots,
     )  # fmt: skip
@@ -150,11 +151,3 @@ def _share(options: Mapping[str, OptionValue]) -> float:
     if type(value) not in (int, float) or not 0 < float(value) <= 1:
         raise EngineError(f"option memory_share must be above 0 and at most 1, not {value!r}")
     return float(value)
-
-
-def _whole(options: Mapping[str, OptionValue], name: str, default: int = 1, *, most: int = 1 << 24) -> int:
-    """The option `name`, a whole number in [1, most]. Raises EngineError."""
-    value = options.get(name, default)
-    if type(value) is not int or not 1 <= value <= most:
-        raise EngineError(f"option {name} must be a whole number in [1, {most}], not {value!r}")
-    return value

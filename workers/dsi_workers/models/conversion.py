@@ -26,14 +26,23 @@ def kept(name: str, key: Iterable[str], source: Path, what: str, make: Callable[
     `name`: the beginning of the directory's name. `key`: texts that identify all that goes into the result (see `identity`).
     `source` and `what`: what is read and the work, as in "converting x.gguf", for messages. Raises ModelError.
     """
-    digest = hashlib.sha256("\0".join((_VERSION, *key)).encode()).hexdigest()[:12]
-    directory = cache_directory() / "models" / f"{name}-{digest}"
+    directory = _place(name, key)
     if (directory / _COMPLETE).exists():
         return directory
     with exclusive_lock(directory.parent / f"{directory.name}.lock", what, report):
         if not (directory / _COMPLETE).exists():
             _fill(directory, source, what, make)
     return directory
+
+
+def is_kept(name: str, key: Iterable[str]) -> bool:
+    """Whether `kept` has made this already. Raises ModelError."""
+    return (_place(name, key) / _COMPLETE).exists()
+
+
+def _place(name: str, key: Iterable[str]) -> Path:
+    digest = hashlib.sha256("\0".join((_VERSION, *key)).encode()).hexdigest()[:12]
+    return cache_directory() / "models" / f"{name}-{digest}"
 
 
 def identity(*files: Path) -> str:

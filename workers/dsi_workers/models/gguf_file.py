@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsi_workers.models.conversion import identity, kept, quiet_transformers
+from dsi_workers.models.conversion import identity, is_kept, kept, quiet_transformers
 from dsi_workers.models.files import ModelError, Report, some_names
 from dsi_workers.models.misfit import refuse_loading_info
 from dsi_workers.models.rope_factors import rope_of_factors
@@ -19,15 +19,17 @@ _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
-def convert_gguf(gguf: Path, report: Report) -> Path:
-    """Return the directory of the converted model. Converts it if this has not been done yet. Raises ModelError."""
+def convert_gguf(gguf: Path, report: Report, *, tokenizer_only: bool = False) -> Path:
+    """Return the directory of the converted model. Converts it if this has not been done yet. With `tokenizer_only`, only
+    config.json and the tokenizer are sure to be in it. Raises ModelError."""
     parts = _parts(gguf)
     what = f"converting {gguf.name}"
     match = _PART.fullmatch(gguf.name)
-    name = match[1] if match else gguf.stem
-    return kept(
-        name, [identity(*parts)], gguf, what, lambda work: _convert(parts, work, f"{what}, once", report), report
-    )
+    name, key = match[1] if match else gguf.stem, [identity(*parts)]
+    if tokenizer_only and not is_kept(name, key):
+        what = f"reading the vocabulary of {gguf.name}"
+        return kept(f"{name}-tokenizer", key, gguf, what, lambda work: _convert_tokenizer(parts[0], work), report)
+    return kept(name, key, gguf, what, lambda work: _convert(parts, work, f"{what}, once", report), report)
 
 
 def _parts(gguf: Path) -> list[Path]:
@@ -46,10 +48,7 @@ def _parts(gguf: Path) -> list[Path]:
 
 
 def _convert(parts: Sequence[Path], work: Path, what: str, report: Report) -> None:
-    for part in parts:
-        with part.open("rb") as opened:
-            if opened.read(len(_MAGIC)) != _MAGIC:
-                raise ModelError(f"{part} is not a GGUF file, or it is damaged: fetch it again")
+    _refuse_other_files(parts)
     report(what, 0.0, "importing transformers")
     try:
         import gguf
@@ -87,6 +86,24 @@ def _convert(parts: Sequence[Path], work: Path, what: str, report: Report) -> No
         model.save_pretrained(work)
         report(what, 1.0, "")
     joined.unlink(missing_ok=True)
+
+
+def _convert_tokenizer(file: Path, work: Path) -> None:
+    _refuse_other_files([file])
+    try:
+        from transformers import AutoConfig, AutoTokenizer
+    except ImportError as error:
+        raise ModelError(f"reading {file.name} needs transformers: pip install 'dsi-actors[torch]' ({error})") from None
+    with quiet_transformers():
+        for kind in (AutoConfig, AutoTokenizer):
+            kind.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False).save_pretrained(work)
+
+
+def _refuse_other_files(parts: Sequence[Path]) -> None:
+    for part in parts:
+        with part.open("rb") as opened:
+            if opened.read(len(_MAGIC)) != _MAGIC:
+                raise ModelError(f"{part} is not a GGUF file, or it is damaged: fetch it again")
 
 
 def _join(readers: Sequence[Any], path: Path) -> None:

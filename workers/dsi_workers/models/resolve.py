@@ -39,7 +39,7 @@ def _directory_of(reference: str, tokenizer_only: bool, report: Report) -> Path:
     if not reference:
         raise ModelError("the model reference is empty: give a directory, a .gguf file, package:NAME or a hub name")
     if reference.startswith("package:"):
-        return _convert_gguf(_gguf_of_package(reference.removeprefix("package:")), report)
+        return _convert_gguf(_gguf_of_package(reference.removeprefix("package:")), tokenizer_only, report)
     try:
         path = Path(reference).expanduser()
     except RuntimeError:
@@ -50,7 +50,7 @@ def _directory_of(reference: str, tokenizer_only: bool, report: Report) -> Path:
         if path.suffix == ".gguf":
             if not path.is_file():
                 raise ModelError(f"there is no file {reference}: check the path")
-            return _convert_gguf(path, report)
+            return _convert_gguf(path, tokenizer_only, report)
     except OSError as error:  # not a valid file name, or no permission for its directory
         raise ModelError(
             f"{reference[:200]} cannot be read ({error.strerror}): check the path and its permissions"
@@ -60,10 +60,24 @@ def _directory_of(reference: str, tokenizer_only: bool, report: Report) -> Path:
     return fetch(reference, tokenizer_only=tokenizer_only, report=report)
 
 
-def _convert_gguf(gguf: Path, report: Report) -> Path:
+def resolve_gguf(reference: str) -> Path:
+    """Return the GGUF file that a reference names: a .gguf file, or package:NAME. Raises ModelError."""
+    if reference.startswith("package:"):
+        return _gguf_of_package(reference.removeprefix("package:"))
+    path = Path(reference).expanduser()
+    if path.suffix != ".gguf":
+        raise ModelError(
+            f"llama.cpp reads GGUF files, and {reference} is none: give a .gguf file or package:NAME, or the engine transformers"
+        )
+    if not path.is_file():
+        raise ModelError(f"there is no file {reference}: check the path")
+    return path
+
+
+def _convert_gguf(gguf: Path, tokenizer_only: bool, report: Report) -> Path:
     from dsi_workers.models.gguf_file import convert_gguf
 
-    return convert_gguf(gguf, report)
+    return convert_gguf(gguf, report, tokenizer_only=tokenizer_only)
 
 
 def _gguf_of_package(name: str) -> Path:

@@ -1,0 +1,1 @@
+"""Runs GGUF files with llama.cpp: the extra `llama-cpp`."""
