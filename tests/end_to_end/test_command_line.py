@@ -226,12 +226,15 @@ def prompts(tmp_path: Path) -> Path:
 @pytest.mark.long
 def test_bench_exact_cost_measures_both_paths(model: Path, prompts: Path) -> None:
     done = dsi_actors(
-        "bench", "exact-cost", "--target", model, "--prompts", prompts, "--max-tokens", "6", "--repeats", "2", "--json"
-    )
+        "bench", "exact-cost", "--target", model, "--prompts", prompts, "--max-tokens", "6", "--repeats", "2", "--tp", "2",
+        "--json",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["results"]
     assert [(row["dtype"], row["path"]) for row in rows] == [
-        (dtype, path) for dtype in ("float32", "bfloat16") for path in ("exact (AR)", "transformers generate")
+        (dtype, path)
+        for dtype in ("float32", "bfloat16")
+        for path in ("exact (AR)", "exact (AR), group of 2", "transformers generate")
     ]
     for row in rows:
         assert row["generations"] == 4
