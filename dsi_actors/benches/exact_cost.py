@@ -1,12 +1,14 @@
 """`dsi-actors bench exact-cost`: what it costs that the text never depends on how it was computed.
 
 Plain decoding (AR) by one of our target servers, which is exact, against transformers' own greedy `generate`, which is
-not: alternating in one run, each in a process of its own with the same number of threads, the other one idle.
+not: alternating in one run, each in a process of its own with the same number of threads, the other one idle. `--tp N` adds
+a target server that is a group of N processes with one thread each.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -41,6 +43,9 @@ def add_parser(benches: SubParsers) -> None:
     add_prompt_options(parser, limit=5, max_tokens=32)
     parser.add_argument("--repeats", type=int, default=5, metavar="R", help="default %(default)s")
     parser.add_argument("--dtypes", default="float32,bfloat16", metavar="LIST", help="default %(default)s")
+    parser.add_argument(
+        "--tp", type=int, default=1, metavar="N", help="run a group of N processes, too (default: none)"
+    )
     parser.add_argument("--threads", type=int, default=1, metavar="T", help="torch threads of each process")
     add_json_option(parser)
     add_ready_timeout_option(parser)
@@ -49,8 +54,8 @@ def add_parser(benches: SubParsers) -> None:
 
 
 async def run(arguments: argparse.Namespace) -> int:
-    if arguments.repeats < 1 or arguments.max_tokens < 2 or arguments.threads < 1:
-        raise ConfigError("--repeats and --threads must be at least 1, --max-tokens at least 2")
+    if arguments.repeats < 1 or arguments.max_tokens < 2 or min(arguments.threads, arguments.tp) < 1:
+        raise ConfigError("--repeats, --threads and --tp must be at least 1, --max-tokens at least 2")
     prompts = read_prompts(arguments, Tokenizer(await model_directory(arguments.target)))
     rows = [row for dtype in arguments.dtypes.split(",") for row in await _measure(arguments, dtype, prompts)]
     if arguments.json:
@@ -63,35 +68,42 @@ async def run(arguments: argparse.Namespace) -> int:
         table.add_row(row["dtype"], row["path"], *times, *memory)
     console = terminal()
     console.print(table)
-    for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
-        ratio, first = (ours[name] / theirs[name] for name in ("ms_per_token", "first_token_ms"))
-        console.print(f"{ours['dtype']}: exact / transformers {ratio:.2f} per token, {first:.2f} to the first token")
+    by_dtype = {dtype: [row for row in rows if row["dtype"] == dtype] for dtype in arguments.dtypes.split(",")}
+    for dtype, (ours, *others) in by_dtype.items():
+        for other in others:
+            ratio, first = (ours[name] / other[name] for name in ("ms_per_token", "first_token_ms"))
+            console.print(f"{dtype}: {_OURS} / {other['path']} {ratio:.2f} per token, {first:.2f} to the first token")
     return 0
 
 
 async def _measure(arguments: argparse.Namespace, dtype: str, prompts: list[Prompt]) -> list[dict[str, Any]]:
-    options = {"dtype": dtype, "threads": arguments.threads}
-    config = Config(
-        target=arguments.target, drafter=None, sp=1, target_options=options, log_level=arguments.log_level,
-        ready_timeout_s=arguments.ready_timeout,
-    )  # fmt: skip
-    times: dict[str, list[list[float]]] = {_OURS: [], _THEIRS: []}
+    group = f"{_OURS}, group of {arguments.tp}"
+    ours = {
+        _OURS: _config(arguments, dtype),
+        **({group: _config(arguments, dtype, tp=arguments.tp)} if arguments.tp > 1 else {}),
+    }
+    names = [*ours, _THEIRS]
+    times: dict[str, list[list[float]]] = {name: [] for name in names}
     reference = ReferenceProcess(arguments.target, dtype=dtype, threads=arguments.threads)
-    async with Orchestrator(config) as orchestrator, reference:
+    async with contextlib.AsyncExitStack() as stack:
+        running = {name: await stack.enter_async_context(Orchestrator(config)) for name, config in ours.items()}
+        await stack.enter_async_context(reference)
         for repeat in range(arguments.repeats):
             for prompt in prompts:
-                for name in (_OURS, _THEIRS) if repeat % 2 else (_THEIRS, _OURS):
-                    if name == _OURS:
-                        times[name].append(await _ours(orchestrator, prompt, arguments.max_tokens))
+                for name in names if repeat % 2 else reversed(names):
+                    if name in running:
+                        times[name].append(await _ours(running[name], prompt, arguments.max_tokens))
                     else:
                         request = {"generate": prompt.ids, "max_tokens": arguments.max_tokens, "stop": []}
                         times[name].append((await reference.ask(**request))["times_ms"])
-        memory = {_OURS: memory_of(orchestrator.process_ids[0]), _THEIRS: memory_of(reference.process_id)}
+        processes = {name: orchestrator.process_ids[0] for name, orchestrator in running.items()}
+        memory = {name: memory_of(process) for name, process in {**processes, _THEIRS: reference.process_id}.items()}
     return [
         {
             "dtype": dtype,
             "path": name,
-            "threads": arguments.threads,
+            "tp": arguments.tp if name not in (_OURS, _THEIRS) else 1,
+            "threads": arguments.threads if name in (_OURS, _THEIRS) else 1,
             "ms_per_token": statistics.median((run[-1] - run[0]) / (len(run) - 1) for run in runs),
             "first_token_ms": statistics.median(run[0] for run in runs),
             "generations": len(runs),
@@ -99,6 +111,15 @@ async def _measure(arguments: argparse.Namespace, dtype: str, prompts: list[Prom
         }
         for name, runs in times.items()
     ]
+
+
+def _config(arguments: argparse.Namespace, dtype: str, *, tp: int = 1) -> Config:
+    """A single process has all threads, a rank of a group one."""
+    return Config(
+        target=arguments.target, drafter=None, sp=1, tp=tp, log_level=arguments.log_level,
+        target_options={"dtype": dtype, "threads": arguments.threads if tp == 1 else 1},
+        ready_timeout_s=arguments.ready_timeout, **({"devices": ("cpu",)} if tp > 1 else {}),
+    )  # fmt: skip
 
 
 async def _ours(orchestrator: Orchestrator, prompt: Prompt, max_tokens: int) -> list[float]:

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 import signal
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from dsi_actors.chaos.processes import alive, children, descriptors, resident_bytes, send
 from dsi_actors.chaos.proxy import DISTURBANCES, Proxy
-from dsi_actors.config import Algorithm, Config, Sampling
+from dsi_actors.config import TIMED, Algorithm, Config, Sampling
 from dsi_actors.errors import DsiError
 from dsi_actors.host.temporary import socket_directory
 from dsi_actors.logs import get_logger
@@ -37,17 +35,19 @@ _SOCKET = "proxy.sock"
 _PROMPTS = 6
 _PARALLEL = 2
 _ALGORITHMS: tuple[Algorithm, ...] = ("dsi", "dsi", "dsi", "si", "ar")
-#: Workers that come and go by themselves, beside those that the orchestrator started.
-_GUESTS = ("target", "target", "drafter")
+#: Workers that come and go by themselves, beside those that the orchestrator started. Groups are many processes: fewer.
+_GUESTS, _GUESTS_BESIDE_GROUPS = ("target", "target", "drafter"), ("target",)
 #: After so long what is still there is left behind.
 _END_S = 10.0
 #: A recovery of so many detection times is worth a line in the log.
 _SLOW = 2.0
 #: What happens, and how often in comparison.
-_FAULTS: dict[str, int] = {
+FAULTS: dict[str, int] = {
     "kill a target": 4, "kill a drafter": 3, "kill all targets": 1, "stop a target": 3, "stop a drafter": 2,
     "join": 2, "leave": 2, "drop": 3, "delay": 2, "duplicate": 2, "reorder": 2,
 }  # fmt: skip
+#: What happens beside that where target servers are groups: to a rank that is not the first.
+FAULTS_OF_GROUPS = {"kill a rank": 4, "stop a rank": 4}
 
 
 @dataclass(slots=True)
@@ -103,17 +103,21 @@ class _Running:
 
 class Chaos:
     """One run of `seconds`, or until `faults` happened. The same seed gives the same sequence of faults, though not the
-    same moments."""
+    same moments. `kinds`: only these faults; empty: all that there are for these workers."""
 
     def __init__(
-        self, *, seconds: float, faults: float, seed: int, tokens: int, pause_s: float, config: Config
-    ) -> None:
+        self, *, seconds: float, faults: float, seed: int, tokens: int, pause_s: float, config: Config,
+        kinds: Collection[str] = (),
+    ) -> None:  # fmt: skip
         self.outcome = Outcome()
         self._seconds = seconds
         self._faults = faults
         self._tokens = tokens
         self._pause_s = pause_s
         self._config = config
+        possible = {**FAULTS, **(FAULTS_OF_GROUPS if config.tp > 1 else {})}
+        self._kinds = {kind: weight for kind, weight in possible.items() if not kinds or kind in kinds}
+        self._guest_roles = _GUESTS if config.tp == 1 else _GUESTS_BESIDE_GROUPS
         self._seed = seed
         self._random = random.Random(seed)
         self._generations: set[_Running] = set()
@@ -126,7 +130,7 @@ class Chaos:
         outcome = self.outcome
         with socket_directory(_SOCKET) as directory:
             self._texts = await self._plain_decoding()
-            descriptors = _descriptors()
+            before = descriptors()
             orchestrator = _BehindProxy(self._config, Path(directory), self._seed)
             try:
                 async with orchestrator:
@@ -138,21 +142,25 @@ class Chaos:
                     outcome.disturbed_frames.update(orchestrator.proxy.disturbed)
             end_s = time.monotonic() + _END_S
             while True:  # what was closed and killed needs a moment to be gone
-                now = _descriptors()
-                outcome.leaked_descriptors = max(0, len(now) - len(descriptors))
-                outcome.leaked = sorted(name for number, name in now.items() if number not in descriptors)
-                outcome.leaked_processes = sum(_alive(process) for process in self._known)
+                now = descriptors()
+                outcome.leaked_descriptors = max(0, len(now) - len(before))
+                outcome.leaked = sorted(name for number, name in now.items() if number not in before)
+                outcome.leaked_processes = sum(alive(process) for process in self._known)
                 if not (outcome.leaked_descriptors or outcome.leaked_processes) or time.monotonic() > end_s:
                     break
                 await asyncio.sleep(0.1)
         return outcome
 
     async def _run_with(self, orchestrator: _BehindProxy) -> None:
-        for role in _GUESTS:
+        for role in self._guest_roles:
             await self._invite(role, orchestrator.endpoint)
-        await orchestrator.wait_for_workers(targets=4, drafters=2, timeout_s=self._config.ready_timeout_s)
+        targets, drafters = self._config.local_servers, len(self._config.drafters)
+        await orchestrator.wait_for_workers(
+            targets=targets + self._guest_roles.count("target"), drafters=drafters + self._guest_roles.count("drafter"),
+            timeout_s=self._config.ready_timeout_s,
+        )  # fmt: skip
         self._note(orchestrator)
-        grown_from = _resident_bytes()
+        grown_from = resident_bytes()
         deadline_s = time.monotonic() + self._seconds
 
         def left_s() -> float:
@@ -162,13 +170,14 @@ class Chaos:
             for number in range(_PARALLEL):
                 group.create_task(self._generate(orchestrator, left_s, random.Random(self._seed + 1 + number)))
             await self._harm(orchestrator, left_s)
-        self.outcome.grown_bytes = _resident_bytes() - grown_from
+        self.outcome.grown_bytes = resident_bytes() - grown_from
 
     # Generations
 
     async def _plain_decoding(self) -> list[list[int]]:
         """The same target, without drafter, faults, or anything that takes time."""
-        options = {**self._config.target_options, "latency_ms": 0.0}
+        no_time = {"latency_ms": 0.0} if self._config.engine == TIMED else {}
+        options = {**self._config.target_options, **no_time}
         quiet = replace(self._config, sp=1, drafter=None, target_options=options)
         texts: list[list[int]] = []
         async with Orchestrator(quiet) as orchestrator:
@@ -214,7 +223,7 @@ class Chaos:
     # Faults
 
     async def _harm(self, orchestrator: _BehindProxy, left_s: Callable[[], float]) -> None:
-        kinds, weights = list(_FAULTS), list(_FAULTS.values())
+        kinds, weights = list(self._kinds), list(self._kinds.values())
         while (rest_s := left_s()) > 0:
             await asyncio.sleep(min(rest_s, self._random.uniform(0.5, 1.5) * self._pause_s))
             self._note(orchestrator)
@@ -231,26 +240,26 @@ class Chaos:
         """Whether there was somebody to whom it could be done."""
         what, *role = kind.split(" a ")
         if kind == "kill all targets":
-            return sum([_signal(process, signal.SIGKILL) for process in self._processes(orchestrator, "target")]) > 0
+            return sum([send(process, signal.SIGKILL) for process in self._processes(orchestrator, "target")]) > 0
         if role:
-            victims = [each for each in self._processes(orchestrator, role[0]) if each not in self._stopped]
+            victims = [each for each in self._processes(orchestrator, *role) if each not in self._stopped]
             if not victims:
                 return False
             victim = self._random.choice(victims)
             if what == "kill":
-                return _signal(victim, signal.SIGKILL)
+                return send(victim, signal.SIGKILL)
             self._stopped[victim] = asyncio.get_running_loop().call_later(
                 self._random.uniform(0.1, 2.5 * self._config.silence_ms / 1e3), self._continue, victim
             )
-            return _signal(victim, signal.SIGSTOP)
+            return send(victim, signal.SIGSTOP)
         if kind == "join":
-            if len(self._guests) >= 2 * len(_GUESTS):
+            if len(self._guests) >= 2 * len(self._guest_roles):
                 return False
-            await self._invite(self._random.choice(_GUESTS), orchestrator.endpoint)
+            await self._invite(self._random.choice(self._guest_roles), orchestrator.endpoint)
             return True
         if kind == "leave":
             guests = [process for process in self._guests if process.returncode is None]
-            return bool(guests) and _signal(self._random.choice(guests).pid, signal.SIGTERM)
+            return bool(guests) and send(self._random.choice(guests).pid, signal.SIGTERM)
         assert orchestrator.proxy is not None
         [disturbance] = [each for each in DISTURBANCES if each == kind]
         orchestrator.proxy.disturb(disturbance, self._random.uniform(0.3, 1.5) * self._pause_s)
@@ -260,17 +269,21 @@ class Chaos:
         timer = self._stopped.pop(process, None)
         if timer is not None:
             timer.cancel()
-            _signal(process, signal.SIGCONT)
+            send(process, signal.SIGCONT)
 
     @staticmethod
     def _processes(orchestrator: Orchestrator, role: str) -> list[int]:
+        """`rank`: those of groups that are not the first."""
+        if role == "rank":
+            return children(Chaos._processes(orchestrator, "target"))
         return [worker.hello.process for worker in orchestrator.workers if worker.role == role]
 
     # Workers
 
     async def _invite(self, role: str, endpoint: str) -> None:
+        device = ",".join(["cpu"] * (self._config.tp if role == "target" else 1))
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "dsi_actors.worker", "--gpu", "cpu", "--role", role, "--connect", endpoint,
+            sys.executable, "-m", "dsi_actors.worker", "--gpu", device, "--role", role, "--connect", endpoint,
             "--log-level", "error", "--supervised",
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
             start_new_session=True,
@@ -293,37 +306,10 @@ class Chaos:
             if process not in self._known:
                 self._known.add(process)
                 self.outcome.restarts += 1
+        self._known.update(children(list(self._known)))
         assert orchestrator._root is not None
         assert orchestrator._root.supervisor is not None
         self.outcome.worker_start_s = list(orchestrator._root.supervisor.start_times_s)
-
-
-def _signal(process: int, number: signal.Signals) -> bool:
-    try:
-        os.kill(process, number)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def _alive(process: int) -> bool:
-    try:
-        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _descriptors() -> dict[str, str]:
-    """What each open descriptor of this process stands for."""
-    found = {}
-    for link in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):  # the one by which they are listed
-            found[link.name] = os.readlink(link)
-    return found
-
-
-def _resident_bytes() -> int:
-    return psutil.Process().memory_info().rss
 
 
 def as_dict(outcome: Outcome, config: Config) -> dict[str, Any]:

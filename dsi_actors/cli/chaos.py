@@ -1,6 +1,7 @@
 """`dsi-actors chaos`: workers are killed and stopped, messages lost and doubled, while generations run. Is any text lost?
 
-Real worker processes with the `timed` engine behind a proxy of our own. Exits with 1 if a generation was lost, or gave
+Real worker processes with the `timed` engine, or with the model --target, behind a proxy of our own. With --tp each target
+server is a group of processes, whose ranks are killed and stopped, too. Exits with 1 if a generation was lost, or gave
 another text than plain decoding without faults, or if anything was left behind.
 """
 
@@ -10,13 +11,15 @@ import argparse
 import json
 import math
 import sys
+from typing import Any
 
 from rich.table import Table
 
-from dsi_actors.chaos.run import Chaos, as_dict
+from dsi_actors.chaos.run import FAULTS, FAULTS_OF_GROUPS, Chaos, as_dict
 from dsi_actors.config import Config
 from dsi_actors.console.machine import describe_machine
-from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option
+from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option, default_of
+from dsi_actors.console.progress import prepare_shown
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
 
@@ -33,6 +36,15 @@ def add_parser(commands: SubParsers) -> None:
     parser.add_argument("--target-ms", type=float, default=20.0, metavar="T", help="milliseconds of a verification")
     parser.add_argument("--drafter-ms", type=float, default=4.0, metavar="D", help="milliseconds of a drafted token")
     parser.add_argument("--acceptance", type=float, default=0.8, metavar="A", help="chance that a draft is right")
+    parser.add_argument(
+        "--target", metavar="REF", help="workers compute with this model on the CPU, and take what it takes"
+    )
+    parser.add_argument(
+        "--tp", type=int, default=default_of(Config, "tp"), metavar="N", help="processes of each target server"
+    )
+    parser.add_argument(
+        "--kinds", metavar="LIST", help=f"only these faults, of {', '.join({**FAULTS, **FAULTS_OF_GROUPS})}"
+    )
     parser.add_argument("--detection-ms", type=int, default=2000, metavar="D", help="silence that means death")
     add_json_option(parser)
     add_logging_option(parser)
@@ -44,15 +56,17 @@ async def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--minutes and --pause must be above 0, --tokens at least 1")
     if arguments.faults is not None and arguments.faults < 1:
         raise ConfigError("--faults must be at least 1")
-    config = Config(
-        engine="timed", sp=2, devices=("cpu",), log_level=arguments.log_level, silence_ms=arguments.detection_ms,
-        heartbeat_ms=arguments.detection_ms // 8, restarts=1_000_000,
-        target_options={"latency_ms": arguments.target_ms},
-        drafter_options={"latency_ms": arguments.drafter_ms, "acceptance": arguments.acceptance, "alternatives": 0.5},
-    )  # fmt: skip
+    config = _config(arguments)
+    kinds = arguments.kinds.split(",") if arguments.kinds else []
+    possible = {**FAULTS, **(FAULTS_OF_GROUPS if config.tp > 1 else {})}
+    if unknown := [kind for kind in kinds if kind not in possible]:
+        of_groups = " without --tp" if unknown[0] in FAULTS_OF_GROUPS else ""
+        raise ConfigError(f"--kinds: {unknown[0]!r} is no fault{of_groups}: choose from {', '.join(possible)}")
+    await prepare_shown(config)
     chaos = Chaos(
         seconds=60 * arguments.minutes if arguments.faults is None else math.inf, faults=arguments.faults or math.inf,
         seed=arguments.seed, tokens=arguments.tokens, pause_s=arguments.pause, config=config,
+        kinds=kinds,
     )  # fmt: skip
     outcome = as_dict(await chaos.run(), config)
     if arguments.json:
@@ -64,3 +78,20 @@ async def run(arguments: argparse.Namespace) -> int:
         terminal().print(table)
     bad = ("lost", "differing", "leaked_processes", "leaked_descriptors")
     return 1 if any(outcome[name] for name in bad) else 0
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    """Raises ConfigError."""
+    if arguments.tp > 1 and arguments.target is None:
+        raise ConfigError(f"--tp {arguments.tp}: only a model can be divided among processes: give --target, too")
+    common: dict[str, Any] = {
+        "devices": ("cpu",), "log_level": arguments.log_level, "silence_ms": arguments.detection_ms,
+        "heartbeat_ms": arguments.detection_ms // 8, "restarts": 1_000_000,
+    }  # fmt: skip
+    if arguments.target is not None:
+        # A worker that is started again begins at once, and with the bits of the others.
+        return Config(target=arguments.target, sp=1, tp=arguments.tp, calibrate=False, **common)
+    drafter = {"latency_ms": arguments.drafter_ms, "acceptance": arguments.acceptance, "alternatives": 0.5}
+    return Config(
+        engine="timed", sp=2, target_options={"latency_ms": arguments.target_ms}, drafter_options=drafter, **common
+    )

@@ -10,6 +10,8 @@ from dsi_actors.errors import ConfigError
 from dsi_actors.host.requirements import require
 
 _FORMATS = (".png", ".svg", ".pdf")
+#: By degree of TP.
+_MARKERS = "osD^v"
 
 
 def check_picture(file: str | None) -> None:
@@ -33,18 +35,22 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def draw_plan(file: str, title: str, rows: Sequence[dict[str, Any]], limit_ms: float) -> None:
-    """Expected ms per token by the number of target servers: DSI as a curve; AR, SI and the limit as levels."""
+def draw_plan(file: str, title: str, rows: Sequence[dict[str, Any]], limit_ms: float | None) -> None:
+    """Expected ms per token by the number of GPUs, for each algorithm and degree of TP; one number alone is a level."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    dsi = [row for row in rows if row["algorithm"] == "dsi"]
-    axes.plot([row["sp"] for row in dsi], [row["ms_per_token"] for row in dsi], "o-", color="C2", label="DSI")
-    for name, colour in (("ar", "C3"), ("si", "C0")):
-        level = next((row["ms_per_token"] for row in rows if row["algorithm"] == name), None)
-        if level is not None:
-            axes.axhline(level, color=colour, linestyle="--", label=f"{name.upper()} ({level:.1f} ms)")
-    axes.axhline(limit_ms, color="0.5", linestyle=":", label=f"limit a d + (1-a) t ({limit_ms:.1f} ms)")
-    axes.set(xlabel="target servers (SP)", ylabel="expected ms per token", title=title)
+    degrees = sorted({row["tp"] for row in rows})
+    for place, tp in enumerate(degrees):
+        for name, colour in (("dsi", "C2"), ("ar", "C3"), ("si", "C0")):
+            points = [(row["gpus"], row["ms_per_token"]) for row in rows if (row["algorithm"], row["tp"]) == (name, tp)]
+            label = name.upper() + (f", TP={tp}" if len(degrees) > 1 else "")
+            if len(points) == 1 and len(degrees) == 1:
+                axes.axhline(points[0][1], color=colour, linestyle="--", label=f"{label} ({points[0][1]:.1f} ms)")
+            elif points:
+                axes.plot(*zip(*points, strict=True), f"{_MARKERS[place % len(_MARKERS)]}-", color=colour, label=label)
+    if limit_ms is not None:
+        axes.axhline(limit_ms, color="0.5", linestyle=":", label=f"limit a d + (1-a) t ({limit_ms:.1f} ms)")
+    axes.set(xlabel="GPUs, with the drafter's", ylabel="expected ms per token", title=title)
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()

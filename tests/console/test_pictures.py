@@ -52,14 +52,15 @@ def test_each_panel_of_a_heat_map_shows_its_ratios(figures: list[Figure], tmp_pa
 
 def test_a_plan_shows_a_curve_and_its_levels(figures: list[Figure], tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
-        {"algorithm": "ar", "sp": 1, "ms_per_token": 20.0}, {"algorithm": "si", "sp": 1, "ms_per_token": 14.0},
-        *({"algorithm": "dsi", "sp": sp, "ms_per_token": 8.0 + 8.0 / sp} for sp in (1, 2, 3)),
-    ]  # fmt: skip
+        {"algorithm": "ar", "tp": 1, "gpus": 1, "ms_per_token": 20.0},
+        {"algorithm": "si", "tp": 1, "gpus": 1, "ms_per_token": 14.0},
+        *({"algorithm": "dsi", "tp": 1, "gpus": 1 + sp, "ms_per_token": 8.0 + 8.0 / sp} for sp in (1, 2, 3)),
+    ]
     draw_plan(str(tmp_path / "plan.svg"), "a title", rows, 9.5)
     [figure] = figures
     [axes] = figure.axes
     curve, plain, speculative, limit = axes.lines
-    assert curve.get_xydata().tolist() == [[1, 16.0], [2, 12.0], [3, 8.0 + 8.0 / 3]]  # type: ignore[union-attr]
+    assert curve.get_xydata().tolist() == [[2, 16.0], [3, 12.0], [4, 8.0 + 8.0 / 3]]  # type: ignore[union-attr]
     assert [numpy.array(line.get_ydata()).tolist() for line in (plain, speculative, limit)] == [
         [20.0] * 2,
         [14.0] * 2,
@@ -70,3 +71,18 @@ def test_a_plan_shows_a_curve_and_its_levels(figures: list[Figure], tmp_path: Pa
     assert [text.get_text() for text in legend.get_texts()] == [
         "DSI", "AR (20.0 ms)", "SI (14.0 ms)", "limit a d + (1-a) t (9.5 ms)"
     ]  # fmt: skip
+
+
+def test_a_plan_shows_a_curve_for_each_degree(figures: list[Figure], tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"algorithm": name, "tp": tp, "gpus": tp * sp + (name == "dsi"), "ms_per_token": 20.0 / tp / sp}
+        for tp in (1, 2)
+        for name, most in (("ar", 1), ("dsi", 2))
+        for sp in range(1, most + 1)
+    ]
+    draw_plan(str(tmp_path / "plan.svg"), "a title", rows, None)
+    [axes] = figures[0].axes
+    curves = {str(line.get_label()): line.get_xydata().tolist() for line in axes.lines}  # type: ignore[union-attr]
+    assert curves == {
+        "DSI, TP=1": [[2, 20.0], [3, 10.0]], "AR, TP=1": [[1, 20.0]], "DSI, TP=2": [[3, 10.0], [5, 5.0]], "AR, TP=2": [[2, 10.0]],
+    }  # fmt: skip

@@ -226,12 +226,15 @@ def prompts(tmp_path: Path) -> Path:
 @pytest.mark.long
 def test_bench_exact_cost_measures_both_paths(model: Path, prompts: Path) -> None:
     done = dsi_actors(
-        "bench", "exact-cost", "--target", model, "--prompts", prompts, "--max-tokens", "6", "--repeats", "2", "--json"
-    )
+        "bench", "exact-cost", "--target", model, "--prompts", prompts, "--max-tokens", "6", "--repeats", "2", "--tp", "2",
+        "--json",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["results"]
     assert [(row["dtype"], row["path"]) for row in rows] == [
-        (dtype, path) for dtype in ("float32", "bfloat16") for path in ("exact (AR)", "transformers generate")
+        (dtype, path)
+        for dtype in ("float32", "bfloat16")
+        for path in ("exact (AR)", "exact (AR), group of 2", "transformers generate")
     ]
     for row in rows:
         assert row["generations"] == 4
@@ -320,7 +323,39 @@ def test_plan_names_the_servers_worth_having(tmp_path: Path) -> None:
     assert dsi[3]["ms_per_token"] == pytest.approx(9.5, rel=0.001)
     assert dsi[3]["gpu_seconds_per_token"] == pytest.approx(5 * 9.5e-3, rel=0.001)
     assert picture.read_text().startswith("<?xml")
+    [best] = [row for row in plan["results"] if row["best"]]
+    assert best["sp"] == plan["servers_worth_having"]
     assert "Speculation is not worth" in dsi_actors(*words[:4], "40", *words[5:]).stdout
+
+
+def test_plan_divides_gpus_by_degree_and_clients() -> None:
+    words = [
+        "plan",
+        "--target-ms",
+        "18.3",
+        "--target-ms",
+        "tp4=6.1",
+        "--target-ms",
+        "tp2=10.4",
+        *PLAN[3:],
+        "--gpus",
+        "8",
+    ]
+    done = dsi_actors(*words, "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["results"]
+    ways = [(row["tp"], row["sp"], row["drafter"]) for row in rows]
+    own = {1: 7, 2: 3, 4: 1}  # the most servers beside the drafter's GPU
+    assert ways == [
+        way
+        for tp, most in own.items()
+        for way in [(tp, 1, "none"), (tp, 1, "shared"), *((tp, sp, "own") for sp in range(1, most + 1))]
+    ]
+    assert all(row["gpus"] == row["tp"] * row["servers"] + (row["drafter"] == "own") <= 8 for row in rows)
+    assert sum(row["best"] for row in rows) == sum(row["cheapest"] for row in rows) == 1
+    done = dsi_actors(*words, "--clients", "4", "--position-ms", "0.1")
+    assert "Best: TP=4 SP=1, 4 generations on a server" in done.stdout
+    assert "tokens/s" in done.stdout
 
 
 def test_bench_timed_stands_beside_its_ideal() -> None:
@@ -550,6 +585,12 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, when: str) -> None:
         (["bench", "table2", "--pairs", "2", "--skip", "2"], "--skip must be at least 0, and leave a pair"),
         (["bench", "never-slower", "--acceptances", "2"], "--acceptances 2: each must lie in [0, 1]"),
         ([*PLAN, "--gpus", "1"], "at least 2"),
+        ([*PLAN, "--target-ms", "tp2=x"], "'tp2=x' is neither milliseconds nor tpN=milliseconds"),
+        ([*PLAN, "--target-ms", "tp1=10"], "--target-ms: the same number of GPUs is given twice"),
+        ([*PLAN, "--target-ms", "tp2=0"], "--target-ms must be above 0"),
+        ([*PLAN, "--clients", "0"], "--clients must be at least 1, not 0"),
+        ([*PLAN, "--position-ms", "-1"], "--position-ms must be a number of at least 0, not -1"),
+        (["plan", "--target-ms", "tp4=9", *PLAN[3:], "--gpus", "3"], "a target server of 4 GPUs is more than --gpus 3"),
         ([*PLAN, "--gpus", "1000"], "more than 64 devices for one request make no sense"),
         ([*PLAN, "--picture", "plan.txt"], "the name must end with .png, .svg, .pdf"),
         ([*PLAN, "--window-ms", "1"], "--window-ms must be at least --target-ms"),

@@ -3,7 +3,9 @@ forward, and aborts that all ranks agree on."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import itertools
 import random
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,6 +16,8 @@ import psutil
 import pytest
 import torch
 
+from dsi_actors.config import DEFAULT_TARGET
+from dsi_actors.models import resolve_model
 from dsi_protocol import SamplingParameters
 from dsi_workers.backend import Run
 from dsi_workers.checkpoints.checkpoint import read_checkpoint
@@ -60,6 +64,32 @@ def windows_of(backend: TorchBackend, slot: int = 0) -> torch.Tensor:
     found = backend.compute([prompt_of(slot)], Never())
     found += backend.compute([Run(slot, TEXT[PROMPT:], PROMPT, 0, PROMPT)], Never())
     return torch.cat(found)
+
+
+def plain_computation(directory: Path, backend: TorchBackend, degree: int, dtype: str, text: list[int]) -> torch.Tensor:
+    """The logits after the prompt's last token and after each one behind it: ranks are threads, and sums plain additions."""
+
+    @torch.inference_mode()
+    def rank(ranks: ThreadRanks) -> torch.Tensor:
+        torch.set_num_threads(1)
+        loaded = load_model(
+            directory,
+            CPU,
+            reference="made",
+            dtype=dtype,
+            quantization="none",
+            rows=WINDOW,
+            most_positions=256,
+            ranks=ranks,
+        )
+        forward = Forward(loaded.decoder, loaded.config, CPU, slots=1, capacity=256)
+        forward.read_step = backend.forward.read_step
+        forward.attends_per_position = backend.forward.attends_per_position
+        first = forward([Run(0, text[:PROMPT], 0, PROMPT, PROMPT - 1)], rows=PROMPT, logit_rows=1)
+        rest = forward([Run(0, text[PROMPT:], PROMPT, WINDOW, PROMPT)], rows=WINDOW, logit_rows=WINDOW)
+        return torch.cat(first + rest)
+
+    return of_each_rank(degree, rank)[0]
 
 
 # Weights
@@ -110,23 +140,29 @@ def test_bits_are_those_of_a_plain_computation_of_the_same_degree(
     backend, degree, dtype = group
     found = windows_of(backend)
 
-    @torch.inference_mode()
-    def rank(ranks: ThreadRanks) -> torch.Tensor:
-        torch.set_num_threads(1)
-        loaded = load_model(
-            model, CPU, reference="made", dtype=dtype, quantization="none", rows=WINDOW, most_positions=256, ranks=ranks
-        )
-        forward = Forward(loaded.decoder, loaded.config, CPU, slots=1, capacity=256)
-        forward.read_step = backend.forward.read_step
-        forward.attends_per_position = backend.forward.attends_per_position
-        first = forward([prompt_of(0)], rows=PROMPT, logit_rows=1)
-        rest = forward([Run(0, TEXT[PROMPT:], PROMPT, WINDOW, PROMPT)], rows=WINDOW, logit_rows=WINDOW)
-        return torch.cat(first + rest)
-
-    expected = of_each_rank(degree, rank)[0]
+    expected = plain_computation(model, backend, degree, dtype, TEXT)
     assert found.shape == (1 + LENGTH - PROMPT, 97)
     assert torch.equal(found[1:], expected[1:])
     assert torch.equal(found[0], expected[0])
+
+
+@pytest.mark.long
+@pytest.mark.model
+def test_smollm2_has_the_bits_of_a_plain_computation_of_the_same_degree() -> None:
+    """9 heads that share 3 KV heads: one rank has 6 and 2, the other 3 and 1."""
+    directory = asyncio.run(resolve_model(DEFAULT_TARGET))
+    text = [(17 * position * position + 5) % 49_000 for position in range(LENGTH)]
+    options: dict[str, Any] = {"window": WINDOW, "slots": 1, "max_length": 256, "dtype": "float32"}
+    backend = load_backend(str(directory), device="cpu:0,cpu:1", exact=True, options=options)
+    try:
+        [first] = backend.compute([Run(0, text[:PROMPT], 0, PROMPT, PROMPT - 1)], Never())
+        found = [first]
+        for begin, end in itertools.pairwise([PROMPT, PROMPT + 1, PROMPT + 6, PROMPT + 23, LENGTH]):
+            found += backend.compute([Run(0, text[begin:end], begin, 0, begin)], Never())
+        expected = plain_computation(directory, backend, 2, "float32", text)
+    finally:
+        backend.close()
+    assert torch.equal(torch.cat(found), expected)
 
 
 def test_numbers_are_those_of_transformers(group: tuple[TorchBackend, int, str], model: Path) -> None:
