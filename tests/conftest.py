@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio.constants
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from dsi_actors.launching import choice
 from support import packages, patience
+from support.fork_server import ForkingLauncher
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
+
+# asyncio's debug mode notes where each callback was scheduled. One frame of the stack names it, and takes half the time of ten.
+asyncio.constants.DEBUG_STACK_DEPTH = 1
 
 # nohup, and a shell's `&`, start a command that ignores these. Commands that tests start would inherit that.
 for number in (signal.SIGINT, signal.SIGHUP):
@@ -35,3 +42,11 @@ def example_model(example_site: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The model of the engine `trigrams`, which is installed here for as long as the test runs."""
     packages.put_on_path(example_site, monkeypatch)
     return packages.EXAMPLE / "model"
+
+
+@pytest.fixture(scope="module")
+def forked_workers() -> Iterator[None]:
+    """Orchestrators of this process fork their workers (support/fork_server.py). For tests that are not about their start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, "LocalLauncher", ForkingLauncher)
+        yield

@@ -16,6 +16,8 @@ import dsi_actors
 from support.patience import limit_s
 from support.timed import PROMPT, plain_decoding, text_of, timed_config
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 TOKENS = 12
 
 

@@ -12,6 +12,8 @@ import dsi_actors
 from support.timed import text_of
 from support.zoo import KINDS, WORDS, make
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 PROMPT = [(7 * place * place + 3 * place + 5) % WORDS for place in range(310)]
 TOKENS = 40
 

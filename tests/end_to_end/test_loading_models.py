@@ -21,6 +21,7 @@ from dsi_actors.tokenizer import Tokenizer
 from serving.test_openai import served
 from support.adapters import make_adapter
 from support.engines import make_tiny_model
+from support.fork_server import run_forked
 from support.patience import limit_s
 
 PROMPT = "w3 w1 w4 w1 w5 w9 w2 w6"
@@ -40,8 +41,7 @@ def model(whole: Path, tmp_path: Path) -> Path:
 
 def generate(model: Path, *arguments: str, drafter: str = "none") -> subprocess.CompletedProcess[str]:
     words = ["generate", PROMPT, "--target", str(model), "--drafter", drafter, *PLAIN, *arguments]
-    command = [sys.executable, "-m", "dsi_actors.cli.main", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=limit_s(180), check=False)
+    return run_forked("dsi_actors.cli.main", *words)
 
 
 def result_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:

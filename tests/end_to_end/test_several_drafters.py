@@ -13,6 +13,8 @@ from support.patience import limit_s
 from support.timed import PROMPT, plain_decoding, text_of, timed_config, workers
 from support.together import Together
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 #: Never right, and nine times in ten.
 DRAFTERS = ("random", "good")
 

@@ -18,7 +18,7 @@ from dsi_workers.session import Session
 from dsi_workers.tree import Branch
 from support.engines import NoInterrupt
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.usefixtures("forked_workers")]
 
 PROMPTS = (
     'def fibonacci(n: int) -> int:\n    """Return the n-th Fibonacci number."""\n',

@@ -16,6 +16,8 @@ from dsi_protocol import Ready
 from support.engines import make_tiny_model
 from support.timed import timed_config
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 
 async def started(config: dsi_actors.Config) -> tuple[list[Any], Estimates, dict[str, Ready]]:
     """What the cores did before anybody asked for anything, what is known then, and what the workers said, by role."""

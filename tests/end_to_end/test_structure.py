@@ -17,6 +17,8 @@ from dsi_actors.tokenizer import Tokenizer
 from support.engines import END, make_byte_model
 from support.timed import text_of
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {

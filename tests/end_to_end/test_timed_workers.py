@@ -21,6 +21,8 @@ from dsi_protocol import Cancelled, Hello, Reply, Verify, encode
 from support.patience import patience, until
 from support.timed import PROMPT, gone, plain_decoding, text_of, timed_config
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 
 @pytest.fixture
 async def orchestrator() -> AsyncIterator[dsi_actors.Orchestrator]:

@@ -13,6 +13,8 @@ from support.engines import make_tiny_model
 from support.timed import text_of
 from support.together import Together
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 PROMPT = [3, 14, 15, 9, 26]
 
 

@@ -37,6 +37,8 @@ from support.fake_worker import FakeWorker, running, silent
 from support.patience import limit_s
 from support.timed import PROMPT, timed_config
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 NOTHING_KNOWN = Knowledge(Config(), lambda role: [], lambda: 0)
 
 

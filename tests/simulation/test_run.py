@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from dataclasses import replace
 
@@ -15,10 +16,9 @@ from dsi_actors.simulation.run import Scenario, simulate
 PAIRS = [(20.6, 6.8, 0.93), (37.7, 2.5, 0.63), (20.0, 6.0, 0.5)]
 
 
-def mean_ms(
-    scenario: Scenario, algorithm: str, *, sp: int = 1, lookahead: int | None = None, tokens: int = 1500
-) -> float:
-    runs = simulate(scenario, algorithm, sp=sp, lookahead=lookahead, tokens=tokens, repeats=10, seed=3)
+@functools.cache
+def mean_ms(scenario: Scenario, algorithm: str, *, sp: int = 1, lookahead: int | None = None, tokens: int) -> float:
+    runs = simulate(scenario, algorithm, sp=sp, lookahead=lookahead, tokens=tokens, repeats=4, seed=3)
     return statistics.fmean(run.ms_per_token for run in runs)
 
 
@@ -28,7 +28,7 @@ def test_closed_forms(target_ms: float, drafter_ms: float, acceptance: float) ->
     scenario = Scenario(target_ms=target_ms, drafter_ms=drafter_ms, acceptance=acceptance)
 
     def means(algorithm: str, *, sp: int = 1, lookahead: int | None = None, tokens: int) -> tuple[float, float]:
-        runs = simulate(scenario, algorithm, sp=sp, lookahead=lookahead, tokens=tokens, repeats=10, seed=3)
+        runs = simulate(scenario, algorithm, sp=sp, lookahead=lookahead, tokens=tokens, repeats=5, seed=3)
         rate = statistics.fmean(run.acceptance_rate for run in runs)
         return statistics.fmean(run.ms_per_token for run in runs), rate
 
@@ -58,7 +58,7 @@ def test_never_slower_in_the_mean(jitter: float, share: float, acceptance: float
 def test_at_once_dsi_is_not_slower_than_ar_in_any_single_run(acceptance: float) -> None:
     scenario = Scenario(target_ms=10.0, drafter_ms=3.0, acceptance=acceptance)
     for lookahead, sp in ((1, 4), (2, 2), (4, 1)):
-        for run in simulate(scenario, "dsi", sp=sp, lookahead=lookahead, tokens=60, repeats=50, seed=5):
+        for run in simulate(scenario, "dsi", sp=sp, lookahead=lookahead, tokens=60, repeats=25, seed=5):
             assert run.ms_per_token <= 10.0 + 1e-9
 
 
@@ -119,5 +119,5 @@ def test_two_drafters_are_not_slower_than_ar_in_any_single_run() -> None:
         target_ms=10.0, drafter_ms=3.0, acceptance=0.3, second_drafter_ms=0.5, second_acceptance=0.2, jitter=0.0
     )
     for lookahead, sp in ((1, 4), (2, 2), (4, 1)):
-        for run in simulate(scenario, "dsi", sp=sp, lookahead=lookahead, tokens=60, repeats=30, seed=5):
+        for run in simulate(scenario, "dsi", sp=sp, lookahead=lookahead, tokens=60, repeats=20, seed=5):
             assert run.ms_per_token <= 10.0 + 1e-9

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation import logits_process as library
 
 from dsi_protocol import SamplingParameters
-from dsi_protocol.gumbel import gumbel, stream_key
+from dsi_protocol.gumbel import GAMMA, gumbel, stream_key
 from dsi_workers.logit_changes import LogitChanges, apply_repetition_penalty
 from dsi_workers.sampling import Sampler, filter_scores, gumbel_noise, log_probability
 from dsi_workers.session import Session
@@ -47,52 +47,61 @@ def test_the_noise_is_its_definition_bit_for_bit(seed: int, position: int, token
 
 PROBABILITIES = torch.tensor([0.31, 0.2, 0.15, 0.1, 0.08, 0.06, 0.04, 0.03, 0.02, 0.006, 0.003, 0.001])
 DRAWS = 20_000
+#: A sampler's own choices are held against the noise of as many draws.
+CHOICES = 300
 
 
-def chi_square(draw: Callable[[int], int]) -> float:
+def noise_of(keys: Sequence[int], tokens: int) -> torch.Tensor:
+    """The noise of tokens 0, 1, ... in each of these streams, [keys, tokens], in one call.
+
+    Token t of the stream with the state k has the bits of token t + k / GAMMA of the stream with the state 0, modulo 2^64.
+    """
+    inverse = pow(GAMMA, -1, 2**64)
+    begins = [(key * inverse + 2**63) % 2**64 - 2**63 for key in keys]
+    return gumbel_noise(0, torch.tensor(begins)[:, None] + torch.arange(tokens))
+
+
+def chi_square(choices: torch.Tensor) -> float:
     """Of the counts of DRAWS draws against PROBABILITIES; 11 degrees of freedom: 50 is exceeded once in 1.6 million."""
-    counts = Counter(draw(number) for number in range(DRAWS))
-    expected = [DRAWS * float(probability) for probability in PROBABILITIES]
-    return sum((counts[token] - mean) ** 2 / mean for token, mean in enumerate(expected))
+    counts = choices.bincount(minlength=len(PROBABILITIES))
+    expected = DRAWS * PROBABILITIES.double()
+    assert counts.sum() == DRAWS
+    return float(((counts - expected) ** 2 / expected).sum())
 
 
 @pytest.mark.parametrize("over", ["seeds", "positions"])
 def test_the_sampler_is_right_in_law(over: str) -> None:
+    places = [(number, 17) if over == "seeds" else (0, number) for number in range(DRAWS)]
+    noise = noise_of([stream_key(seed, position) for seed, position in places], len(PROBABILITIES))
+    drawn = (PROBABILITIES.log().double() + noise).argmax(dim=1)
+    assert chi_square(drawn) < 50
     logits = PROBABILITIES.log() + 3.0
-    samplers = [
-        sampler(SamplingParameters(temperature=1.0, seed=seed), [1]) for seed in range(DRAWS if over == "seeds" else 1)
-    ]
-    if over == "seeds":
-        statistic = chi_square(lambda number: samplers[number].choose(logits, 17))
-    else:
-        statistic = chi_square(lambda number: samplers[0].choose(logits, number))
-    assert statistic < 50
+    for (seed, position), token in zip(places[:CHOICES], drawn.tolist(), strict=False):
+        assert sampler(SamplingParameters(temperature=1.0, seed=seed), [1]).choose(logits, position) == token
 
 
 @pytest.mark.parametrize("fault", ["noise of half the size", "uniform noise", "one token's noise too large"])
 def test_a_wrong_sampler_would_be_noticed(fault: str) -> None:
-    tokens = torch.arange(len(PROBABILITIES))
-
-    def draw(seed: int) -> int:
-        noise = gumbel_noise(stream_key(seed, 17), tokens)
-        match fault:
-            case "noise of half the size":
-                noise = noise / 2
-            case "uniform noise":
-                noise = torch.exp(-torch.exp(-noise)) * 3
-            case _:
-                noise[0] += 0.1
-        return int((PROBABILITIES.log().double() + noise).argmax())
-
-    assert chi_square(draw) > 50
+    noise = noise_of([stream_key(seed, 17) for seed in range(DRAWS)], len(PROBABILITIES))
+    match fault:
+        case "noise of half the size":
+            noise = noise / 2
+        case "uniform noise":
+            noise = torch.exp(-torch.exp(-noise)) * 3
+        case _:
+            noise[:, 0] += 0.1
+    assert chi_square((PROBABILITIES.log().double() + noise).argmax(dim=1)) > 50
 
 
 def test_draws_at_successive_positions_and_of_neighbour_seeds_are_independent() -> None:
     """Pairs of draws fill the 2 x 2 table of a fair coin as independent ones do."""
     logits = torch.zeros(2)
-    one, other = (sampler(SamplingParameters(temperature=1.0, seed=seed), [1]) for seed in (5, 6))
-    mine = [one.choose(logits, position) for position in range(8000)]
-    theirs = [other.choose(logits, position) for position in range(8000)]
+    drawn = []
+    for seed in (5, 6):
+        drawn.append(noise_of([stream_key(seed, position) for position in range(8000)], 2).argmax(dim=1).tolist())
+        made = sampler(SamplingParameters(temperature=1.0, seed=seed), [1])
+        assert [made.choose(logits, position) for position in range(CHOICES)] == drawn[-1][:CHOICES]
+    mine, theirs = drawn
     for pairs in (Counter(itertools.pairwise(mine)), Counter(zip(mine, theirs, strict=True))):
         assert all(abs(pairs[i, j] - 2000) < 250 for i in (0, 1) for j in (0, 1)), pairs
 
@@ -395,11 +404,8 @@ def test_two_that_share_the_noise_agree_as_often_as_theory_says(number: int) -> 
     target = torch.randn(30, generator=generator) * 2
     drafter = target + torch.randn(30, generator=generator) * 0.5
     distance = float((target.softmax(0) - drafter.softmax(0)).abs().sum() / 2)
-    tokens = torch.arange(30)
     draws = 2000
-    agreed = 0
-    for position in range(draws):
-        noise = gumbel_noise(stream_key(number, position), tokens)
-        agreed += int((target + noise).argmax()) == int((drafter + noise).argmax())
+    noise = noise_of([stream_key(number, position) for position in range(draws)], 30)
+    agreed = int(((target + noise).argmax(dim=1) == (drafter + noise).argmax(dim=1)).sum())
     slack = 6 * 0.5 / draws**0.5  # six standard errors: a false alarm in fewer than one of 20 million runs
     assert (1 - distance) / (1 + distance) - slack <= agreed / draws <= 1 - distance + slack
