@@ -1,8 +1,9 @@
 """A decoder for a GPU: seven kernels per layer, recorded once as CUDA graphs and replayed.
 
 In a forward pass of a few rows, reading the weights takes nearly all of the time; gaps between kernels would waste it. So
-there are only seven kernels per layer (kernels.py), and Python launches none of them: a forward pass is several CUDA graphs,
-one for every few layers. At most two graphs are queued at a time, so that a cancel takes effect within a forward pass.
+there are only seven kernels per layer (kernels.py), or eleven with a mixture of experts (experts.py). Python launches none of
+them: a forward pass is several CUDA graphs, one for every few layers. At most two graphs are queued at a time, so that a cancel
+takes effect within a forward pass.
 
 The positions of rows, their slots, where a branch leaves the slot, and which rows attend together are numbers in device memory.
 So one recording serves all generations, positions, trees and batches with the same number of rows. The keys and values of
@@ -23,7 +24,9 @@ from torch.nn import functional
 from dsi_workers.decoding.attention import AttentionShape
 from dsi_workers.decoding.capacity import GPU_PROMPT_CHUNK, ROW_TILE
 from dsi_workers.decoding.decoder import Decoder, Layer
+from dsi_workers.decoding.experts import Mixture
 from dsi_workers.decoding.gpu import MOST_ROWS, MOST_RUN_ROWS
+from dsi_workers.decoding.gpu.experts import ExpertBuffers, GpuExperts
 from dsi_workers.decoding.gpu.kernels import (
     LEAST_ROWS,
     MOST_GROUP_ROWS,
@@ -32,7 +35,7 @@ from dsi_workers.decoding.gpu.kernels import (
     attend_to_splits,
     combine_splits,
 )
-from dsi_workers.decoding.gpu.linear import GpuLinear, rows_for, supports_pdl
+from dsi_workers.decoding.gpu.linear import GpuLinear, processors, rows_for, supports_pdl
 from dsi_workers.decoding.gpu.prompt import PromptDecoder
 from dsi_workers.decoding.kv_cache import SlotCache, SlotLayer
 from dsi_workers.decoding.packed import PackedBatch, Segment
@@ -60,9 +63,9 @@ class GpuDecoder:
 
     def __init__(self, decoder: Decoder, *, prompt_chunk: int = GPU_PROMPT_CHUNK) -> None:
         self._decoder, self.prompt_chunk = decoder, prompt_chunk
-        self._linear_layers = [_LayerLinears(layer) for layer in decoder.layers]
+        self._linear_layers = [_LayerLinears(layer, decoder.epsilon) for layer in decoder.layers]
         self._head = GpuLinear(decoder.head)
-        self._prompt_decoder = PromptDecoder(decoder, self._head)
+        self._prompt_decoder = PromptDecoder(decoder, self._head, [layer.experts for layer in self._linear_layers])
         self._recordings: dict[int, _Recording] = {}
         self._buffers: _Buffers | None = None
         self._pool = torch.cuda.graph_pool_handle() if decoder.device.type == "cuda" else None
@@ -74,7 +77,11 @@ class GpuDecoder:
 
     def linear_layers(self) -> list[Any]:
         first = self._linear_layers[0]
-        return [first.qkv, first.output, first.gate_up, first.down, self._head]
+        return [first.qkv, first.output, *_mlps(self._linear_layers), self._head]
+
+    def experts_read(self) -> list[int]:
+        """How many experts the last forward read in each layer that is a mixture. Waits for the device."""
+        return [int((layer.experts.counts > 0).sum()) for layer in self._linear_layers if layer.experts is not None]
 
     def __call__(self, packed: PackedBatch, cache: SlotCache, between_layers: Callable[[], None]) -> torch.Tensor:
         """Compute one forward pass. Returns logits [len(packed.logits_to_keep), vocabulary], or only those of rows >= 0."""
@@ -88,7 +95,7 @@ class GpuDecoder:
         recording = self._recordings.get(rows)
         if recording is None or recording.cache is not cache:
             if self._buffers is None or self._buffers.cache is not cache:
-                self._buffers = _Buffers(self._decoder, self._linear_layers[0], self._head, cache)
+                self._buffers = _Buffers(self._decoder, self._linear_layers, self._head, cache)
             recording = _Recording(self._decoder, self._linear_layers, self._head, self._buffers, rows)
             recording.record(self._capture)
             self._recordings[rows] = recording
@@ -102,7 +109,7 @@ class GpuDecoder:
         Raises the error of Triton or CUDA if that fails: for example, there is no C compiler, or too little shared memory.
         """
         cache = SlotCache(len(self._linear_layers), slots=1, capacity=SPLIT.value)
-        buffers = _Buffers(self._decoder, self._linear_layers[0], self._head, cache)
+        buffers = _Buffers(self._decoder, self._linear_layers, self._head, cache)
         _Recording(self._decoder, self._linear_layers, self._head, buffers, LEAST_ROWS).record(lambda part: part)
         ids = [0] * ROW_TILE
         segments = cache.segments = [Segment(0, 0, len(ids), len(ids))]
@@ -123,25 +130,42 @@ class GpuDecoder:
 
 
 class _LayerLinears:
-    """The linear layers of one decoder layer."""
+    """The linear layers of one decoder layer. Its MLP is either `dense` (gate and up, down) or a mixture of `experts`."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, epsilon: float) -> None:
         self.qkv, self.output = GpuLinear(layer.qkv), GpuLinear(layer.output)
-        self.gate_up, self.down = GpuLinear(layer.gate_up, gated=True), GpuLinear(layer.down)
+        self.dense: tuple[GpuLinear, GpuLinear] | None = None
+        self.experts: GpuExperts | None = None
+        if isinstance(layer.mlp, Mixture):
+            self.experts = GpuExperts(layer.mlp, layer.mlp_norm, epsilon)
+        else:
+            self.dense = GpuLinear(layer.mlp.gate_up, gated=True), GpuLinear(layer.mlp.down)
+
+
+def _mlps(layers: Sequence[_LayerLinears]) -> list[GpuLinear | GpuExperts]:
+    """The parts of the first dense MLP, and the first mixture of experts. All of a kind have the same shapes."""
+    dense = [layer.dense for layer in layers if layer.dense is not None]
+    experts = [layer.experts for layer in layers if layer.experts is not None]
+    return [*(part for parts in dense[:1] for part in parts), *experts[:1]]
 
 
 class _Buffers:
     """Intermediate results of a forward pass, for MOST_ROWS rows. All recordings share them and use the first rows."""
 
-    def __init__(self, decoder: Decoder, first: _LayerLinears, head: GpuLinear, cache: SlotCache) -> None:
-        self.cache = cache
+    def __init__(self, decoder: Decoder, layers: Sequence[_LayerLinears], head: GpuLinear, cache: SlotCache) -> None:
+        self.cache, first = cache, layers[0]
         heads, dim, device = decoder.heads, decoder.dim, decoder.device
 
         def rows_of(width: int) -> torch.Tensor:
             return torch.zeros(MOST_ROWS, width, dtype=decoder.dtype, device=device)
 
         self.x, self.qkv = rows_of(first.qkv.in_features), rows_of(first.qkv.out_features)
-        self.attended, self.gated = rows_of(heads * dim), rows_of(first.down.in_features)
+        self.attended = rows_of(heads * dim)
+        self.gated = rows_of(
+            max((layer.dense[1].in_features for layer in layers if layer.dense is not None), default=0)
+        )
+        experts = [layer.experts for layer in layers if layer.experts is not None]
+        self.experts = ExpertBuffers(experts, MOST_ROWS, device) if experts else None
         self.logits = rows_of(head.out_features)
         self.branches = torch.zeros(2, decoder.kv_heads, MOST_ROWS, dim, dtype=decoder.dtype, device=device)
         self.splits = triton.cdiv(cache.capacity, SPLIT.value)
@@ -169,10 +193,10 @@ class _Recording:
         self._ids, self._positions, self._slots, self._forks, self._firsts = of_rows
         self._positions.fill_(-1)
         no_groups.fill_(_NO_UNIT)
-        self._programs = max(1, min(rows * buffers.splits, _PROGRAMS * _processors(device) // decoder.kv_heads))
+        self._programs = max(1, min(rows * buffers.splits, _PROGRAMS * processors(device) // decoder.kv_heads))
 
         self._x, self._qkv, self._logits = buffers.x[:rows], buffers.qkv[:rows], buffers.logits[:rows]
-        self._attended, self._gated = buffers.attended[:rows], buffers.gated[:rows]
+        self._attended, self._gated, self._experts = buffers.attended[:rows], buffers.gated[:rows], buffers.experts
         self._partial_outputs, self._maxima, self._exp_sums, self._splits = (
             buffers.partial_outputs,
             buffers.maxima,
@@ -250,8 +274,12 @@ class _Recording:
         linear_layers.qkv.multiply(x, self._qkv, norm=layer.input_norm, epsilon=epsilon)
         self._attend(layer, cache_layer)
         linear_layers.output.multiply(self._attended, x, residual=x)
-        linear_layers.gate_up.multiply(x, self._gated, norm=layer.mlp_norm, epsilon=epsilon)
-        linear_layers.down.multiply(self._gated, x, residual=x)
+        if linear_layers.dense is not None:
+            gate_up, down = linear_layers.dense
+            gate_up.multiply(x, self._gated, norm=layer.mlp_norm, epsilon=epsilon)
+            down.multiply(self._gated, x, residual=x)
+        if linear_layers.experts is not None and self._experts is not None:
+            linear_layers.experts.add_to(x, self._positions, self._experts)
 
     def _attend(self, layer: Layer, cache_layer: SlotLayer) -> None:
         decoder, rows, splits = self._decoder, len(self._ids), self._splits
@@ -280,8 +308,3 @@ class _Recording:
             self._partial_outputs, self._maxima, self._exp_sums, self._positions, self._attended, splits, heads=heads, dim=dim,
             sliding_window=sliding_window, block_d=block_d, block_splits=triton.next_power_of_2(splits), num_warps=1, **pdl,
         )  # fmt: skip
-
-
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of the GPU. For a CPU, where the interpreter runs one program after another, few."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
