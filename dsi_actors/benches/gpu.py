@@ -28,7 +28,7 @@ from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
 from dsi_actors.host.devices import device_name, local_devices
 
-_SHAPES = ("1b", "3b", "8b", "tiny")
+_SHAPES = ("1b", "3b", "8b", "30b-a3b", "tiny", "tiny-moe")
 #: Of cancels and of bits: what a verification has.
 _WINDOW = 8
 #: Drafts at once.
@@ -110,6 +110,7 @@ async def _alone(
             {
                 "width": width, "ms": median_ms, "worst_ms": max(measured["ms"]), "floor_ms": measured["floor_ms"],
                 "over_floor": median_ms / measured["floor_ms"],
+                **{name: measured[name] for name in ("experts_per_layer", "experts_counted") if name in measured},
             }
         )  # fmt: skip
     cancels = await process.ask(cancel=_WINDOW, repeats=arguments.repeats)
@@ -170,6 +171,8 @@ def _show(console: Console, result: dict[str, Any]) -> None:
         numbers = (f"{row[name]:.2f}" for name in ("ms", "worst_ms", "floor_ms", "over_floor"))
         table.add_row(str(row["width"]), *numbers)
     console.print(table)
+    if any("experts_per_layer" in row for row in result["forwards"]):
+        console.print(_experts_line(result["forwards"]))
     decoding = Table(title="plain decoding")
     for title in ("generations", "step ms", "tokens/s"):
         decoding.add_column(title, justify="right")
@@ -189,6 +192,13 @@ def _show(console: Console, result: dict[str, Any]) -> None:
         console.print(
             f"{together['processes']} processes at once: a forward of {_WINDOW} takes {together['slower']:.2f} times as long"
         )
+
+
+def _experts_line(forwards: list[dict[str, Any]]) -> str:
+    """Which experts the floor counts."""
+    of_widths = ", ".join(f"{row['experts_per_layer']:.1f} at width {row['width']}" for row in forwards)
+    how = "counted" if forwards[0]["experts_counted"] else "expected for choices that are equally likely"
+    return f"experts of a layer in the floor ({how}): {of_widths}"
 
 
 def _prompt_table(result: dict[str, Any]) -> Table:

@@ -27,7 +27,8 @@ with contextlib.suppress(ImportError):  # Triton comes with torch for CUDA, and 
     InterpreterBuilder.create_dot = _multiply_in_one_order
 
     if not torch.cuda.is_available():
-        from dsi_workers.decoding.gpu import prompt_kernels
+        from dsi_workers.decoding.gpu import experts, prompt_kernels
 
         # The interpreter takes as long as there are programs. A row is computed alike in a program of any number of rows.
         prompt_kernels.ROPE_ROWS = prompt_kernels.GATE_ROWS = 128
+        experts._BLOCK_ROWS = 16

@@ -20,6 +20,7 @@ from dsi_workers.checkpoints.experts import choose_block_rows, replace_experts
 from dsi_workers.checkpoints.library import TransformersDecoder
 from dsi_workers.checkpoints.load import load_model
 from dsi_workers.decoding import kernel_agreement
+from dsi_workers.decoding.decoder import Decoder
 from dsi_workers.decoding.experts import Blocks, Expert, route_in_blocks
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.decoding.widths import Trial
@@ -27,13 +28,35 @@ from dsi_workers.models.files import read_json
 from dsi_workers.models.headers import read_tensors
 from support.zoo import KINDS, WORDS, make
 
+#: Models with experts that our own decoder computes.
+OWN_LAYERS = ("qwen3_moe", "mixtral")
 
-def loaded(directory: Path, name: str, **options: str) -> tuple[TransformersDecoder, Forward]:
+
+def blocks_of(decoder: TransformersDecoder | Decoder) -> Blocks:
+    found = decoder.mixtures[0].blocks if isinstance(decoder, Decoder) else decoder.blocks
+    assert found is not None
+    return found
+
+
+def loaded(directory: Path, name: str, **options: str) -> tuple[TransformersDecoder | Decoder, Forward]:
     make(directory, KINDS[name])
     wanted: dict[str, Any] = {"dtype": "float32", "quantization": "none", **options}
     found = load_model(directory, torch.device("cpu"), reference="made", rows=8, most_positions=256, **wanted)
-    assert isinstance(found.decoder, TransformersDecoder)
+    assert isinstance(found.decoder, TransformersDecoder if name not in OWN_LAYERS else Decoder)
     return found.decoder, Forward(found.decoder, found.config, torch.device("cpu"), slots=2, capacity=256)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OWN_LAYERS)
+@torch.inference_mode()
+def test_a_row_has_the_same_bits_in_any_group_in_our_own_layers(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    decoder, _ = loaded(tmp_path, name, dtype=str(dtype).removeprefix("torch."))
+    assert isinstance(decoder, Decoder)
+    rows = torch.randn(40, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+    decoder.mixtures[0].blocks.used = None
+    whole = decoder.mixtures[0].forward(rows)
+    for size in (1, 2, 3, 7, 8, 13):
+        assert torch.equal(torch.cat([decoder.mixtures[0].forward(part) for part in rows.split(size)]), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.zoo)])
@@ -59,8 +82,9 @@ def test_a_row_has_the_same_bits_in_any_group(name: str, dtype: torch.dtype, tmp
         assert torch.equal(torch.cat([outputs(part) for part in rows.split(size, 1)]), whole)
 
 
-def test_padding_has_no_expert_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, forward = loaded(tmp_path, "qwen3_moe")
+@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe"])
+def test_padding_has_no_expert_computed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, forward = loaded(tmp_path, name)
     calls, plain = list[object](), Expert.forward
 
     def counted(self: Expert, x: torch.Tensor) -> torch.Tensor:
@@ -72,8 +96,9 @@ def test_padding_has_no_expert_computed(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(calls) == 4 * 2, "four layers, two experts of a token"
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe"])
 def test_where_bits_depend_on_the_place_in_a_block_rows_are_computed_one_by_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     linear, multiply = functional.linear, Expert.forward
 
@@ -81,13 +106,11 @@ def test_where_bits_depend_on_the_place_in_a_block_rows_are_computed_one_by_one(
         return y * (1 + torch.arange(y.shape[-2])[:, None] / 1e4)
 
     monkeypatch.setattr(functional, "linear", lambda *arguments: scaled(linear(*arguments)))
-    decoder, _ = loaded(tmp_path / "router", "qwen3_moe")
-    assert decoder._blocks is not None
-    assert decoder._blocks.router_rows == 1
+    decoder, _ = loaded(tmp_path / "router", name)
+    assert blocks_of(decoder).router_rows == 1
     monkeypatch.setattr(Expert, "forward", lambda self, x: scaled(multiply(self, x)))
-    decoder, _ = loaded(tmp_path / "experts", "qwen3_moe")
-    assert decoder._blocks is not None
-    assert (decoder._blocks.rows, decoder._blocks.router_rows) == (1, 1)
+    decoder, _ = loaded(tmp_path / "experts", name)
+    assert (blocks_of(decoder).rows, blocks_of(decoder).router_rows) == (1, 1)
 
 
 @torch.inference_mode()
@@ -121,6 +144,7 @@ def test_a_router_may_return_one_tensor() -> None:
 @torch.inference_mode()
 def test_int8_reaches_the_experts(tmp_path: Path) -> None:
     decoder, forward = loaded(tmp_path, "gpt_oss", quantization="int8")
+    assert isinstance(decoder, TransformersDecoder)
     experts = [module for module in decoder._model.modules() if isinstance(module, Expert)]
     assert experts
     assert not any(isinstance(layer, nn.Linear) for expert in experts for layer in expert.modules())

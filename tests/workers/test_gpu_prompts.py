@@ -16,7 +16,8 @@ pytest.importorskip("triton", reason="kernels for a GPU need Triton")
 
 from dsi_protocol import SamplingParameters
 from dsi_workers.backend import Run
-from dsi_workers.benches.device import SHAPES, peak_tflops
+from dsi_workers.benches.device import peak_tflops
+from dsi_workers.benches.shapes import SHAPES
 from dsi_workers.checkpoints.load import load_model
 from dsi_workers.decoding import capacity
 from dsi_workers.decoding.decoder import Decoder

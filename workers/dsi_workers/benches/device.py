@@ -17,8 +17,10 @@ per line:
 The first line, before any request, names the device, its memory bandwidth, the positions of a chunk of a prompt, and the device's
 peak rate in half precision, or null where that is not known.
 
-The lower limit is the time to read each weight, and the keys and values of the context, once. The device's memory bandwidth is
-measured by copying.
+The lower limit is the time to read each weight, and the keys and values of the context, once. Of a mixture of experts it counts
+the experts that the rows of the last pass chose, in the mean of all layers (`experts_per_layer`; `experts_counted`: true). Where
+torch's operations compute, it counts as many as the rows would choose if all choices were equally likely. The device's memory
+bandwidth is measured by copying.
 """
 
 from __future__ import annotations
@@ -26,10 +28,10 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +39,7 @@ import torch
 
 from dsi_workers.backend import Run
 from dsi_workers.benches.requests import read_requests
+from dsi_workers.benches.shapes import SHAPES, Shape, random_mixtures, random_weights
 from dsi_workers.checkpoints.load import with_gpu_kernels
 from dsi_workers.decoding.capacity import prompt_chunk_of, slot_positions
 from dsi_workers.decoding.decoder import Decoder
@@ -63,34 +66,6 @@ _PEAK_TFLOPS = {"H100 80GB HBM3": 989.0, "H200": 989.0, "A100": 312.0}
 _SLOWER_CARDS = ("H100 NVL", "H200 NVL", "PCIe")
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """The sizes of a model of the Llama 3 family. `words` is the size of its vocabulary."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    dim: int
-    words: int = 128_256
-
-    def prompt_flop(self, positions: int) -> int:
-        """Floating-point operations of a prompt: products with weights, causal attention, logits after the last position."""
-        queries, states = self.heads * self.dim, (self.heads + 2 * self.kv_heads) * self.dim
-        weights = self.hidden * (states + queries + 3 * self.intermediate)
-        attention = 4 * queries * (positions * (positions + 1) // 2)
-        return self.layers * (2 * weights * positions + attention) + 2 * self.hidden * self.words
-
-
-SHAPES = {
-    "tiny": Shape(64, 128, 5, 4, 2, 16, 256),
-    "1b": Shape(2048, 8192, 16, 32, 8, 64),
-    "3b": Shape(3072, 8192, 28, 24, 8, 128),
-    "8b": Shape(4096, 14336, 32, 32, 8, 128),
-}
-
-
 class DeviceBench:
     """Answers the requests for one model on one device."""
 
@@ -101,7 +76,7 @@ class DeviceBench:
         """`generations`: the most of them at the same time."""
         self._device, self._context, self._window = device, context, 8
         self._shape = shape
-        weights = _random_weights(shape, device, dtype)
+        weights = random_weights(shape, device, dtype)
         #: Without the embedding, of which only a few rows are read. The head is a separate matrix of the same shape.
         self._weight_bytes = sum(
             weight.numel() * weight.element_size() for name, weight in weights.items() if "embed" not in name
@@ -117,12 +92,17 @@ class DeviceBench:
             num_key_value_heads=shape.kv_heads, head_dim=shape.dim, hidden_size=shape.hidden, vocab_size=shape.words,
         )  # fmt: skip
         with torch.inference_mode():
-            decoder = Decoder(weights, config, angles.cos().to(dtype), angles.sin().to(dtype))
+            mixtures = random_mixtures(shape, device, dtype)
+            self._weight_bytes += shape.layers * shape.experts * shape.hidden * dtype.itemsize  # the routers
+            self._expert_bytes = shape.expert_weights * dtype.itemsize
+            decoder = Decoder(weights, config, angles.cos().to(dtype), angles.sin().to(dtype), mixtures=mixtures)
             weights.clear()
             decoder.replace_linear_layers(lambda linear: pack(linear, self._window))
         recorded = graphs and device.type == "cuda"
         decoder.prompt_chunk = prompt_chunk
         decodes = with_gpu_kernels(decoder, prompt_chunk=prompt_chunk) if recorded else decoder
+        #: How many experts of each layer the last forward read, where kernels compute them.
+        self._count_experts: Callable[[], list[int]] | None = getattr(decodes, "experts_read", None)
         self._forward = Forward(decodes, config, device, slots=generations, capacity=positions)
         self._engine: ModelEngine | None = None
         self._sessions: list[Session] = []
@@ -135,14 +115,24 @@ class DeviceBench:
         end = self._context + width
         begins = range(self._context, end, _RUN_ROWS)
         widths = [min(_RUN_ROWS, end - begin) for begin in begins]
-        runs = [Run(0, [1] * rows, begin, rows, begin) for begin, rows in zip(begins, widths, strict=True)]
+        # Other tokens in each row: equal ones would choose the same experts.
+        tokens = [31 * position % self._shape.words for position in range(end)]
+        runs = [
+            Run(0, tokens[begin : begin + rows], begin, rows, begin) for begin, rows in zip(begins, widths, strict=True)
+        ]
         for _ in range(_WARM_UP):
             self._forward.timed_s(runs, rows=width, logit_rows=width)
         times_ms, begun = list[float](), time.perf_counter()
         while len(times_ms) < repeats or time.perf_counter() - begun < seconds:
             times_ms.append(self._forward.timed_s(runs, rows=width, logit_rows=width) * 1e3)
         read_bytes = self._weight_bytes + self._kv_bytes * (self._context + width)
-        return {"ms": times_ms, "floor_ms": read_bytes / self._bytes_per_ms, "read_bytes": read_bytes}
+        experts: dict[str, Any] = {}
+        if self._shape.experts:
+            counted = None if self._count_experts is None else self._count_experts()
+            each = self._shape.expected_experts(width) if counted is None else statistics.fmean(counted)
+            read_bytes += round(each * self._shape.layers * self._expert_bytes)
+            experts = {"experts_per_layer": each, "experts_counted": counted is not None}
+        return {"ms": times_ms, "floor_ms": read_bytes / self._bytes_per_ms, "read_bytes": read_bytes, **experts}
 
     def cancel(self, width: int, repeats: int = 20) -> dict[str, Any]:
         """Time from a cancel, at a random moment of a forward pass, until the device is free."""
@@ -269,32 +259,6 @@ class _At(Never):
     def check(self) -> None:
         if time.perf_counter() >= self.due_s:
             raise Interrupted
-
-
-def _random_weights(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    generator = torch.Generator(device=device).manual_seed(7)
-
-    def random(rows: int, columns: int) -> torch.Tensor:
-        made = torch.empty(rows, columns, dtype=dtype, device=device)
-        return made.normal_(0, columns**-0.5, generator=generator)
-
-    def ones() -> torch.Tensor:
-        return torch.ones(shape.hidden, dtype=dtype, device=device)
-
-    heads, kv = shape.heads * shape.dim, shape.kv_heads * shape.dim
-    weights = {"model.embed_tokens.weight": random(shape.words, shape.hidden), "model.norm.weight": ones()}
-    weights["lm_head.weight"] = random(shape.words, shape.hidden)
-    for layer in range(shape.layers):
-        name = f"model.layers.{layer}"
-        weights[f"{name}.input_layernorm.weight"] = ones()
-        weights[f"{name}.post_attention_layernorm.weight"] = ones()
-        for part, size in (("q", heads), ("k", kv), ("v", kv)):
-            weights[f"{name}.self_attn.{part}_proj.weight"] = random(size, shape.hidden)
-        weights[f"{name}.self_attn.o_proj.weight"] = random(shape.hidden, heads)
-        for part in ("gate", "up"):
-            weights[f"{name}.mlp.{part}_proj.weight"] = random(shape.intermediate, shape.hidden)
-        weights[f"{name}.mlp.down_proj.weight"] = random(shape.hidden, shape.intermediate)
-    return weights
 
 
 def main() -> int:

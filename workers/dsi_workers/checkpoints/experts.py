@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ _ROUTERS = ("gate", "router")
 #: At least this many output values are compared to find out whether a row's bits depend on its place in a block.
 _LEAST_VALUES = 20_000
 
+#: Maps [BLOCK_ROWS, size] to tensors of as many rows.
+_Compute = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 _Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -37,35 +40,40 @@ def replace_experts(model: nn.Module) -> Blocks | None:
     return blocks if found else None
 
 
-@torch.inference_mode()
 def choose_block_rows(model: Any, blocks: Blocks) -> None:
+    """Set the rows of blocks of a transformers model so that on this machine no bit depends on the place of a row in a block."""
+    experts = [module for module in model.modules() if isinstance(module, Expert)]
+    layers = {type(layer): layer for layer in model.modules() if any(isinstance(c, Experts) for c in layer.children())}
+    choose_rows(blocks, experts, [partial(_routes, layer) for layer in layers.values()], model.device, model.dtype)
+
+
+@torch.inference_mode()
+def choose_rows(
+    blocks: Blocks, experts: Iterable[Expert], routers: Iterable[_Compute], device: torch.device, dtype: torch.dtype
+) -> None:
     """Set the rows of blocks so that on this machine no bit depends on the place of a row in a block.
 
-    A router multiplies by a kernel of its own, so it may need other blocks than the experts.
+    A router multiplies by a kernel of its own, so it may need other blocks than the experts. `routers` map rows to all that the
+    routers give for them.
     """
     blocks.used, blocks.rows, blocks.router_rows = None, BLOCK_ROWS, BLOCK_ROWS
-    experts = {
-        (module.up.in_features, module.up.out_features): module
-        for module in model.modules()
-        if isinstance(module, Expert)
-    }
-    layers = {type(layer): layer for layer in model.modules() if any(isinstance(c, Experts) for c in layer.children())}
-    size = next(iter(experts.values())).up.in_features
+    of_a_shape = list({(expert.up.in_features, expert.up.out_features): expert for expert in experts}.values())
+    size = int(of_a_shape[0].up.in_features)
 
-    def same_bits(compute: Callable[[torch.Tensor], Sequence[torch.Tensor]]) -> bool:
-        return _same_bits_at_every_place(compute, size, model)
+    def same_bits(compute: _Compute) -> bool:
+        return _same_bits_at_every_place(compute, size, device, dtype)
 
-    if not all(same_bits(lambda x, expert=expert: [expert(x)]) for expert in experts.values()):  # type: ignore[misc]
+    if not all(same_bits(lambda x, expert=expert: [expert(x)]) for expert in of_a_shape):  # type: ignore[misc]
         blocks.rows = 1
-    if not all(same_bits(lambda x, layer=layer: _routes(layer, x)) for layer in layers.values()):  # type: ignore[misc]
+    if not all(same_bits(router) for router in routers):
         blocks.router_rows = 1
 
 
-def _same_bits_at_every_place(compute: Callable[[torch.Tensor], Sequence[torch.Tensor]], size: int, model: Any) -> bool:
-    """True if `compute` gives each row the same bits at every place of a block. It maps [BLOCK_ROWS, size] to rows of outputs."""
+def _same_bits_at_every_place(compute: _Compute, size: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """True if `compute` gives each row the same bits at every place of a block."""
     for seed in range(-(-_LEAST_VALUES // (BLOCK_ROWS**2 * size))):
         inputs = torch.randn(BLOCK_ROWS, size, generator=torch.Generator().manual_seed(seed))
-        inputs = inputs.to(model.device, model.dtype)
+        inputs = inputs.to(device, dtype)
         expected = compute(inputs)
         for shift in range(1, BLOCK_ROWS):
             outputs = [output.roll(-shift, 0) for output in compute(inputs.roll(shift, 0))]

@@ -30,7 +30,7 @@ from dsi_workers.checkpoints.text_part import is_of_another_part
 from dsi_workers.decoding.attention import AttentionShape
 from dsi_workers.decoding.capacity import prompt_chunk_of
 from dsi_workers.decoding.decoder import Decoder
-from dsi_workers.decoding.experts import Experts
+from dsi_workers.decoding.experts import Blocks, Experts, Mixture
 from dsi_workers.decoding.kv_cache import SlotCache
 from dsi_workers.decoding.packed import Masks, PackedBatch
 from dsi_workers.decoding.packing import PackedLinear, replace_linear_layers
@@ -40,7 +40,10 @@ from dsi_workers.models.misfit import refuse_loading_info
 
 log = structlog.get_logger("dsi.engine")
 
-_DECODER_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+_DECODER_LAYERS = (
+    "LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "Qwen3MoeDecoderLayer",
+    "MixtralDecoderLayer",
+)  # fmt: skip
 #: RoPE types whose rotation depends on more than the position.
 _OTHER_ROPES = ("dynamic", "longrope")
 
@@ -137,8 +140,11 @@ def _as_linear(layer: Any) -> nn.Linear:
     return linear
 
 
-def as_decoder(model: Any, config: Any, positions: int) -> Decoder | None:
-    """Return our own decoder with the model's weights. None if the model is not of the Llama family."""
+def as_decoder(model: Any, config: Any, positions: int, blocks: Blocks | None) -> Decoder | None:
+    """Return our own decoder with the model's weights. None if the model is not of the Llama family.
+
+    `blocks`: what the experts that `replace_experts` has put into the model share.
+    """
     inner: Any = getattr(model, "model", None)
     kinds = {type(layer).__name__ for layer in getattr(inner, "layers", ())}
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
@@ -149,7 +155,22 @@ def as_decoder(model: Any, config: Any, positions: int) -> Decoder | None:
     cos, sin = inner.rotary_emb(embedding[:1], torch.arange(positions, device=embedding.device)[None])
     if cos.shape[-1] != inner.layers[0].self_attn.head_dim:
         return None
-    return Decoder(weights, config, cos[0], sin[0])
+    mixtures = {
+        number: _mixture(layer.mlp, blocks)
+        for number, layer in enumerate(inner.layers)
+        if blocks is not None and isinstance(getattr(layer.mlp, "experts", None), Experts)
+    }
+    return Decoder(weights, config, cos[0], sin[0], mixtures=mixtures)
+
+
+def _mixture(block: Any, blocks: Blocks) -> Mixture:
+    """The mixture of experts that transformers' `block` computes: its router, and the experts that are our own already."""
+    router = nn.Linear(*block.gate.weight.shape[::-1], bias=False, device="meta")
+    router.weight = nn.Parameter(block.gate.weight.detach(), requires_grad=False)
+    return Mixture(
+        router, block.experts.each, top_k=block.gate.top_k, renormalizes=getattr(block.gate, "norm_topk_prob", True),
+        blocks=blocks,
+    )  # fmt: skip
 
 
 class TransformersDecoder:
@@ -174,7 +195,8 @@ class TransformersDecoder:
         self._layers = _decoder_layers(model)
         for layer in self._layers:
             layer.register_forward_pre_hook(lambda module, inputs: self._between_layers())
-        self._blocks = replace_experts(model)
+        #: What the model's experts share; None: it has none.
+        self.blocks = replace_experts(model)
         self._expand = _take_expand(model)
         #: Llama 4: some layers scale queries by their positions, which they compute from the length of the cache.
         self._scales_by_position = bool(getattr(config, "attn_temperature_tuning", False))
@@ -189,8 +211,8 @@ class TransformersDecoder:
         self._cache.seq_length = packed.segments[0].position
         if self._scales_by_position:
             self._cache.seq_length = positions - torch.arange(len(positions), device=device)
-        if self._blocks is not None:
-            self._blocks.used = packed.used
+        if self.blocks is not None:
+            self.blocks.used = packed.used
         logits: torch.Tensor = self._model(
             input_ids=torch.tensor([packed.ids], device=device),
             position_ids=positions[None],
@@ -226,8 +248,8 @@ class TransformersDecoder:
     def replace_linear_layers(self, convert: Callable[[nn.Linear], nn.Module], *, exact: bool) -> None:
         """Replace every linear layer by `convert(layer)`. `exact`: then try in which blocks of rows experts are exact."""
         replace_linear_layers(self._model, convert)
-        if self._blocks is not None and exact:
-            choose_block_rows(self._model, self._blocks)
+        if self.blocks is not None and exact:
+            choose_block_rows(self._model, self.blocks)
 
 
 def _own_attention(model_type: str) -> EngineError:

@@ -15,6 +15,7 @@ from torch import nn
 from dsi_protocol import OptionValue
 from dsi_workers.backend import Run
 from dsi_workers.checkpoints.checkpoint import read_checkpoint
+from dsi_workers.checkpoints.experts import choose_rows
 from dsi_workers.decoding.capacity import GPU_PROMPT_CHUNK
 from dsi_workers.decoding.decoder import Decoder
 from dsi_workers.decoding.forward import ComputesLogits, Forward
@@ -175,12 +176,23 @@ def _load_with_transformers(
             f"this engine computes {reference} ({whole.model_type}) otherwise than transformers does, and so would write another "
             "text: choose a model of another architecture"
         )
-    decoder = as_decoder(model, config, positions)
-    if decoder is not None and (logits(decoder) - ours).norm() <= _TOLERANCE[dtype] * ours.norm():
+    decoder = as_decoder(model, config, positions, library.blocks)
+    tolerance = (_TOLERANCE if library.blocks is None else _OTHER_TEXT)[dtype]
+    if decoder is not None and (logits(decoder) - ours).norm() <= tolerance * ours.norm():
         decoder.replace_linear_layers(convert)
+        if exact:
+            _choose_block_rows(decoder)
         return Loaded(decoder, config, positions)
     library.replace_linear_layers(convert, exact=exact)
     return Loaded(library, config, positions)
+
+
+def _choose_block_rows(decoder: Decoder) -> None:
+    """Set in which blocks of rows the decoder's mixtures of experts are exact, if it has any."""
+    mixtures = list(decoder.mixtures.values())
+    if mixtures:
+        experts = [expert for mixture in mixtures for expert in mixture.experts.each]
+        choose_rows(mixtures[0].blocks, experts, [mixtures[0].route], decoder.device, decoder.dtype)
 
 
 def keep_layers(config: Any, layers: OptionValue | None, reference: str) -> None:

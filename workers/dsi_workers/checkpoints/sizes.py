@@ -175,6 +175,7 @@ def buffer_bytes(config: Mapping[str, Any], *, positions: int, number_bytes: int
     widths = (_size(config, name) for name in ("hidden_size", "intermediate_size", "vocab_size"))
     numbers = sum(widths) + (2 * heads + 4 * kv_heads) * head_dim
     partial = 4 * heads * -(-positions // SPLIT_POSITIONS) * (head_dim + 2)
+    partial += _mixture_row_bytes(config, number_bytes)
     return MOST_ROWS * (number_bytes * numbers + partial) + 2 * positions * head_dim * number_bytes
 
 
@@ -186,10 +187,21 @@ def prompt_bytes(config: Mapping[str, Any], *, rows: int, positions: int, number
     heads, kv_heads, head_dim = _heads(config := text_config(config))
     hidden, inner, words = (_size(config, f"{name}_size") for name in ("hidden", "intermediate", "vocab"))
     activations = 4 * hidden + (3 * heads + 2 * kv_heads) * head_dim + 3 * inner
-    mask = positions * (1 + (heads // kv_heads if kv_heads else 1) * number_bytes)
+    mask = positions * (1 + (heads // kv_heads if kv_heads else 1) * number_bytes) + _mixture_row_bytes(
+        config, number_bytes
+    )
     # Weights in int8 become numbers of the other type for each product, the largest of which is that of gate and up.
     whole = 2 * inner * hidden * number_bytes if int8 else 0
     return rows * (activations * number_bytes + mask) + _LOGIT_ROWS * words * number_bytes + whole + _WORKSPACE_BYTES
+
+
+def _mixture_row_bytes(config: Mapping[str, Any], number_bytes: int) -> int:
+    """Bytes that a row takes between the kernels of a mixture of experts (decoding/gpu/experts.py); 0 for a dense model."""
+    experts = _size(config, "num_experts") or _size(config, "num_local_experts")
+    top_k, hidden = _size(config, "num_experts_per_tok"), _size(config, "hidden_size")
+    inner = _size(config, "moe_intermediate_size") or _size(config, "intermediate_size")
+    # Router logits, choices and list of each expert; then factor, inner numbers and output of each choice.
+    return (4 + 1 + 4) * experts + top_k * (4 + inner * number_bytes + 4 * hidden) if experts else 0
 
 
 @dataclass(frozen=True, slots=True)

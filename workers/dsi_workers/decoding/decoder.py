@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from dsi_workers.decoding.attention import AttentionShape, additive_group_mask, attend
 from dsi_workers.decoding.capacity import prompt_chunk_of
+from dsi_workers.decoding.experts import Mixture
 from dsi_workers.decoding.kv_cache import SegmentTensors, SlotCache, SlotLayer
 from dsi_workers.decoding.packed import Masks, PackedBatch
 from dsi_workers.decoding.ranks import Alone, Ranks
@@ -34,11 +35,25 @@ class Layer:
     key_norm: torch.Tensor | None
     output: nn.Module
     mlp_norm: torch.Tensor
+    mlp: DenseMlp | Mixture
+
+
+@dataclass(slots=True)
+class DenseMlp:
+    """down(silu(gate) * up), where gate and up are the halves of one product."""
+
     gate_up: nn.Module
     down: nn.Module
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up.forward(x).chunk(2, dim=-1)
+        y: torch.Tensor = self.down.forward(functional.silu(gate) * up)
+        return y
 
-_LINEAR_LAYERS = ("qkv", "output", "gate_up", "down")
+    def replace_linear_layers(self, convert: Callable[[nn.Linear], nn.Module]) -> None:
+        assert isinstance(self.gate_up, nn.Linear)
+        assert isinstance(self.down, nn.Linear)
+        self.gate_up, self.down = convert(self.gate_up), convert(self.down)
 
 
 @dataclass(slots=True)
@@ -70,9 +85,11 @@ class Decoder:
         cos: torch.Tensor,
         sin: torch.Tensor,
         ranks: Ranks | None = None,
+        mixtures: Mapping[int, Mixture] | None = None,
     ) -> None:
         """`weights` and `config` use transformers' names. `cos` and `sin` are [positions, head_dim]. `ranks`: the group, of which
-        this rank's share of the weights is given; None: all weights are given.
+        this rank's share of the weights is given; None: all weights are given. `mixtures`: by number, the MLPs of layers that
+        are mixtures of experts.
 
         The matrices of linear layers are removed from `weights`, so that they can be freed once they are laid out anew.
         """
@@ -93,7 +110,10 @@ class Decoder:
         number = int(config.num_hidden_layers)
         kinds = getattr(config, "layer_types", None) or [""] * number
         self.masks = Masks(config)
-        self.layers = [_layer(weights, f"model.layers.{layer}", kinds[layer]) for layer in range(number)]
+        self.mixtures = dict(mixtures or {})
+        self.layers = [
+            _layer(weights, f"model.layers.{layer}", kinds[layer], self.mixtures.get(layer)) for layer in range(number)
+        ]
         self.norm = weights["model.norm.weight"]
         self.head: nn.Module = _linear(weights, "lm_head")
 
@@ -103,14 +123,19 @@ class Decoder:
         Layers are converted one at a time, so that only one layer's weights are in memory twice.
         """
         for layer in self.layers:
-            for name in _LINEAR_LAYERS:
-                setattr(layer, name, convert(getattr(layer, name)))
+            assert isinstance(layer.qkv, nn.Linear)
+            assert isinstance(layer.output, nn.Linear)
+            layer.qkv, layer.output = convert(layer.qkv), convert(layer.output)
+            layer.mlp.replace_linear_layers(convert)
         assert isinstance(self.head, nn.Linear)
         self.head = convert(self.head)
 
     def linear_layers(self) -> list[Any]:
-        """The linear layers of the first decoder layer, and the head. All decoder layers have the same shapes."""
-        return [getattr(self.layers[0], name) for name in _LINEAR_LAYERS] + [self.head]
+        """The linear layers of the first decoder layer, of the first dense MLP, and the head. All layers have the same shapes.
+        Mixtures of experts see to their own rows."""
+        dense = [layer.mlp for layer in self.layers if isinstance(layer.mlp, DenseMlp)]
+        of_mlp = [part for mlp in dense[:1] for part in (mlp.gate_up, mlp.down)]
+        return [self.layers[0].qkv, self.layers[0].output, *of_mlp, self.head]
 
     @property
     def attention_shapes(self) -> Sequence[AttentionShape]:
@@ -120,6 +145,8 @@ class Decoder:
         """Compute one forward pass. Returns logits [len(packed.logits_to_keep), vocabulary]; those of ranks other than 0 are
         their own part of the vocabulary."""
         shared = self._rope_and_masks(packed)
+        for mixture in self.mixtures.values():
+            mixture.blocks.used = packed.used
         x = self._ranks.embed(torch.tensor(packed.ids, device=self.device), self.embedding)
         for layer, cache_layer in zip(self.layers, cache.layers, strict=True):
             between_layers()
@@ -158,9 +185,7 @@ class Decoder:
         masks = shared.masks[layer.kind if len(shared.masks) > 1 else ""]
         attended = self._attend(rotated[:, :heads], keys_values, masks, per_position=shared.per_position)
         x = x + self._ranks.sum(layer.output.forward(attended.reshape(rows, heads * dim)))
-        gate, up = layer.gate_up.forward(self._rms_norm(x, layer.mlp_norm)).chunk(2, dim=-1)
-        x = x + self._ranks.sum(layer.down.forward(functional.silu(gate) * up))
-        return x
+        return x + self._ranks.sum(layer.mlp.forward(self._rms_norm(x, layer.mlp_norm)))
 
     def _segment_masks(self, mask: torch.Tensor, packed: PackedBatch) -> list[torch.Tensor | None]:
         """Split the mask [1, 1, rows, readable] into one additive mask per segment."""
@@ -197,7 +222,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: torch.Tensor) -> to
     return (wide * torch.addcmul(epsilon, length, length, value=1 / x.shape[-1]).rsqrt_()).to(x.dtype) * weight
 
 
-def _layer(weights: MutableMapping[str, torch.Tensor], name: str, kind: str) -> Layer:
+def _layer(weights: MutableMapping[str, torch.Tensor], name: str, kind: str, mixture: Mixture | None) -> Layer:
     return Layer(
         kind=kind,
         input_norm=weights[f"{name}.input_layernorm.weight"],
@@ -206,8 +231,11 @@ def _layer(weights: MutableMapping[str, torch.Tensor], name: str, kind: str) -> 
         key_norm=weights.get(f"{name}.self_attn.k_norm.weight"),
         output=_linear(weights, f"{name}.self_attn.o_proj"),
         mlp_norm=weights[f"{name}.post_attention_layernorm.weight"],
-        gate_up=_linear(weights, f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj"),
-        down=_linear(weights, f"{name}.mlp.down_proj"),
+        mlp=mixture
+        or DenseMlp(
+            gate_up=_linear(weights, f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj"),
+            down=_linear(weights, f"{name}.mlp.down_proj"),
+        ),
     )
 
 

@@ -52,7 +52,7 @@ class Experts(nn.Module):
         super().__init__()
         for number, expert in enumerate(experts):
             self.add_module(str(number), expert)
-        self._experts = tuple(experts)
+        self.each = tuple(experts)
         self._blocks = blocks
 
     def forward(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -71,10 +71,10 @@ class Experts(nn.Module):
         by_expert = numbers.argsort(stable=True)
         outputs = x.new_empty(len(numbers), x.shape[-1])
         begin = 0
-        for number, count in enumerate(torch.bincount(numbers, minlength=len(self._experts)).tolist()):
+        for number, count in enumerate(torch.bincount(numbers, minlength=len(self.each)).tolist()):
             if count:
                 places = by_expert[begin : begin + count]
-                outputs[places] = in_blocks(self._experts[number], x[places // per_row], self._blocks.rows)
+                outputs[places] = in_blocks(self.each[number], x[places // per_row], self._blocks.rows)
                 begin += count
         parts = outputs.view(*chosen.shape, -1).float() * weights[..., None].float()
         total = parts[:, 0]
@@ -83,13 +83,48 @@ class Experts(nn.Module):
         return total.to(x.dtype)
 
 
+class Mixture:
+    """The MLP of a layer of our own decoder: each row is computed by the `top_k` experts that its router chooses for it.
+
+    `router` maps [rows, hidden] to [rows, experts]. `renormalizes`: the weights of a row's experts sum up to 1.
+    """
+
+    def __init__(
+        self, router: nn.Linear, experts: Sequence[Expert], *, top_k: int, renormalizes: bool, blocks: Blocks
+    ) -> None:
+        self.router, self.experts, self.blocks = router, Experts(experts, blocks), blocks
+        self.top_k, self.renormalizes = top_k, renormalizes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the output of the MLP, [rows, hidden], for x of the same shape."""
+        outputs: torch.Tensor = self.experts.forward(x, *self.route(x))
+        return outputs
+
+    def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the experts that the rows x choose, and the weights of their outputs, [rows, top_k] each."""
+        padded = functional.pad(x, (0, 0, 0, -len(x) % self.blocks.router_rows))
+        chosen, weights = list[torch.Tensor](), list[torch.Tensor]()
+        for part in padded.split(self.blocks.router_rows):
+            best = self.router.forward(part).float().softmax(dim=-1).topk(self.top_k)
+            chosen.append(best.indices)
+            weights.append(best.values / best.values.sum(dim=-1, keepdim=True) if self.renormalizes else best.values)
+        return torch.cat(chosen)[: len(x)], torch.cat(weights)[: len(x)]
+
+    def replace_linear_layers(self, convert: Callable[[nn.Linear], nn.Module]) -> None:
+        """Replace the linear layers of the experts by `convert(layer)`. The router stays as it is."""
+        for expert in self.experts.each:
+            assert isinstance(expert.up, nn.Linear)
+            assert isinstance(expert.down, nn.Linear)
+            expert.up, expert.down = convert(expert.up), convert(expert.down)
+
+
 class DenseExperts(Experts):
     """Experts of Llama 4: each gets a copy of all rows, scaled by the router. Rows that did not choose it are zero there."""
 
     def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
         """Return the outputs of all experts, [experts * rows, hidden]. x has the same shape."""
         output = torch.zeros_like(x)
-        copies = zip(self._experts, x.chunk(len(self._experts)), output.chunk(len(self._experts)), strict=True)
+        copies = zip(self.each, x.chunk(len(self.each)), output.chunk(len(self.each)), strict=True)
         for expert, inputs, result in copies:
             places = inputs.any(dim=-1).nonzero()[:, 0]
             if len(places):

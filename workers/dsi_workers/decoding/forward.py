@@ -41,7 +41,8 @@ class ComputesLogits(Protocol):
         """
 
     def linear_layers(self) -> list[Any]:
-        """Linear layers of every shape in the model. Each maps [rows, in_features] to [rows, out_features]."""
+        """Linear layers of every shape in the model, and other layers whose bits must not depend on the number of rows. Each maps
+        [rows, in_features] to [rows, out_features]."""
 
 
 @runtime_checkable
@@ -145,10 +146,9 @@ class Forward:
         return None
 
     def linear_layers(self) -> list[Any]:
-        """One linear layer of each shape in the model."""
-        return list(
-            {(layer.in_features, layer.out_features): layer for layer in self._decoder.linear_layers()}.values()
-        )
+        """One linear layer of each kind and shape in the model."""
+        layers = self._decoder.linear_layers()
+        return list({(type(layer), layer.in_features, layer.out_features): layer for layer in layers}.values())
 
     def kernels_agree(self, rows: int, window: int) -> bool:
         """True if each kind of kernel, given random inputs of this many rows, has the bits of a full window."""

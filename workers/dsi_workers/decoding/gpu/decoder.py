@@ -1,9 +1,9 @@
 """A decoder for a GPU: seven kernels per layer, recorded once as CUDA graphs and replayed.
 
 In a forward pass of a few rows, reading the weights takes nearly all of the time; gaps between kernels would waste it. So
-there are only seven kernels per layer (kernels.py), and Python launches none of them (recording.py). A drafter's tokens are
-chosen on the device, too (drafts.py). A single run of more than MOST_RUN_ROWS rows, as of a prompt, is computed by library calls
-(prompt.py).
+there are only seven kernels per layer (kernels.py), or eleven with a mixture of experts (experts.py). Python launches none of
+them (recording.py). A drafter's tokens are chosen on the device, too (drafts.py). A single run of more than MOST_RUN_ROWS rows,
+as of a prompt, is computed by library calls (prompt.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dsi_workers.decoding.gpu.drafts import MOST_DRAFTS, Drafts, can_draft
 from dsi_workers.decoding.gpu.kernels import LEAST_ROWS, SPLIT
 from dsi_workers.decoding.gpu.linear import GpuLinear, rows_for
 from dsi_workers.decoding.gpu.prompt import PromptDecoder
-from dsi_workers.decoding.gpu.recording import Buffers, LayerLinears, Part, Recording
+from dsi_workers.decoding.gpu.recording import Buffers, LayerLinears, Part, Recording, mlps
 from dsi_workers.decoding.kv_cache import SlotCache
 from dsi_workers.decoding.packed import PackedBatch, Segment
 
@@ -36,9 +36,9 @@ class GpuDecoder:
 
     def __init__(self, decoder: Decoder, *, prompt_chunk: int = GPU_PROMPT_CHUNK) -> None:
         self._decoder, self.prompt_chunk = decoder, prompt_chunk
-        self._linear_layers = [LayerLinears(layer) for layer in decoder.layers]
+        self._linear_layers = [LayerLinears(layer, decoder.epsilon) for layer in decoder.layers]
         self._head = GpuLinear(decoder.head)
-        self._prompt_decoder = PromptDecoder(decoder, self._head)
+        self._prompt_decoder = PromptDecoder(decoder, self._head, [layer.experts for layer in self._linear_layers])
         self._recordings: dict[int, Recording] = {}
         self._drafts: dict[Recording, Drafts] = {}
         self._buffers: Buffers | None = None
@@ -51,7 +51,11 @@ class GpuDecoder:
 
     def linear_layers(self) -> list[Any]:
         first = self._linear_layers[0]
-        return [first.qkv, first.output, first.gate_up, first.down, self._head]
+        return [first.qkv, first.output, *mlps(self._linear_layers), self._head]
+
+    def experts_read(self) -> list[int]:
+        """How many experts the last forward read in each layer that is a mixture. Waits for the device."""
+        return [int((layer.experts.counts > 0).sum()) for layer in self._linear_layers if layer.experts is not None]
 
     def __call__(self, packed: PackedBatch, cache: SlotCache, between_layers: Callable[[], None]) -> torch.Tensor:
         """Compute one forward pass. Returns logits [len(packed.logits_to_keep), vocabulary], or only those of rows >= 0."""
@@ -80,7 +84,7 @@ class GpuDecoder:
         recording = self._recordings.get(rows)
         if recording is None or recording.cache is not cache:
             if self._buffers is None or self._buffers.cache is not cache:
-                self._buffers = Buffers(self._decoder, self._linear_layers[0], self._head, cache)
+                self._buffers = Buffers(self._decoder, self._linear_layers, self._head, cache)
             if recording is not None:
                 self._drafts.pop(recording, None)
             recording = self._recordings[rows] = Recording(
@@ -96,7 +100,7 @@ class GpuDecoder:
         Raises the error of Triton or CUDA if that fails: for example, there is no C compiler, or too little shared memory.
         """
         cache = SlotCache(len(self._linear_layers), slots=1, capacity=SPLIT.value)
-        buffers = Buffers(self._decoder, self._linear_layers[0], self._head, cache)
+        buffers = Buffers(self._decoder, self._linear_layers, self._head, cache)
         Recording(self._decoder, self._linear_layers, self._head, buffers, LEAST_ROWS).record(lambda part: part)
         ids = [0] * ROW_TILE
         segments = cache.segments = [Segment(0, 0, len(ids), len(ids))]

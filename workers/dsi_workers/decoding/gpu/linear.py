@@ -42,14 +42,15 @@ class GpuLinear:
     `gated`: W is two matrices of equal shape, one below the other, and y is silu of the first product times the second.
     """
 
-    def __init__(self, linear: nn.Module, *, gated: bool = False) -> None:
+    def __init__(self, linear: nn.Module, *, gated: bool = False, block_n: int | None = None) -> None:
+        """`block_n`: outputs per program; None: as many as suit a large layer."""
         if isinstance(linear, Int8Linear):
             self._weight, self._bias = linear.weight, linear.bias
             self._scales: torch.Tensor | None = linear.scale
         else:
             assert isinstance(linear, nn.Linear)
             self._weight, self._bias, self._scales = linear.weight.data, linear.bias, None
-        self._gated = gated
+        self._gated, self._block_n = gated, block_n
         rows, self.in_features = self._weight.shape
         self.out_features = rows // 2 if gated else rows
         #: Number type of x and y.
@@ -79,7 +80,7 @@ class GpuLinear:
         rows, pdl = len(x), supports_pdl(x.device)
         block_rows = min(rows, _BLOCK_ROWS)
         block_n, block_k, warps, stages = self._plan(x.device)
-        stages = max(2, min(stages, _shared_bytes(x.device) // self._step_bytes(block_n, block_k, block_rows)))
+        stages = max(2, min(stages, shared_bytes(x.device) // self._step_bytes(block_n, block_k, block_rows)))
         options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
         multiply[(rows // block_rows, triton.cdiv(self.out_features, block_n))](
             x, self._weight, y, _or(self._scales, y), _or(self._bias, y), _or(residual, y), _or(norm, y), epsilon,
@@ -92,7 +93,8 @@ class GpuLinear:
     def _plan(self, device: torch.device) -> tuple[int, int, int, int]:
         """Launch settings for this GPU. They do not depend on the number of rows, because the bits must not."""
         block_n, block_k, warps, stages = _PLANS[self._scales is not None, self._gated]
-        while 2 * self._step_bytes(block_n, block_k, _BLOCK_ROWS) > _shared_bytes(device):  # small GPUs
+        block_n = self._block_n or block_n
+        while 2 * self._step_bytes(block_n, block_k, _BLOCK_ROWS) > shared_bytes(device):  # small GPUs
             block_k //= 2
         return block_n, block_k, warps, stages
 
@@ -107,8 +109,13 @@ def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
     return other if tensor is None else tensor
 
 
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU. For a CPU, where the interpreter runs one program after another, few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 @functools.cache
-def _shared_bytes(device: torch.device) -> int:
+def shared_bytes(device: torch.device) -> int:
     """Shared memory of one program in bytes, less a reserve for the compiler."""
     if device.type != "cuda":
         return 1 << 17

@@ -21,8 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from dsi_workers.decoding.capacity import ROW_TILE, round_up
-from dsi_workers.decoding.decoder import Decoder, Layer
+from dsi_workers.decoding.decoder import Decoder, DenseMlp, Layer
 from dsi_workers.decoding.gpu import MOST_ROWS
+from dsi_workers.decoding.gpu.experts import ExpertBuffers, GpuExperts
 from dsi_workers.decoding.gpu.linear import GpuLinear
 from dsi_workers.decoding.gpu.prompt_kernels import (
     GATE_ROWS,
@@ -43,10 +44,13 @@ _GATE_BLOCK = 512
 
 
 class PromptDecoder:
-    """Computes what `decoder` computes, for one run of many positions. `head` is the output matrix, for the kernels."""
+    """Computes what `decoder` computes, for one run of many positions.
 
-    def __init__(self, decoder: Decoder, head: GpuLinear) -> None:
-        self._decoder, self._head = decoder, head
+    `head`: the output matrix, for the kernels. `experts`: of each layer; None for a layer with a dense MLP.
+    """
+
+    def __init__(self, decoder: Decoder, head: GpuLinear, experts: Sequence[GpuExperts | None]) -> None:
+        self._decoder, self._head, self._experts = decoder, head, experts
 
     def __call__(self, packed: PackedBatch, cache: SlotCache, between_layers: Callable[[], None]) -> torch.Tensor:
         """Compute one forward pass of one segment. Returns the logits of the rows that are wanted, [rows, vocabulary].
@@ -59,32 +63,49 @@ class PromptDecoder:
         padding = [0] * (round_up(segment.width, ROW_TILE) - segment.width)
         ids = _to_device([*packed.ids[: segment.width], *padding], decoder.device)
         chunk = _Chunk(decoder, segment.position, len(ids), cache.capacity)
+        mixture = self._mixture_inputs(segment.width, len(ids))
         queue = _Queue(decoder.device)
         x = functional.embedding(ids, decoder.embedding)
         states = x.new_empty(1, decoder.kv_heads, 1, decoder.dim)
         with sdpa_kernel(_ATTENTION):
-            for layer, cache_layer in zip(decoder.layers, cache.layers, strict=True):
+            for layer, experts, cache_layer in zip(decoder.layers, self._experts, cache.layers, strict=True):
                 between_layers()
                 keys, values = cache_layer.tensors(states, states)
-                self._apply_layer(x, layer, keys[segment.slot], values[segment.slot], chunk)
+                self._apply_attention(x, layer, keys[segment.slot], values[segment.slot], chunk)
+                if experts is not None and mixture is not None:
+                    experts.add_to(x, *mixture, of_prompt=True)
+                else:
+                    self._apply_dense(x, layer)
                 queue.add_layer()
         wanted = [row for row in packed.logits_to_keep if row >= 0]
         return self._logits(x[_to_device(wanted, x.device)]) if wanted else x.new_empty(0, self._head.out_features)
 
-    def _apply_layer(
+    def _mixture_inputs(self, width: int, rows: int) -> tuple[torch.Tensor, ExpertBuffers] | None:
+        """The inputs of mixtures of experts for `rows` rows, of which the first `width` are no padding; None: there are none."""
+        experts = [each for each in self._experts if each is not None]
+        if not experts:
+            return None
+        positions = torch.arange(rows, dtype=torch.int32, device=self._decoder.device)
+        return positions.masked_fill_(positions >= width, -1), ExpertBuffers(experts, rows, self._decoder.device)
+
+    def _apply_attention(
         self, x: torch.Tensor, layer: Layer, keys: torch.Tensor, values: torch.Tensor, chunk: _Chunk
     ) -> None:
-        """Apply one decoder layer to x [rows, hidden], in place. keys, values: those of the slot, [kv_heads, capacity, dim]."""
+        """Apply the attention of a layer to x [rows, hidden], in place. keys, values: the slot's, [kv_heads, capacity, dim]."""
         qkv = layer.qkv.forward(self._normed(x, layer.input_norm))
         self._apply_rope_and_store(qkv, layer, keys, values, chunk)
         _add_product(x, layer.output, chunk.attend(qkv, layer, keys, values))
-        gate_up = layer.gate_up.forward(self._normed(x, layer.mlp_norm))
+
+    def _apply_dense(self, x: torch.Tensor, layer: Layer) -> None:
+        """Apply the dense MLP of a layer to x [rows, hidden], in place."""
+        assert isinstance(layer.mlp, DenseMlp)
+        gate_up = layer.mlp.gate_up.forward(self._normed(x, layer.mlp_norm))
         inner = gate_up.shape[1] // 2
         gated = gate_up.new_empty(len(x), inner)
         multiply_by_silu[(len(x) // GATE_ROWS, triton.cdiv(inner, _GATE_BLOCK))](
             gate_up, gated, inner, block_rows=GATE_ROWS, block=_GATE_BLOCK, num_warps=4
         )
-        _add_product(x, layer.down, gated)
+        _add_product(x, layer.mlp.down, gated)
 
     def _apply_rope_and_store(
         self, qkv: torch.Tensor, layer: Layer, keys: torch.Tensor, values: torch.Tensor, chunk: _Chunk

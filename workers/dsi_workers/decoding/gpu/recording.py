@@ -11,14 +11,16 @@ branches stand beside the cache, in memory for the rows of one layer, and are fo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
 from torch.nn import functional
 
 from dsi_workers.decoding.decoder import Decoder, Layer
+from dsi_workers.decoding.experts import Mixture
 from dsi_workers.decoding.gpu import MOST_ROWS
+from dsi_workers.decoding.gpu.experts import ExpertBuffers, GpuExperts
 from dsi_workers.decoding.gpu.kernels import (
     MOST_GROUP_ROWS,
     SPLIT,
@@ -26,7 +28,7 @@ from dsi_workers.decoding.gpu.kernels import (
     attend_to_splits,
     combine_splits,
 )
-from dsi_workers.decoding.gpu.linear import GpuLinear, supports_pdl
+from dsi_workers.decoding.gpu.linear import GpuLinear, processors, supports_pdl
 from dsi_workers.decoding.kv_cache import SlotCache, SlotLayer
 from dsi_workers.decoding.packed import PackedBatch
 
@@ -46,25 +48,42 @@ Part = Callable[[], None]
 
 
 class LayerLinears:
-    """The linear layers of one decoder layer."""
+    """The linear layers of one decoder layer. Its MLP is either `dense` (gate and up, down) or a mixture of `experts`."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, epsilon: float) -> None:
         self.qkv, self.output = GpuLinear(layer.qkv), GpuLinear(layer.output)
-        self.gate_up, self.down = GpuLinear(layer.gate_up, gated=True), GpuLinear(layer.down)
+        self.dense: tuple[GpuLinear, GpuLinear] | None = None
+        self.experts: GpuExperts | None = None
+        if isinstance(layer.mlp, Mixture):
+            self.experts = GpuExperts(layer.mlp, layer.mlp_norm, epsilon)
+        else:
+            self.dense = GpuLinear(layer.mlp.gate_up, gated=True), GpuLinear(layer.mlp.down)
+
+
+def mlps(layers: Sequence[LayerLinears]) -> list[GpuLinear | GpuExperts]:
+    """The parts of the first dense MLP, and the first mixture of experts. All of a kind have the same shapes."""
+    dense = [layer.dense for layer in layers if layer.dense is not None]
+    experts = [layer.experts for layer in layers if layer.experts is not None]
+    return [*(part for parts in dense[:1] for part in parts), *experts[:1]]
 
 
 class Buffers:
     """Intermediate results of a forward pass, for MOST_ROWS rows. All recordings share them and use the first rows."""
 
-    def __init__(self, decoder: Decoder, first: LayerLinears, head: GpuLinear, cache: SlotCache) -> None:
-        self.cache = cache
+    def __init__(self, decoder: Decoder, layers: Sequence[LayerLinears], head: GpuLinear, cache: SlotCache) -> None:
+        self.cache, first = cache, layers[0]
         heads, dim, device = decoder.heads, decoder.dim, decoder.device
 
         def rows_of(width: int) -> torch.Tensor:
             return torch.zeros(MOST_ROWS, width, dtype=decoder.dtype, device=device)
 
         self.x, self.qkv = rows_of(first.qkv.in_features), rows_of(first.qkv.out_features)
-        self.attended, self.gated = rows_of(heads * dim), rows_of(first.down.in_features)
+        self.attended = rows_of(heads * dim)
+        self.gated = rows_of(
+            max((layer.dense[1].in_features for layer in layers if layer.dense is not None), default=0)
+        )
+        experts = [layer.experts for layer in layers if layer.experts is not None]
+        self.experts = ExpertBuffers(experts, MOST_ROWS, device) if experts else None
         self.logits = rows_of(head.out_features)
         self.branches = torch.zeros(2, decoder.kv_heads, MOST_ROWS, dim, dtype=decoder.dtype, device=device)
         self.splits = triton.cdiv(cache.capacity, SPLIT.value)
@@ -94,10 +113,10 @@ class Recording:
         no_groups.fill_(_NO_UNIT)
         #: Of the part that was queued last.
         self._under_way: torch.cuda.Event | None = None
-        self._programs = max(1, min(rows * buffers.splits, _PROGRAMS * _processors(device) // decoder.kv_heads))
+        self._programs = max(1, min(rows * buffers.splits, _PROGRAMS * processors(device) // decoder.kv_heads))
 
         self._x, self._qkv, self.logits = buffers.x[:rows], buffers.qkv[:rows], buffers.logits[:rows]
-        self._attended, self._gated = buffers.attended[:rows], buffers.gated[:rows]
+        self._attended, self._gated, self._experts = buffers.attended[:rows], buffers.gated[:rows], buffers.experts
         self._partial_outputs, self._maxima, self._exp_sums, self._splits = (
             buffers.partial_outputs,
             buffers.maxima,
@@ -184,8 +203,12 @@ class Recording:
         linear_layers.qkv.multiply(x, self._qkv, norm=layer.input_norm, epsilon=epsilon)
         self._attend(layer, cache_layer)
         linear_layers.output.multiply(self._attended, x, residual=x)
-        linear_layers.gate_up.multiply(x, self._gated, norm=layer.mlp_norm, epsilon=epsilon)
-        linear_layers.down.multiply(self._gated, x, residual=x)
+        if linear_layers.dense is not None:
+            gate_up, down = linear_layers.dense
+            gate_up.multiply(x, self._gated, norm=layer.mlp_norm, epsilon=epsilon)
+            down.multiply(self._gated, x, residual=x)
+        if linear_layers.experts is not None and self._experts is not None:
+            linear_layers.experts.add_to(x, self.positions, self._experts)
 
     def _attend(self, layer: Layer, cache_layer: SlotLayer) -> None:
         decoder, rows, splits = self._decoder, len(self.ids), self._splits
@@ -214,8 +237,3 @@ class Recording:
             self._partial_outputs, self._maxima, self._exp_sums, self.positions, self._attended, splits, heads=heads, dim=dim,
             sliding_window=sliding_window, block_d=block_d, block_splits=triton.next_power_of_2(splits), num_warps=1, **pdl,
         )  # fmt: skip
-
-
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of the GPU. For a CPU, where the interpreter runs one program after another, few."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
