@@ -168,7 +168,7 @@ def forwards(
     """By kernels, and by the decoder."""
     monkeypatch.setattr("dsi_workers.checkpoints.load.pack", lambda linear, rows: linear)
     if not GPU:  # there is nothing to compile, and the interpreter takes long
-        monkeypatch.setattr("dsi_workers.decoding.gpu.decoder._WARM_UP", 0)
+        monkeypatch.setattr("dsi_workers.decoding.gpu.recording._WARM_UP", 0)
     small = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, **more}
     make(directory, replace(KINDS[kind], settings={**KINDS[kind].settings, **small}))
     found = load_model(
