@@ -101,7 +101,7 @@ def test_what_needs_the_logits_is_left_to_the_engine() -> None:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _write_noise(keys: Any, out: Any, size: tl.constexpr) -> None:
+def _write_noise(keys, out, size: tl.constexpr):
     token = tl.arange(0, size)
     tl.store(out + token, choice_kernels._gumbel_noise(tl.load(keys).to(tl.uint64), token))
 

@@ -47,7 +47,7 @@ def choose_in_blocks(
     logits: [rows, vocabulary]. words [1]: only tokens below it may be chosen. Results: best and best_tokens, [rows, blocks].
     `sampled`: divide by temperatures [rows], and add noise; keys_of_rows [rows] is `mix` of each row's seed
     (dsi_protocol.gumbel).
-    `filtered`: only tokens whose logit, divided by the temperature, is at least thresholds [rows].
+    `filtered`: only tokens whose logit is at least thresholds [rows].
     """
     row, part = tl.program_id(0), tl.program_id(1)
     position = tl.load(positions + row)
@@ -57,9 +57,9 @@ def choose_in_blocks(
         score = tl.load(logits + row.to(tl.int64) * vocabulary + token, mask=inside, other=float("-inf")).to(tl.float32)
         score = tl.minimum(tl.where(score == score, score, float("-inf")), _LARGEST)
         if sampled:
-            score = tl.minimum(score / tl.load(temperatures + row), _LARGEST)
             if filtered:
                 score = tl.where(score >= tl.load(thresholds + row), score, float("-inf"))
+            score = tl.minimum(score / tl.load(temperatures + row), _LARGEST)
             key = _mix(tl.load(keys_of_rows + row).to(tl.uint64) + (position + 1).to(tl.uint64) * _GAMMA)
             score += _gumbel_noise(key, token)
         value, place = tl.max(score, axis=0, return_indices=True)

@@ -124,13 +124,13 @@ class Drafts:
         )  # fmt: skip
 
     def _threshold(self, logits: torch.Tensor) -> torch.Tensor:
-        """The least score that top_k, top_p and min_p leave, [1], for logits [1, vocabulary]: as `filter_scores` in sampling.py
-        does, with parameters in the device's memory."""
+        """The least logit that top_k, top_p and min_p leave, [1], for logits [1, vocabulary]: as `filter_scores` in sampling.py
+        does, with parameters in the device's memory. Logits are compared as they are: a quotient has other digits elsewhere."""
         places = torch.arange(self._vocabulary, device=logits.device)
-        top_p, top_k, log_min_p = self._filters
-        scores = logits[0].float().nan_to_num(nan=-torch.inf) / self._temperatures[:1]
-        ordered = scores.masked_fill(places >= self._words, -torch.inf).sort(descending=True).values
-        ordered = ordered.masked_fill(places >= top_k, -torch.inf)
-        probabilities = ordered.softmax(dim=0)
+        temperature, (top_p, top_k, log_min_p) = self._temperatures[0], self._filters
+        known = logits[0].float().nan_to_num(nan=-torch.inf).masked_fill(places >= self._words, -torch.inf)
+        ordered = known.sort(descending=True).values.masked_fill(places >= top_k, -torch.inf)
+        probabilities = (ordered / temperature).softmax(dim=0)
         dropped = (probabilities.cumsum(dim=0) - probabilities >= top_p) | (places >= top_k)
-        return torch.maximum(ordered.masked_fill(dropped, torch.inf).min(), ordered[0] + log_min_p)[None]
+        least = ordered.masked_fill(dropped, torch.inf).min()
+        return torch.maximum(least, ordered[0] + temperature * log_min_p)[None]
