@@ -103,9 +103,9 @@ def load_llama_engine(model: str, *, device: str, drafter: bool, options: Mappin
 
 
 def _max_length(options: Mapping[str, OptionValue], model: Model, slots: int) -> int:
-    """The positions of a generation: those asked for, else as many as the model was trained with and a part of the free memory
-    holds. Raises EngineError."""
+    """The positions of a generation: those asked for, else as many as a part of the free memory holds; at most those that the
+    model was trained with. Raises EngineError."""
     if "max_length" in options:
-        return whole_option(options, "max_length")
+        return min(whole_option(options, "max_length"), model.trained_length)
     held = int(_CACHE_SHARE * psutil.virtual_memory().available) // (model.position_bytes * slots)
     return max(_STEP, min(model.trained_length, held))
