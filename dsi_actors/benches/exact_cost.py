@@ -118,7 +118,7 @@ def _config(arguments: argparse.Namespace, dtype: str, *, tp: int = 1) -> Config
     return Config(
         target=arguments.target, drafter=None, sp=1, tp=tp, log_level=arguments.log_level,
         target_options={"dtype": dtype, "threads": arguments.threads if tp == 1 else 1},
-        ready_timeout_s=arguments.ready_timeout, **({"devices": ("cpu",)} if tp > 1 else {}),
+        ready_timeout_s=arguments.ready_timeout, devices=("cpu",) if tp > 1 else (),
     )  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
         }  # fmt: skip
         sys.stdout.write(json.dumps({"machine": describe_machine(), **summary, "results": rows}) + "\n")
         return 0
-    console = terminal(width=max(120 if clients == 1 else 140, terminal().width))
+    console = terminal(width=max(140 if clients == 1 else 160, terminal().width))
     console.print(_table(rows, clients))
     of_degree = f"With {_degree(best.tp)}: " if len(models.target_ms) > 1 else ""
     shape = "a tree, d + (1-a) (t-d) / (1+h)" if arguments.alternatives else "one chain of drafts, a d + (1-a) t"
