@@ -31,7 +31,7 @@ app = FastAPI()
 class Answers:
     """Answers questions. `settings`: of dsi_actors.Config, beside `cluster`."""
 
-    async def __init__(self, settings: dict[str, Any]) -> None:
+    async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         config = dsi_actors.Config(cluster="ray", **settings)
         self.tokenizer = Tokenizer(await resolve_model(config.target))
         self.orchestrator = dsi_actors.Orchestrator(config)
@@ -63,4 +63,4 @@ class Answers:
 def application(settings: dict[str, str]) -> serve.Application:
     """What `serve run ray_serve:application sp=3 target=your/model` starts. Numbers are given as text there."""
     numbers = {name: int(settings[name]) for name in ("sp",) if name in settings}
-    return Answers.bind({"sp": 1, **settings, **numbers})
+    return Answers.bind({"sp": 1, **settings, **numbers})  # type: ignore[attr-defined]  # the decorator adds it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import os
 import runpy
 import sys
@@ -47,9 +48,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": PORT})
-        import ray_serve
-
-        yield vars(ray_serve)
+        yield vars(importlib.import_module("ray_serve"))
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -8,6 +8,7 @@ import time
 import pytest
 
 import dsi_actors
+from dsi_actors.config import Algorithm
 from dsi_actors.planning.divisions import Division, Models, best_of, divisions
 from dsi_actors.simulation.run import Scenario, simulate_once
 from planning.test_expectation import Fixed
@@ -89,12 +90,13 @@ async def test_timed_workers_give_what_was_planned(servers: int, clients: int) -
     models = Models({1: target_ms}, drafter_ms, 0.8, window_share=share, window=32, position_ms=position_ms)
     found = list(divisions(models, servers + 1, clients))
     async with dsi_actors.Orchestrator(config) as orchestrator:
-        for algorithm, tokens in (("ar", 16), ("dsi", 48)):
+        ways: tuple[tuple[Algorithm, int], ...] = (("ar", 16), ("dsi", 48))
+        for algorithm, tokens in ways:
             plan = named(found, algorithm=algorithm, servers=min(servers, clients) if algorithm == "ar" else servers)
             sampling = dsi_actors.Sampling(max_tokens=tokens)
 
             async def rate(
-                number: int, algorithm: str = algorithm, sampling: dsi_actors.Sampling = sampling
+                number: int, algorithm: Algorithm = algorithm, sampling: dsi_actors.Sampling = sampling
             ) -> float:  # fmt: skip
                 begun_s = time.perf_counter()
                 text = await text_of(orchestrator.generate([number + 1, 2, 3], sampling, algorithm=algorithm))
