@@ -52,10 +52,13 @@ class Config:
       together; the first one named that is not ngram leads.
     * `sp`: target servers: how many local ones to start, and the most that one generation uses. None: one for each device
       that the drafter leaves; and for a generation all that are there.
+    * `target_servers`: the least and the most target servers to start, instead of `sp`. More are started while more generations
+      run than there are servers; one that no generation has needed for `shrink_after_s` is sent away. None: always `sp`.
     * `devices`: devices of the local workers, in turn: "0" is a CUDA device, "cpu" the CPU. Empty: all CUDA devices, else
       the CPU.
     * `cluster`: where the workers are started that do not connect by themselves. local: on this machine. ray: on a Ray cluster,
-      one GPU for each, or one core where `devices` is ("cpu",); give `sp`, too.
+      one GPU for each, or one core where `devices` is ("cpu",); give `sp` or
+      `target_servers`, too.
     * `ray_address`: of the Ray cluster. None: the one that runs on this machine.
     * `tp`: devices of each local target server, which divide the model among them (tensor parallelism).
     * `engine`: what runs models: transformers, llama-cpp (GGUF files on a CPU, as they are), timed (stands for a model and only
@@ -83,6 +86,7 @@ class Config:
       Fetching and converting models comes before, and takes as long as it takes.
     * `target_wait_s`: how long a generation goes on waiting once no target server is left.
     * `max_generations`: generations that may wait or run.
+    * `shrink_after_s`: how long fewer generations must have run than there are target servers before servers are sent away.
 
     Logs of local workers:
 
@@ -94,6 +98,7 @@ class Config:
     drafter: str | tuple[str, ...] | None = SELF_INT8
     listen: str | None = None
     sp: int | None = None
+    target_servers: tuple[int, int] | None = None
     devices: tuple[str, ...] = ()
     cluster: Literal["local", "ray"] = "local"
     ray_address: str | None = None
@@ -110,6 +115,7 @@ class Config:
     ready_timeout_s: float = 120.0
     target_wait_s: float = 60.0
     max_generations: int = 1024
+    shrink_after_s: float = 60.0
     keys: str | None = None
     insecure: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
@@ -137,6 +143,14 @@ class Config:
             _require(kind == NGRAM or drafter != NGRAM, "ngram+ngram is no more than ngram")
         _require(len(set(self.drafters)) == len(self.drafters), "the same drafter is named twice")
         _require(self.sp is None or 1 <= self.sp <= 1024, f"sp must lie in [1, 1024], not {self.sp}")
+        if self.target_servers is not None:
+            least, most = self.target_servers
+            _require(
+                1 <= least <= most <= 1024,
+                f"target_servers must be a least and a most number within [1, 1024], not {least} and {most}",
+            )
+            _require(self.listen is None, "target_servers is for workers that are started here: leave out listen")
+        _require(self.shrink_after_s > 0, "shrink_after_s must be positive")
         _require(1 <= self.tp <= 64, f"tp must lie in [1, 64], not {self.tp}")
         _require(
             self.tp == 1 or self.engine == TRANSFORMERS,
@@ -188,7 +202,10 @@ class Config:
             f"ray_address {self.ray_address} is for a Ray client, which workers cannot dial: run the orchestrator on a node of "
             "the cluster, and give HOST:PORT of its head, or nothing",
         )
-        _require(self.sp is not None, "on a Ray cluster, say how many target servers to place: give sp (--sp N)")
+        _require(
+            self.sp is not None or self.target_servers is not None,
+            "on a Ray cluster, say how many target servers to place: give sp (--sp N)",
+        )
         _require(
             self.devices in ((), ("cpu",)),
             "Ray chooses the GPUs: leave out devices, or give cpu for workers without one",
@@ -215,8 +232,15 @@ class Config:
         return ("torch", "llama-cpp") if here and self.engine == LLAMA_CPP else ()
 
     @property
+    def first_servers(self) -> int:
+        """Target servers to start at once; they are always there."""
+        return self.local_servers if self.target_servers is None else self.target_servers[0]
+
+    @property
     def local_servers(self) -> int:
-        """Target servers to start."""
+        """Target servers to start, at most."""
+        if self.target_servers is not None:
+            return self.target_servers[1]
         if self.sp is not None:
             return self.sp
         if self.engine == TIMED:  # it takes time, but no device
@@ -226,8 +250,8 @@ class Config:
 
     @property
     def local_workers(self) -> tuple[tuple[str, str, str], ...]:
-        """Of each local worker its device (as for local_devices; of a group several, with commas between), its role, and of a
-        drafter what it is. Raises ConfigError if there are fewer GPUs than a group needs."""
+        """Of each local worker, target servers first, its device (as for local_devices; of a group several, with commas between),
+        its role, and of a drafter what it is. Raises ConfigError if there are fewer GPUs than a group needs."""
         # Prompt lookup needs no device: it comes last.
         drafters = sorted(self.drafters, key=lambda drafter: drafter == NGRAM)
         roles = [("target", "")] * self.local_servers + [("drafter", drafter) for drafter in drafters]

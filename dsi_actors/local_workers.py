@@ -11,6 +11,7 @@ from dsi_actors.host.requirements import require_models
 from dsi_actors.launching.launcher import Launcher, WorkerSpec
 from dsi_actors.logs import get_logger
 from dsi_actors.root import Root
+from dsi_actors.supervision.scaling import Autoscaler, Demand
 from dsi_actors.supervision.supervisor import WorkerSupervisor
 
 log = get_logger("local")
@@ -34,6 +35,8 @@ async def start_local_workers(root: Root, config: Config, launcher: Launcher, en
         )
         for device, role, model in workers
     ]
+    most, spare = config.local_servers, specs[config.first_servers : config.local_servers]
+    specs = [*specs[: config.first_servers], *specs[most:]]
     supervisor = WorkerSupervisor(launcher, config, specs, root.on_exit)
     root.supervise(supervisor)
     begun = time.monotonic()
@@ -57,6 +60,13 @@ async def start_local_workers(root: Root, config: Config, launcher: Launcher, en
             f"only {len(root.ready_workers)} of {len(specs)} workers were ready after {config.ready_timeout_s:g} s"
         )
     supervisor.restarts = True
+    if spare:
+        demand = Demand(config.first_servers, most, shrink_after_s=config.shrink_after_s)
+        root.scale(
+            Autoscaler(
+                supervisor, demand, spare, generations=lambda: len(root.generations), loads=lambda: root.loads
+            )
+        )  # fmt: skip
     log.info("local workers ready", number=len(specs), after_s=round(time.monotonic() - begun, 2))
 
 

@@ -16,7 +16,8 @@ from dsi_actors.launching.launcher import WorkerSpec
 from dsi_actors.logs import get_logger
 from dsi_actors.progress import Report, unreported
 from dsi_actors.stream import Channel
-from dsi_actors.supervision.supervisor import WorkerSupervisor
+from dsi_actors.supervision.scaling import Autoscaler
+from dsi_actors.supervision.supervisor import NOT_NEEDED, WorkerSupervisor
 from dsi_actors.workforce.scheduler import Scheduler, WorkerGone, WorkerReady
 from dsi_actors.workforce.worker_handle import WorkerHandle
 from dsi_actors.workforce.workforce import Workforce
@@ -25,10 +26,10 @@ log = get_logger("root")
 
 
 @dataclass(frozen=True, slots=True)
-class _StartSupervisor:
-    """Local workers are wanted: start the actor that starts them."""
+class _StartPermanent:
+    """Start an actor that must live as long as the root."""
 
-    supervisor: WorkerSupervisor
+    child: Actor[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class _GenerationEnded:
     error: BaseException | None
 
 
-_RootMessage: TypeAlias = _StartSupervisor | _ChildEnded | _GenerationEnded
+_RootMessage: TypeAlias = _StartPermanent | _ChildEnded | _GenerationEnded
 
 
 class Root(Actor[_RootMessage]):
@@ -75,7 +76,16 @@ class Root(Actor[_RootMessage]):
     def supervise(self, supervisor: WorkerSupervisor) -> None:
         """Start local workers. May be called before the root runs."""
         self.supervisor = supervisor
-        self.tell(_StartSupervisor(supervisor))
+        self.tell(_StartPermanent(supervisor))
+
+    def scale(self, autoscaler: Autoscaler) -> None:
+        """Change the number of local workers from now on."""
+        self.tell(_StartPermanent(autoscaler))
+
+    @property
+    def loads(self) -> dict[int, int]:
+        """Generations on each target server that is ready, by incarnation."""
+        return {worker.hello.incarnation: self.scheduler.load_of(worker) for worker in self.of_role("target")}
 
     def start_generation(self, generation: Generation, channel: Channel) -> None:
         self.generations[generation.number] = (generation, channel)
@@ -86,8 +96,8 @@ class Root(Actor[_RootMessage]):
 
     def receive(self, message: _RootMessage) -> None:
         match message:
-            case _StartSupervisor(supervisor):
-                self._start_permanent(supervisor)
+            case _StartPermanent(child):
+                self._start_permanent(child)
             case _GenerationEnded(generation, channel, error):
                 del self.generations[generation.number]
                 if error is not None:
@@ -100,7 +110,8 @@ class Root(Actor[_RootMessage]):
 
     def on_exit(self, incarnation: int, spec: WorkerSpec, how: str) -> None:
         if not self.closing:
-            log.warning("a local worker ended", role=spec.role, device=spec.device, how=how)
+            say = log.info if how == NOT_NEEDED else log.warning
+            say("a local worker ended", role=spec.role, device=spec.device, how=how)
         self.exits.append((incarnation, spec, how))
         self.workforce.drop_incarnation(incarnation)
         self.changed()

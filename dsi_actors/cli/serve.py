@@ -7,7 +7,15 @@ import ipaddress
 import os
 from pathlib import Path
 
-from dsi_actors.console.options import SubParsers, add_cluster_options, add_worker_options, config_from, utf8
+from dsi_actors.config import Config
+from dsi_actors.console.options import (
+    SubParsers,
+    add_cluster_options,
+    add_worker_options,
+    config_from,
+    default_of,
+    utf8,
+)
 from dsi_actors.console.progress import ShownProgress
 from dsi_actors.console.running import Ending
 from dsi_actors.console.terminal import terminal
@@ -45,6 +53,14 @@ def add_parser(commands: SubParsers) -> None:
         metavar="N",
         help="tokens of an answer, where a request names none",
     )
+    parser.add_argument(
+        "--target-servers", type=_least_and_most, metavar="MIN..MAX",
+        help="start between so many target servers as generations come and go, such as 2..6 (default: always --sp)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shrink-after", type=float, default=default_of(Config, "shrink_after_s"), metavar="S",
+        help="with --target-servers: seconds with fewer generations before servers are sent away (default %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--listen", metavar="ENDPOINT", help="use workers that connect here, start none")
     parser.add_argument("--keys", metavar="DIRECTORY", help="with --listen: only workers with a key of dsi-actors keys")
     parser.add_argument("--insecure", action="store_true", help="allow --listen for other machines without keys")
@@ -60,7 +76,7 @@ async def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--port must be a port, --default-max-tokens at least 1, --drain-s at least 0")
     config = config_from(
         arguments, listen=arguments.listen, insecure=arguments.insecure, keys=arguments.keys,
-        max_generations=arguments.max_queue,
+        max_generations=arguments.max_queue, target_servers=arguments.target_servers, shrink_after_s=arguments.shrink_after,
     )  # fmt: skip
     require_models(config.local_models, "serve", *config.local_extras, what="a service")
     from dsi_actors.serving.address import HttpAddress
@@ -99,6 +115,13 @@ async def run(arguments: argparse.Namespace) -> int:
             err.print(f"serving {service_config.model} at {address.url}/v1", soft_wrap=True)
             await server.serve(address.sockets)
     return 128 + ending.hurried_by if ending.hurried_by else 0
+
+
+def _least_and_most(text: str) -> tuple[int, int]:
+    least, dots, most = text.partition("..")
+    if not dots or not (least.isdecimal() and most.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no range of numbers, such as 2..6")
+    return int(least), int(most)
 
 
 def _is_loopback(host: str) -> bool:

@@ -282,7 +282,8 @@ def _engine_from(arguments: argparse.Namespace, *, elsewhere: bool) -> str:
 
 def config_from(
     arguments: argparse.Namespace, *, listen: str | None = None, insecure: bool = False, keys: str | None = None,
-    max_generations: int = default_of(Config, "max_generations"),
+    max_generations: int = default_of(Config, "max_generations"), target_servers: tuple[int, int] | None = None,
+    shrink_after_s: float = default_of(Config, "shrink_after_s"),
 ) -> Config:  # fmt: skip
     """Raises ConfigError."""
     engine: dict[str, OptionValue] = {
@@ -309,6 +310,8 @@ def config_from(
         insecure=insecure,
         keys=keys,
         max_generations=max_generations,
+        target_servers=target_servers,
+        shrink_after_s=shrink_after_s,
         engine=name,
         target_options={**engine, "dtype": arguments.dtype, **adapter, **settings["target"]},
         drafter_options={**engine, **settings["drafter"]},

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -20,14 +20,22 @@ log = get_logger("supervisor")
 
 #: How long a worker may take to end once it was asked, before it is killed. A loaded machine takes seconds to end a process.
 _GRACE_S = 10.0
+#: How a worker ended that `shrink` sent away.
+NOT_NEEDED = "it was not needed any more"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Slot:
     """A place for one worker, whichever process fills it."""
 
     spec: WorkerSpec
     budget: RestartBudget
+    #: The worker that fills it, or is to fill it; 0 before the first one.
+    incarnation: int = 0
+    #: While a worker is started, which may take long on a cluster that has no place.
+    starting: asyncio.Future[LaunchedWorker] | None = None
+    #: Its worker is not needed any more.
+    retired: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +64,19 @@ class LaunchTimedOut:
     incarnation: int
 
 
-SupervisorMessage: TypeAlias = Started | NotStarted | Exited | LaunchTimedOut
+@dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """A worker was not needed any more before it was started."""
+
+    slot: _Slot
+
+
+@dataclass(frozen=True, slots=True)
+class DrainTimedOut:
+    incarnation: int
+
+
+SupervisorMessage: TypeAlias = Started | NotStarted | Exited | LaunchTimedOut | Withdrawn | DrainTimedOut
 
 
 class WorkerSupervisor(Actor[SupervisorMessage]):
@@ -72,7 +92,7 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
     ) -> None:
         super().__init__("supervisor")
         self._launcher = launcher
-        self._specs = specs
+        self._slots = [self._slot(spec, config) for spec in specs]
         self._config = config
         self._on_exit = on_exit
         self._workers: dict[int, LaunchedWorker] = {}  # by incarnation
@@ -90,9 +110,36 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
         return [worker.process_id for worker in self._workers.values() if worker.process_id is not None]
 
     def on_start(self) -> None:
-        config = self._config
-        for spec in self._specs:
-            self.spawn(self._start(_Slot(spec, RestartBudget(config.restarts, config.restart_window_s))))
+        for slot in self._slots:
+            self.spawn(self._start(slot))
+
+    @staticmethod
+    def _slot(spec: WorkerSpec, config: Config) -> _Slot:
+        return _Slot(spec, RestartBudget(config.restarts, config.restart_window_s))
+
+    @property
+    def target_servers(self) -> int:
+        """Target servers that shall be there, whether they are ready or not."""
+        return sum(slot.spec.role == "target" for slot in self._slots)
+
+    def grow(self, spec: WorkerSpec) -> None:
+        """Start one more worker."""
+        self._slots.append(slot := self._slot(spec, self._config))
+        self.spawn(self._start(slot))
+
+    def shrink(self, loads: Mapping[int, int]) -> WorkerSpec:
+        """Send away one target server, and return what could be started in its place: one that is not ready, else the one that
+        serves the fewest generations. It answers what it was asked first. `loads`: generations of each, by incarnation."""
+        targets = [slot for slot in reversed(self._slots) if slot.spec.role == "target"]
+        slot = min(targets, key=lambda slot: loads.get(slot.incarnation, -1))
+        self._slots.remove(slot)
+        slot.retired = True
+        if slot.starting is not None:
+            slot.starting.cancel()
+        elif (worker := self._workers.get(slot.incarnation)) is not None:
+            worker.terminate()
+            self.spawn(self._drain_time(slot.incarnation))
+        return slot.spec
 
     def on_ready(self, incarnation: int) -> None:
         """The worker has become ready: it was launched in time."""
@@ -119,16 +166,30 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
 
     async def _start(self, slot: _Slot, delay_s: float = 0.0) -> SupervisorMessage:
         await asyncio.sleep(delay_s)
-        incarnation = secrets.randbits(64)
+        if slot.retired:
+            return Withdrawn(slot)
+        slot.incarnation = incarnation = secrets.randbits(64)
+        slot.starting = asyncio.ensure_future(self._launcher.start(slot.spec, incarnation))
         try:
-            worker = await self._launcher.start(slot.spec, incarnation)
+            worker = await slot.starting
         except LaunchError as error:
             return NotStarted(slot, incarnation, str(error))
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not slot.retired or (task is not None and task.cancelling()):
+                raise
+            return Withdrawn(slot)
+        finally:
+            slot.starting = None
         self._workers[incarnation] = worker
         return Started(slot, incarnation, worker)
 
     async def _watch(self, started: Started) -> SupervisorMessage:
         return Exited(started.slot, started.incarnation, await started.worker.wait())
+
+    async def _drain_time(self, incarnation: int) -> SupervisorMessage:
+        await asyncio.sleep(self._config.request_timeout_s)
+        return DrainTimedOut(incarnation)
 
     async def _launch_time(self, incarnation: int, left_s: float) -> SupervisorMessage:
         await asyncio.sleep(left_s)
@@ -143,8 +204,10 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
             case NotStarted(slot, incarnation, reason):
                 log.error("a worker could not be started", role=slot.spec.role, reason=reason)
                 self._on_exit(incarnation, slot.spec, f"it could not be started: {reason}")
-                if self.restarts:
+                if self.restarts and not slot.retired:
                     self._restart(slot, 0.0)
+            case DrainTimedOut(incarnation):
+                self.fence(incarnation)  # if it is still there
             case LaunchTimedOut(incarnation) if incarnation in self._launching and self.restarts:
                 left_s = self._launching[incarnation] + self._config.ready_timeout_s - time.monotonic()
                 if left_s > 0:
@@ -152,16 +215,18 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
                     return
                 log.warning("a worker was not ready in time: killed", timeout_s=self._config.ready_timeout_s)
                 self.fence(incarnation)
-            case LaunchTimedOut():
+            case LaunchTimedOut() | Withdrawn():
                 pass
             case Exited(slot, incarnation, how):
                 self._workers.pop(incarnation, None)
                 self._launching.pop(incarnation, None)
                 now_s = time.monotonic()
                 served_s = now_s - self._ready_s.pop(incarnation, now_s)
-                self._on_exit(incarnation, slot.spec, str(how))
+                self._on_exit(incarnation, slot.spec, NOT_NEEDED if slot.retired else str(how))
                 if incarnation in self._given_up:
                     self._given_up.remove(incarnation)
+                elif slot.retired:
+                    pass
                 elif self.restarts and not how.was_asked_for:
                     self._restart(slot, served_s)
 

@@ -133,6 +133,10 @@ class Scheduler(Actor[SchedulerMessage]):
         refused = self._leases[client.number].refused if client.number in self._leases else set()
         return any(worker.role == "target" and number not in refused for number, worker in self._workers.items())
 
+    def load_of(self, worker: WorkerHandle) -> int:
+        """Generations that the worker is lent to."""
+        return self._load[worker.number]
+
     def receive(self, message: SchedulerMessage) -> None:
         match message:
             case WorkerReady(worker):

@@ -1,4 +1,4 @@
-"""Workers on a Ray cluster of several nodes on this machine, with GPUs that exist for Ray alone and timed workers."""
+"""Workers on a Ray cluster of several nodes on this machine, with GPUs that exist for Ray alone. Most workers are timed."""
 
 from __future__ import annotations
 
@@ -90,6 +90,55 @@ async def test_a_node_dies_in_the_middle_of_a_text(cluster: Any) -> None:
     finally:
         ray.shutdown()
         await asyncio.to_thread(cluster.remove_node, second, False)
+
+
+def waiting_groups() -> int:
+    return sum(each["state"] == "PENDING" for each in ray.util.placement_group_table().values())
+
+
+async def test_servers_come_when_a_node_comes_and_go_when_nobody_needs_them(cluster: Any) -> None:
+    nodes = [node(cluster, gpus=2)]
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    try:
+        free = taken("GPU")
+        made = config(cluster, sp=None, target_servers=(1, 3), shrink_after_s=1.0)
+        async with dsi_actors.Orchestrator(made) as orchestrator:
+
+            def targets() -> int:
+                return sum(worker.role == "target" for worker in orchestrator.workers)
+
+            assert (targets(), taken("GPU") - free) == (1, 2)
+            sampling = dsi_actors.Sampling(max_tokens=TOKENS)
+            prompts = [[*PROMPT, number] for number in range(3)]
+            running = [asyncio.create_task(text_of(orchestrator.generate(prompt, sampling))) for prompt in prompts]
+            await until(lambda: waiting_groups() == 2, 60)  # what an autoscaler answers
+            nodes.append(node(cluster, gpus=2))
+            await until(lambda: targets() == 3 or all(task.done() for task in running), 120)
+            assert await asyncio.gather(*running) == [plain_decoding(prompt, TOKENS) for prompt in prompts]
+            await until(lambda: targets() == 1 and taken("GPU") - free == 2 and not waiting_groups(), 120)
+            assert await text_of(orchestrator.generate(PROMPT, sampling)) == plain_decoding(PROMPT, TOKENS)
+        await until(lambda: taken("GPU") == free, 60)
+    finally:
+        ray.shutdown()
+        for each in nodes:
+            await asyncio.to_thread(cluster.remove_node, each, False)
+
+
+@pytest.mark.model
+async def test_a_real_model(cluster: Any) -> None:
+    """SmolLM2 on a node of the cluster says what it says on this machine."""
+    added = node(cluster, gpus=0)
+    settings: dict[str, Any] = {
+        "devices": ("cpu",), "sp": 1, "drafter": None, "calibrate": False, "ready_timeout_s": 600, "silence_ms": 600_000,
+        "request_timeout_s": 600,
+    }  # fmt: skip
+    texts: list[list[int]] = []
+    for where in ({"cluster": "ray", "ray_address": cluster.address}, {}):
+        async with dsi_actors.Orchestrator(dsi_actors.Config(**where, **settings)) as orchestrator:
+            texts.append(await text_of(orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=12))))
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 12
+    await asyncio.to_thread(cluster.remove_node, added, False)
 
 
 async def test_a_worker_without_a_key_of_this_run_is_turned_away(cluster: Any) -> None:

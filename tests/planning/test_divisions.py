@@ -90,8 +90,8 @@ async def test_timed_workers_give_what_was_planned(servers: int, clients: int) -
     models = Models({1: target_ms}, drafter_ms, 0.8, window_share=share, window=32, position_ms=position_ms)
     found = list(divisions(models, servers + 1, clients))
     async with dsi_actors.Orchestrator(config) as orchestrator:
-        rounds: tuple[tuple[Algorithm, int], ...] = (("ar", 16), ("dsi", 48))
-        for algorithm, tokens in rounds:
+        ways: tuple[tuple[Algorithm, int], ...] = (("ar", 16), ("dsi", 48))
+        for algorithm, tokens in ways:
             plan = named(found, algorithm=algorithm, servers=min(servers, clients) if algorithm == "ar" else servers)
             sampling = dsi_actors.Sampling(max_tokens=tokens)
 
