@@ -248,7 +248,7 @@ def _become(request: dict[str, object], files: Sequence[int]) -> int:
     module = importlib.import_module(str(name))
     sys.argv = [str(module.__file__), *arguments]
     sys.orig_argv = [sys.executable, "-m", str(name), *arguments]
-    choice.LocalLauncher = ForkingLauncher  # type: ignore[misc, attr-defined]
+    choice.LocalLauncher = ForkingLauncher  # type: ignore[attr-defined]
     status: int = module.main()
     return status
 
