@@ -17,9 +17,8 @@ from support.fork_server import ForkingLauncher
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
-
 # asyncio's debug mode notes where each callback was scheduled. One frame of the stack names it, and takes half the time of ten.
-asyncio.constants.DEBUG_STACK_DEPTH = 1
+asyncio.constants.DEBUG_STACK_DEPTH = 1  # type: ignore[misc]
 
 # nohup, and a shell's `&`, start a command that ignores these. Commands that tests start would inherit that.
 for number in (signal.SIGINT, signal.SIGHUP):

@@ -212,7 +212,8 @@ def _serve(listener: socket.socket) -> Callable[[], int]:
             else:
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                for each in (selector, listener, woken, wakes, connection, *waiting.values()):
+                selector.close()
+                for each in (listener, woken, wakes, connection, *waiting.values()):
                     each.close()
                 return functools.partial(_become, request, files)
             for file in files:
@@ -247,7 +248,7 @@ def _become(request: dict[str, object], files: Sequence[int]) -> int:
     module = importlib.import_module(str(name))
     sys.argv = [str(module.__file__), *arguments]
     sys.orig_argv = [sys.executable, "-m", str(name), *arguments]
-    choice.LocalLauncher = ForkingLauncher  # type: ignore[misc]
+    choice.LocalLauncher = ForkingLauncher  # type: ignore[attr-defined]
     status: int = module.main()
     return status
 
