@@ -106,13 +106,12 @@ async def _alone(
     for width in widths:
         measured = await process.ask(forward=width, repeats=arguments.repeats)
         median_ms = statistics.median(measured["ms"])
-        forwards.append(
-            {
-                "width": width, "ms": median_ms, "worst_ms": max(measured["ms"]), "floor_ms": measured["floor_ms"],
-                "over_floor": median_ms / measured["floor_ms"],
-                **{name: measured[name] for name in ("experts_per_layer", "experts_counted") if name in measured},
-            }
-        )  # fmt: skip
+        row: dict[str, Any] = {
+            "width": width, "ms": median_ms, "worst_ms": max(measured["ms"]), "floor_ms": measured["floor_ms"],
+            "over_floor": median_ms / measured["floor_ms"],
+        }  # fmt: skip
+        row |= {name: measured[name] for name in ("experts_per_layer", "experts_counted") if name in measured}
+        forwards.append(row)
     cancels = await process.ask(cancel=_WINDOW, repeats=arguments.repeats)
     return {
         "shape": shape, **process.greeting, "context": arguments.context, "dtype": arguments.dtype,

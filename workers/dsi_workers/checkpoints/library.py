@@ -165,7 +165,8 @@ def as_decoder(model: Any, config: Any, positions: int, blocks: Blocks | None) -
 
 def _mixture(block: Any, blocks: Blocks) -> Mixture:
     """The mixture of experts that transformers' `block` computes: its router, and the experts that are our own already."""
-    router = nn.Linear(*block.gate.weight.shape[::-1], bias=False, device="meta")
+    experts, hidden = block.gate.weight.shape
+    router = nn.Linear(hidden, experts, bias=False, device="meta")
     router.weight = nn.Parameter(block.gate.weight.detach(), requires_grad=False)
     return Mixture(
         router, block.experts.each, top_k=block.gate.top_k, renormalizes=getattr(block.gate, "norm_topk_prob", True),

@@ -113,9 +113,8 @@ class Mixture:
     def replace_linear_layers(self, convert: Callable[[nn.Linear], nn.Module]) -> None:
         """Replace the linear layers of the experts by `convert(layer)`. The router stays as it is."""
         for expert in self.experts.each:
-            assert isinstance(expert.up, nn.Linear)
-            assert isinstance(expert.down, nn.Linear)
-            expert.up, expert.down = convert(expert.up), convert(expert.down)
+            for name in ("up", "down"):
+                setattr(expert, name, convert(getattr(expert, name)))
 
 
 class DenseExperts(Experts):
