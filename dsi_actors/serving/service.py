@@ -21,7 +21,7 @@ from dsi_actors.logs import get_logger
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.serving.bodies import Bodies
 from dsi_actors.serving.completions import Completion, Job, seed_or_any
-from dsi_actors.serving.errors import ApiError, unavailable
+from dsi_actors.serving.errors import ApiError, context_length_exceeded, unavailable
 from dsi_actors.serving.exchange import Exchange
 from dsi_actors.serving.limits import BodyMemory, FairThreads, Places
 from dsi_actors.serving.metrics import Metrics
@@ -68,6 +68,8 @@ class ServiceConfig:
     max_connections: int = 512
     #: Web pages of these origins, such as https://chat.example.org, may ask. "*" allows all pages.
     allowed_origins: Sequence[str] = ()
+    #: Fields of a request that this service does not know are ignored. Otherwise they get 400.
+    allow_unknown_fields: bool = False
 
     def __post_init__(self) -> None:
         if not self.model.isprintable() or not self.model:
@@ -158,7 +160,10 @@ class Service:
                 body = await exchange.read_body(
                     most_bytes=most_bytes, too_long=why, within_s=self.config.client_timeout_s, held=held
                 )
-                parsing = partial(parse, body, kind, max_length=self._max_length or MAX_TOKENS_PER_MESSAGE)
+                parsing = partial(
+                    parse, body, kind, max_length=self._max_length or MAX_TOKENS_PER_MESSAGE,
+                    allow_unknown_fields=self.config.allow_unknown_fields,
+                )  # fmt: skip
                 asked = await self._threads.run(client, len(body), parsing)
                 if asked.model != self.config.model:
                     raise ApiError(
@@ -180,11 +185,16 @@ class Service:
         length, most = self._max_length, self.config.max_body_bytes
         fits = _JSON_BYTES_PER_BYTE * length * self._token_bytes + _OTHER_JSON_BYTES
         if length > 0 and fits < most:
-            return fits, f"no prompt of more than {fits} bytes fits the target's limit of {length} tokens"
+            return (
+                fits,
+                f"This model's maximum context length is {length} tokens, and no prompt of more than {fits} bytes fits",
+            )
         return most, f"this service reads at most {most} bytes"
 
     async def _prepare(self, asked: AnyRequest, client: Hashable, size_bytes: int, correlation: str) -> Job:
         """Raises ApiError and ConfigError."""
+        if isinstance(asked, ChatRequest) and asked.callable_tools:
+            raise ApiError(400, "tools: is not supported: leave it out", param="tools")
         structure = None
         if asked.names_structure:
             structure = await self._threads.run(client, size_bytes, partial(structure_of, asked))
@@ -197,11 +207,7 @@ class Service:
         room = max(1, max_length - len(prompt_ids))
         max_tokens = asked.most_tokens or min(self.config.default_max_tokens, room)
         if len(prompt_ids) + max_tokens > max_length:
-            raise ApiError(
-                400, f"the prompt has {len(prompt_ids)} tokens and max_tokens is {max_tokens}: together "
-                f"{len(prompt_ids) + max_tokens} are over the target's limit of {max_length}",
-                code="context_length_exceeded",
-            )  # fmt: skip
+            raise context_length_exceeded(len(prompt_ids), max_tokens, max_length, chat=isinstance(asked, ChatRequest))
         given = {name: value for name in DEFAULT_NAMES if (value := getattr(asked, name)) is not None}
         sampling = Sampling(
             **{"temperature": _TEMPERATURE, **self._tokenizer.sampling_defaults, **given},
@@ -226,8 +232,8 @@ class Service:
         size, most = sum(len(text.encode()) for text in texts), max_length * self._token_bytes
         if size > most:
             raise ApiError(
-                400, f"the prompt has {size} bytes: no text of more than {most} bytes fits the target's limit of {max_length} "
-                "tokens", code="context_length_exceeded",
+                400, f"This model's maximum context length is {max_length} tokens. However, your prompt has {size} bytes, and no "
+                f"text of more than {most} bytes fits. Please shorten it.", code="context_length_exceeded",
             )  # fmt: skip
         if isinstance(asked, CompletionRequest):
             return self._tokenizer.encode(asked.prompt)

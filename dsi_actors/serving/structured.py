@@ -8,7 +8,7 @@ from typing import Any
 
 from dsi_actors.errors import ConfigError
 from dsi_actors.serving.errors import ApiError
-from dsi_actors.serving.schemas import AnyRequest
+from dsi_actors.serving.schemas import AnyRequest, ResponseFormat
 from dsi_actors.structure import Structure
 
 #: By the names of structured_outputs; with "guided_" before them they are fields of a request, too.
@@ -23,8 +23,8 @@ _MAKERS: Mapping[str, tuple[type | tuple[type, ...], Callable[[Any], Structure]]
 def structure_of(asked: AnyRequest) -> Structure | None:
     """The form that the answer must have, or None. It takes up to some tenths of a second. Raises ApiError."""
     found: list[tuple[str, Callable[[], Structure]]] = []
-    given = _present(asked.response_format)
-    if given not in ({}, {"type": "text"}):
+    given = asked.response_format
+    if given is not None and given.type != "text":
         found.append(("response_format", lambda: _of_response_format(given)))
     options = _present(asked.structured_outputs)
     if unknown := sorted(options.keys() - _MAKERS.keys() - {"json_object"}):
@@ -48,15 +48,12 @@ def structure_of(asked: AnyRequest) -> Structure | None:
     return None
 
 
-def _of_response_format(given: dict[str, Any]) -> Structure:
-    match given:
-        case {"type": "json_object", **rest} if not rest:
-            return Structure.json_object()
-        case {"type": "json_schema", "json_schema": {"schema": dict() as schema}}:
-            return Structure.json_schema(_schema(schema))
-        case {"type": "json_schema"}:
-            raise ConfigError("json_schema must be an object with a schema")
-    raise ConfigError("type must be text, json_object or json_schema")
+def _of_response_format(given: ResponseFormat) -> Structure:
+    if given.type == "json_object":
+        return Structure.json_object()
+    if given.json_schema is None or given.json_schema.schema_ is None:
+        raise ConfigError("json_schema must be an object with a schema")
+    return Structure.json_schema(_schema(given.json_schema.schema_))
 
 
 def _made(name: str, value: object) -> Structure:
