@@ -6,7 +6,7 @@ Types are strict (true is no number, "5" is none either), and null means that th
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BeforeValidator, FailFast, Field, ValidationError, ValidationInfo, model_validator
 
@@ -22,6 +22,7 @@ _MOST_CHOICES = 16
 _MOST_BAD_WORDS = 128
 _MOST_MESSAGES = 4096
 _MOST_TOOLS = 128
+_MOST_PROMPTS = 2048
 #: Values in the JSON of a request beside its prompt's token ids.
 _MOST_OTHER_VALUES = 1 << 16
 
@@ -97,6 +98,11 @@ def _biases(given: Any) -> Any:
     return {int(token): float(bias) for token, bias in given.items()}
 
 
+_STRUCTURES = (
+    "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+)  # fmt: skip
+
+
 class Request(Strict):
     """What all requests for text share."""
 
@@ -133,19 +139,14 @@ class Request(Strict):
     user: Label = None
 
     @property
+    def places(self) -> int:
+        """Generations that it takes."""
+        return self.n
+
+    @property
     def names_structure(self) -> bool:
         """Whether a field says something about the form of the answer."""
-        return any(
-            getattr(self, name) is not None
-            for name in (
-                "response_format",
-                "structured_outputs",
-                "guided_json",
-                "guided_regex",
-                "guided_choice",
-                "guided_grammar",
-            )
-        )
+        return any(getattr(self, name) is not None for name in _STRUCTURES)
 
 
 class NamedFunction(Strict):
@@ -209,6 +210,10 @@ class ChatRequest(Request):
         return self
 
     @property
+    def names_structure(self) -> bool:
+        return bool(self.forced_tools) or super().names_structure
+
+    @property
     def callable_tools(self) -> list[Tool]:
         """Those that the answer may call."""
         return [] if self.tool_choice == "none" else self.tools
@@ -229,20 +234,21 @@ class ChatRequest(Request):
         return self.max_completion_tokens or self.max_tokens
 
 
-def _prompt(given: Any) -> str | list[int]:
-    """One prompt. Checked here and not by pydantic, which would report on each of a hundred thousand token ids."""
-    if isinstance(given, list) and given and isinstance(given[0], str | list):
-        if len(given) > 1:
-            raise ValueError("one prompt for each request: send several requests")
-        [given] = given
-    if isinstance(given, str) or (isinstance(given, list) and set(map(type, given)) <= {int}):
-        return given
-    raise ValueError("give a text or a list of token ids")
+def _prompts(given: Any) -> list[str] | list[list[int]]:
+    """One prompt or several. Checked here and not by pydantic, which would report on each of a hundred thousand token ids."""
+    prompts = given if isinstance(given, list) and given and isinstance(given[0], str | list) else [given]
+    if len(prompts) > _MOST_PROMPTS:
+        raise ValueError(f"give at most {_MOST_PROMPTS} prompts")
+    if all(isinstance(prompt, str) for prompt in prompts):
+        return prompts
+    if all(isinstance(prompt, list) and set(map(type, prompt)) <= {int} for prompt in prompts):
+        return prompts
+    raise ValueError("give a text or a list of token ids, or a list of one of these")
 
 
 class CompletionRequest(Request):
-    #: Text, or token ids; or one of either in a list.
-    prompt: Annotated[Any, BeforeValidator(_prompt)]
+    #: Texts, or token ids.
+    prompt: Annotated[Any, BeforeValidator(_prompts)]
     max_tokens: Annotated[int, Field(ge=1)] = 16
     #: How many alternatives to list: 0 lists the chosen tokens alone.
     logprobs: int | None = None
@@ -259,6 +265,15 @@ class CompletionRequest(Request):
         return self
 
     @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        found: list[str] | list[list[int]] = self.prompt
+        return found
+
+    @property
+    def places(self) -> int:
+        return self.n * len(self.prompts)
+
+    @property
     def wants_logprobs(self) -> bool:
         return self.logprobs is not None
 
@@ -270,9 +285,10 @@ class CompletionRequest(Request):
 AnyRequest: TypeAlias = ChatRequest | CompletionRequest
 
 
-def parse(
-    body: bytes, kind: type[AnyRequest], *, max_length: int, allow_unknown_fields: bool = False
-) -> AnyRequest:  # fmt: skip
+Kind = TypeVar("Kind", bound=Strict)
+
+
+def parse(body: bytes, kind: type[Kind], *, max_length: int, allow_unknown_fields: bool = False) -> Kind:
     """The request in `body`. Raises ApiError, whatever the bytes. `max_length`: positions that a target server takes."""
     try:
         values = loads(body.decode(), most_values=max_length + _MOST_OTHER_VALUES)

@@ -202,7 +202,7 @@ def test_each_choice_has_a_seed_of_its_own(client: openai.OpenAI) -> None:
         ({"extra_body": {"bad_words": [""]}}, 400, "bad_words: give at most 128 texts"),
         ({"extra_body": {"min_tokens": 9}, "max_tokens": 8}, 400, "min_tokens must lie in [0, max_tokens], not 9"),
         ({"extra_body": {"stop_token_ids": [-1]}}, 400, "stop_token_ids[0]: must be at least 0"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools: is not supported"),
+        ({"tools": [{"type": "function", "function": {"name": "f g"}}]}, 400, "tools[0].function.name: must be a name"),
         ({"presence_penalty": 3}, 400, "presence_penalty must lie in [-2, 2], not 3.0"),
         (
             {"response_format": {"type": "xml"}},

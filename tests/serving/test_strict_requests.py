@@ -92,7 +92,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "a long stop": (chat(stop="a" * 501), "stop: "),
     "lookahead": (chat(dsi={"lookahead": True}), "dsi.lookahead: "),
     "no object for dsi": (chat(dsi=[]), "dsi: "),
-    "more choices than there are places": (chat(n=5), "n is 5, but this service takes at most 4"),
+    "more choices than there are places": (chat(n=5), "n and prompt ask for 5 generations, but this service takes at most 4"),
     "a temperature of many digits": (raw('"temperature": 1' + "0" * 39), "temperature must lie in"),
     "top_k of many digits": (chat(top_k=10**39), "top_k must be"),
 }  # fmt: skip
@@ -119,8 +119,9 @@ async def test_a_name_that_is_not_known_is_quoted_in_part(service: Served) -> No
     ("prompt", "words"),
     [
         ([], "the prompt is empty"), ([[]], "the prompt is empty"), ([5, 2000], "token 2000 is outside"), ([-1], "-1 is none"),
-        ([True], "prompt: "), ([1.5], "prompt: "), (["w4", "w5"], "one prompt for each request"), ({}, "prompt: "),
-        (None, "prompt: "), ([1, "w4"], "prompt: "), ("", "the prompt is empty"), ([[1], [2]], "one prompt"),
+        ([True], "prompt: "), ([1.5], "prompt: "), ({}, "prompt: "),
+        (None, "prompt: "), ([1, "w4"], "prompt: "), ("", "the prompt is empty"),
+        ([[1], "w4"], "prompt: "), (["w4", [1]], "prompt: "), (["w4"] * 5, "for 5 generations"), ([[1], []], "prompt is empty"),
         ([10**30], "is none"), ([0] * 300_000, "maximum context length"),
     ],
 )  # fmt: skip
