@@ -31,8 +31,8 @@ class Places:
         """Raises ApiError for more than there are, and TooManyGenerations for more than are free."""
         if wanted > self.limit:
             raise ApiError(
-                400, f"n and prompt ask for {wanted} generations, but this service takes at most {self.limit} at once "
-                "(--max-queue): ask for fewer", param="n",
+                400, f"n and prompt ask for {wanted} generations, but this service takes at most {self.limit} generations "
+                "at once (--max-queue): ask for fewer", param="n",
             )  # fmt: skip
         if self.taken + wanted > self.limit:
             raise TooManyGenerations(f"{self.taken} of {self.limit} places are taken: try again later")

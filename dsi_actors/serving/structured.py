@@ -10,7 +10,7 @@ from typing import Any
 from dsi_actors.errors import ConfigError
 from dsi_actors.serving.errors import ApiError
 from dsi_actors.serving.messages import Tool
-from dsi_actors.serving.schemas import AnyRequest, ChatRequest, ResponseFormat
+from dsi_actors.serving.schemas import AnyRequest, ChatRequest, NamedTool, ResponseFormat
 from dsi_actors.structure import Structure
 
 #: How each kind of structure is made. The kinds are the names of structured_outputs; with "guided_" before them they are
@@ -66,7 +66,10 @@ def _calls(asked: AnyRequest, tools: Sequence[Tool], otherwise: Any) -> Structur
             raise ConfigError(f"the JSON schema is no JSON: {error}") from None
         if not isinstance(otherwise, dict):
             raise ConfigError("beside tools, the JSON schema must be an object")
-    most = _MOST_CALLS if isinstance(asked, ChatRequest) and asked.parallel_tool_calls else 1
+    several = (
+        isinstance(asked, ChatRequest) and asked.parallel_tool_calls and not isinstance(asked.tool_choice, NamedTool)
+    )
+    most = _MOST_CALLS if several else 1
     functions = {tool.function.name: tool.function.schema_of_arguments for tool in tools}
     return Structure.tool_calls(functions, most=most, otherwise=otherwise)
 

@@ -17,8 +17,8 @@ client = openai.OpenAI(base_url=sys.argv[1], api_key="any", max_retries=0)
 model = client.models.retrieve(client.models.list().data[0].id).id
 chat = [{"role": "user", "content": "Say hello."}]
 whole = client.chat.completions.create(model=model, messages=chat, max_tokens=8, temperature=0)
-with client.chat.completions.stream(model=model, messages=chat, max_tokens=8, temperature=0) as stream:
-    assert stream.get_final_completion().choices[0].message.content == whole.choices[0].message.content
+chunks = client.chat.completions.create(model=model, messages=chat, max_tokens=8, temperature=0, stream=True)
+assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
 parsed = client.chat.completions.parse(model=model, messages=chat, response_format=City, max_tokens=60, seed=1)
 assert isinstance(parsed.choices[0].message.parsed, City)
 tool = openai.pydantic_function_tool(City)
