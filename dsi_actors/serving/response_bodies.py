@@ -65,7 +65,7 @@ class ResponseBodies:
             yield from self._begin_item(part)
         if part.kind != "call":
             self._texts.append(part.text)
-            more = {"logprobs": []} if part.kind == "content" else {}
+            more: dict[str, Any] = {"logprobs": []} if part.kind == "content" else {}
             yield self._event(f"response.{_KINDS[part.kind]}.delta", **self._place(), delta=part.text, **more)
 
     def _begin_item(self, part: Part) -> Iterator[Event]:
@@ -100,7 +100,7 @@ class ResponseBodies:
             yield self._event(name, **self._place(), arguments=text, name=item["name"])
         else:
             item["content"] = [self._content(text)]
-            more = {"logprobs": []} if self._open == "content" else {}
+            more: dict[str, Any] = {"logprobs": []} if self._open == "content" else {}
             yield self._event(name, **self._place(), text=text, **more)
             yield self._event("response.content_part.done", **self._place(), part=self._content(text))
         item["status"] = "completed"
