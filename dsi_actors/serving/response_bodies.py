@@ -71,6 +71,7 @@ class ResponseBodies:
     def _begin_item(self, part: Part) -> Iterator[Event]:
         self._open, self._texts = "arguments" if part.kind == "call" else part.kind, []
         number = f"{self._number}{len(self._items)}"
+        item: dict[str, Any]
         if part.kind == "call":
             item = {
                 "id": f"fc_{number}",
