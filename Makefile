@@ -12,13 +12,13 @@ JOBS ?= 3
 # What the site is made of (mkdocs.yml): the pages, and the sources that they link to.
 PAGES := README.md CHANGELOG.md CONTRIBUTING.md LICENSE docs protocol workers examples dsi_actors tests
 
-.PHONY: run test test-long test-avx2 test-ray test-llama test-zoo check fuzz image-check format docs clean
+.PHONY: run test test-long test-avx2 test-ray test-llama test-zoo test-clients check fuzz image-check format docs clean
 
 run: $(VENV)/ready
 	$(BIN)/dsi-actors generate "$(PROMPT)" --max-tokens 48 --compare
 
 test: check
-	$(BIN)/pytest --numprocesses $(JOBS) --dist worksteal -m "not (long or ray or llama or zoo)"
+	$(BIN)/pytest --numprocesses $(JOBS) --dist worksteal -m "not (long or ray or llama or zoo or clients)"
 
 # The tests that `make test` leaves out, since they take long.
 test-long: $(VENV)/ready
@@ -34,11 +34,15 @@ test-llama: $(VENV)/ready-for-llama
 
 # The tests as on a processor with AVX2 only. TESTS="tests/workers ..." runs some of them, as CI does (.ci/run).
 test-avx2: $(VENV)/ready
-	$(AVX2) $(BIN)/pytest -m "not (ray or llama or zoo)" --numprocesses $(JOBS) --dist worksteal $(TESTS)
+	$(AVX2) $(BIN)/pytest -m "not (ray or llama or zoo or clients)" --numprocesses $(JOBS) --dist worksteal $(TESTS)
 
 # A tiny model of each architecture in docs/models.md: about ten minutes.
 test-zoo: $(VENV)/ready
 	$(BIN)/pytest -m zoo --numprocesses $(JOBS) --dist worksteal tests/workers/test_zoo.py tests/workers/test_experts.py tests/end_to_end/test_architectures.py
+
+# Clients that others wrote, pinned, ask the service. They are installed apart: they need nothing of ours but HTTP.
+test-clients: $(VENV)/ready $(VENV)/clients/ready
+	LITELLM_LOCAL_MODEL_COST_MAP=true DSI_CLIENTS=$(abspath $(VENV))/clients/bin/python $(BIN)/pytest -m clients tests/clients
 
 # The fast checks: style and types.
 check: $(VENV)/ready
@@ -81,6 +85,11 @@ $(VENV)/ready-for-ray: $(VENV)/ready
 
 $(VENV)/ready-for-llama: $(VENV)/ready
 	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[llama-cpp]"
+	touch $@
+
+$(VENV)/clients/ready: tests/clients/requirements.txt $(VENV)/ready
+	$(PYTHON) -m venv $(VENV)/clients
+	$(VENV)/clients/bin/pip install --disable-pip-version-check --quiet --requirement tests/clients/requirements.txt
 	touch $@
 
 # No torch: building pages needs none of it.

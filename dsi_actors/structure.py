@@ -65,6 +65,31 @@ class Structure:
         """A text of this context-free grammar, in Lark's syntax as llguidance has it, or in GBNF."""
         return cls(_library("grammar", lambda _: _grammar_from(grammar)))
 
+    @classmethod
+    def tool_calls(
+        cls, functions: Mapping[str, Mapping[str, Any]], *, most: int, otherwise: Mapping[str, Any] | None = None
+    ) -> Structure:  # fmt: skip
+        """Between one and `most` calls of functions, as Hermes models write them; or JSON of the schema `otherwise`, if given.
+
+        `functions`: for each name the JSON schema of its arguments."""
+        if not functions:
+            raise ConfigError("tool calls need at least one function")
+        names = [f"call{place}" for place in range(len(functions))]
+        rules = ["start: calls | json" if otherwise is not None else "start: calls"]
+        rules.append(f'calls: call ("\\n" call){{0,{most - 1}}}' if most > 1 else "calls: call")
+        rules.append(f"call: {' | '.join(names)}")
+        for rule, (name, schema) in zip(names, functions.items(), strict=True):
+            before = _as_json(f'<tool_call>\n{{"name": {_as_json(name)}, "arguments": ')
+            rules.append(f"{rule}: {before} {rule}_arguments {_as_json('}' + chr(10) + '</tool_call>')}")
+            rules.append(f"{rule}_arguments: %json {_with_options(schema)}")
+        if otherwise is not None:
+            rules.append(f"json: %json {_with_options(otherwise)}")
+        return cls(_library("tools", lambda matcher: matcher.grammar_from_lark("\n".join(rules))))
+
+
+def _with_options(schema: Mapping[str, Any]) -> str:
+    return _as_json({**schema, "x-guidance": _JSON_OPTIONS})
+
 
 def _as_json(value: object) -> str:
     try:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer as LibraryTokenizer
 
@@ -13,12 +15,30 @@ from dsi_actors.tokenization.bounds import max_token_bytes
 from dsi_actors.tokenization.chat_template import ChatTemplate
 from dsi_actors.tokenization.control_tokens import ControlTokens
 from dsi_actors.tokenization.detokenizer import Detokenizer, TokenStream
+from dsi_actors.tokenization.hermes import with_tools
 from dsi_actors.tokenization.library import encode, library_errors, pattern_of
 from dsi_actors.tokenization.sampling_defaults import sampling_defaults
 from dsi_actors.tokenization.settings import Settings, read_text
 from dsi_protocol import vocabulary_hash
 
-__all__ = ["TokenStream", "Tokenizer"]
+__all__ = ["ChatPrompt", "PromptTooLong", "TokenStream", "Tokenizer"]
+
+
+class PromptTooLong(ConfigError):
+    """A text that cannot fit, whatever its tokens."""
+
+    def __init__(self, size_bytes: int, most_bytes: int) -> None:
+        super().__init__(f"the prompt has {size_bytes} bytes: no text of more than {most_bytes} bytes fits")
+        self.size_bytes = size_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A conversation as a model reads it."""
+
+    token_ids: list[int]
+    #: Gives what the template itself wrote of the answer: its role, and <think> perhaps. It renders the chat once more.
+    beginning: Callable[[], str]
 
 
 class Tokenizer:
@@ -43,6 +63,8 @@ class Tokenizer:
         self._named_tokens = {key: config.token(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
         generation, model = (Settings(directory / name) for name in ("generation_config.json", "config.json"))
         self.stop_token_ids = self._find_stop_tokens(generation, model)
+        #: How the model writes reasoning and calls of tools, as transformers declares it. None: it does not say.
+        self.response_template: Mapping[str, Any] | None = config.values.get("response_template")
         #: Sampling parameters by name, as generation_config.json has them for those that a user does not give.
         self.sampling_defaults = sampling_defaults(generation)
         #: Tokens that have no text, by number: "<|im_end|>" and so on.
@@ -82,17 +104,57 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The tokens of a conversation ({"role": ..., "content": ...}) by the model's own chat template, up to where
         the answer begins. The names of special tokens in a message are plain text (tokenization/control_tokens.py).
         Raises ConfigError if the model has no template, or one that fails."""
-        if self._template is None:
+        return self.chat(messages).token_ids
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] | None = None, continued: bool = False, answer_begins: bool = True,
+        most_bytes: int | None = None,
+    ) -> ChatPrompt:  # fmt: skip
+        """A conversation with all that a chat template may read: tools, and `options` by name. A template that knows nothing of
+        tools has them written into messages (tokenization/hermes.py). `continued`: the answer continues the last message.
+        `answer_begins`: the template writes the beginning of an answer, such as its role.
+
+        Raises ConfigError, and PromptTooLong for a text of more than `most_bytes`."""
+        template, names = self._template, self._named_tokens
+        if template is None:
             raise ConfigError("this model has no chat template: give it plain text")
+        if "tools" not in template.reads and (tools or any(message.get("role") == "tool" for message in messages)):
+            messages, tools = with_tools(messages, tools), ()
         control = self._control_tokens
-        masked = control.mask(messages)
-        if masked is None:
-            return encode(self._library, self._template.render(messages, self._named_tokens), add_special_tokens=False)
-        return control.encode(self._template.render(masked, self._named_tokens))
+        masked, masked_rest = control.mask(messages), control.mask_value([tools, options or {}])
+        is_masked = masked is not None or masked_rest != [list(tools), options or {}]
+        tools, options = masked_rest
+
+        def rendered(messages: Sequence[Mapping[str, Any]], answer_begins: bool) -> str:
+            return template.render(messages, names, tools=tools, options=options, answer_begins=answer_begins)
+
+        messages = messages if masked is None else masked
+        text = rendered(messages, answer_begins and not continued)
+        if continued:
+            text = _cut_behind(text, messages[-1]["content"])
+        if most_bytes is not None and (size := len(text.encode(errors="replace"))) > most_bytes:
+            raise PromptTooLong(size, most_bytes)
+        ids = control.encode(text) if is_masked else encode(self._library, text, add_special_tokens=False)
+
+        def beginning() -> str:
+            earlier = messages[:-1] if continued else messages
+            before = rendered(earlier, False) if earlier else ""
+            return text.removeprefix(before) if text.startswith(before) else ""
+
+        return ChatPrompt(ids, beginning)
+
+    def chat_template_names(self, word: str) -> bool:
+        """Whether the chat template has this word in it."""
+        return self._template is not None and word in self._template.source
+
+    def chat_template_reads(self, name: str) -> bool:
+        """Whether the chat template reads an option of this name."""
+        return self._template is not None and name in self._template.reads
 
     @cached_property
     def _control_tokens(self) -> ControlTokens:
@@ -127,6 +189,16 @@ class Tokenizer:
         if token is not None:
             found.add(token)
         return tuple(sorted(found))
+
+
+def _cut_behind(text: str, content: str) -> str:
+    """The text up to the end of its last message, which says `content`, as transformers cuts it."""
+    said = content.strip()
+    begun = text.rfind(said)
+    if not said or begun < 0:
+        raise ConfigError("the model's chat template does not write the last message as it is: it cannot be continued")
+    whole = content.lstrip()
+    return text[: begun + len(whole if text.startswith(whole, begun) else said)]
 
 
 def _chat_template(directory: Path, config: Settings) -> ChatTemplate | None:

@@ -39,12 +39,21 @@ def add_parser(commands: SubParsers) -> None:
         "--model-name", type=utf8, metavar="NAME", help="what clients call the model (default: its reference)"
     )
     parser.add_argument(
+        "--model-alias", action="append", default=[], type=utf8, metavar="NAME", dest="aliases",
+        help="another name for the model; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
         "--api-keys", metavar="FILE", help=f"one key in each line (or separated by commas in ${_KEYS_VARIABLE})"
     )
     parser.add_argument(
         "--allow-origin", action="append", default=[], metavar="ORIGIN", dest="allowed_origins",
         help="let web pages of this origin, such as https://chat.example.org, ask; may be repeated; '*' lets all pages",
     )  # fmt: skip
+    parser.add_argument(
+        "--allow-unknown-fields",
+        action="store_true",
+        help="ignore fields of requests that are not known, instead of 400",
+    )
     parser.add_argument("--max-queue", type=int, default=256, metavar="N", help="generations that may wait or run")
     parser.add_argument(
         "--default-max-tokens",
@@ -85,8 +94,9 @@ async def run(arguments: argparse.Namespace) -> int:
     from dsi_actors.serving.service import ServiceConfig
 
     service_config = ServiceConfig(
-        model=arguments.model_name or config.target, api_keys=_api_keys(arguments.api_keys),
+        model=arguments.model_name or config.target, aliases=tuple(arguments.aliases), api_keys=_api_keys(arguments.api_keys),
         default_max_tokens=arguments.default_max_tokens, allowed_origins=tuple(arguments.allowed_origins),
+        allow_unknown_fields=arguments.allow_unknown_fields,
     )  # fmt: skip
     err = terminal(stderr=True)
     address = HttpAddress(arguments.host, arguments.port)  # what is wrong with it shows before anything is loaded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dsi_actors.errors import DsiError
 from dsi_actors.orchestrator import Orchestrator
+from dsi_actors.serving.doors import DOORS, Door
 from dsi_actors.serving.errors import ApiError, from_any, unavailable
 from dsi_actors.serving.exchange import STREAM_HEADERS, Exchange
-from dsi_actors.serving.schemas import AnyRequest, ChatRequest, CompletionRequest
 from dsi_actors.serving.service import Service, ServiceConfig
 from dsi_actors.tokenizer import Tokenizer
 
@@ -33,9 +34,11 @@ def create_app(orchestrator: Orchestrator, tokenizer: Tokenizer, config: Service
     app.state.service = service
     if config.allowed_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(config.allowed_origins), allow_methods=["GET", "POST"],
+            CORSMiddleware, allow_origins=list(config.allowed_origins), allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"], expose_headers=["X-Request-Id", "Retry-After"],
         )  # fmt: skip
+
+    read = partial(app.api_route, methods=["GET", "HEAD"])
 
     @app.exception_handler(ApiError)
     @app.exception_handler(DsiError)
@@ -52,22 +55,22 @@ def create_app(orchestrator: Orchestrator, tokenizer: Tokenizer, config: Service
         )
         return await on_error(request, told)
 
-    @app.get("/health")
+    @read("/health")
     async def health() -> dict[str, str]:
         service.check_alive()
         return {"status": "alive"}
 
-    @app.get("/ready")
+    @read("/ready")
     async def ready() -> JSONResponse:
         targets, drafters = service.ready_workers("target"), service.ready_workers("drafter")
         body = {"targets": targets, "drafters": drafters, "ending": service.ending}
         return JSONResponse(body, 200 if targets and not service.ending else 503)
 
-    @app.get("/metrics")
+    @read("/metrics")
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=service.metrics.content_type)
 
-    @app.get("/dashboard")
+    @read("/dashboard")
     async def dashboard() -> FileResponse:
         return FileResponse(_DASHBOARD, media_type="text/html")
 
@@ -80,25 +83,34 @@ def create_app(orchestrator: Orchestrator, tokenizer: Tokenizer, config: Service
         # Begun here, not by FastAPI, which would send the head before what is wrong with the request could have a status.
         return EventSourceResponse(_resumed(await anext(events), events), headers=STREAM_HEADERS)
 
-    @app.get("/v1/models")
+    def described(name: str) -> dict[str, Any]:
+        return {
+            "id": name, "object": "model", "created": service.created, "owned_by": "dsi-actors", "root": config.model,
+            "max_model_len": service.max_length or None,
+        }  # fmt: skip
+
+    @read("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
         service.check_key(request)
-        model = {"id": config.model, "object": "model", "created": service.created, "owned_by": "dsi-actors"}
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [described(name) for name in service.model_names]}
 
-    app.router.routes += [
-        Route("/v1/chat/completions", _endpoint(service, ChatRequest), methods=["POST"]),
-        Route("/v1/completions", _endpoint(service, CompletionRequest), methods=["POST"]),
-    ]
+    @read("/v1/models/{name:path}")
+    async def model(request: Request, name: str) -> dict[str, Any]:
+        service.check_key(request)
+        if name not in service.model_names:
+            raise service.no_model(name)
+        return described(name)
+
+    app.router.routes += [Route(path, _endpoint(service, door), methods=["POST"]) for path, door in DOORS.items()]
     return app
 
 
-def _endpoint(service: Service, kind: type[AnyRequest]) -> ASGIApp:
+def _endpoint(service: Service, door: Door) -> ASGIApp:
     """Below FastAPI's own handling of requests, which would read and check a body before it looks at the key."""
 
     class Endpoint:
         async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-            await service.answer(Exchange(scope, receive, send), kind)
+            await service.answer(Exchange(scope, receive, send, door.error_body), door)
 
     return Endpoint()
 

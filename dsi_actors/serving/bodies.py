@@ -1,86 +1,192 @@
-"""The bodies of answers, in the shapes that OpenAI's clients read."""
+"""The bodies of answers, in the shapes that clients read: what each endpoint writes, and OpenAI's two older ones."""
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
-from dsi_actors.serving.completions import Choice, Completion
-from dsi_actors.serving.text import TokenText
+from dsi_actors.serving.completions import Choice, Completion, Update
+from dsi_actors.serving.errors import ApiError
+from dsi_actors.serving.parts import Message, Part
+from dsi_actors.serving.text import Piece, TokenText
+
+#: A server-sent event: its name, if it has one, and its data.
+Event: TypeAlias = tuple[str | None, dict[str, Any]]
+
+
+class Bodies(Protocol):
+    """What is sent for one request."""
+
+    def whole(self, completion: Completion) -> dict[str, Any]:
+        """The answer, not streamed."""
+
+    def begin(self, completion: Completion) -> Iterable[Event]: ...
+
+    def update(self, update: Update) -> Iterable[Event]: ...
+
+    def end(self, completion: Completion) -> Iterable[Event]: ...
+
+    def error(self, error: ApiError) -> Event:
+        """What ends a stream whose answer fails."""
+
+    @property
+    def last_line(self) -> str | None:
+        """The data of the event that ends every stream."""
 
 
 @dataclass(slots=True)
-class Bodies:
-    """Of one request. `chat` tells the two endpoints apart."""
-
+class _OpenAiBodies:
     model: str
-    chat: bool
     logprobs: bool
+    #: The stream tells the tokens that were used.
+    usage: bool
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
+    @property
+    def last_line(self) -> str | None:
+        return "[DONE]"
+
+    def begin(self, completion: Completion) -> Iterable[Event]:
+        return ()
+
+    def end(self, completion: Completion) -> Iterable[Event]:
+        if self.usage:
+            yield None, {**self._head(chunk=True), "choices": [], **_accounting(completion)}
+
+    def error(self, error: ApiError) -> Event:
+        return None, error.body
+
     def whole(self, completion: Completion) -> dict[str, Any]:
         choices = [self._choice(choice) for choice in completion.choices]
-        return {**self._head("chat.completion"), "choices": choices, **self.accounting(completion)}
+        return {**self._head(chunk=False), "choices": choices, **_accounting(completion)}
 
-    def first_chunk(self, choice: Choice) -> dict[str, Any]:
-        """What a chat's stream begins with."""
-        return self._chunk(
-            {"index": choice.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-        )
-
-    def chunk(self, choice: Choice, text: str, tokens: Sequence[TokenText]) -> dict[str, Any]:
-        body: dict[str, Any] = {"index": choice.index, "finish_reason": None, "logprobs": self._logprobs(tokens)}
-        return self._chunk({**body, "delta": {"content": text}} if self.chat else {**body, "text": text})
-
-    def last_chunk(self, choice: Choice) -> dict[str, Any]:
-        body: dict[str, Any] = {"index": choice.index, "finish_reason": choice.finish_reason, "logprobs": None}
-        return self._chunk({**body, "delta": {}} if self.chat else {**body, "text": ""})
-
-    def usage_chunk(self, completion: Completion) -> dict[str, Any]:
-        return {**self._head("chat.completion.chunk"), "choices": [], **self.accounting(completion)}
-
-    def accounting(self, completion: Completion) -> dict[str, Any]:
-        prompt, generated = len(completion.job.prompt_ids), sum(choice.tokens for choice in completion.choices)
-        usage = {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
-        return {"usage": usage, "dsi": [_cost(choice) for choice in completion.choices]}
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        prefix = "chatcmpl" if self.chat else "cmpl"
-        name = kind if self.chat else "text_completion"
-        return {"id": f"{prefix}-{self.id}", "object": name, "created": self.created, "model": self.model}
+    def update(self, update: Update) -> Iterable[Event]:
+        choice, piece = update.choice, update.piece
+        logprobs = None if piece is None else self._logprobs(piece.tokens)
+        head = {
+            "index": choice.index,
+            "finish_reason": choice.finish_reason if piece is None else None,
+            "logprobs": logprobs,
+        }
+        yield None, self._chunk({**head, **self._news(piece)})
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
-        return {**self._head("chat.completion.chunk"), "choices": [choice]}
+        return {**self._head(chunk=True), "choices": [choice]}
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
         tokens = [token for piece in choice.pieces for token in piece.tokens]
-        body = {"index": choice.index, "finish_reason": choice.finish_reason, "logprobs": self._logprobs(tokens)}
-        if self.chat:
-            return {**body, "message": {"role": "assistant", "content": choice.text, "refusal": None}}
-        return {**body, "text": choice.text}
+        head = {"index": choice.index, "finish_reason": choice.finish_reason, "logprobs": self._logprobs(tokens)}
+        return {**head, **self._answer(choice)}
+
+    # What differs
+
+    def _head(self, *, chunk: bool) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _news(self, piece: Piece | None) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _answer(self, choice: Choice) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _logprobs(self, tokens: Sequence[TokenText]) -> dict[str, Any] | None:
+        raise NotImplementedError
+
+
+class ChatBodies(_OpenAiBodies):
+    """/v1/chat/completions."""
+
+    def begin(self, completion: Completion) -> Iterable[Event]:
+        for choice in completion.choices:
+            delta = {"role": "assistant", "content": ""}
+            yield None, self._chunk({"index": choice.index, "delta": delta, "finish_reason": None})
+
+    def _head(self, *, chunk: bool) -> dict[str, Any]:
+        kind = "chat.completion.chunk" if chunk else "chat.completion"
+        return {"id": f"chatcmpl-{self.id}", "object": kind, "created": self.created, "model": self.model}
+
+    def _news(self, piece: Piece | None) -> dict[str, Any]:
+        return {"delta": {} if piece is None else _delta(piece.parts)}
+
+    def _answer(self, choice: Choice) -> dict[str, Any]:
+        return {"message": _message(choice.message)}
 
     def _logprobs(self, tokens: Sequence[TokenText]) -> dict[str, Any] | None:
         if not self.logprobs:
             return None
-        if self.chat:
-            content = [
-                {
-                    "token": _readable(token.own), "logprob": token.logprob, "bytes": list(token.own),
-                    "top_logprobs": [],
-                }
-                for token in tokens
-            ]  # fmt: skip
-            return {"content": content, "refusal": None}
+        content = [
+            {"token": _readable(token.own), "logprob": token.logprob, "bytes": list(token.own), "top_logprobs": []}
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+
+class CompletionBodies(_OpenAiBodies):
+    """/v1/completions."""
+
+    def _head(self, *, chunk: bool) -> dict[str, Any]:
+        return {"id": f"cmpl-{self.id}", "object": "text_completion", "created": self.created, "model": self.model}
+
+    def _news(self, piece: Piece | None) -> dict[str, Any]:
+        return {"text": "" if piece is None else piece.text}
+
+    def _answer(self, choice: Choice) -> dict[str, Any]:
+        return {"text": choice.text}
+
+    def _logprobs(self, tokens: Sequence[TokenText]) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
         return {
             "tokens": [_readable(token.own, lead="bytes:") for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": None,
             "text_offset": [token.offset for token in tokens],
         }
+
+
+def _message(message: Message) -> dict[str, Any]:
+    made: dict[str, Any] = {"role": "assistant", "content": message.content, "refusal": None}
+    if message.reasoning:
+        made["reasoning_content"] = message.reasoning
+    if message.calls:
+        made["content"] = message.content or None
+        made["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.calls
+        ]
+    return made
+
+
+def _delta(parts: Sequence[Part]) -> dict[str, Any]:
+    """What is new in a message."""
+    delta: dict[str, Any] = {}
+    calls: dict[int, dict[str, Any]] = {}
+    for part in parts:
+        match part.kind:
+            case "content":
+                delta["content"] = delta.get("content", "") + part.text
+            case "reasoning":
+                delta["reasoning_content"] = delta.get("reasoning_content", "") + part.text
+            case "call":
+                function = {"name": part.text, "arguments": ""}
+                calls[part.place] = {"index": part.place, "id": part.id, "type": "function", "function": function}
+            case "arguments":
+                call = calls.setdefault(part.place, {"index": part.place, "function": {"arguments": ""}})
+                call["function"]["arguments"] += part.text
+    if calls:
+        delta["tool_calls"] = list(calls.values())
+    return delta
+
+
+def _accounting(completion: Completion) -> dict[str, Any]:
+    prompt = sum(map(len, completion.job.prompts))
+    generated = sum(choice.tokens for choice in completion.choices)
+    usage = {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+    return {"usage": usage, "dsi": costs(completion)}
 
 
 def _readable(own: bytes, *, lead: str = "") -> str:
@@ -91,9 +197,13 @@ def _readable(own: bytes, *, lead: str = "") -> str:
         return lead + "".join(chr(byte) if 32 <= byte < 127 else f"\\x{byte:02x}" for byte in own)
 
 
+def costs(completion: Completion) -> list[dict[str, Any]]:
+    """The extension: what each choice took, and the seed that gives it again. What was computed behind a stop string, until
+    the cancel took effect, is a part of what it took."""
+    return [_cost(choice) for choice in completion.choices]
+
+
 def _cost(choice: Choice) -> dict[str, Any]:
-    """The extension: what the choice took, and the seed that gives it again. What was computed behind a stop string,
-    until the cancel took effect, is a part of what it took."""
     report = choice.report
     if report is None:
         return {"seed": choice.seed}

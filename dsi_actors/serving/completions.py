@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -13,6 +13,7 @@ from dsi_actors.config import Algorithm, Sampling
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.results import GenerationReport
 from dsi_actors.serving.metrics import Metrics
+from dsi_actors.serving.parts import Message, Reader
 from dsi_actors.serving.text import Piece, TextAssembler
 from dsi_actors.tokenizer import Tokenizer
 
@@ -24,9 +25,11 @@ _PIECES_AHEAD = 256
 class Job:
     """What is to be done, whatever the endpoint."""
 
-    prompt_ids: list[int]
+    #: The token ids of each.
+    prompts: Sequence[list[int]]
     sampling: Sampling
     stops: Sequence[str]
+    #: For each prompt.
     choices: int
     algorithm: Algorithm
     sp: int | None
@@ -36,6 +39,10 @@ class Job:
     correlation: str
     #: The text of the answer continues that of the prompt; otherwise it stands alone, as an answer in a chat does.
     continues: bool
+    #: Makes what reads an answer as a message. None: nobody does.
+    reader: Callable[[], Reader] | None = None
+    #: Names of special tokens that are a part of the text for the reader.
+    shown: Collection[str] = ()
 
 
 @dataclass(slots=True)
@@ -44,16 +51,23 @@ class Choice:
 
     index: int
     seed: int
+    prompt_ids: Sequence[int]
     #: A text that grew with each piece would be copied each time.
     pieces: list[Piece] = field(default_factory=list)
     finish_reason: str | None = None
     report: GenerationReport | None = None
+    calls_tools: bool = False
     #: Up to and including the one that completed a stop string, whatever was committed behind it.
     tokens: int = 0
 
     @property
     def text(self) -> str:
         return "".join(piece.text for piece in self.pieces)
+
+    @property
+    def message(self) -> Message:
+        """The answer as a message, if somebody reads it as one."""
+        return Message.of(part for piece in self.pieces for part in piece.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +87,25 @@ class Completion:
         self._metrics = metrics
         self.job = job
         self.begun_s = time.perf_counter()
-        self.choices = [Choice(index, (job.sampling.seed + index) % (1 << 64)) for index in range(job.choices)]
+        self.choices = [
+            Choice(place * job.choices + index, (job.sampling.seed + index) % (1 << 64), prompt)
+            for place, prompt in enumerate(job.prompts)
+            for index in range(job.choices)
+        ]
 
-    async def updates(self) -> AsyncGenerator[Update, None]:
-        """Raises what the orchestrator raises."""
+    async def updates(self, silence_s: float | None = None) -> AsyncGenerator[Update | None, None]:
+        """None: nothing is new for `silence_s`. Raises what the orchestrator raises."""
         queue: asyncio.Queue[Update | BaseException] = asyncio.Queue(_PIECES_AHEAD)
         tasks = [asyncio.create_task(self._run(choice, queue)) for choice in self.choices]
         try:
             left = len(tasks)
             while left:
-                update = await queue.get()
+                try:
+                    async with asyncio.timeout(silence_s):
+                        update = await queue.get()
+                except TimeoutError:
+                    yield None
+                    continue
                 if isinstance(update, BaseException):
                     raise update
                 left -= update.piece is None
@@ -103,13 +126,16 @@ class Completion:
 
     async def _generate(self, choice: Choice, queue: asyncio.Queue[Update | BaseException]) -> None:
         job = self.job
-        after = job.prompt_ids if job.continues else ()
-        assembler = TextAssembler(self._tokenizer, job.stops, after=after, min_tokens=job.sampling.min_tokens)
+        after = choice.prompt_ids if job.continues else ()
+        assembler = TextAssembler(
+            self._tokenizer, job.stops, after=after, min_tokens=job.sampling.min_tokens, shown=job.shown
+        )
+        reader = None if job.reader is None else job.reader()
         stop_token_ids = {*job.sampling.stop_token_ids, *self._tokenizer.stop_tokens_of(job.stops)}
         sampling = replace(job.sampling, seed=choice.seed, stop_token_ids=tuple(sorted(stop_token_ids)))
         begun_s = last_s = time.perf_counter()
         async with self._orchestrator.generate(
-            job.prompt_ids, sampling, algorithm=job.algorithm, sp=job.sp, lookahead=job.lookahead,
+            choice.prompt_ids, sampling, algorithm=job.algorithm, sp=job.sp, lookahead=job.lookahead,
             rows=job.rows, correlation=f"{job.correlation}-{choice.index}",
         ) as stream:  # fmt: skip
             async for tokens in stream:
@@ -119,18 +145,28 @@ class Completion:
                 self._metrics.committed(tokens.accepted[:given], now_s - last_s, first=not choice.tokens)
                 last_s = now_s
                 choice.tokens += given
-                await self._show(choice, piece, queue)
+                await self._show(choice, piece, reader, queue)
                 if assembler.stopped:
                     stream.cancel()
                     break
             if not assembler.stopped:
-                await self._show(choice, assembler.rest(), queue)
+                await self._show(choice, assembler.rest(), reader, queue)
+            if reader is not None and (parts := reader.finish()):
+                choice.calls_tools = choice.calls_tools or any(part.kind == "call" for part in parts)
+                await self._show(choice, Piece("", parts=tuple(parts)), None, queue)
             choice.report = await stream.report()
         choice.finish_reason = "length" if choice.report.finish_reason == "length" and not assembler.stopped else "stop"
+        if choice.finish_reason == "stop" and choice.calls_tools:
+            choice.finish_reason = "tool_calls"
         self._metrics.finished(choice.report, choice.finish_reason, time.perf_counter() - begun_s)
 
-    async def _show(self, choice: Choice, piece: Piece, queue: asyncio.Queue[Update | BaseException]) -> None:
-        if piece.text or piece.tokens:
+    async def _show(
+        self, choice: Choice, piece: Piece, reader: Reader | None, queue: asyncio.Queue[Update | BaseException]
+    ) -> None:
+        if reader is not None:
+            piece = replace(piece, parts=tuple(reader.feed(piece.text)))
+            choice.calls_tools = choice.calls_tools or any(part.kind == "call" for part in piece.parts)
+        if piece.text or piece.tokens or piece.parts:
             choice.pieces.append(piece)
             await queue.put(Update(choice, piece))
 

@@ -43,12 +43,41 @@ def unavailable(message: str, *, close: bool = False) -> ApiError:
     return ApiError(503, message, kind="server_error", code="unavailable", headers=headers)
 
 
+def context_length_exceeded(prompt: int, answer: int, most: int, *, chat: bool) -> ApiError:
+    """Prompt and answer have more tokens than fit. The sentence is OpenAI's: clients look for its words."""
+    place = "messages" if chat else "prompt"
+    return ApiError(
+        400, f"This model's maximum context length is {most} tokens. However, you requested {prompt + answer} tokens ({prompt} "
+        f"in the {place}, {answer} in the completion). Please reduce the length of the {place} or completion.",
+        param=place, code="context_length_exceeded",
+    )  # fmt: skip
+
+
+#: What is wrong with a value, by pydantic's name for it.
+_WORDS = {
+    "missing": "is missing", "int_type": "must be a whole number", "int_from_float": "must be a whole number",
+    "float_type": "must be a number", "bool_type": "must be true or false", "string_type": "must be a text",
+    "list_type": "must be a list", "dict_type": "must be an object", "model_type": "must be an object",
+    "literal_error": "must be {expected}", "greater_than_equal": "must be at least {ge}", "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}", "too_short": "must have at least {min_length} of them, not {actual_length}",
+    "too_long": "must have at most {max_length} of them", "string_too_short": "must not be empty",
+    "string_too_long": "must have at most {max_length} characters",
+    "string_pattern_mismatch": "must be a name of letters, digits, dots, hyphens and underscores",
+}  # fmt: skip
+
+
 def from_validation(error: ValidationError) -> ApiError:
     """The first thing that is wrong with a request."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    words = str(first["msg"]).removeprefix("Value error, ")
-    return ApiError(400, f"{where}: {words}" if where else words, param=where or None)
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ""
+    for part in first["loc"]:
+        where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else part
+    form = _WORDS.get(first["type"])
+    words = str(first["msg"]).removeprefix("Value error, ") if form is None else form.format(**first.get("ctx", {}))
+    if not where:  # what is wrong with several fields together begins with a field's name
+        name = words.partition(":")[0]
+        return ApiError(400, words, param=name if name.isidentifier() else None)
+    return ApiError(400, f"{where}: {words}", param=where)
 
 
 def from_ours(error: DsiError) -> ApiError:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
 from fastapi import Request
@@ -14,6 +14,7 @@ from fastapi.sse import format_sse_event
 from starlette.types import Receive, Scope, Send
 
 from dsi_actors.logs import get_logger
+from dsi_actors.serving.bodies import Bodies, Event
 from dsi_actors.serving.completions import Completion
 from dsi_actors.serving.errors import ApiError, ClientGone, from_any
 
@@ -31,8 +32,12 @@ class Exchange:
     The work ends early when the client closes its connection, and when the service calls `stop`.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, error_body: Callable[[ApiError], dict[str, Any]]
+    ) -> None:
+        """`error_body`: how an error is told at this endpoint."""
         self.request = Request(scope, receive)
+        self._error_body = error_body
         #: In the answer's header X-Request-Id, in its body and in each line of the log about it.
         self.id = secrets.token_hex(12)
         #: The service has taken the request: it is to be finished when the service ends.
@@ -45,7 +50,8 @@ class Exchange:
         self._error: ApiError | None = None
         self._receive = receive
         self._send = send
-        self._streaming = False
+        #: Of the stream, once it has begun.
+        self._bodies: Bodies | None = None
         #: All of the answer has been handed to the server.
         self._finished = False
         self._work: asyncio.Task[None] | None = None
@@ -148,17 +154,27 @@ class Exchange:
     async def send_whole(self, body: bytes) -> None:
         await self._send_all(200, body, {})
 
-    async def open_stream(self) -> None:
+    async def open_stream(self, bodies: Bodies) -> None:
         await self._send_head(200, {"Content-Type": "text/event-stream; charset=utf-8", **STREAM_HEADERS})
-        self._streaming = True
+        self._bodies = bodies
 
-    async def send_event(self, body: Mapping[str, Any]) -> None:
-        event = format_sse_event(data_str=json.dumps(body, ensure_ascii=False))
-        await self._send({"type": "http.response.body", "body": event, "more_body": True})
+    async def send_events(self, events: Iterable[Event]) -> None:
+        """Server-sent events."""
+        data = b"".join(
+            format_sse_event(data_str=json.dumps(body, ensure_ascii=False), event=name) for name, body in events
+        )
+        if data:
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def send_comment(self) -> None:
+        """Nothing is new: what clients ignore, and what keeps proxies from closing the connection."""
+        await self._send({"type": "http.response.body", "body": b": waiting\n\n", "more_body": True})
 
     async def end_stream(self) -> None:
+        assert self._bodies is not None
         self._finished = True
-        end = format_sse_event(data_str="[DONE]")
+        line = self._bodies.last_line
+        end = b"" if line is None else format_sse_event(data_str=line)
         await self._send({"type": "http.response.body", "body": end, "more_body": False})
 
     async def _fail(self, error: Exception) -> None:
@@ -168,12 +184,13 @@ class Exchange:
         self.outcome = f"error_{told.status}"
         if self._finished:
             return
-        if self._streaming:
+        if self._bodies is not None:
             self.outcome = "error_stream"
-            await self.send_event(told.body)
+            await self.send_events([self._bodies.error(told)])
             await self.end_stream()
         else:
-            await self._send_all(told.status, told.encoded(), told.headers)
+            body = json.dumps(self._error_body(told), ensure_ascii=False, separators=(",", ":"))
+            await self._send_all(told.status, body.encode(), told.headers)
 
     async def _send_all(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         self._finished = True

@@ -20,7 +20,7 @@ _LONG_WORK_THREADS = 2
 
 
 class Places:
-    """Generations that may wait or run. A request with n choices gets n places, or none and an error."""
+    """Generations that may wait or run. A request with n choices for each prompt gets places for all, or none and an error."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -31,8 +31,8 @@ class Places:
         """Raises ApiError for more than there are, and TooManyGenerations for more than are free."""
         if wanted > self.limit:
             raise ApiError(
-                400, f"n is {wanted}, but this service takes at most {self.limit} generations at once (--max-queue): ask "
-                "for fewer choices", param="n",
+                400, f"n and prompt ask for {wanted} generations, but this service takes at most {self.limit} generations "
+                "at once (--max-queue): ask for fewer", param="n",
             )  # fmt: skip
         if self.taken + wanted > self.limit:
             raise TooManyGenerations(f"{self.taken} of {self.limit} places are taken: try again later")

@@ -1,4 +1,4 @@
-"""What clients send: the parts of OpenAI's requests that mean something here. What would be ignored silently is refused.
+"""What clients send: the parts of OpenAI's requests that mean something here. A field that does not is refused, not ignored.
 
 Types are strict (true is no number, "5" is none either), and null means that the field is absent, as in OpenAI's requests.
 """
@@ -6,11 +6,13 @@ Types are strict (true is no number, "5" is none either), and null means that th
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, FailFast, Field, ValidationError, ValidationInfo, model_validator
 
 from dsi_actors.serving.errors import ApiError, from_validation
+from dsi_actors.serving.fields import Label, Refused, Strict
+from dsi_actors.serving.messages import ChatMessage, Tool
 from dsi_actors.serving.strict_json import loads
 from dsi_protocol.sampling import MAX_LISTED
 
@@ -19,6 +21,8 @@ _MOST_STOP_CHARACTERS = 500
 _MOST_CHOICES = 16
 _MOST_BAD_WORDS = 128
 _MOST_MESSAGES = 4096
+_MOST_TOOLS = 128
+_MOST_PROMPTS = 2048
 #: Values in the JSON of a request beside its prompt's token ids.
 _MOST_OTHER_VALUES = 1 << 16
 
@@ -27,27 +31,14 @@ _TOKEN_ID = re.compile("[0-9]{1,9}")
 TokenId: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 32)]
 
 
-class _Strict(BaseModel):
-    """Fields that are not named are ignored, as OpenAI's own service does."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, given: Any) -> Any:
-        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
-
-
 def _auto_or_number(given: Any) -> Any:
     if given == "auto" or (type(given) is int and 1 <= given <= 1024):
         return given
     raise ValueError("give auto or a whole number in [1, 1024]")
 
 
-class DsiOptions(_Strict):
+class DsiOptions(Strict):
     """How to decode. Never changes the text."""
-
-    model_config = ConfigDict(extra="forbid")
 
     algorithm: Literal["dsi", "si", "ar"] = "dsi"
     sp: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -55,8 +46,21 @@ class DsiOptions(_Strict):
     rows: Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_number)] = "auto"
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool = False
+    include_obfuscation: Label = None
+
+
+class JsonSchema(Strict):
+    name: Label = None
+    description: Label = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: Label = None
+
+
+class ResponseFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchema | None = None
 
 
 def _stops(given: Any) -> list[str]:
@@ -79,6 +83,12 @@ def _texts(given: Any, most: int, what: str, expected: str) -> list[str]:
     return given
 
 
+def _text_alone(given: Any) -> Any:
+    if given not in ([], ["text"]):
+        raise ValueError("only text is supported: leave it out")
+    return given
+
+
 def _biases(given: Any) -> Any:
     """By token id. A key of JSON is a text."""
     if not isinstance(given, dict) or len(given) > MAX_LISTED or not all(map(_TOKEN_ID.fullmatch, given)):
@@ -88,8 +98,13 @@ def _biases(given: Any) -> Any:
     return {int(token): float(bias) for token, bias in given.items()}
 
 
-class _Request(_Strict):
-    """What chat and text completions share."""
+_STRUCTURES = (
+    "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+)  # fmt: skip
+
+
+class Request(Strict):
+    """What all requests for text share."""
 
     model: str
     stream: bool = False
@@ -115,79 +130,100 @@ class _Request(_Strict):
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_LISTED)] = Field(default_factory=list)
     bad_words: Annotated[list[str], BeforeValidator(_bad_words)] = Field(default_factory=list)
     # The form of the answer: structured.py reads them.
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
-    # Refused unless they say nothing.
-    tools: list[Any] | None = None
-    functions: list[Any] | None = None
+    user: Label = None
+
+    @property
+    def places(self) -> int:
+        """Generations that it takes."""
+        return self.n
 
     @property
     def names_structure(self) -> bool:
         """Whether a field says something about the form of the answer."""
-        names = (
-            "response_format",
-            "structured_outputs",
-            "guided_json",
-            "guided_regex",
-            "guided_choice",
-            "guided_grammar",
-        )
-        return any(getattr(self, name) is not None for name in names)
-
-    @model_validator(mode="after")
-    def _nothing_silently_ignored(self) -> _Request:
-        for name in ("tools", "functions"):
-            if getattr(self, name):
-                raise ValueError(f"{name} is not supported: leave it out")
-        return self
+        return any(getattr(self, name) is not None for name in _STRUCTURES)
 
 
-class TextPart(_Strict):
-    type: Literal["text"]
-    text: str
+class NamedFunction(Strict):
+    name: str
 
 
-def _content(given: Any) -> Any:
-    """The text of a message that comes in parts."""
-    if not isinstance(given, list):
+class NamedTool(Strict):
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+def _tool_choice(given: Any, info: ValidationInfo) -> Any:
+    if given in ("auto", "none", "required"):
         return given
-    return "".join(TextPart.model_validate(part).text for part in given)
+    if not isinstance(given, dict):
+        raise ValueError("give auto, none, required, or a function's name")
+    return NamedTool.model_validate(given, context=info.context)
 
 
-class ChatMessage(_Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_content)]
-    # Refused unless they say nothing.
-    tool_calls: list[Any] | None = None
-    function_call: dict[str, Any] | None = None
-
-    @model_validator(mode="after")
-    def _text_alone(self) -> ChatMessage:
-        if self.tool_calls or self.function_call:
-            raise ValueError("tool_calls and function_call are not supported: leave them out")
-        return self
-
-    def as_dict(self) -> dict[str, str]:
-        """As chat templates want it."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
-
-
-class ChatRequest(_Request):
+class ChatRequest(Request):
     messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1, max_length=_MOST_MESSAGES)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
-    top_logprobs: int | None = None
+    tools: Annotated[list[Tool], FailFast(), Field(max_length=_MOST_TOOLS)] = Field(default_factory=list)
+    tool_choice: Annotated[Any, BeforeValidator(_tool_choice)] = None
+    parallel_tool_calls: bool = True
+    # For the model's chat template.
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    reasoning_effort: str | None = None
+    continue_final_message: bool = False
+    add_generation_prompt: bool = True
+    # OpenAI's, without a meaning here.
+    metadata: Label = None
+    store: Label = None
+    service_tier: Label = None
+    safety_identifier: Label = None
+    prompt_cache_key: Label = None
+    prompt_cache_retention: Label = None
+    top_logprobs: Refused = None
+    functions: Refused = None
+    function_call: Refused = None
+    audio: Refused = None
+    modalities: Annotated[Any, BeforeValidator(_text_alone)] = None
+    prediction: Refused = None
+    verbosity: Refused = None
+    web_search_options: Refused = None
 
     @model_validator(mode="after")
-    def _only_the_chosen_token(self) -> ChatRequest:
-        if self.top_logprobs:
-            raise ValueError("top_logprobs is not supported: logprobs are those of the chosen tokens")
+    def _tools_are_consistent(self) -> ChatRequest:
+        names = [tool.function.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise ValueError(f"tools: the name {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+        choice = self.tool_choice
+        if choice not in (None, "none", "auto") and not names:
+            raise ValueError("tool_choice needs tools: give some, or leave it out")
+        if isinstance(choice, NamedTool) and choice.function.name not in names:
+            raise ValueError(f"tool_choice: there is no tool {choice.function.name!r} among tools")
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise ValueError("continue_final_message: the last message must be the assistant's")
         return self
+
+    @property
+    def names_structure(self) -> bool:
+        return bool(self.forced_tools) or super().names_structure
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """Those that the answer may call."""
+        return [] if self.tool_choice == "none" else self.tools
+
+    @property
+    def forced_tools(self) -> list[Tool]:
+        """Those of which the answer must call one. Empty: it need not."""
+        if isinstance(self.tool_choice, NamedTool):
+            return [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]
+        return self.tools if self.tool_choice == "required" else []
 
     @property
     def wants_logprobs(self) -> bool:
@@ -198,34 +234,44 @@ class ChatRequest(_Request):
         return self.max_completion_tokens or self.max_tokens
 
 
-def _prompt(given: Any) -> str | list[int]:
-    """One prompt. Checked here and not by pydantic, which would report on each of a hundred thousand token ids."""
-    if isinstance(given, list) and given and isinstance(given[0], str | list):
-        if len(given) > 1:
-            raise ValueError("one prompt for each request: send several requests")
-        [given] = given
-    if isinstance(given, str) or (isinstance(given, list) and set(map(type, given)) <= {int}):
-        return given
-    raise ValueError("give a text or a list of token ids")
+def _prompts(given: Any) -> list[str] | list[list[int]]:
+    """One prompt or several. Checked here and not by pydantic, which would report on each of a hundred thousand token ids."""
+    prompts = given if isinstance(given, list) and given and isinstance(given[0], str | list) else [given]
+    if len(prompts) > _MOST_PROMPTS:
+        raise ValueError(f"give at most {_MOST_PROMPTS} prompts")
+    if all(isinstance(prompt, str) for prompt in prompts):
+        return prompts
+    if all(isinstance(prompt, list) and set(map(type, prompt)) <= {int} for prompt in prompts):
+        return prompts
+    raise ValueError("give a text or a list of token ids, or a list of one of these")
 
 
-class CompletionRequest(_Request):
-    #: Text, or token ids; or one of either in a list.
-    prompt: Annotated[Any, BeforeValidator(_prompt)]
+class CompletionRequest(Request):
+    #: Texts, or token ids.
+    prompt: Annotated[Any, BeforeValidator(_prompts)]
     max_tokens: Annotated[int, Field(ge=1)] = 16
     #: How many alternatives to list: 0 lists the chosen tokens alone.
     logprobs: int | None = None
-    echo: bool = False
-    suffix: str | None = None
+    echo: Refused = None
+    suffix: Refused = None
     best_of: int | None = None
 
     @model_validator(mode="after")
     def _plain_completions(self) -> CompletionRequest:
         if self.logprobs:
-            raise ValueError("logprobs above 0 are not supported: 0 gives those of the chosen tokens")
-        if self.echo or self.suffix or (self.best_of or 1) > self.n:
-            raise ValueError("echo, suffix and best_of are not supported: leave them out")
+            raise ValueError("logprobs: values above 0 are not supported: 0 gives those of the chosen tokens")
+        if (self.best_of or 1) > self.n:
+            raise ValueError("best_of: more than n is not supported: leave it out")
         return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        found: list[str] | list[list[int]] = self.prompt
+        return found
+
+    @property
+    def places(self) -> int:
+        return self.n * len(self.prompts)
 
     @property
     def wants_logprobs(self) -> bool:
@@ -239,7 +285,10 @@ class CompletionRequest(_Request):
 AnyRequest: TypeAlias = ChatRequest | CompletionRequest
 
 
-def parse(body: bytes, kind: type[AnyRequest], *, max_length: int) -> AnyRequest:
+Kind = TypeVar("Kind", bound=Strict)
+
+
+def parse(body: bytes, kind: type[Kind], *, max_length: int, allow_unknown_fields: bool = False) -> Kind:
     """The request in `body`. Raises ApiError, whatever the bytes. `max_length`: positions that a target server takes."""
     try:
         values = loads(body.decode(), most_values=max_length + _MOST_OTHER_VALUES)
@@ -250,6 +299,6 @@ def parse(body: bytes, kind: type[AnyRequest], *, max_length: int) -> AnyRequest
     if not isinstance(values, dict):
         raise ApiError(400, "the body must be a JSON object")
     try:
-        return kind.model_validate(values)
+        return kind.model_validate(values, context={"allow_unknown_fields": allow_unknown_fields})
     except ValidationError as error:
         raise from_validation(error) from None

@@ -8,27 +8,27 @@ import hashlib
 import hmac
 import json
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from fastapi import Request
 
-from dsi_actors.config import Sampling
-from dsi_actors.errors import ConfigError, NoTargetError, OrchestratorClosed
+from dsi_actors.errors import ConfigError, OrchestratorClosed
 from dsi_actors.logs import get_logger
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.serving.bodies import Bodies
-from dsi_actors.serving.completions import Completion, Job, seed_or_any
+from dsi_actors.serving.completions import Completion, Job
+from dsi_actors.serving.doors import Door
 from dsi_actors.serving.errors import ApiError, unavailable
 from dsi_actors.serving.exchange import Exchange
 from dsi_actors.serving.limits import BodyMemory, FairThreads, Places
 from dsi_actors.serving.metrics import Metrics
-from dsi_actors.serving.schemas import AnyRequest, ChatRequest, CompletionRequest, parse
-from dsi_actors.serving.structured import structure_of
+from dsi_actors.serving.preparing import Preparation
+from dsi_actors.serving.schemas import AnyRequest, parse
 from dsi_actors.serving.watch import Watch
-from dsi_actors.tokenization.sampling_defaults import DEFAULT_NAMES
 from dsi_actors.tokenizer import Tokenizer
 from dsi_protocol import MAX_TOKENS_PER_MESSAGE
 
@@ -41,8 +41,6 @@ _MANY_TOKENS = 500
 _BYTES_PER_TOKEN = 64
 #: Once requests are cut off, how long their clients have to take the last event.
 _FAREWELL_S = 1.0
-#: OpenAI's, where neither a request nor the model's generation_config.json names one.
-_TEMPERATURE = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +49,8 @@ class ServiceConfig:
 
     #: The name under which clients ask for the model.
     model: str
+    #: Other names for it.
+    aliases: Sequence[str] = ()
     #: Who may ask. Empty: anybody.
     api_keys: Sequence[str] = ()
     #: What a client gets that does not say how much it wants.
@@ -62,22 +62,26 @@ class ServiceConfig:
     #: How long a client may take for the head of a request and for its body (which gets a second more for each 8 KiB), and not
     #: take anything of an answer.
     client_timeout_s: float = 30.0
+    #: A stream in which nothing is new for so long gets a comment, and its head if it has none yet.
+    silence_s: float = 10.0
     #: How long a connection may stay without a request after an answer.
     keep_alive_s: int = 5
     #: Connections at the same time. Requests on more of them get 503, and a quarter more are closed at once.
     max_connections: int = 512
     #: Web pages of these origins, such as https://chat.example.org, may ask. "*" allows all pages.
     allowed_origins: Sequence[str] = ()
+    #: Fields of a request that this service does not know are ignored. Otherwise they get 400.
+    allow_unknown_fields: bool = False
 
     def __post_init__(self) -> None:
-        if not self.model.isprintable() or not self.model:
-            raise ConfigError("the model's name must be printable text that is not empty: give another one")
+        if not all(name and name.isprintable() for name in (self.model, *self.aliases)):
+            raise ConfigError("the model's names must be printable text that is not empty: give other ones")
         if min(self.default_max_tokens, self.max_body_bytes, self.max_bodies_bytes, self.max_connections) < 1:
             raise ConfigError(
                 "default_max_tokens, max_body_bytes, max_bodies_bytes and max_connections must be positive"
             )
-        if self.client_timeout_s <= 0 or self.keep_alive_s < 0:
-            raise ConfigError("client_timeout_s must be positive, keep_alive_s not negative")
+        if min(self.client_timeout_s, self.silence_s) <= 0 or self.keep_alive_s < 0:
+            raise ConfigError("client_timeout_s and silence_s must be positive, keep_alive_s not negative")
 
 
 class Service:
@@ -86,18 +90,21 @@ class Service:
     def __init__(self, orchestrator: Orchestrator, tokenizer: Tokenizer, config: ServiceConfig) -> None:
         self.orchestrator = orchestrator
         self.config = config
+        self.model_names = list(dict.fromkeys((config.model, *config.aliases)))
         self.created = int(time.time())
         self.watch = Watch(orchestrator, tokenizer)
         self.metrics = Metrics(config.model, workers=self.ready_workers, waiting=self._waiting)
         #: No request is taken any more.
         self.ending = False
         self._tokenizer = tokenizer
-        #: The bytes of text that a token may stand for. Known from the start: the vocabulary is large.
-        self._token_bytes = tokenizer.max_token_bytes
         self._keys = [hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest() for key in config.api_keys]
         self.places = Places(orchestrator.config.max_generations)
         self.memory = BodyMemory(config.max_bodies_bytes)
         self._threads = FairThreads()
+        self._preparation = Preparation(
+            orchestrator, tokenizer, self._threads, default_max_tokens=config.default_max_tokens,
+            allow_unknown_fields=config.allow_unknown_fields,
+        )  # fmt: skip
         #: Those without their whole answer.
         self.requests: set[Exchange] = set()
         self._one_is_over = asyncio.Event()
@@ -124,6 +131,8 @@ class Service:
     def check_key(self, request: Request) -> None:
         """Raises ApiError for a client that may not ask."""
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if not given and (key := request.headers.get("x-api-key")):  # as Anthropic's clients send it
+            scheme, given = "bearer", key
         digest = hashlib.sha256(given.strip().encode("latin-1")).digest()
         # Every key is compared, so that the time tells nothing about any of them.
         right = sum([hmac.compare_digest(digest, key) for key in self._keys])
@@ -135,127 +144,88 @@ class Service:
 
     # A request
 
-    async def answer(self, exchange: Exchange, kind: type[AnyRequest]) -> None:
+    async def answer(self, exchange: Exchange, door: Door) -> None:
         """From the first look at the request's head to the last byte of the answer, or to the client's leaving."""
         self.requests.add(exchange)
         try:
-            await exchange.run(self._serve(exchange, kind))
+            await exchange.run(self._serve(exchange, door))
         finally:
             self.requests.discard(exchange)
             self._one_is_over.set()
             self.metrics.request(exchange.outcome)
             exchange.log_end()
 
-    async def _serve(self, exchange: Exchange, kind: type[AnyRequest]) -> None:
+    async def _serve(self, exchange: Exchange, door: Door) -> None:
         request = exchange.request
         self.check_key(request)
         if self.ending:
             raise self._no_more()
-        client = request.headers.get("authorization") if self._keys else request.client and request.client.host
+        key = request.headers.get("authorization") or request.headers.get("x-api-key")
+        client = key if self._keys else request.client and request.client.host
         with ExitStack() as places:
             with self.memory.hold() as held:
-                most_bytes, why = self._most_bytes()
+                most_bytes, why = self._most_bytes(door)
                 body = await exchange.read_body(
                     most_bytes=most_bytes, too_long=why, within_s=self.config.client_timeout_s, held=held
                 )
-                parsing = partial(parse, body, kind, max_length=self._max_length or MAX_TOKENS_PER_MESSAGE)
-                asked = await self._threads.run(client, len(body), parsing)
-                if asked.model != self.config.model:
-                    raise ApiError(
-                        404, f"there is no model {asked.model!r} here: it is {self.config.model!r}", param="model",
-                        code="model_not_found",
-                    )  # fmt: skip
-                places.enter_context(self.places.take(asked.n))
+                sent, asked = await self._threads.run(client, len(body), partial(self._parsed, body, door))
+                if asked.model not in self.model_names:
+                    raise self.no_model(asked.model)
+                places.enter_context(self.places.take(asked.places))
                 exchange.accepted = True
-                job = await self._prepare(asked, client, len(body), exchange.id)
-            await self._generate(exchange, asked, job)
+                job = await self._preparation.job(asked, client, len(body), exchange.id)
+            await self._generate(exchange, door.bodies(sent, exchange.id), job, stream=asked.stream)
+
+    def _parsed(self, body: bytes, door: Door) -> tuple[Any, AnyRequest]:
+        """What was sent, and the same as a request of an older endpoint. Raises ApiError and ValidationError."""
+        sent = parse(
+            body, door.kind, max_length=self.max_length or MAX_TOKENS_PER_MESSAGE,
+            allow_unknown_fields=self.config.allow_unknown_fields,
+        )  # fmt: skip
+        return sent, door.as_request(sent)
+
+    def no_model(self, name: str) -> ApiError:
+        here = " or ".join(map(repr, self.model_names))
+        return ApiError(404, f"there is no model {name!r} here: it is {here}", param="model", code="model_not_found")
 
     @property
-    def _max_length(self) -> int:
+    def max_length(self) -> int:
         """Positions, prompt and answer together, that a generation may have; 0 while no target server is there."""
-        return min(self.orchestrator.max_length, MAX_TOKENS_PER_MESSAGE)
+        return self._preparation.max_length
 
-    def _most_bytes(self) -> tuple[int, str]:
+    def _most_bytes(self, door: Door) -> tuple[int, str]:
         """The longest body that can hold a prompt of the target's length, and a sentence that says so."""
-        length, most = self._max_length, self.config.max_body_bytes
-        fits = _JSON_BYTES_PER_BYTE * length * self._token_bytes + _OTHER_JSON_BYTES
-        if length > 0 and fits < most:
-            return fits, f"no prompt of more than {fits} bytes fits the target's limit of {length} tokens"
+        length, most = self.max_length, self.config.max_body_bytes
+        fits = _JSON_BYTES_PER_BYTE * length * self._preparation.token_bytes + _OTHER_JSON_BYTES
+        if length > 0 and fits < most and not door.takes_batches:
+            return (
+                fits,
+                f"This model's maximum context length is {length} tokens, and no prompt of more than {fits} bytes fits",
+            )
         return most, f"this service reads at most {most} bytes"
 
-    async def _prepare(self, asked: AnyRequest, client: Hashable, size_bytes: int, correlation: str) -> Job:
-        """Raises ApiError and ConfigError."""
-        structure = None
-        if asked.names_structure:
-            structure = await self._threads.run(client, size_bytes, partial(structure_of, asked))
-        while not (max_length := self._max_length):
-            patience_s = self.orchestrator.config.ready_timeout_s
-            if not await self.orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=patience_s):
-                raise NoTargetError(f"no target server came within {patience_s:g} s")
-        prompt_ids = await self._threads.run(client, size_bytes, partial(self._encode, asked, max_length))
-        bad_words = [ids for word in asked.bad_words for ids in self._tokenizer.spellings(word)]
-        room = max(1, max_length - len(prompt_ids))
-        max_tokens = asked.most_tokens or min(self.config.default_max_tokens, room)
-        if len(prompt_ids) + max_tokens > max_length:
-            raise ApiError(
-                400, f"the prompt has {len(prompt_ids)} tokens and max_tokens is {max_tokens}: together "
-                f"{len(prompt_ids) + max_tokens} are over the target's limit of {max_length}",
-                code="context_length_exceeded",
-            )  # fmt: skip
-        given = {name: value for name in DEFAULT_NAMES if (value := getattr(asked, name)) is not None}
-        sampling = Sampling(
-            **{"temperature": _TEMPERATURE, **self._tokenizer.sampling_defaults, **given},
-            presence_penalty=asked.presence_penalty, frequency_penalty=asked.frequency_penalty,
-            logit_bias=asked.logit_bias, bad_words=bad_words, structure=structure,
-            max_tokens=max_tokens, min_tokens=asked.min_tokens,
-            stop_token_ids=(*asked.stop_token_ids, *(() if asked.ignore_eos else self._tokenizer.stop_token_ids)),
-            seed=seed_or_any(asked.seed), logprobs=asked.wants_logprobs,
-        )  # fmt: skip
-        options = asked.dsi
-        return Job(
-            prompt_ids, sampling, asked.stop, asked.n, options.algorithm, options.sp, options.lookahead,
-            None if options.rows == "auto" else options.rows, correlation,
-            continues=isinstance(asked, CompletionRequest),
-        )  # fmt: skip
-
-    def _encode(self, asked: AnyRequest, max_length: int) -> list[int]:
-        """In a thread. A text that cannot fit, whatever its tokens, is refused before it is tokenized."""
-        if isinstance(asked, CompletionRequest) and not isinstance(asked.prompt, str):
-            return list(asked.prompt)
-        texts = [asked.prompt] if isinstance(asked, CompletionRequest) else [m.content for m in asked.messages]
-        size, most = sum(len(text.encode()) for text in texts), max_length * self._token_bytes
-        if size > most:
-            raise ApiError(
-                400, f"the prompt has {size} bytes: no text of more than {most} bytes fits the target's limit of {max_length} "
-                "tokens", code="context_length_exceeded",
-            )  # fmt: skip
-        if isinstance(asked, CompletionRequest):
-            return self._tokenizer.encode(asked.prompt)
-        return self._tokenizer.encode_chat([message.as_dict() for message in asked.messages])
-
-    async def _generate(self, exchange: Exchange, asked: AnyRequest, job: Job) -> None:
-        bodies = Bodies(self.config.model, isinstance(asked, ChatRequest), asked.wants_logprobs, exchange.id)
+    async def _generate(self, exchange: Exchange, bodies: Bodies, job: Job, *, stream: bool) -> None:
         completion = Completion(self.orchestrator, self._tokenizer, self.metrics, job)
         exchange.completion = completion
+        prompt_tokens = sum(map(len, job.prompts))
         log.info(
-            "request", id=exchange.id, prompt_tokens=len(job.prompt_ids), max_tokens=job.sampling.max_tokens,
-            n=job.choices,
+            "request", id=exchange.id, prompt_tokens=prompt_tokens, max_tokens=job.sampling.max_tokens,
+            n=len(completion.choices),
         )  # fmt: skip
-        self.metrics.prompt(len(job.prompt_ids))
-        if asked.stream:
-            usage = asked.stream_options is not None and asked.stream_options.include_usage
-            await _stream(exchange, bodies, completion, usage=usage)
+        self.metrics.prompt(prompt_tokens)
+        if stream:
+            await _stream(exchange, bodies, completion, self.config.silence_s)
         else:
             async with aclosing(completion.updates()) as updates:
                 async for _ in updates:
                     pass
-            await exchange.send_whole(await self._rendered(bodies, completion))
+            await exchange.send_whole(await self._rendered(exchange.id, bodies, completion))
 
-    async def _rendered(self, bodies: Bodies, completion: Completion) -> bytes:
+    async def _rendered(self, number: str, bodies: Bodies, completion: Completion) -> bytes:
         tokens = sum(choice.tokens for choice in completion.choices)
         if tokens < _MANY_TOKENS:
             return _json(bodies, completion)
-        return await self._threads.run(bodies.id, tokens * _BYTES_PER_TOKEN, partial(_json, bodies, completion))
+        return await self._threads.run(number, tokens * _BYTES_PER_TOKEN, partial(_json, bodies, completion))
 
     # The end
 
@@ -297,22 +267,21 @@ class Service:
         return unavailable("the service ends and takes no more requests", close=True)
 
 
-async def _stream(exchange: Exchange, bodies: Bodies, completion: Completion, *, usage: bool) -> None:
-    """Server-sent events. The first update comes before the status line: what is wrong with the request has a status."""
-    async with aclosing(completion.updates()) as updates:
-        update = await anext(updates, None)
-        await exchange.open_stream()
-        if bodies.chat:
-            for choice in completion.choices:
-                await exchange.send_event(bodies.first_chunk(choice))
-        while update is not None:
-            if update.piece is None:
-                await exchange.send_event(bodies.last_chunk(update.choice))
+async def _stream(exchange: Exchange, bodies: Bodies, completion: Completion, silence_s: float) -> None:
+    """Server-sent events. Something new comes before the status line, so that what is wrong with the request has a status; but
+    what waits for it on the way, such as a proxy, waits no longer than `silence_s`."""
+    async with aclosing(completion.updates(silence_s)) as updates:
+        begun = False
+        async for update in updates:
+            if not begun:
+                begun = True
+                await exchange.open_stream(bodies)
+                await exchange.send_events(bodies.begin(completion))
+            if update is None:
+                await exchange.send_comment()
             else:
-                await exchange.send_event(bodies.chunk(update.choice, update.piece.text, update.piece.tokens))
-            update = await anext(updates, None)
-    if usage:
-        await exchange.send_event(bodies.usage_chunk(completion))
+                await exchange.send_events(bodies.update(update))
+    await exchange.send_events(bodies.end(completion))
     await exchange.end_stream()
 
 

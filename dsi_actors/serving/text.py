@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from dsi_actors.results import CommittedTokens
+from dsi_actors.serving.parts import Part
 from dsi_actors.tokenizer import Tokenizer
 
 
@@ -29,6 +30,8 @@ class Piece:
 
     text: str
     tokens: tuple[TokenText, ...] = ()
+    #: What the text is to a message, if somebody reads it as one.
+    parts: tuple[Part, ...] = ()
 
 
 class TextAssembler:
@@ -40,10 +43,12 @@ class TextAssembler:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str], *, after: Sequence[int] = (), min_tokens: int = 0
-    ) -> None:
+        self, tokenizer: Tokenizer, stop: Sequence[str], *, after: Sequence[int] = (), min_tokens: int = 0,
+        shown: Collection[str] = (),
+    ) -> None:  # fmt: skip
         """`after`: the tokens whose text the answer continues, if it does not stand alone. `min_tokens`: in the text of so many
-        tokens, stop strings are not looked for."""
+        tokens, stop strings are not looked for. `shown`: names of special tokens that are a part of the text."""
+        self._shown = {number: name for number, name in tokenizer.special_tokens.items() if name in shown}
         self._unread = min_tokens
         self._stream = tokenizer.stream(after=after)
         self._names = tokenizer.special_tokens
@@ -60,10 +65,10 @@ class TextAssembler:
         """What can be shown now. Tokens that belong to text held back are given at once: they are settled."""
         seen: list[TokenText] = []
         for index, token in enumerate(tokens):
-            offset, text = self._length, self._stream.add(token)
+            offset, text = self._length, self._stream.add(token) + self._shown.get(token, "")
             logprob = tokens.logprobs[index] if tokens.logprobs else None
             seen.append(TokenText(token, self._stream.own, offset, logprob))
-            end = self._read(text, self._names.get(token, ""))
+            end = self._read(text, "" if token in self._shown else self._names.get(token, ""))
             self._unread -= 1
             if end is not None:
                 self.stopped = True

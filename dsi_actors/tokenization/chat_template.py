@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import threading
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -24,6 +26,11 @@ _MOST_SECONDS = 2.0
 _MOST_ADDED_CHARACTERS, _MOST_REPEATS = 1 << 20, 4
 #: Of a sequence that is repeated by `*`, and bits of a product or a power.
 _MOST_ITEMS, _MOST_BITS = 1 << 20, 1 << 12
+#: What the template reads that no option may name.
+_OWN_NAMES = {
+    "messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "unk_token", "pad_token",
+    "raise_exception", "strftime_now",
+}  # fmt: skip
 
 
 class ChatTemplate:
@@ -31,27 +38,40 @@ class ChatTemplate:
 
     def __init__(self, source: str) -> None:
         self.source = source
+        #: The names of what it reads: messages, tools, enable_thinking and so on.
+        self.reads: frozenset[str] = frozenset()
         self._environment = _Environment()
         self._template: jinja2.Template | None = None
         try:
             tree = self._environment.parse(source)
+            self.reads = frozenset(jinja2.meta.find_undeclared_variables(tree))
             _check_time_in_loops(tree)
             code = self._environment.compile(tree)
             self._template = jinja2.Template.from_code(self._environment, code, self._environment.make_globals(None))
         except Exception as error:  # text without a template still works: whoever renders hears of it
             self._problem = in_one_line(error)
 
-    def render(self, messages: Sequence[Mapping[str, str]], special_tokens: Mapping[str, str]) -> str:
-        """Up to where the answer begins. Raises ConfigError, whatever the template does."""
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, str], *,
+        tools: Sequence[Mapping[str, Any]] = (), options: Mapping[str, Any] | None = None, answer_begins: bool = True,
+    ) -> str:  # fmt: skip
+        """The text of a conversation, up to where the answer begins unless `answer_begins` is False.
+
+        `tools`: those that may be called. `options`: what else the template reads, by name. Raises ConfigError, whatever the
+        template does."""
         if self._template is None:
             raise _failure(self._problem)
-        size = sum(len(value) for message in messages for value in message.values())
-        room = _MOST_ADDED_CHARACTERS + _MOST_REPEATS * size
+        options = dict(options or {})
+        for name in options:
+            if name not in self.reads or name in _OWN_NAMES:
+                raise ConfigError(f"the model's chat template reads no {name}: leave it out")
+        room = _MOST_ADDED_CHARACTERS + _MOST_REPEATS * _characters([messages, tools, options])
         pieces: list[str] = []
-        given = {"messages": [dict(message) for message in messages], "add_generation_prompt": True}
+        given = {"messages": copy.deepcopy(list(messages)), "add_generation_prompt": answer_begins}
+        given |= {"tools": copy.deepcopy(list(tools)) or None, "documents": None, **special_tokens, **options}
         self._environment.start_clock()
         try:
-            for piece in self._template.generate(**given, tools=None, documents=None, **special_tokens):
+            for piece in self._template.generate(given):
                 pieces.append(piece)
                 room -= len(piece)
                 if room < 0:
@@ -59,6 +79,15 @@ class ChatTemplate:
         except Exception as error:
             raise _failure(in_one_line(error)) from None
         return "".join(pieces)
+
+
+def _characters(value: Any) -> int:
+    """Of all texts in a value of JSON."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(len(key) + _characters(inner) for key, inner in value.items())
+    return sum(map(_characters, value)) if isinstance(value, list | tuple) else 8
 
 
 class _OutOfBounds(Exception):

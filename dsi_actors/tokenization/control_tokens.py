@@ -22,6 +22,7 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as LibraryTokenizer
@@ -53,13 +54,14 @@ class ControlTokens:
         self._mark, self._secret = (f"{secrets.randbelow(10**_SECRET_DIGITS):0{_SECRET_DIGITS}d}" for _ in range(2))
         self._code = {name: f"{place:0{_CODE_DIGITS}d}" for place, name in enumerate(self._all)}
 
-    def mask(self, messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]] | None:
+    def mask(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
         """The messages with marks for control tokens. None: they name none, and need no care."""
-        masked = [
-            {field: self._masked(text, message.get("role") == "assistant") for field, text in message.items()}
-            for message in messages
-        ]
+        masked = [self._masked(dict(message), message.get("role") == "assistant") for message in messages]
         return None if masked == list(messages) else masked
+
+    def mask_value(self, value: Any) -> Any:
+        """The same for what else a user gives, such as the descriptions of tools."""
+        return self._masked(value, False)
 
     def encode(self, rendered: str) -> list[int]:
         """The tokens of what the template made of masked messages. Raises ConfigError."""
@@ -77,9 +79,14 @@ class ControlTokens:
                 found.append(token)
         return found
 
-    def _masked(self, text: str, assistant: bool) -> str:
-        names = self._special_names if assistant else self._all_names
-        return names.sub(lambda found: self._mark + self._code[found[0]], text)
+    def _masked(self, value: Any, assistant: bool) -> Any:
+        """All texts in a value of JSON, the keys of its objects among them."""
+        if isinstance(value, str):
+            names = self._special_names if assistant else self._all_names
+            return names.sub(lambda found: self._mark + self._code[found[0]], value)
+        if isinstance(value, Mapping):
+            return {self._masked(key, assistant): self._masked(inner, assistant) for key, inner in value.items()}
+        return [self._masked(inner, assistant) for inner in value] if isinstance(value, list | tuple) else value
 
     @cached_property
     def _copy(self) -> tuple[LibraryTokenizer, dict[int, int]]:

@@ -91,8 +91,8 @@ async def test_what_is_counted_does_not_depend_on_how_it_is_decoded(
         async def answer(stops: Sequence[str], algorithm: Algorithm, tokens: int = 40) -> tuple[Choice, float]:
             metrics = Metrics("timed", workers=lambda role: 1, waiting=lambda: 0)
             job = Job(
-                PROMPT, Sampling(max_tokens=tokens), stops, 1, algorithm, None, "auto" if algorithm == "ar" else 4, None, "test",
-                continues=True,
+                [PROMPT], Sampling(max_tokens=tokens), stops, 1, algorithm, None, "auto" if algorithm == "ar" else 4, None,
+                "test", continues=True,
             )  # fmt: skip
             completion = Completion(orchestrator, tokenizer, metrics, job)
             async for _ in completion.updates():

@@ -119,7 +119,7 @@ async def test_a_text_over_the_limit_in_bytes_is_not_tokenized(
 ) -> None:
     tokenizer = service.tokenizer
     monkeypatch.setattr(tokenizer, "encode", lambda text: pytest.fail("it was tokenized"))
-    monkeypatch.setattr(service.service, "_token_bytes", 16)  # whole words have no such bound
+    monkeypatch.setattr(service.service._preparation, "token_bytes", 16)  # whole words have no such bound
     reply = await service.ask(asked("w" * (9 << 20), "sk-1"))
     assert (reply.status, reply.error["code"]) == (400, "context_length_exceeded")
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 
+from dsi_protocol import MAX_TOKENS_PER_MESSAGE
 from support.service import MODEL, Served, completion, post, served
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "w4"}]}
@@ -45,6 +47,10 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "half a pair in a key": (raw('"\\udfff": 1'), "UTF-16 pair"),
     "half a pair in a stop": (chat(stop="a\ud83d"), "UTF-16 pair"),
     "half a pair deep inside": (chat(metadata={"a": [{"b": "\ud83d"}]}), "UTF-16 pair"),
+    "a field that nobody knows": (chat(temprature=1), "there is no field 'temprature' here"),
+    "such a field in a message": (chat(messages=[{"role": "user", "content": "", "x": 1}]), "messages[0]: there is no field 'x'"),
+    "such a field in an option": (chat(stream_options={"usage": True}), "stream_options: there is no field 'usage'"),
+    "a field that is not supported": (chat(prediction={"type": "content"}), "prediction: is not supported"),
     "deep lists": (raw('"x": ' + "[" * 100_000), "nested deeper"),
     "deep objects": (raw('"x": ' + '{"a":' * 100_000), "nested deeper"),
     "deep and closed": (raw('"x": ' + "[" * 1000 + "]" * 1000), "nested deeper"),
@@ -66,13 +72,19 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "no messages": (b'{"model": "timed"}', "messages: "),
     "empty messages": (chat(messages=[]), "messages: "),
     "null messages": (chat(messages=None), "messages: "),
-    "a null message": (chat(messages=[None]), "messages.0: "),
-    "no content": (chat(messages=[{"role": "assistant"}]), "messages.0.content: "),
-    "null content": (chat(messages=[{"role": "assistant", "content": None}]), "messages.0.content: "),
-    "tool calls": (
-        chat(messages=[{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]), "tool_calls and function_call",
+    "a null message": (chat(messages=[None]), "messages[0]: must be an object"),
+    "no content": (chat(messages=[{"role": "assistant"}]), "messages[0]: content is missing"),
+    "null content": (chat(messages=[{"role": "assistant", "content": None}]), "messages[0]: content is missing"),
+    "a call without a function": (
+        chat(messages=[{"role": "assistant", "tool_calls": [{"id": "1"}]}]), "messages[0].tool_calls[0].function: is missing",
     ),
-    "another role": (chat(messages=[{"role": "tool", "content": "a"}]), "messages.0.role: "),
+    "a call by a user": (
+        chat(messages=[{"role": "user", "tool_calls": [{"function": {"name": "f"}}]}]), "tool_calls stand in a message of the",
+    ),
+    "the older way of calls": (
+        chat(messages=[{"role": "assistant", "content": "", "function_call": {"name": "f"}}]), "function_call: is not supported",
+    ),
+    "another role": (chat(messages=[{"role": "critic", "content": "a"}]), "messages[0].role: must be 'system', "),
     "a picture": (chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "content"),
     "a null part": (chat(messages=[{"role": "user", "content": [None]}]), "content"),
     "too many messages": (chat(messages=[{"role": "user", "content": ""}] * 5000), "messages: "),
@@ -80,7 +92,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "a long stop": (chat(stop="a" * 501), "stop: "),
     "lookahead": (chat(dsi={"lookahead": True}), "dsi.lookahead: "),
     "no object for dsi": (chat(dsi=[]), "dsi: "),
-    "more choices than there are places": (chat(n=5), "n is 5, but this service takes at most 4"),
+    "more choices than there are places": (chat(n=5), "n and prompt ask for 5 generations, but this service takes at most 4"),
     "a temperature of many digits": (raw('"temperature": 1' + "0" * 39), "temperature must lie in"),
     "top_k of many digits": (chat(top_k=10**39), "top_k must be"),
 }  # fmt: skip
@@ -107,9 +119,10 @@ async def test_a_name_that_is_not_known_is_quoted_in_part(service: Served) -> No
     ("prompt", "words"),
     [
         ([], "the prompt is empty"), ([[]], "the prompt is empty"), ([5, 2000], "token 2000 is outside"), ([-1], "-1 is none"),
-        ([True], "prompt: "), ([1.5], "prompt: "), (["w4", "w5"], "one prompt for each request"), ({}, "prompt: "),
-        (None, "prompt: "), ([1, "w4"], "prompt: "), ("", "the prompt is empty"), ([[1], [2]], "one prompt"),
-        ([10**30], "is none"), ([0] * 300_000, "limit"),
+        ([True], "prompt: "), ([1.5], "prompt: "), ({}, "prompt: "),
+        (None, "prompt: "), ([1, "w4"], "prompt: "), ("", "the prompt is empty"),
+        ([[1], "w4"], "prompt: "), (["w4", [1]], "prompt: "), (["w4"] * 5, "for 5 generations"), ([[1], []], "prompt is empty"),
+        ([10**30], "is none"), ([0] * 300_000, "maximum context length"),
     ],
 )  # fmt: skip
 async def test_prompts_that_are_none(service: Served, prompt: Any, words: str) -> None:
@@ -122,13 +135,15 @@ async def test_null_is_the_same_as_nothing(service: Served) -> None:
     nulls: dict[str, Any] = dict.fromkeys(
         ("temperature", "top_p", "n", "stop", "stream", "stream_options", "top_k", "min_p", "repetition_penalty",
          "ignore_eos", "dsi", "presence_penalty", "frequency_penalty", "logit_bias", "response_format", "tools", "functions",
-         "max_tokens", "logprobs", "echo", "suffix", "best_of", "seed", "user", "parallel_tool_calls"),
+         "max_tokens", "logprobs", "echo", "suffix", "best_of", "seed", "user", "parallel_tool_calls",
+         "a_field_that_nobody_knows"),
     )  # fmt: skip
     plain = await service.ask(completion("w4 w8"))
     for fields in (
         nulls,
         {"dsi": dict.fromkeys(("algorithm", "sp", "lookahead"))},
         {"response_format": {"type": None}},
+        {"response_format": {"type": "text", "json_schema": {"schema": None, "strict": None}}},
     ):
         reply = await service.ask(completion("w4 w8", **fields))
         assert reply.status == 200
@@ -202,3 +217,31 @@ async def test_what_is_no_http_is_told_so(service: Served, sent: bytes) -> None:
     assert reply.error["message"] == "Invalid HTTP request received."
     assert await client.closed()
     await service.quiet()
+
+
+async def test_fields_that_nobody_knows_can_be_allowed(tmp_path: Path) -> None:
+    async with served(tmp_path, sp=1, config={"allow_unknown_fields": True}) as service:
+        message = {"role": "user", "content": [{"type": "text", "text": "w4", "x": 1}], "x": 1}
+        body = chat(messages=[message], max_tokens=2, x=1, dsi={"x": 1})
+        assert (await service.ask(post("/v1/chat/completions", body))).status == 200
+        refused = await service.ask(post("/v1/chat/completions", chat(prediction={"type": "content"})))
+        assert refused.error["param"] == "prediction", "what is known and not supported is refused all the same"
+
+
+async def test_who_may_not_ask_hears_nothing_of_the_request(tmp_path: Path) -> None:
+    async with served(tmp_path, sp=1, config={"api_keys": ["sk-1"]}) as service:
+        for body in (b"{nonsense", chat(temprature=1), chat()):
+            assert (await service.ask(post("/v1/chat/completions", body))).status == 401
+
+
+async def test_a_prompt_that_is_too_long_is_told_in_the_words_that_clients_look_for(service: Served) -> None:
+    """LangChain looks for the code, litellm for these words."""
+    most = min(service.orchestrator.max_length, MAX_TOKENS_PER_MESSAGE)
+    for path, prompt in (
+        ("/v1/completions", {"prompt": "w4 w5"}),
+        ("/v1/chat/completions", {"messages": CHAT["messages"]}),
+    ):
+        reply = await service.ask(post(path, json.dumps({"model": MODEL, "max_tokens": most, **prompt}).encode()))
+        assert reply.status == 400
+        assert reply.error["code"] == "context_length_exceeded"
+        assert reply.error["message"].startswith(f"This model's maximum context length is {most} tokens. However, you")

@@ -107,14 +107,14 @@ def session_of(tokens: Sequence[int], *, prompt_length: int | None = None, gener
 END = 256
 
 
-def make_byte_model(directory: Path) -> Path:
+def make_byte_model(directory: Path, *, positions: int = 512) -> Path:
     """A random Llama whose tokens are the 256 bytes and END, with a chat template: it can write any text."""
     from tokenizers import Tokenizer
     from tokenizers.decoders import ByteLevel as ByteLevelDecoder
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel
 
-    make_tiny_model(directory, words=END + 1)
+    make_tiny_model(directory, words=END + 1, positions=positions)
     letters = sorted(ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)

@@ -1,0 +1,54 @@
+"""Of what requests are made: objects in which nothing is ignored silently, and fields that are known but mean nothing here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, model_validator
+
+
+class Strict(BaseModel):
+    """An object in a request. A field that it does not have is an error, unless the service allows such fields (the context of
+    validation). null is the same as absent."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, given: Any, info: ValidationInfo) -> Any:
+        if not isinstance(given, dict):
+            return given
+        present = {name: value for name, value in given.items() if value is not None}
+        if not (info.context or {}).get("allow_unknown_fields"):
+            known = {field.alias or name for name, field in cls.model_fields.items()}
+            unknown = next((name for name in present if name not in known), None)
+            if unknown is not None:
+                raise ValueError(f"there is no field {unknown!r} here: leave it out (docs/serving.md lists the fields)")
+        return present
+
+
+class _Mark:
+    """Says in a field's metadata how its value is treated."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+
+def _refuse(given: Any) -> Any:
+    if given:
+        raise ValueError("is not supported: leave it out")
+    return None
+
+
+#: A field that clients may know. It is refused unless its value says nothing: null, false, 0, empty.
+Refused: TypeAlias = Annotated[Any, BeforeValidator(_refuse), _Mark("refused")]
+#: A label for the client's own use, or for accounts. It is taken and changes nothing.
+Label: TypeAlias = Annotated[Any, _Mark("label")]
+
+
+def kinds_of(model: type[BaseModel]) -> dict[str, str]:
+    """For each field: understood, label or refused."""
+    return {
+        name: next((mark.kind for mark in field.metadata if isinstance(mark, _Mark)), "understood")
+        for name, field in model.model_fields.items()
+    }

@@ -1,0 +1,48 @@
+"""openai-agents: an agent with a tool and an output type, over both of OpenAI's APIs."""
+
+import asyncio
+import sys
+from typing import Literal
+
+import openai
+from agents import (
+    Agent,
+    ModelSettings,
+    OpenAIChatCompletionsModel,
+    OpenAIResponsesModel,
+    Runner,
+    function_tool,
+    set_tracing_disabled,
+)
+from pydantic import BaseModel
+
+
+class City(BaseModel):
+    name: Literal["Oslo", "Rome"]
+    capital: bool
+
+
+@function_tool
+def count(number: int) -> str:
+    """Counts."""
+    return str(number)
+
+
+async def main() -> None:
+    set_tracing_disabled(True)
+    client = openai.AsyncOpenAI(base_url=sys.argv[1], api_key="any", max_retries=0)
+    for kind in (OpenAIChatCompletionsModel, OpenAIResponsesModel):
+        model = kind(model="tiny", openai_client=client)
+        settings = ModelSettings(max_tokens=100)
+        agent = Agent(name="a", instructions="Answer.", model=model, output_type=City, model_settings=settings)
+        assert isinstance((await Runner.run(agent, "A city.")).final_output, City), kind
+        calls = Agent(
+            name="b", model=model, tools=[count], tool_use_behavior="stop_on_first_tool",
+            model_settings=ModelSettings(max_tokens=100, tool_choice="required", parallel_tool_calls=False),
+        )  # fmt: skip
+        assert (await Runner.run(calls, "Count.")).final_output.lstrip("-").isdecimal(), kind
+        streamed = Runner.run_streamed(Agent(name="c", model=model, model_settings=settings), "Say hello.")
+        assert [event async for event in streamed.stream_events()], kind
+
+
+asyncio.run(main())
