@@ -140,13 +140,13 @@ async def test_the_text_of_an_answer_is_put_together_once() -> None:
     """It was copied with each piece."""
     peaks = []
     for pieces in (SHORT, LONG):
-        completion, choice = object.__new__(Completion), Choice(0, 1)
+        completion, choice = object.__new__(Completion), Choice(0, 1, ())
         queue: asyncio.Queue[Any] = asyncio.Queue()
         for _ in range(pieces):
-            await completion._show(choice, Piece("0123456789"), queue)
+            await completion._show(choice, Piece("0123456789"), None, queue)
         choice.pieces = list(choice.pieces)
         tracemalloc.start()
-        await completion._show(choice, Piece("0123456789"), queue)
+        await completion._show(choice, Piece("0123456789"), None, queue)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert choice.text == "0123456789" * (pieces + 1)

@@ -44,7 +44,7 @@ async def test_models_by_name(service: Served) -> None:
 async def test_each_prompt_of_a_batch_is_answered_as_if_alone(service: Served) -> None:
     prompts: list[Any] = ["w4 w8", "w1", "w5 w6 w7"]
     alone = [(await service.ask(completion(prompt, n=2, seed=3))).json for prompt in prompts]
-    together = (await service.ask(completion(prompts, n=2, seed=3))).json  # type: ignore[arg-type]
+    together = (await service.ask(completion(prompts, n=2, seed=3))).json
     assert [choice["text"] for choice in together["choices"]] == [
         choice["text"] for answer in alone for choice in answer["choices"]
     ]
@@ -53,7 +53,7 @@ async def test_each_prompt_of_a_batch_is_answered_as_if_alone(service: Served) -
     ids = (await service.ask(completion([[4, 8], [1]], n=1, seed=3))).json  # type: ignore[list-item]
     assert len(ids["choices"]) == 2
     texts = dict.fromkeys(range(6), "")
-    for event in (await service.ask(completion(prompts, n=2, seed=3, stream=True))).events[:-1]:  # type: ignore[arg-type]
+    for event in (await service.ask(completion(prompts, n=2, seed=3, stream=True))).events[:-1]:
         [choice] = event["choices"]
         texts[choice["index"]] += choice["text"]
     assert list(texts.values()) == [choice["text"] for choice in together["choices"]]

@@ -101,7 +101,7 @@ def test_what_needs_the_logits_is_left_to_the_engine() -> None:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _write_noise(keys, out, size: tl.constexpr):
+def _write_noise(keys, out, size: tl.constexpr):  # type: ignore[no-untyped-def]
     token = tl.arange(0, size)
     tl.store(out + token, choice_kernels._gumbel_noise(tl.load(keys).to(tl.uint64), token))
 
