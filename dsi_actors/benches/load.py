@@ -1,9 +1,9 @@
 """`dsi-actors bench load`: many clients at once on the same workers, ours beside plain decoding (ar) or other fixed ways.
 
 Each client asks for one generation after another, of prompts that were first run alone: every text must be the same. All
-is real but the models, unless --target names one. A target's forward takes --target-ms and --position-ms for each position
-beyond the first, whoever it is for; the fixed ways share servers and forwards like ours does. With --one-device the forwards
-of all workers take turns, as on one GPU.
+is real but the models, unless --target names one, which runs on the CPU or on --gpu. A target's forward takes --target-ms and
+--position-ms for each position beyond the first, whoever it is for; the fixed ways share servers and forwards like ours
+does. With --one-device the forwards of all workers take turns, as on one GPU.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from dsi_actors.console.machine import describe_machine
 from dsi_actors.console.numbers import numbers
 from dsi_actors.console.options import (
     SubParsers,
+    add_device_options,
     add_json_option,
     add_logging_option,
     add_ready_timeout_option,
     default_of,
+    devices_from,
 )
 from dsi_actors.console.progress import prepare_shown
 from dsi_actors.console.terminal import terminal
@@ -61,6 +63,7 @@ def add_parser(benches: SubParsers) -> None:
     parser.add_argument("--acceptance", type=float, default=0.8, metavar="A", help="chance that a draft is right")
     parser.add_argument("--position-ms", type=float, default=0.3, metavar="P", help="default %(default)s")
     parser.add_argument("--target", metavar="REF", help="a real model, with an int8 copy of it as the drafter")
+    add_device_options(parser)
     parser.add_argument("--fixed", action="store_true", help="run other fixed ways than plain decoding, too")
     parser.add_argument("--one-device", action="store_true", help="drafter and targets take turns, as on one GPU")
     parser.add_argument(
@@ -173,6 +176,8 @@ async def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--seconds must be positive, --tokens at least 2")
     if arguments.repeats < 1:
         raise ConfigError("--repeats must be at least 1")
+    if (devices_from(arguments) or arguments.tp > 1) and not arguments.target:
+        raise ConfigError("--gpu, --gpus and --tp are for a --target: models that are timed have no device")
     if arguments.one_device and arguments.target:
         raise ConfigError("--one-device is for models that are timed: a --target is on the device that it is on")
     ways = _WAYS if arguments.fixed else _WAYS[:2]
@@ -203,7 +208,8 @@ async def run(arguments: argparse.Namespace) -> int:
 
 def _config(arguments: argparse.Namespace, clients: int) -> Config:
     common: dict[str, Any] = {
-        "sp": arguments.sp, "devices": ("cpu",), "ready_timeout_s": arguments.ready_timeout, "log_level": arguments.log_level,
+        "sp": arguments.sp, "tp": arguments.tp, "devices": devices_from(arguments) or ("cpu",),
+        "ready_timeout_s": arguments.ready_timeout, "log_level": arguments.log_level,
     }  # fmt: skip
     if arguments.target:
         return Config(target=arguments.target, drafter=SELF_INT8, **common)
