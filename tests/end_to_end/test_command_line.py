@@ -557,7 +557,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, when: str) -> None:
         (["bench", "exact", "--prompts", "Makefile"], "Makefile cannot be read as lines of"),
         (
             ["bench", "exact-cost", "--prompts", "Makefile", "--repeats", "0"],
-            "--repeats and --threads must be at least 1",
+            "--repeats, --threads and --tp must be at least 1",
         ),
         (["generate", PROMPT, "--drafter", "ngram+ngram"], "ngram+ngram is no more than ngram"),
         (
