@@ -78,17 +78,14 @@ async def run(arguments: argparse.Namespace) -> int:
     tokenizer = Tokenizer(await model_directory(arguments.target))
     prompts = read_prompts(arguments, tokenizer)
     common: dict[str, Any] = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature, "seed": 2024}
-    samplings = {
-        kind: Sampling(**common, structure=structure_of(kind), stop_token_ids=tokenizer.stop_token_ids)
-        for kind in STRUCTURES
-    }
     config = Config(
         target=arguments.target, drafter=None, sp=1, log_level=arguments.log_level, ready_timeout_s=arguments.ready_timeout,
         target_options={"threads": arguments.threads},
     )  # fmt: skip
     async with Orchestrator(config) as orchestrator:
         rows = []
-        for kind, sampling in samplings.items():
+        for kind in STRUCTURES:
+            sampling = Sampling(**common, structure=structure_of(kind), stop_token_ids=tokenizer.stop_token_ids)
             rows.append(await _measure(orchestrator, prompts, kind, Sampling(**common), sampling, arguments.repeats))
     if arguments.json:
         sys.stdout.write(json.dumps({"machine": describe_machine(), "results": rows}) + "\n")

@@ -107,7 +107,9 @@ def test_the_command_line_takes_it(example_model: Path) -> None:
 
 async def test_an_engine_that_is_not_installed_is_refused() -> None:
     config = dsi_actors.Config(engine="no-such", target="", drafter=None, sp=1, devices=("cpu",))
-    problem = "unknown engine 'no-such': choose one of transformers, timed, ngram, or pip install the package"
+    problem = (
+        "unknown engine 'no-such': choose one of transformers, llama-cpp, timed, ngram, or pip install the package"
+    )
     with pytest.raises(dsi_actors.WorkerStartError, match=problem):
         async with dsi_actors.Orchestrator(config):
             pytest.fail("it started")

@@ -145,7 +145,7 @@ def test_a_worker_without_an_orchestrator_says_so_and_ends_when_told(endpoint: s
         (["--gpu", "cpu", "--role", "boss"], "invalid choice: 'boss'"),
         (
             ["--gpu", "cpu", "--engine", "os"],
-            "unknown engine 'os': choose one of transformers, timed, ngram, or pip install",
+            "unknown engine 'os': choose one of transformers, llama-cpp, timed, ngram, or pip install",
         ),
         (["--gpu", "cpu", "--connect", "nowhere"], "cannot connect to 'nowhere' is no endpoint"),
     ],

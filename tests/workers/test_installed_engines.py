@@ -33,9 +33,11 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_installed_engine_is_known_before_it_is_imported(site: Path) -> None:
     write_package(site, "installed_one", {"theirs": "installed_one:make"}, CODE)
-    assert engine_names() == ["transformers", "timed", "ngram", "theirs"]
+    assert engine_names() == ["transformers", "llama-cpp", "timed", "ngram", "theirs"]
     check_known("theirs")
-    with pytest.raises(EngineError, match="choose one of transformers, timed, ngram, theirs, or pip install"):
+    with pytest.raises(
+        EngineError, match="choose one of transformers, llama-cpp, timed, ngram, theirs, or pip install"
+    ):
         load("nonsense")
     assert "installed_one" not in sys.modules
     assert load("theirs").info.vocabulary_size == 77
@@ -62,7 +64,7 @@ def test_what_is_no_name_of_an_installed_engine_is_not_imported(site: Path, name
 def test_no_package_takes_the_place_of_our_own_engines(site: Path) -> None:
     write_package(site, "greedy", {"timed": "greedy:make", "ngram": "greedy:make"}, CODE)
     assert load("timed").info.vocabulary_size == 1000
-    assert engine_names() == ["transformers", "timed", "ngram"]
+    assert engine_names() == ["transformers", "llama-cpp", "timed", "ngram"]
 
 
 @pytest.mark.parametrize(
