@@ -507,7 +507,7 @@ def test_jitter_is_drawn_for_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> N
     [
         (
             {"name": "nonsense"},
-            "unknown engine 'nonsense': choose one of transformers, llama-cpp, timed, ngram, or pip install the package that brings it",
+            "unknown engine 'nonsense': choose one of transformers, llama-cpp, timed, ngram, or pip install the package",
         ),
         ({"name": "ngram", "role": "target"}, "only drafts"),
         ({"name": "timed", "options": {"acceptance": 1.5}}, r"acceptance .* must lie in \[0, 1\], not 1.5"),
