@@ -137,9 +137,12 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
         if slot.starting is not None:
             slot.starting.cancel()
         elif (worker := self._workers.get(slot.incarnation)) is not None:
-            worker.terminate()
-            self.spawn(self._drain_time(slot.incarnation))
+            self._drain(slot, worker)
         return slot.spec
+
+    def _drain(self, slot: _Slot, worker: LaunchedWorker) -> None:
+        worker.terminate()
+        self.spawn(self._drain_time(slot.incarnation))
 
     def on_ready(self, incarnation: int) -> None:
         """The worker has become ready: it was launched in time."""
@@ -169,7 +172,7 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
         if slot.retired:
             return Withdrawn(slot)
         slot.incarnation = incarnation = secrets.randbits(64)
-        slot.starting = asyncio.ensure_future(self._launcher.start(slot.spec, incarnation))
+        slot.starting = asyncio.ensure_future(self._launch(slot.spec, incarnation))
         try:
             worker = await slot.starting
         except LaunchError as error:
@@ -181,8 +184,14 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
             return Withdrawn(slot)
         finally:
             slot.starting = None
-        self._workers[incarnation] = worker
+        if slot.retired:  # meanwhile
+            self._drain(slot, worker)
         return Started(slot, incarnation, worker)
+
+    async def _launch(self, spec: WorkerSpec, incarnation: int) -> LaunchedWorker:
+        """A worker that was launched is known from the same turn of the loop on, so that none is left behind by a cancel."""
+        worker = self._workers[incarnation] = await self._launcher.start(spec, incarnation)
+        return worker
 
     async def _watch(self, started: Started) -> SupervisorMessage:
         return Exited(started.slot, started.incarnation, await started.worker.wait())
