@@ -137,10 +137,10 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
         if slot.starting is not None:
             slot.starting.cancel()
         elif (worker := self._workers.get(slot.incarnation)) is not None:
-            self._drain(slot, worker)
+            self._send_away(slot, worker)
         return slot.spec
 
-    def _drain(self, slot: _Slot, worker: LaunchedWorker) -> None:
+    def _send_away(self, slot: _Slot, worker: LaunchedWorker) -> None:
         worker.terminate()
         self.spawn(self._drain_time(slot.incarnation))
 
@@ -185,7 +185,7 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
         finally:
             slot.starting = None
         if slot.retired:  # meanwhile
-            self._drain(slot, worker)
+            self._send_away(slot, worker)
         return Started(slot, incarnation, worker)
 
     async def _launch(self, spec: WorkerSpec, incarnation: int) -> LaunchedWorker:
