@@ -30,6 +30,7 @@ from dsi_workers.decoding.decoder import Decoder
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.decoding.gpu.decoder import GpuDecoder
 from dsi_workers.decoding.gpu.linear import GpuLinear
+from dsi_workers.decoding.packed import PackedBatch, Segment
 from dsi_workers.decoding.quantization import Int8Linear
 from dsi_workers.decoding.torch_backend import TorchBackend
 from dsi_workers.decoding.widths import Trial, Widths
@@ -281,8 +282,19 @@ def engine_on_a_gpu(monkeypatch: pytest.MonkeyPatch, directory: Path, role: str,
             logits: torch.Tensor = self._decoder(packed, self.cache, between)
             return logits
 
+        def run(self: Any, between: Any) -> None:
+            """From the inputs in the device's memory: one row of each generation."""
+            live = [row for row, position in enumerate(self.positions.tolist()) if position >= 0]
+            ids, positions, slots = (each[: len(live)].tolist() for each in (self.ids, self.positions, self._slots))
+            self.cache.segments = segments = [
+                Segment(slot, position, 1, self.cache.capacity) for slot, position in zip(slots, positions, strict=True)
+            ]
+            packed = PackedBatch(ids, positions, segments, live, live)
+            self.logits[: len(live)] = self._decoder(packed, self.cache, between)
+
         monkeypatch.setattr("dsi_workers.decoding.gpu.recording.Recording.record", lambda self, capture: None)
         monkeypatch.setattr("dsi_workers.decoding.gpu.recording.Recording.compute", compute)
+        monkeypatch.setattr("dsi_workers.decoding.gpu.recording.Recording.run", run)
         monkeypatch.setenv("DSI_CACHE", str(directory))
         monkeypatch.setattr("dsi_workers.checkpoints.load.pack", lambda linear, rows: linear)
         monkeypatch.setattr("dsi_workers.group.loading.load_model", load_by_kernels)

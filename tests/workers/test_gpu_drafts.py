@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,13 +18,13 @@ from dsi_workers.backend import Run
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.decoding.gpu import choice_kernels
 from dsi_workers.decoding.gpu.drafts import can_draft
-from dsi_workers.decoding.packed import PackedBatch, Segment
 from dsi_workers.engine import Interrupted
 from dsi_workers.engines import Task
+from dsi_workers.engines.model import ModelEngine
 from dsi_workers.sampling import Sampler
 from dsi_workers.session import Session
 from support.engines import InterruptAfter, NoInterrupt, session_of
-from workers.test_gpu import DEVICE, GPU, WORDS, engine_on_a_gpu, forwards, logits_of, read, tokens_of
+from workers.test_gpu import DEVICE, WORDS, engine_on_a_gpu, forwards, logits_of, read, tokens_of
 
 SAMPLED = SamplingParameters(temperature=0.9, seed=2**63 + 5)
 FILTERED = [
@@ -166,22 +165,5 @@ def test_an_interrupt_between_drafts_leaves_no_trace(
     assert again.answer.tokens == expected.answer.tokens
 
 
-def engine_that_drafts(monkeypatch: pytest.MonkeyPatch, directory: Path) -> Any:
-    """Without a GPU the decoder that kernels stand for computes, and torch's operations choose."""
-    if not GPU:
-
-        def run(self: Any, between: Any) -> None:
-            between()
-            live = [row for row, position in enumerate(self.positions.tolist()) if position >= 0]
-            ids, positions = [self.ids[row].item() for row in live], [self.positions[row].item() for row in live]
-            slots = self._slots.tolist()
-            segments = [
-                Segment(slots[row], position, 1, self.cache.capacity)
-                for row, position in zip(live, positions, strict=True)
-            ]
-            self.cache.segments = segments
-            packed = PackedBatch(ids, positions, segments, list(range(len(live))), list(range(len(live))))
-            self.logits[: len(live)] = self._decoder(packed, self.cache, between)
-
-        monkeypatch.setattr("dsi_workers.decoding.gpu.recording.Recording.run", run)
+def engine_that_drafts(monkeypatch: pytest.MonkeyPatch, directory: Path) -> ModelEngine:
     return engine_on_a_gpu(monkeypatch, directory, "drafter", slots=3, calibrate=False)
