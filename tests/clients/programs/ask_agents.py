@@ -17,7 +17,7 @@ from agents import (
 from pydantic import BaseModel
 
 
-class City(BaseModel):
+class City(BaseModel, extra="forbid"):
     name: Literal["Oslo", "Rome"]
     capital: bool
 

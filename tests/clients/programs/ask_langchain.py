@@ -9,7 +9,7 @@ from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
 
-class City(BaseModel):
+class City(BaseModel, extra="forbid"):
     """A city."""
 
     name: Literal["Oslo", "Rome"]

@@ -8,7 +8,7 @@ import litellm
 from pydantic import BaseModel
 
 
-class City(BaseModel):
+class City(BaseModel, extra="forbid"):
     name: Literal["Oslo", "Rome"]
     capital: bool
 

@@ -8,7 +8,7 @@ import openai
 from pydantic import BaseModel
 
 
-class City(BaseModel):
+class City(BaseModel, extra="forbid"):
     name: Literal["Oslo", "Rome"]
     capital: bool
 

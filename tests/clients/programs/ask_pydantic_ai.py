@@ -10,7 +10,7 @@ from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 
-class City(BaseModel):
+class City(BaseModel, extra="forbid"):
     name: Literal["Oslo", "Rome"]
     capital: bool
 
