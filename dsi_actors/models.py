@@ -53,10 +53,11 @@ async def resolve_target(config: Config, report: Report | None = None) -> Path:
 
 
 async def target_tokenizer(config: Config, report: Report | None = None) -> Tokenizer:
-    """The tokenizer of the target. Raises ConfigError if there is none."""
-    if config.engine == TIMED:
+    """The tokenizer of the target. Raises ConfigError if there is none, or if the engine timed does not say tokens of it."""
+    if config.engine == TIMED and "vocabulary_size" not in config.target_options:
         raise ConfigError(
-            "the engine timed stands for a model and says no text: use generate, which takes token ids, or another engine"
+            "the engine timed stands for a model and says no text: use Orchestrator.generate, which takes token ids, or another "
+            "engine, or give it the vocabulary_size of the target's tokenizer"
         )
     return await asyncio.to_thread(Tokenizer, await resolve_target(config, report))
 

@@ -34,7 +34,7 @@ from dsi_actors.errors import ConfigError, NoTargetError
 from dsi_actors.host.advice import worker_command
 from dsi_actors.host.engine_choice import faster_here
 from dsi_actors.host.requirements import require_models
-from dsi_actors.models import resolve_target
+from dsi_actors.models import target_tokenizer
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.planning.tuner import Estimates
 from dsi_actors.results import CommittedTokens, GenerationReport
@@ -115,8 +115,7 @@ async def run(arguments: argparse.Namespace) -> int:
     given = {**sampling_from(arguments), "logprobs": arguments.logprobs}
     request = TextRequest(_prompt(arguments), given, raw=arguments.raw, ignore_eos=arguments.ignore_eos)
     with ShownProgress() as progress:
-        directory = await resolve_target(config, progress)
-        tokenizer = Tokenizer(directory)
+        tokenizer = await target_tokenizer(config, progress)
     asked = request.prepared(tokenizer)
     sampling, after = asked.sampling, [*asked.after, *resumed]
     out, err = terminal(soft_wrap=True), terminal(stderr=True)
