@@ -1,12 +1,14 @@
 """Distributed Speculative Inference: a drafter guesses, several target servers verify one request at the same time.
 
-`Orchestrator`, `Config` and `Sampling` are the way in; `Orchestrator.generate` gives a `GenerationStream`.
+`Orchestrator`, `Config` and `Sampling` are the way in: `Orchestrator.generate` takes and gives token ids,
+`Orchestrator.generate_text` text. `open` does the same without asyncio.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from dsi_actors.blocking import Model, TextPieces, open
     from dsi_actors.config import Config, Sampling
     from dsi_actors.errors import (
         ConfigError,
@@ -17,24 +19,31 @@ if TYPE_CHECKING:
     )
     from dsi_actors.observation import Observation
     from dsi_actors.orchestrator import Orchestrator
-    from dsi_actors.results import CommittedTokens, GenerationReport
+    from dsi_actors.results import Answer, CommittedTokens, GenerationReport
     from dsi_actors.stream import GenerationStream
     from dsi_actors.structure import Structure
+    from dsi_actors.text_stream import TextOptions, TextStream
 
 __all__ = [
+    "Answer",
     "CommittedTokens",
     "Config",
     "ConfigError",
     "DsiError",
     "GenerationReport",
     "GenerationStream",
+    "Model",
     "NoTargetError",
     "Observation",
     "Orchestrator",
     "OrchestratorClosed",
     "Sampling",
     "Structure",
+    "TextOptions",
+    "TextPieces",
+    "TextStream",
     "WorkerStartError",
+    "open",
 ]
 
 #: Names are imported when they are first used (PEP 562): each worker is a process that uses none of them.
@@ -42,8 +51,9 @@ _MODULES = {
     "Config": "config", "Sampling": "config",
     "ConfigError": "errors", "DsiError": "errors", "NoTargetError": "errors", "OrchestratorClosed": "errors",
     "WorkerStartError": "errors",
-    "CommittedTokens": "results", "GenerationReport": "results",
+    "Answer": "results", "CommittedTokens": "results", "GenerationReport": "results",
     "GenerationStream": "stream", "Observation": "observation", "Orchestrator": "orchestrator", "Structure": "structure",
+    "TextOptions": "text_stream", "TextStream": "text_stream", "Model": "blocking", "TextPieces": "blocking", "open": "blocking",
 }  # fmt: skip
 
 

@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dsi_actors.config import NGRAM, NGRAM_FOR, RANDOM, SELF_INT8, TRANSFORMERS, Config, adapter_of
+from dsi_actors.config import NGRAM, NGRAM_FOR, RANDOM, SELF_INT8, TIMED, TRANSFORMERS, Config, adapter_of
 from dsi_actors.errors import ConfigError
 from dsi_actors.host.requirements import require
 from dsi_actors.logs import get_logger
 from dsi_actors.progress import ProgressLines, Report
+from dsi_actors.tokenizer import Tokenizer
 
 log = get_logger("models")
 
@@ -49,6 +50,16 @@ async def resolve_target(config: Config, report: Report | None = None) -> Path:
     ConfigError."""
     adapter = adapter_of(config.target_options)
     return await resolve_model(config.target, adapter=adapter, tokenizer_only=not config.local_models, report=report)
+
+
+async def target_tokenizer(config: Config, report: Report | None = None) -> Tokenizer:
+    """The tokenizer of the target. Raises ConfigError if there is none, or if the engine timed does not say tokens of it."""
+    if config.engine == TIMED and "vocabulary_size" not in config.target_options:
+        raise ConfigError(
+            "the engine timed stands for a model and says no text: use Orchestrator.generate, which takes token ids, or another "
+            "engine, or give it the vocabulary_size of the target's tokenizer"
+        )
+    return await asyncio.to_thread(Tokenizer, await resolve_target(config, report))
 
 
 async def prepare_models(config: Config, report: Report | None = None) -> None:

@@ -1,4 +1,5 @@
-"""The orchestrator: what others embed. `async with Orchestrator(config)`, then `async for tokens in generate(...)`."""
+"""The orchestrator: what others embed. `async with Orchestrator(config)`, then `async for tokens in generate(...)`, or
+`async for text in generate_text(...)`."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import itertools
 import operator
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Literal, SupportsIndex
+from typing import Literal, SupportsIndex, Unpack
 
 from dsi_actors.config import ALGORITHMS, TIMED, Algorithm, Config, Sampling
 from dsi_actors.core import GenerationCore
@@ -24,12 +25,16 @@ from dsi_actors.host.advice import worker_command
 from dsi_actors.launching.choice import launcher_for
 from dsi_actors.launching.launcher import Launcher
 from dsi_actors.local_workers import start_local_workers
-from dsi_actors.models import prepare_models
+from dsi_actors.models import prepare_models, target_tokenizer
 from dsi_actors.observation import Observation, Observations, Observer
 from dsi_actors.planning.tuner import Estimates
 from dsi_actors.progress import Report, unreported
+from dsi_actors.results import Answer
 from dsi_actors.root import Root
 from dsi_actors.stream import Cancel, Channel, GenerationStream
+from dsi_actors.text import TextAssembler
+from dsi_actors.text_stream import Prompt, TextOptions, TextStream, read_options
+from dsi_actors.tokenizer import Tokenizer
 from dsi_actors.workforce.worker_handle import WorkerHandle
 from dsi_protocol import MAX_TEXT_BYTES, MAX_TOKENS_PER_MESSAGE
 
@@ -64,6 +69,8 @@ class Orchestrator:
         self._numbers = itertools.count(1)
         self._knowledge = Knowledge(self.config, lambda role: self._running().of_role(role), lambda: self.running)
         self._observations = Observations()
+        self._tokenizer: Tokenizer | None = None
+        self._one_loads_it = asyncio.Lock()
 
     async def __aenter__(self) -> Orchestrator:
         if self._root is not None:
@@ -121,23 +128,43 @@ class Orchestrator:
         take this prompt; NoTargetError, with the tokens so far, if no target server is there for too long.
         """
         sampling = sampling if sampling is not None else Sampling()
-        if algorithm not in ALGORITHMS:
-            raise ConfigError(f"unknown algorithm {algorithm!r}: choose one of {', '.join(ALGORITHMS)}")
+        _check_way(algorithm, sp, lookahead, rows, correlation)
         prompt, earlier = _token_ids("prompt_ids", prompt_ids), _token_ids("resumed", resumed)
         if not prompt:
             raise ConfigError("the prompt is empty: give at least one token")
-        if sp is not None and not 1 <= sp <= 1024:
-            raise ConfigError(f"sp must lie in [1, 1024], not {sp}")
-        if lookahead != "auto" and not 1 <= lookahead <= 1024:
-            raise ConfigError(f"lookahead must be auto or lie in [1, 1024], not {lookahead}")
-        if rows is not None and not 1 <= rows <= 1024:
-            raise ConfigError(f"rows must lie in [1, 1024], not {rows}")
         _check_resumed(earlier, sampling)
         number = next(self._numbers)
         correlation = f"generation-{number}" if correlation is None else correlation
-        if len(correlation.encode(errors="replace")) > MAX_TEXT_BYTES or not correlation.isprintable():
-            raise ConfigError(f"correlation must be printable text of at most {MAX_TEXT_BYTES} bytes")
         return self._stream(number, prompt, sampling, algorithm, sp, lookahead, rows, earlier, correlation)
+
+    def generate_text(self, prompt: Prompt, **options: Unpack[TextOptions]) -> TextStream:
+        """The same for text. `prompt` is a text, or the messages of a conversation.
+
+        Iterate over the result: each item is a piece of the answer's text. The text is that of the tokens that `generate`
+        gives. Raises ConfigError at once for options that cannot be used, and from the first iteration if the target has no
+        tokenizer."""
+        request, way = read_options(prompt, options)
+        _check_way(**way)
+
+        async def begin() -> tuple[GenerationStream, TextAssembler]:
+            self._running()
+            tokenizer = await self.tokenizer()
+            prepared = await asyncio.to_thread(request.prepared, tokenizer)
+            text = TextAssembler(tokenizer, request.stop, after=prepared.after, min_tokens=prepared.sampling.min_tokens)
+            return self.generate(prepared.prompt_ids, prepared.sampling, **way), text
+
+        return TextStream(begin)
+
+    async def answer(self, prompt: Prompt, **options: Unpack[TextOptions]) -> Answer:
+        """The whole text that `generate_text` gives."""
+        return await self.generate_text(prompt, **options).answer()
+
+    async def tokenizer(self) -> Tokenizer:
+        """The target's tokenizer, loaded when it is first asked for. Raises ConfigError."""
+        async with self._one_loads_it:
+            if self._tokenizer is None:
+                self._tokenizer = await target_tokenizer(self.config, self._report)
+            return self._tokenizer
 
     def _stream(
         self,
@@ -343,6 +370,24 @@ class Orchestrator:
     def estimates(self) -> Estimates:
         """What the next generation begins with: what earlier ones taught, else what the workers measured at their start."""
         return self._knowledge.estimates()
+
+
+def _check_way(
+    algorithm: Algorithm = "dsi", sp: int | None = None, lookahead: int | Literal["auto"] = "auto", rows: int | None = None,
+    correlation: str | None = None,
+) -> None:  # fmt: skip
+    """Raises ConfigError for a way to generate that there is not."""
+    if algorithm not in ALGORITHMS:
+        raise ConfigError(f"unknown algorithm {algorithm!r}: choose one of {', '.join(ALGORITHMS)}")
+    if sp is not None and not 1 <= sp <= 1024:
+        raise ConfigError(f"sp must lie in [1, 1024], not {sp}")
+    if lookahead != "auto" and not 1 <= lookahead <= 1024:
+        raise ConfigError(f"lookahead must be auto or lie in [1, 1024], not {lookahead}")
+    if rows is not None and not 1 <= rows <= 1024:
+        raise ConfigError(f"rows must lie in [1, 1024], not {rows}")
+    label = correlation or ""
+    if len(label.encode(errors="replace")) > MAX_TEXT_BYTES or not label.isprintable():
+        raise ConfigError(f"correlation must be printable text of at most {MAX_TEXT_BYTES} bytes")
 
 
 def _token_ids(name: str, given: Iterable[SupportsIndex]) -> list[int]:

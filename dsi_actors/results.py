@@ -71,3 +71,23 @@ class GenerationReport:
     def as_dict(self) -> dict[str, object]:
         """All but the trace."""
         return {name: value for name, value in asdict(self).items() if name != "trace"}
+
+
+class Answer(str):
+    """The text of an answer, and what is known of it."""
+
+    #: Up to and including the one that completed a stop string, or is a stop token.
+    token_ids: tuple[int, ...]
+    #: The target's log probability of each token, if asked for, else empty.
+    logprobs: tuple[float, ...]
+    #: stop, or length if max_tokens ended it.
+    finish_reason: str
+    report: GenerationReport
+
+    def __new__(
+        cls, text: str, token_ids: Iterable[int], logprobs: Iterable[float], finish_reason: str, report: GenerationReport
+    ) -> Answer:  # fmt: skip
+        self = super().__new__(cls, text)
+        self.token_ids, self.logprobs = tuple(token_ids), tuple(logprobs)
+        self.finish_reason, self.report = finish_reason, report
+        return self

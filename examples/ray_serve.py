@@ -11,8 +11,6 @@ GPU itself. More replicas (num_replicas=2) share nothing, and the same question 
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI
@@ -20,8 +18,6 @@ from fastapi.responses import StreamingResponse
 from ray import serve
 
 import dsi_actors
-from dsi_actors.models import resolve_model
-from dsi_actors.tokenizer import Tokenizer
 
 app = FastAPI()
 
@@ -33,7 +29,6 @@ class Answers:
 
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         config = dsi_actors.Config(cluster="ray", **settings)
-        self.tokenizer = Tokenizer(await resolve_model(config.target))
         self.orchestrator = dsi_actors.Orchestrator(config)
         await self.orchestrator.__aenter__()  # Serve sends requests once all workers are ready
 
@@ -48,16 +43,8 @@ class Answers:
 
     @app.get("/ask")
     async def ask(self, question: str, max_tokens: int = 64) -> StreamingResponse:
-        # In a thread: a long question takes time, and the workers must hear from this event loop meanwhile.
-        prompt_ids = await asyncio.to_thread(self.tokenizer.encode_chat, [{"role": "user", "content": question}])
-        sampling = dsi_actors.Sampling(max_tokens=max_tokens, stop_token_ids=self.tokenizer.stop_token_ids)
-
-        async def answer() -> AsyncIterator[str]:
-            text = self.tokenizer.stream()
-            async for tokens in self.orchestrator.generate(prompt_ids, sampling):
-                yield "".join(text.add(token) for token in tokens)
-
-        return StreamingResponse(answer(), media_type="text/plain; charset=utf-8")  # a client that leaves cancels it
+        answer = self.orchestrator.generate_text(question, max_tokens=max_tokens)
+        return StreamingResponse(answer, media_type="text/plain; charset=utf-8")  # a client that leaves cancels it
 
 
 def application(settings: dict[str, str]) -> serve.Application:

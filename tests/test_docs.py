@@ -136,6 +136,13 @@ def test_python_can_be_compiled(page: str) -> None:
             compile(token.content, page, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
 
+def test_every_option_of_a_text_is_in_a_table() -> None:
+    options = set(dsi_actors.TextOptions.__annotations__) - {
+        field.name for field in dataclasses.fields(dsi_actors.Sampling)
+    }
+    assert options == set().union(*(row[0] for row in rows_of(read("docs/quickstart.md")) if row)) & options
+
+
 def test_pages_that_the_code_names_exist() -> None:
     gone = [
         f"{path.relative_to(ROOT)}: {page}"

@@ -27,6 +27,7 @@ from dsi_actors.console.options import (
 from dsi_actors.console.progress import model_directory
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
+from dsi_actors.host.requirements import require_models
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.structure import Structure
 from dsi_actors.tokenizer import Tokenizer
@@ -75,13 +76,16 @@ def add_parser(benches: SubParsers) -> None:
 async def run(arguments: argparse.Namespace) -> int:
     if arguments.repeats < 1 or arguments.max_tokens < 2 or arguments.threads < 1:
         raise ConfigError("--repeats and --threads must be at least 1, --max-tokens at least 2")
-    tokenizer = Tokenizer(await model_directory(arguments.target))
-    prompts = read_prompts(arguments, tokenizer)
-    common: dict[str, Any] = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature, "seed": 2024}
     config = Config(
         target=arguments.target, drafter=None, sp=1, log_level=arguments.log_level, ready_timeout_s=arguments.ready_timeout,
         target_options={"threads": arguments.threads},
     )  # fmt: skip
+    require_models(config.local_models, what="this benchmark")
+    tokenizer = Tokenizer(await model_directory(arguments.target))
+    if not tokenizer.stop_token_ids:
+        raise ConfigError(f"{arguments.target} has no stop token: an answer with a structure could not end")
+    prompts = read_prompts(arguments, tokenizer)
+    common: dict[str, Any] = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature, "seed": 2024}
     async with Orchestrator(config) as orchestrator:
         rows = []
         for kind in STRUCTURES:

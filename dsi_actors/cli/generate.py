@@ -34,10 +34,12 @@ from dsi_actors.errors import ConfigError, NoTargetError
 from dsi_actors.host.advice import worker_command
 from dsi_actors.host.engine_choice import faster_here
 from dsi_actors.host.requirements import require_models
-from dsi_actors.models import resolve_target
+from dsi_actors.models import target_tokenizer
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.planning.tuner import Estimates
 from dsi_actors.results import CommittedTokens, GenerationReport
+from dsi_actors.text import TextAssembler
+from dsi_actors.text_stream import PreparedText, TextRequest
 from dsi_actors.tokenization.sampling_defaults import DEFAULT_NAMES, described_defaults
 from dsi_actors.tokenizer import Tokenizer, TokenStream
 from dsi_actors.tracing.record import Recorder, open_recording
@@ -79,7 +81,7 @@ class _Run:
     """One generation: its tokens, which of them had been drafted, which as an alternative, and what it cost."""
 
     #: The tokens whose text the answer continues, if it does not stand alone.
-    continues: list[int]
+    after: Sequence[int]
     #: What an earlier run had given.
     resumed: list[int]
     token_ids: list[int] = field(default_factory=list)
@@ -102,22 +104,20 @@ class _Run:
 
     def so_far(self, tokenizer: Tokenizer) -> dict[str, Any]:
         token_ids = self.resumed + self.token_ids
-        return {"text": tokenizer.decode(token_ids, after=self.continues), "token_ids": token_ids}
+        return {"text": tokenizer.decode(token_ids, after=self.after), "token_ids": token_ids}
 
 
 async def run(arguments: argparse.Namespace) -> int:
     config = config_from(arguments, listen=arguments.listen, insecure=arguments.insecure, keys=arguments.keys)
     require_models(config.local_models, *config.local_extras)
     resumed = [] if arguments.resume is None else _read_tokens(arguments.resume)
-    sampling_from(arguments)  # what cannot be used shows before anything is fetched
-    prompt = _prompt(arguments)
+    # What cannot be used shows before anything is fetched.
+    given = {**sampling_from(arguments), "logprobs": arguments.logprobs}
+    request = TextRequest(_prompt(arguments), given, raw=arguments.raw, ignore_eos=arguments.ignore_eos)
     with ShownProgress() as progress:
-        directory = await resolve_target(config, progress)
-        tokenizer = Tokenizer(directory)
-    stop = () if arguments.ignore_eos else tokenizer.stop_token_ids
-    sampling = sampling_from(arguments, tokenizer.sampling_defaults, stop_token_ids=stop, logprobs=arguments.logprobs)
-    prompt_ids = _encode(prompt, arguments, tokenizer)
-    continues = prompt_ids if _is_raw(arguments, tokenizer) else []
+        tokenizer = await target_tokenizer(config, progress)
+    asked = request.prepared(tokenizer)
+    sampling, after = asked.sampling, [*asked.after, *resumed]
     out, err = terminal(soft_wrap=True), terminal(stderr=True)
     with _opened(arguments.record) as record, ShownProgress() as progress:
         progress(_greeting(config), None, "")
@@ -133,18 +133,18 @@ async def run(arguments: argparse.Namespace) -> int:
                     f"sampling: {_settings(sampling)} ({described_defaults(tokenizer.sampling_defaults)})",
                     soft_wrap=True,
                 )
-            session = _Session(orchestrator, prompt_ids, continues, resumed, sampling, arguments)
+            session = _Session(orchestrator, asked, resumed, arguments)
             recorder = None if record is None else Recorder(record, {w.number: str(w) for w in orchestrator.workers})
             try:
                 with nullcontext() if recorder is None else orchestrator.observe(recorder):
-                    printer = None if arguments.json else _Printer(out, tokenizer.stream(after=continues + resumed))
+                    printer = None if arguments.json else _Printer(out, TextAssembler(tokenizer, (), after=after))
                     first = await session.generate(arguments.algorithm, printer)
             except NoTargetError as error:
                 if arguments.json:  # so that --resume can go on from here
                     out.print_json(data={"error": str(error), **session.runs[-1].so_far(tokenizer)}, ensure_ascii=True)
                 raise
             if recorder is not None:
-                recorder.end(_texts(first.token_ids, tokenizer.stream(after=continues + resumed)))
+                recorder.end(_texts(first.token_ids, tokenizer.stream(after=after)))
             if not arguments.json and config.listen is None and (hint := _hint(config)) is not None:
                 err.print(hint, soft_wrap=True)
             if arguments.compare:
@@ -161,18 +161,16 @@ async def run(arguments: argparse.Namespace) -> int:
 @dataclass(frozen=True, slots=True)
 class _Session:
     orchestrator: Orchestrator
-    prompt_ids: list[int]
-    continues: list[int]
+    asked: PreparedText
     resumed: list[int]
-    sampling: Sampling
     arguments: argparse.Namespace
     runs: list[_Run] = field(default_factory=list)
 
     async def generate(self, algorithm: Algorithm, printer: _Printer | None = None) -> _Run:
-        self.runs.append(result := _Run(self.continues, self.resumed))
+        self.runs.append(result := _Run(self.asked.after, self.resumed))
         async with self.orchestrator.generate(
-            self.prompt_ids,
-            self.sampling,
+            self.asked.prompt_ids,
+            self.asked.sampling,
             algorithm=algorithm,
             lookahead=self.arguments.lookahead,
             rows=self.arguments.rows,
@@ -191,18 +189,18 @@ class _Session:
 class _Printer:
     """Text as it is committed; what the drafter had guessed right is green, or magenta where an alternative was right."""
 
-    def __init__(self, console: Console, text: TokenStream) -> None:
+    def __init__(self, console: Console, text: TextAssembler) -> None:
         self._console = console
         self._text = text
 
     def show(self, tokens: CommittedTokens) -> None:
         for token, accepted, alternative in zip(tokens, tokens.accepted, tokens.by_alternative, strict=True):
             style = _ALTERNATIVE_STYLE if alternative else _ACCEPTED_STYLE if accepted else None
-            self._write(self._text.add(token), style)
+            self._write(self._text.add(CommittedTokens((token,), (accepted,))).text, style)
         self._console.file.flush()
 
     def end(self) -> None:
-        self._write(self._text.flush() + "\n\n")
+        self._write(self._text.rest().text + "\n\n")
 
     def _write(self, text: str, style: Style | None = None) -> None:
         """As it is: for a text, `print` would expand tabs, drop carriage returns and replace :smile:."""
@@ -236,16 +234,6 @@ def _prompt(arguments: argparse.Namespace) -> str:
     if not text.strip():
         raise ConfigError("the prompt is empty: give some text")
     return text
-
-
-def _encode(text: str, arguments: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
-    if _is_raw(arguments, tokenizer):
-        return tokenizer.encode(text)
-    return tokenizer.encode_chat([{"role": "user", "content": text}])
-
-
-def _is_raw(arguments: argparse.Namespace, tokenizer: Tokenizer) -> bool:
-    return arguments.raw or not tokenizer.has_chat_template
 
 
 def _read_prompt() -> str:

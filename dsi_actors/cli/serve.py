@@ -21,10 +21,9 @@ from dsi_actors.console.running import Ending
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
 from dsi_actors.host.requirements import require_models
-from dsi_actors.models import resolve_target
+from dsi_actors.models import target_tokenizer
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.tokenization.sampling_defaults import described_defaults
-from dsi_actors.tokenizer import Tokenizer
 
 _KEYS_VARIABLE = "DSI_API_KEYS"
 
@@ -107,8 +106,7 @@ async def run(arguments: argparse.Namespace) -> int:
             soft_wrap=True,
         )
     with ShownProgress() as progress:
-        directory = await resolve_target(config, progress)
-        tokenizer = Tokenizer(directory)
+        tokenizer = await target_tokenizer(config, progress)
         async with Orchestrator(config, report=progress) as orchestrator:
             progress.close()
             app = create_app(orchestrator, tokenizer, service_config)

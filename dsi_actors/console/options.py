@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 from dsi_actors.config import ALGORITHMS, Config, Sampling
@@ -228,14 +227,13 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def sampling_from(arguments: argparse.Namespace, defaults: Mapping[str, float] | None = None, **more: Any) -> Sampling:
-    """The sampling parameters that the user gave, and for the others `defaults`, the model's own. Raises ConfigError."""
+def sampling_from(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The sampling parameters that the user gave, by their names in `Sampling`."""
     names = (
         "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
         "frequency_penalty", "min_tokens", "seed",
     )  # fmt: skip
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    return Sampling(**{**(defaults or {}), **given, **more})
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
 def lookahead(text: str) -> int | Literal["auto"]:

@@ -10,8 +10,8 @@ from typing import Any, Protocol, TypeAlias
 
 from dsi_actors.serving.completions import Choice, Completion, Update
 from dsi_actors.serving.errors import ApiError
-from dsi_actors.serving.parts import Message, Part
-from dsi_actors.serving.text import Piece, TokenText
+from dsi_actors.serving.parts import Message
+from dsi_actors.text import Part, Piece, TokenText
 
 #: A server-sent event: its name, if it has one, and its data.
 Event: TypeAlias = tuple[str | None, dict[str, Any]]

@@ -14,7 +14,7 @@ from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.results import GenerationReport
 from dsi_actors.serving.metrics import Metrics
 from dsi_actors.serving.parts import Message, Reader
-from dsi_actors.serving.text import Piece, TextAssembler
+from dsi_actors.text import Piece, TextAssembler
 from dsi_actors.tokenizer import Tokenizer
 
 #: Pieces that may wait for a client that reads slowly. Its generations go on meanwhile, at most to max_tokens.

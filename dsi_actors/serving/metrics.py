@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
+from importlib import metadata
 from typing import ParamSpec
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    Metric,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from dsi_actors.logs import get_logger
 from dsi_actors.results import GenerationReport
+from dsi_protocol import PROTOCOL_VERSION
 
 log = get_logger("serving.metrics")
 
@@ -34,13 +47,23 @@ def _harmless(count: Callable[P, None]) -> Callable[P, None]:
     return counted
 
 
+class _Registry(CollectorRegistry):
+    """Without the series *_created, which tell when a series began: they double the number of series. The library's own switch is
+    for the whole process, which may be an application that embeds this service."""
+
+    def collect(self) -> Iterator[Metric]:
+        for found in super().collect():
+            found.samples = [sample for sample in found.samples if not sample.name.endswith("_created")]
+            yield found
+
+
 class Metrics:
     """Names begin with dsi_; times are in seconds, as Prometheus wants them."""
 
     content_type = CONTENT_TYPE_LATEST
 
     def __init__(self, model: str, *, workers: Callable[[str], int], waiting: Callable[[], int]) -> None:
-        self._registry = CollectorRegistry()
+        self._registry = _Registry()
         labels = {"model": model}
 
         def counter(name: str, words: str, *names: str) -> Counter:
@@ -72,11 +95,28 @@ class Metrics:
         ready = Gauge("dsi_workers_ready", "Workers that are ready.", ("model", "role"), registry=self._registry)
         for role in ("target", "drafter"):
             ready.labels(model=model, role=role).set_function(partial(workers, role))
+        build = Info("dsi_build", "The version of this service.", ("model",), registry=self._registry)
+        build.labels(**labels).info(
+            {"version": _version(), "protocol": str(PROTOCOL_VERSION), "python": platform.python_version()}
+        )
+        ProcessCollector(registry=self._registry)
 
     @contextmanager
     def running(self) -> Iterator[None]:
+        """While a generation runs. One that ends by an exception is counted here, others in `finished`."""
         with self._running.track_inprogress():
-            yield
+            try:
+                yield
+            except asyncio.CancelledError:
+                self._broken_off("cancelled")
+                raise
+            except Exception:
+                self._broken_off("error")
+                raise
+
+    @_harmless
+    def _broken_off(self, reason: str) -> None:
+        self._generations.labels(self._model, reason).inc()
 
     @_harmless
     def committed(self, accepted: Sequence[bool], took_s: float, *, first: bool) -> None:
@@ -112,3 +152,10 @@ class Metrics:
 
     def text(self) -> bytes:
         return generate_latest(self._registry)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("dsi-actors")
+    except metadata.PackageNotFoundError:  # it runs from a checkout
+        return "unknown"

@@ -11,26 +11,15 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from dsi_actors.errors import ConfigError
+from dsi_actors.text import Part
 
 #: Fields of response templates that hold reasoning.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 #: The beginning of a call whose arguments are an object: from here on they are given as they come.
 _CALL_BEGUN = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A piece of a message. Of a call, `text` is the function's name, and its arguments follow in parts of their own."""
-
-    kind: Literal["content", "reasoning", "call", "arguments"]
-    text: str
-    #: Of a call and its arguments: which one it is, from 0.
-    place: int = 0
-    #: Of a call.
-    id: str = ""
 
 
 class Reader(Protocol):

@@ -17,6 +17,7 @@ from dsi_actors.serving.parts import PlainReader, Reader, TemplateReader, hermes
 from dsi_actors.serving.schemas import AnyRequest, ChatRequest, CompletionRequest
 from dsi_actors.serving.structured import structure_of
 from dsi_actors.structure import Structure
+from dsi_actors.text_stream import sampling_for
 from dsi_actors.tokenization.sampling_defaults import DEFAULT_NAMES
 from dsi_actors.tokenizer import PromptTooLong, Tokenizer
 from dsi_protocol import MAX_TOKENS_PER_MESSAGE
@@ -77,15 +78,23 @@ class Preparation:
 
     def _sampling(self, asked: AnyRequest, max_tokens: int, structure: Structure | None) -> Sampling:
         given = {name: value for name in DEFAULT_NAMES if (value := getattr(asked, name)) is not None}
+        given |= {
+            name: getattr(asked, name)
+            for name in (
+                "presence_penalty",
+                "frequency_penalty",
+                "logit_bias",
+                "min_tokens",
+                "bad_words",
+                "stop_token_ids",
+            )
+        }
+        given |= {"structure": structure, "max_tokens": max_tokens, "seed": seed_or_any(asked.seed)}
+        given["logprobs"] = asked.wants_logprobs
         try:
-            return Sampling(
-                **{"temperature": _TEMPERATURE, **self._tokenizer.sampling_defaults, **given},
-                presence_penalty=asked.presence_penalty, frequency_penalty=asked.frequency_penalty,
-                logit_bias=asked.logit_bias, structure=structure, max_tokens=max_tokens, min_tokens=asked.min_tokens,
-                bad_words=[ids for word in asked.bad_words for ids in self._tokenizer.spellings(word)],
-                stop_token_ids=(*asked.stop_token_ids, *(() if asked.ignore_eos else self._tokenizer.stop_token_ids)),
-                seed=seed_or_any(asked.seed), logprobs=asked.wants_logprobs,
-            )  # fmt: skip
+            return sampling_for(
+                self._tokenizer, given, stop=asked.stop, ignore_eos=asked.ignore_eos, temperature=_TEMPERATURE
+            )
         except ConfigError as error:
             name = str(error).partition(" ")[0]
             raise ApiError(400, str(error), param=name if name in type(asked).model_fields else None) from None

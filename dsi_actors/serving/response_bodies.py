@@ -9,8 +9,8 @@ from typing import Any
 from dsi_actors.serving.bodies import Event, costs
 from dsi_actors.serving.completions import Completion, Update
 from dsi_actors.serving.errors import ApiError
-from dsi_actors.serving.parts import Part
 from dsi_actors.serving.responses import ResponsesRequest
+from dsi_actors.text import Part
 
 #: The kind of an item, and the name of its events, by the kind of a part.
 _KINDS = {"content": "output_text", "reasoning": "reasoning_text", "arguments": "function_call_arguments"}

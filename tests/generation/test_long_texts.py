@@ -19,9 +19,9 @@ from dsi_actors.core.tree import DraftTree, Node
 from dsi_actors.generation.generation import MOST_ROWS
 from dsi_actors.generation.prefix_checksums import PrefixChecksums
 from dsi_actors.serving.completions import Choice, Completion
-from dsi_actors.serving.text import Piece
 from dsi_actors.simulation.discrete_events import DiscreteEventDriver
 from dsi_actors.simulation.scripts import AcceptanceScript, constant
+from dsi_actors.text import Piece
 from dsi_actors.tracing.drafts import Drafts
 from dsi_protocol import MAX_FRAME_BYTES, MAX_TOKENS_PER_MESSAGE, Draft, Verify, encode
 from support.counting import CountedList, calls_of

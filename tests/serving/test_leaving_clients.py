@@ -50,9 +50,9 @@ async def slow(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served
         yield service
 
 
-def outcomes(service: Served, outcome: str = "client_gone") -> float:
+def outcomes(service: Served, outcome: str = "client_gone", name: str = "dsi_requests_total") -> float:
     for line in service.service.metrics.text().decode().splitlines():
-        if line.startswith("dsi_requests_total") and f'"{outcome}"' in line:
+        if line.startswith(name) and f'"{outcome}"' in line:
             return float(line.rsplit(" ", 1)[1])
     return 0.0
 
@@ -119,4 +119,5 @@ async def test_between_tokens(tmp_path_factory: pytest.TempPathFactory, stream: 
             await client.reply(until=lambda reply: reply.body.count(b"data: ") > 5)
         client.leave()
         await service.quiet()
+        assert outcomes(service, "cancelled", "dsi_generations_total") == 2
         assert len(service.orchestrator.workers) == 3, "no worker was lost"

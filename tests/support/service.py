@@ -21,7 +21,7 @@ from dsi_actors.serving.address import HttpAddress
 from dsi_actors.serving.app import create_app
 from dsi_actors.serving.server import Server, make_server
 from dsi_actors.serving.service import Service, ServiceConfig
-from dsi_actors.serving.text import TextAssembler
+from dsi_actors.text import TextAssembler
 from dsi_actors.tokenizer import Tokenizer
 from support.patience import patience
 from support.timed import plain_decoding, timed_config

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dsi_actors.cli.main import _parser
+from dsi_actors.config import Sampling
 from dsi_actors.console.options import sampling_from
 from dsi_actors.errors import ConfigError
 from dsi_actors.tokenization.sampling_defaults import described_defaults
@@ -59,16 +60,16 @@ def test_values_that_make_no_sense(tmp_path: Path, settings: dict[str, Any], rea
 
 
 def test_what_the_user_gives_counts() -> None:
-    defaults = {"temperature": 0.6, "top_p": 0.9, "top_k": 20}
+    defaults: dict[str, Any] = {"temperature": 0.6, "top_p": 0.9, "top_k": 20}
     arguments = _parser().parse_args(["generate", "x", "--temperature", "0", "--top-k", "5"])
-    sampling = sampling_from(arguments, defaults)
+    sampling = Sampling(**{**defaults, **sampling_from(arguments)})
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.0, 0.9, 5)
-    sampling = sampling_from(_parser().parse_args(["generate", "x"]), defaults)
+    sampling = Sampling(**{**defaults, **sampling_from(_parser().parse_args(["generate", "x"]))})
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.6, 0.9, 20)
 
 
 def test_without_defaults_generate_is_greedy() -> None:
-    sampling = sampling_from(_parser().parse_args(["generate", "x"]), {})
+    sampling = Sampling(**sampling_from(_parser().parse_args(["generate", "x"])))
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.0, 1.0, None, 0.0)
     assert sampling.repetition_penalty == 1.0
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsi_actors.results import CommittedTokens
-from dsi_actors.serving.text import Piece, TextAssembler, TokenText
+from dsi_actors.text import Piece, TextAssembler, TokenText
 from dsi_actors.tokenizer import Tokenizer
 from support.tokenizers import KINDS, save
 

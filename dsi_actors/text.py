@@ -1,13 +1,13 @@
-"""From committed tokens to the text that a client sees: whole characters, and nothing from a stop string on."""
+"""From committed tokens to the text that a reader sees: whole characters, and nothing from a stop string on."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from dsi_actors.results import CommittedTokens
-from dsi_actors.serving.parts import Part
 from dsi_actors.tokenizer import Tokenizer
 
 
@@ -22,6 +22,18 @@ class TokenText:
     offset: int
     #: If asked for.
     logprob: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of a message. Of a call, `text` is the function's name, and its arguments follow in parts of their own."""
+
+    kind: Literal["content", "reasoning", "call", "arguments"]
+    text: str
+    #: Of a call and its arguments: which one it is, from 0.
+    place: int = 0
+    #: Of a call.
+    id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
