@@ -6,8 +6,8 @@ Import this module only where an engine is loaded: it imports llama_cpp, which t
 from __future__ import annotations
 
 import ctypes
-import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +15,10 @@ from typing import Any, NamedTuple
 import llama_cpp
 import torch
 
-from dsi_workers.engine import EngineError, Interrupt, Interrupted
+from dsi_workers.engine import EngineError, Interrupt
 
-#: How often a forward asks whether it is still wanted. llama.cpp asks before each of its operations: some tens of microseconds.
-_ASK_S = 0.0005
-#: What llama_decode returns when the abort callback ended it.
-_ABORTED = 2
+#: How often it is asked, during a forward, whether that is still wanted.
+_ASK_S = 0.002
 #: Of ggml_log_level.
 _ERROR = 4
 
@@ -149,12 +147,13 @@ class Context:
             )
         self._memory = llama_cpp.llama_get_memory(self._pointer)
         self._batch = llama_cpp.llama_batch_init(rows, 0, 1)
-        self._interrupt: Interrupt | None = None
-        self._asked_s = 0.0
-        self._error: BaseException | None = None
-        # The attribute keeps the callback alive.
-        self._callback = llama_cpp.ggml_abort_callback(self._is_unwanted)
-        llama_cpp.llama_set_abort_callback(self._pointer, self._callback, ctypes.c_void_p(0))
+        #: llama.cpp asks before each of some hundred operations whether to go on. A callback in Python would take a third of the
+        #: forward. So it asks strlen: the length of this text is 0 as long as the forward is wanted.
+        self._unwanted = ctypes.create_string_buffer(2)
+        callback = ctypes.cast(ctypes.CDLL(None).strlen, llama_cpp.ggml_abort_callback)
+        llama_cpp.llama_set_abort_callback(self._pointer, callback, ctypes.addressof(self._unwanted))
+        #: Forwards run in this thread, while the caller's asks whether they are wanted.
+        self._thread = ThreadPoolExecutor(1, "llama.cpp")
 
     def length(self, sequence: int) -> int:
         """One past the last position that the sequence holds."""
@@ -176,18 +175,12 @@ class Context:
         for at, row in enumerate(rows):
             batch.token[at], batch.pos[at], batch.logits[at] = row.token, row.position, row.wanted
             batch.n_seq_id[at], batch.seq_id[at][0] = 1, row.sequence
-        self._interrupt, self._error, self._asked_s = interrupt, None, time.perf_counter()
-        status = llama_cpp.llama_decode(self._pointer, batch)
-        self._interrupt = None
-        if self._error is not None:
-            raise self._error
-        if status == _ABORTED:
-            raise Interrupted
-        if status:
+        if status := self._decode(interrupt):
             raise RuntimeError(f"llama_decode gave {status} for {len(rows)} rows: {_logged().error}")
         return self._logits(sum(row.wanted for row in rows))
 
     def close(self) -> None:
+        self._thread.shutdown()
         llama_cpp.llama_batch_free(self._batch)
         llama_cpp.llama_free(self._pointer)
 
@@ -199,15 +192,16 @@ class Context:
         ctypes.memmove(found.data_ptr(), source, found.nbytes)
         return found
 
-    def _is_unwanted(self, _: Any) -> bool:
-        """llama.cpp asks this before each operation. No exception may leave it."""
-        now_s = time.perf_counter()
-        if now_s - self._asked_s < _ASK_S or self._interrupt is None:
-            return False
-        self._asked_s = now_s
-        try:
-            self._interrupt.check()
-        except BaseException as error:
-            self._error = error
-            return True
-        return False
+    def _decode(self, interrupt: Interrupt) -> int:
+        """Do the forward that `self._batch` describes, unless `interrupt` raises. Returns llama.cpp's status."""
+        running = self._thread.submit(llama_cpp.llama_decode, self._pointer, self._batch)
+        while not running.done():
+            wait([running], _ASK_S)
+            try:
+                interrupt.check()
+            except BaseException:
+                self._unwanted[0] = b"x"
+                wait([running])
+                self._unwanted[0] = b"\0"
+                raise
+        return int(running.result())
