@@ -187,11 +187,11 @@ class Peer:
             )
         )
 
-    def open(self, *, temperature: float = 0.0, seed: int = 0, logprobs: bool = False) -> int:
+    def open(self, *, temperature: float = 0.0, seed: int = 0, logprobs: bool = False, top_logprobs: int = 0) -> int:
         """Open a new generation and return its number. Its prompt is PROMPT."""
         generation = next(self._generations)
         self._open.append(generation)
-        sampling = SamplingParameters(temperature=temperature, seed=seed, logprobs=logprobs)
+        sampling = SamplingParameters(temperature, seed=seed, logprobs=logprobs, top_logprobs=top_logprobs)
         self.tell(OpenGeneration(generation, len(PROMPT), "conformance", sampling))
         return generation
 

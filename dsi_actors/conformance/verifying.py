@@ -64,6 +64,29 @@ async def gives_logprobs_when_asked(peer: Peer) -> None:
             raise Nonconformance(f"a logarithm of a probability is at most 0, not one of {reply.logprobs}")
 
 
+async def tells_the_most_probable_tokens(peer: Peer) -> None:
+    """A generation with top_logprobs has so many tokens for each position, the most probable first (section 5.10)"""
+    assert peer.ready is not None
+    request = peer.verify(peer.open(logprobs=True, top_logprobs=3), PROMPT, 1)
+    peer.tell(request)
+    reply = await peer.reply(Verified, request)
+    each = min(3, peer.ready.vocabulary_size)
+    count = each * len(reply.tokens)
+    why = f"top_logprobs is 3 in OpenGeneration, and the answer has {len(reply.tokens)} tokens"
+    require(reply, why, top_tokens=items(count, count), top_logprobs=items(count, count))
+    for place, (token, logprob) in enumerate(zip(reply.tokens, reply.logprobs, strict=True)):
+        tokens = reply.top_tokens[place * each : (place + 1) * each]
+        values = reply.top_logprobs[place * each : (place + 1) * each]
+        if len(set(tokens)) < each or list(values) != sorted(values, reverse=True):
+            raise Nonconformance(
+                f"the most probable tokens stand in their order, each once, not {tokens} with {values}"
+            )
+        if token != tokens[0] or logprob != values[0]:
+            raise Nonconformance(
+                f"a greedy answer has the most probable token, {tokens[0]} with {values[0]}, not {token}"
+            )
+
+
 async def samples_by_the_seed(peer: Peer) -> None:
     """Sampled tokens depend on the seed and on nothing else (section 7)"""
     answers: list[tuple[int, ...]] = []

@@ -119,7 +119,7 @@ class ChatBodies(_OpenAiBodies):
         if not self.logprobs:
             return None
         content = [
-            {"token": _readable(token.own), "logprob": token.logprob, "bytes": list(token.own), "top_logprobs": []}
+            {**_told(token.own, token.logprob), "top_logprobs": [_told(*other) for other in token.top]}
             for token in tokens
         ]
         return {"content": content, "refusal": None}
@@ -143,9 +143,21 @@ class CompletionBodies(_OpenAiBodies):
         return {
             "tokens": [_readable(token.own, lead="bytes:") for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": None,
+            "top_logprobs": [_by_text(token) for token in tokens] if any(token.top for token in tokens) else None,
             "text_offset": [token.offset for token in tokens],
         }
+
+
+def _told(own: bytes, logprob: float | None) -> dict[str, Any]:
+    return {"token": _readable(own), "logprob": logprob, "bytes": list(own)}
+
+
+def _by_text(token: TokenText) -> dict[str, float | None]:
+    """The most probable tokens and the one that was chosen. Of several with one text, the most probable counts."""
+    found: dict[str, float | None] = {}
+    for own, logprob in (*token.top, (token.own, token.logprob)):
+        found.setdefault(_readable(own, lead="bytes:"), logprob)
+    return found
 
 
 def _message(message: Message) -> dict[str, Any]:
@@ -185,7 +197,10 @@ def _delta(parts: Sequence[Part]) -> dict[str, Any]:
 def _accounting(completion: Completion) -> dict[str, Any]:
     prompt = sum(map(len, completion.job.prompts))
     generated = sum(choice.tokens for choice in completion.choices)
-    usage = {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+    usage = {
+        "prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated,
+        "prompt_tokens_details": {"cached_tokens": completion.cached_tokens},
+    }  # fmt: skip
     return {"usage": usage, "dsi": costs(completion)}
 
 

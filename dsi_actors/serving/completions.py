@@ -93,6 +93,12 @@ class Completion:
             for index in range(job.choices)
         ]
 
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompts' tokens, those that the target server of a prompt's first choice did not read again."""
+        first = self.choices[:: self.job.choices]
+        return sum(choice.report.cached_tokens for choice in first if choice.report is not None)
+
     async def updates(self, silence_s: float | None = None) -> AsyncGenerator[Update | None, None]:
         """None: nothing is new for `silence_s`. Raises what the orchestrator raises."""
         queue: asyncio.Queue[Update | BaseException] = asyncio.Queue(_PIECES_AHEAD)

@@ -85,6 +85,7 @@ class Preparation:
                 bad_words=[ids for word in asked.bad_words for ids in self._tokenizer.spellings(word)],
                 stop_token_ids=(*asked.stop_token_ids, *(() if asked.ignore_eos else self._tokenizer.stop_token_ids)),
                 seed=seed_or_any(asked.seed), logprobs=asked.wants_logprobs,
+                top_logprobs=asked.alternatives,
             )  # fmt: skip
         except ConfigError as error:
             name = str(error).partition(" ")[0]

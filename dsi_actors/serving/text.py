@@ -22,6 +22,8 @@ class TokenText:
     offset: int
     #: If asked for.
     logprob: float | None
+    #: The most probable tokens in its place, if asked for: the bytes that each would add to the text, and its log probability.
+    top: tuple[tuple[bytes, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +67,11 @@ class TextAssembler:
         """What can be shown now. Tokens that belong to text held back are given at once: they are settled."""
         seen: list[TokenText] = []
         for index, token in enumerate(tokens):
+            tops = tokens.top_logprobs[index] if tokens.top_logprobs else ()
+            top = tuple((self._stream.spell(other), logprob) for other, logprob in tops)
             offset, text = self._length, self._stream.add(token) + self._shown.get(token, "")
-            logprob = tokens.logprobs[index] if tokens.logprobs else None
-            seen.append(TokenText(token, self._stream.own, offset, logprob))
+            own = tokens.logprobs[index] if tokens.logprobs else None
+            seen.append(TokenText(token, self._stream.own, offset, own, top))
             end = self._read(text, "" if token in self._shown else self._names.get(token, ""))
             self._unread -= 1
             if end is not None:

@@ -15,6 +15,8 @@ from dsi_protocol.fields import U32, U64, Bool, Floats, Options, Record, Text, T
 from dsi_protocol.sampling import GREEDY, SamplingParameters
 
 PROTOCOL_VERSION = 1
+#: The most tokens of a Verified of a generation with `top_logprobs`, so that it fits its frame.
+MAX_TOLD = 512
 
 Sampling: TypeAlias = Annotated[SamplingParameters, Record(SamplingParameters)]
 
@@ -173,7 +175,8 @@ class Verified:
 
     They go up to and including the first one that differs from the token of the request at its position, or, if none
     differs, up to and including the token at `end`. Every token follows from the first `start` tokens alone. An answer that was
-    given by itself (`ahead` of Verify) is one token, at the position after the answer before.
+    given by itself (`ahead` of Verify) is one token, at the position after the answer before. With `top_logprobs` an answer of
+    more than MAX_TOLD tokens is cut to so many.
     """
 
     TYPE: ClassVar[int] = 10
@@ -185,6 +188,9 @@ class Verified:
     forwards: U32  # how many forwards the request took since the last reply to it
     busy_us: U32  # time of computation since the last reply to this request
     more: Bool = False  # the server goes on by itself: another answer to this request follows
+    top_tokens: Tokens = ()  # for each token the `top_logprobs` most probable ones, the most probable first
+    top_logprobs: Floats = ()  # ln of the probability of each of `top_tokens`
+    cached: U32 = 0  # positions of the prompt that were in the KV cache before the first request of the generation
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,6 +153,48 @@ def test_logprobs_are_those_of_the_chosen_tokens(client: openai.OpenAI) -> None:
     assert len(plain.token_logprobs) == 8
 
 
+def test_the_most_probable_tokens_are_the_same_whatever_is_drafted(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "prompt": ["w5 w6", "w7"], "max_tokens": 12, "logprobs": 3, "seed": 1}
+    found: list[Any] = []
+    for algorithm in ("ar", "si", "dsi"):
+        made = client.completions.create(**asked, extra_body={"ignore_eos": True, "dsi": {"algorithm": algorithm}})
+        found.append([choice.logprobs for choice in made.choices])
+    assert found[0] == found[1] == found[2]
+    for logprobs in found[0]:
+        for token, logprob, tops in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+            assert tops[token] == logprob
+            assert 3 <= len(tops) <= 4
+    chat = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, max_tokens=8, logprobs=True, top_logprobs=5, temperature=0
+    )
+    assert chat.choices[0].logprobs is not None
+    for each in chat.choices[0].logprobs.content or ():
+        assert (each.token, each.logprob) == (each.top_logprobs[0].token, each.top_logprobs[0].logprob)
+        assert [other.logprob for other in each.top_logprobs] == sorted(
+            (other.logprob for other in each.top_logprobs), reverse=True
+        )
+    with pytest.raises(openai.BadRequestError, match="top_logprobs needs logprobs"):
+        client.chat.completions.create(model="tiny", messages=MESSAGES, top_logprobs=2)
+    with pytest.raises(openai.BadRequestError, match="logprobs"):
+        client.completions.create(model="tiny", prompt="w5", logprobs=6)
+
+
+def test_the_usage_tells_what_of_the_prompt_was_cached(client: openai.OpenAI) -> None:
+    prompt = " ".join(f"w{number * 11 % 90}" for number in range(150))
+    cached = []
+    for _ in range(2):
+        usage = client.completions.create(model="tiny", prompt=prompt, max_tokens=2).usage
+        assert usage is not None
+        assert usage.prompt_tokens_details is not None
+        cached.append(usage.prompt_tokens_details.cached_tokens)
+    assert cached == [0, 128]
+    chat: Any = {"model": "tiny", "messages": [{"role": "user", "content": prompt}], "max_tokens": 2}
+    *_, last = client.chat.completions.create(**chat, stream=True, stream_options={"include_usage": True})
+    assert last.usage is not None
+    assert last.usage.prompt_tokens_details is not None
+    assert last.usage.prompt_tokens_details.cached_tokens == 128
+
+
 def test_penalties_biases_and_bad_words_change_the_text_as_they_say(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": "tiny", "prompt": "w5 w6 w7", "max_tokens": 24, "temperature": 0}
     more: dict[str, Any] = {"ignore_eos": True}

@@ -70,14 +70,22 @@ class EngineInfo:
 
 @dataclass(slots=True)
 class Answer:
-    """The model's own tokens. `logprobs` has a log probability for each token if the session asks for them."""
+    """The model's own tokens. `logprobs` has a log probability for each token of a verification if the session asks for them."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    #: For each of `logprobs`, the most probable tokens at its position and their log probabilities (`top_logprobs` of SPEC.md).
+    top_tokens: list[int] = field(default_factory=list)
+    top_logprobs: list[float] = field(default_factory=list)
     #: Of a draft with `alternatives`: a second choice for each of `tokens`. None: there is no second choice.
     alternatives: list[int | None] = field(default_factory=list)
     #: Of a draft: a token for each branch of the task. None: the branch is not continued in this step.
     continued: list[int | None] = field(default_factory=list)
+
+    def first(self, count: int) -> Answer:
+        """The first `count` tokens of a verification's answer, with what is told of them."""
+        told = len(self.top_tokens) // max(1, len(self.tokens)) * count
+        return Answer(self.tokens[:count], self.logprobs[:count], self.top_tokens[:told], self.top_logprobs[:told])
 
 
 @dataclass(slots=True)

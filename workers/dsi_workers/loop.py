@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from dsi_protocol import (
+    MAX_TOLD,
     Cancel,
     Cancelled,
     CloseGeneration,
@@ -340,22 +341,12 @@ class WorkerLoop:
 
     def _report(self, work: Work, answer: Answer) -> None:
         """Send what a step found out for this request. A Draft gets a reply for each block of drafts."""
-        request, session, tokens = work.request, work.session, answer.tokens
         if not work.wanted():
             return  # the next _pick answers Cancelled
-        if isinstance(request, Verify):
-            more = self._may_go_on(work, tokens)
-            self._send(
-                Verified(
-                    request.generation, request.attempt, work.start, tuple(tokens), tuple(answer.logprobs),
-                    work.take_forwards(), work.take_busy_us(), more,
-                )
-            )  # fmt: skip
-            if more:
-                work.go_on(tokens)
-            else:
-                self._queue.remove(work)
+        if isinstance(work.request, Verify):
+            self._report_verified(work, answer)
             return
+        request, session, tokens = work.request, work.session, answer.tokens
         branches = work.task.branches if work.task is not None else ()
         session.drafts.add(len(session.tokens), tokens, answer.alternatives, branches, answer.continued)
         session.write(len(session.tokens), tokens)
@@ -368,6 +359,25 @@ class WorkerLoop:
             work.begin_task()
         if done or session.drafts.unsent >= request.block:
             self._send_drafts(work, done=done)
+
+    def _report_verified(self, work: Work, answer: Answer) -> None:
+        request, session = work.request, work.session
+        too_long = bool(session.sampling.top_logprobs) and len(answer.tokens) > MAX_TOLD
+        if too_long:
+            answer = answer.first(MAX_TOLD)
+        more = not too_long and self._may_go_on(work, answer.tokens)
+        self._send(
+            Verified(
+                request.generation, request.attempt, work.start, tuple(answer.tokens), tuple(answer.logprobs),
+                work.take_forwards(), work.take_busy_us(), more, tuple(answer.top_tokens), tuple(answer.top_logprobs),
+                session.reused,
+            )
+        )  # fmt: skip
+        session.reused = 0  # it is told once
+        if more:
+            work.go_on(answer.tokens)
+        else:
+            self._queue.remove(work)
 
     def _may_go_on(self, work: Work, answer: Sequence[int]) -> bool:
         """Whether the server may start the forward behind this answer before it is asked."""

@@ -9,7 +9,7 @@ import torch
 
 from dsi_workers.engine import RequestError, Task
 from dsi_workers.grammar import GrammarMask, Grammars, Row
-from dsi_workers.sampling import Sampler, log_probability, second_choice
+from dsi_workers.sampling import Sampler, log_probabilities, most_probable, second_choice
 from dsi_workers.session import Session
 from dsi_workers.tree import Branch
 
@@ -90,8 +90,8 @@ class Choice:
                 with _blamed_on_the_request():
                     token = sampler.choose(logits[row], at, guess, length)
             answer.tokens.append(token)
-            if session.sampling.logprobs:
-                answer.logprobs.append(log_probability(logits[row], token))
+            if session.sampling.logprobs and task.count is None:
+                _tell(task, log_probabilities(logits[row]), token)
             expected = session.tokens[at : at + 1] if at < length else guess[at - length : at - length + 1]
             if expected and expected[0] != token:
                 return True
@@ -111,6 +111,15 @@ class Choice:
                 sampler.choose(row, branch.end, branch.tokens, fork=branch.fork)
                 for branch, row in zip(branches, logits, strict=True)
             ]
+
+
+def _tell(task: Task, logprobs: torch.Tensor, token: int) -> None:
+    """Add the log probability of a token to the task's answer, and the most probable tokens. logprobs: [vocabulary]."""
+    task.answer.logprobs.append(float(logprobs[token]))
+    if count := task.session.sampling.top_logprobs:
+        tokens, values = most_probable(logprobs, count)
+        task.answer.top_tokens += tokens
+        task.answer.top_logprobs += values
 
 
 @contextmanager

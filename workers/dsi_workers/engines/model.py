@@ -216,6 +216,7 @@ class ModelEngine(Engine):
             guess = self._guess(task) if end == length else []
         elif begin < session.prompt_length:
             begin -= begin % chunk
+            session.reused = min(session.reused, begin)  # a chunk whose logits are wanted is read again
             width = min(chunk, session.prompt_length - begin)  # the same if some tokens have not arrived yet
             end = min(begin + width, length)
         else:

@@ -28,6 +28,8 @@ from dsi_workers.tree import Branch, Walk
 WINDOW = 32
 #: Positions of a tree, and rows of a drafting step.
 MOST_ROWS = 1024
+#: The log probability of a token that it would not say.
+_IMPOSSIBLE = -1000.0
 #: A step that begins at most so long after the last one was due counts as its immediate successor.
 _AT_ONCE_S = 0.002
 #: Whoever waits for its turn on a device looks again after so long.
@@ -126,10 +128,18 @@ class TimedEngine(Engine):
             session = task.session
             session.computed = ends[id(task)]
             task.done = session.computed == len(session.tokens)
-            if task.done and session.sampling.logprobs:
-                task.answer.logprobs = [0.0] * len(task.answer.tokens)
+            if task.done and session.sampling.logprobs and task.count is None:
+                self._tell(task)
             if self._drafter:
                 self._due_for.add((session.generation, len(session.tokens) + 1))
+
+    def _tell(self, task: Task) -> None:
+        """Log probabilities: the token that it says is certain."""
+        count = min(task.session.sampling.top_logprobs, self.vocabulary_size)
+        for token in task.answer.tokens:
+            task.answer.logprobs.append(0.0)
+            task.answer.top_tokens += ((token + place) % self.vocabulary_size for place in range(count))
+            task.answer.top_logprobs += [0.0, *[_IMPOSSIBLE] * (count - 1)][:count]
 
     def reads_alone(self, task: Task) -> bool:
         return self._end(task) < len(task.session.tokens)
