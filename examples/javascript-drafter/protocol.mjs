@@ -105,6 +105,8 @@ const MESSAGES = {
   Failed: [14, REQUEST + "code text, message text"],
   Goodbye: [16, "reason text, again bool?"],
   Preparing: [17, "what text, done_permille u32"],
+  Score: [18, REQUEST + "base u32, base_crc u32, tokens tokens, start u32"],
+  Scored: [19, REQUEST + "start u32, logprobs floats, done bool, forwards u32, busy_us u32, top_tokens tokens?, top_logprobs floats?"],
 };
 const BY_NUMBER = new Map(Object.entries(MESSAGES).map(([name, [number, words]]) => [number, [name, fields(words)]]));
 

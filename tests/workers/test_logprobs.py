@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,9 +12,15 @@ import torch
 from dsi_protocol import (
     MAX_REPLY_FRAME_BYTES,
     MAX_TOLD,
+    Cancel,
+    Cancelled,
+    Failed,
+    FromWorker,
     Message,
     OpenGeneration,
     SamplingParameters,
+    Score,
+    Scored,
     Verified,
     Verify,
     encode,
@@ -40,15 +47,44 @@ def target(model: Path) -> Engine:
     return load_engine("transformers", role="target", model=str(model), device="cpu:0", options=options)
 
 
-def answered(engine: Engine, *messages: Message) -> list[Verified]:
-    """The answers of a worker that gets these messages. Then it forgets its generations."""
+def replies(engine: Engine, *messages: Message) -> list[FromWorker]:
+    """What a worker says that gets these messages. Then it forgets its generations."""
     socket = ScriptedSocket()
     socket.inbox.extend(messages)
     loop = WorkerLoop(cast(WorkSocket, socket), engine, still_needed=lambda: True, role="target")
     loop.run()
     loop.forget_all()
-    assert all(isinstance(reply, Verified) for reply in socket.sent), socket.sent
-    return [reply for reply in socket.sent if isinstance(reply, Verified)]
+    return socket.sent
+
+
+def answered(engine: Engine, *messages: Message) -> list[Verified]:
+    """The same, of messages that bring nothing but Verified."""
+    found = replies(engine, *messages)
+    assert all(isinstance(reply, Verified) for reply in found), found
+    return [reply for reply in found if isinstance(reply, Verified)]
+
+
+def scored(
+    engine: Engine, tokens: list[int], start: int = 1, *, top: int = 2, prompt_length: int | None = None
+) -> list[Scored]:
+    """What a worker tells of these tokens."""
+    sampling = SamplingParameters(logprobs=True, top_logprobs=top)
+    opened = OpenGeneration(1, len(tokens) if prompt_length is None else prompt_length, "", sampling)
+    found = replies(engine, opened, Score(1, 1, 0, 0, tuple(tokens), start))
+    blocks = [reply for reply in found if isinstance(reply, Scored)]
+    assert len(found) == len(blocks)
+    assert [block.done for block in blocks] == [False] * (len(blocks) - 1) + [True]
+    for block, following in pairwise(blocks):
+        assert block.start + len(block.logprobs) == following.start
+    assert blocks[0].start == start
+    assert blocks[-1].start + len(blocks[-1].logprobs) == len(tokens)
+    return blocks
+
+
+def told(blocks: list[Scored]) -> tuple[list[float], list[tuple[int, float]]]:
+    logprobs = [logprob for block in blocks for logprob in block.logprobs]
+    tops = [pair for block in blocks for pair in zip(block.top_tokens, block.top_logprobs, strict=True)]
+    return logprobs, tops
 
 
 def reference(model: Path, tokens: list[int]) -> torch.Tensor:
@@ -114,3 +150,57 @@ def test_the_first_answer_tells_how_much_of_the_prompt_was_there(target: Engine)
         cached.append([reply.cached for reply in answered(target, *asked, *([again] if prompt is PROMPT else []))])
     # Two whole blocks; of a prompt that ends with a block this is read again, for the logits behind it.
     assert cached == [[0, 0], [256, 0], [128], [0]]
+
+
+def test_a_given_text_is_as_probable_as_a_plain_softmax_says(target: Engine, model: Path) -> None:
+    """Read in chunks, which tell a block each. Where the prompt ends makes no difference but rounding."""
+    expected = reference(model, PROMPT)[:-1]
+    given = [float(row[token]) for row, token in zip(expected, PROMPT[1:], strict=True)]
+    values, places = expected.topk(2)
+    blocks = scored(target, PROMPT)
+    assert [block.start for block in blocks] == [1, 129, 257]
+    for prompt_length in (300, 140, 1):
+        logprobs, tops = told(scored(target, PROMPT, prompt_length=prompt_length))
+        assert logprobs == pytest.approx(given, abs=1e-4)
+        assert [token for token, _ in tops] == places.flatten().tolist()
+        assert [logprob for _, logprob in tops] == pytest.approx(values.flatten().tolist(), abs=1e-4)
+
+
+def test_a_score_depends_on_the_text_alone(target: Engine) -> None:
+    """Neither on where it starts, nor on what the worker had computed before, nor on who else is served."""
+    logprobs, tops = told(scored(target, PROMPT))
+    for start in (2, 128, 129, 200, 299):
+        later, later_tops = told(scored(target, PROMPT, start))
+        assert later == logprobs[start - 1 :]
+        assert later_tops == tops[2 * (start - 1) :]
+    opened = OpenGeneration(1, 300, "", SamplingParameters(logprobs=True, top_logprobs=2))
+    other = OpenGeneration(2, 5, "", SamplingParameters(0.8, seed=3))
+    found = replies(
+        target, opened, other, Verify(1, 1, 0, 0, tuple(PROMPT), 300), Score(1, 2, 0, 0, tuple(PROMPT), 1),
+        Verify(1, 3, 300, prefix_checksum(PROMPT), (), 300), Verify(2, 1, 0, 0, (1, 2, 3, 4, 5), 5, ahead=6),
+    )  # fmt: skip
+    first, second = (reply for reply in found if isinstance(reply, Verified) and reply.generation == 1)
+    assert first.tokens == second.tokens
+    assert first.logprobs == second.logprobs
+    assert told([reply for reply in found if isinstance(reply, Scored)]) == (logprobs, tops)
+
+
+def test_blocks_of_a_score_fit_their_frames() -> None:
+    """Also of an engine that reads all at once."""
+    timed = load_engine("timed", role="target", model="", device="cpu:0", options={})
+    blocks = scored(timed, [7] * (2 * MAX_TOLD + 10), top=20)
+    assert [len(block.logprobs) for block in blocks] == [MAX_TOLD, MAX_TOLD, 9]
+    assert all(len(encode(block)) < MAX_REPLY_FRAME_BYTES for block in blocks)
+
+
+def test_a_cancelled_score_ends(target: Engine) -> None:
+    opened = OpenGeneration(1, 300, "", SamplingParameters(logprobs=True))
+    assert replies(target, opened, Score(1, 1, 0, 0, tuple(PROMPT), 1), Cancel(1, 1)) == [Cancelled(1, 1, 0, 0)]
+
+
+@pytest.mark.parametrize("start", [0, 300])
+def test_a_score_of_nothing_is_refused(target: Engine, start: int) -> None:
+    opened = OpenGeneration(1, 300, "", SamplingParameters(logprobs=True))
+    [reply] = replies(target, opened, Score(1, 1, 0, 0, tuple(PROMPT), start))
+    assert isinstance(reply, Failed)
+    assert reply.code == "limit"

@@ -66,6 +66,7 @@ class EngineInfo:
     fingerprint: int = 0  # of a target: a checksum that differs where the bits of the logits differ; 0 if not known
     rows: int = 1  # positions of a tree that a target verifies, or rows of a drafter's step; 1: chains only
     devices: int = 1  # devices that compute a forward together
+    scores: bool = False  # of a target: it tells the log probabilities of a given text (Task.score)
 
 
 @dataclass(slots=True)
@@ -103,6 +104,8 @@ class Task:
     alternatives: bool = False
     #: Draft: so many tokens are told together. A step may draft up to so many at once.
     block: int = 1
+    #: Nothing is chosen: what is wanted is how probable session.tokens are, from `start` on.
+    score: bool = False
     answer: Answer = field(default_factory=Answer)
     #: The answer is complete.
     done: bool = False
@@ -127,6 +130,9 @@ class Engine(ABC):
         `task.branches` the answer goes on along whichever branch has the model's token. For a target
         every token must be a function of the tokens before it, the sampling parameters and the seed alone: neither the other
         tasks nor earlier steps may change it.
+
+        The answer to a task with `score` has no tokens. Its log probabilities are those of the tokens of the session from `start`
+        on: of one or more, at most MAX_TOLD. For the others comes another task. It is for engines with `info.scores`.
 
         The answer to a draft is 0 to `count` tokens that may follow session.tokens. No token means that the engine has no idea.
 

@@ -27,6 +27,9 @@ from dsi_protocol import (
     OpenGeneration,
     Ready,
     Reply,
+    Request,
+    Score,
+    Scored,
     Verified,
     Verify,
     Welcome,
@@ -142,7 +145,7 @@ class WorkerLoop:
 
     def _on_message(self, message: Message) -> None:
         match message:
-            case Verify() | Draft():
+            case Verify() | Draft() | Score():
                 self._on_request(message)
             case Cancel(generation, attempt):
                 session = self._sessions.get(generation)
@@ -171,7 +174,7 @@ class WorkerLoop:
             for session in self._sessions.take_closed():
                 self._engine.forget(session)
 
-    def _on_request(self, request: Draft | Verify) -> None:
+    def _on_request(self, request: Request) -> None:
         session = self._sessions.use(request.generation)
         if session is None:
             self._fail(request, "unknown_generation", "the generation is not open on this worker")
@@ -197,7 +200,7 @@ class WorkerLoop:
                 if work.session is session and isinstance(work.request, Draft):
                     work.superseded = True
 
-    def _repeat_reply(self, request: Draft | Verify, session: Session) -> None:
+    def _repeat_reply(self, request: Request, session: Session) -> None:
         """Send the terminal reply again, for a request that arrived before. Of an unfinished one: its last Verified, if any."""
         answered = session.reply_to(request.attempt)
         if answered is not None:
@@ -207,7 +210,7 @@ class WorkerLoop:
         ):  # it was answered long ago: its reply is no longer remembered
             self._socket.send(Cancelled(request.generation, request.attempt, 0, 0))
 
-    def _refusal(self, request: Draft | Verify, session: Session) -> tuple[str, str] | None:
+    def _refusal(self, request: Request, session: Session) -> tuple[str, str] | None:
         """The code and message of the Failed that answers `request`; None if this worker can serve it."""
         if self._draining:
             return "draining", "this worker takes no more work"
@@ -263,12 +266,13 @@ class WorkerLoop:
             held = len(session.tokens) if request.base > len(session.tokens) else 0
             self._send(NeedPrefix(request.generation, request.attempt, held))
             return False
-        if isinstance(request, Verify):
-            tokens, work.branches = read_tree(request.base, request.tokens, request.parents)
+        if isinstance(request, Draft):
+            self._prepare_draft(request, session)
+        else:
+            parents = request.parents if isinstance(request, Verify) else ()
+            tokens, work.branches = read_tree(request.base, request.tokens, parents)
             session.write(request.base, tokens)
             session.truncate(request.base + len(tokens))
-        else:
-            self._prepare_draft(request, session)
         if not session.tokens:
             self._fail(request, "limit", "there is nothing to continue: a generation begins with at least one token")
             return False
@@ -346,6 +350,9 @@ class WorkerLoop:
         if isinstance(work.request, Verify):
             self._report_verified(work, answer)
             return
+        if isinstance(work.request, Score):
+            self._report_scored(work, answer)
+            return
         request, session, tokens = work.request, work.session, answer.tokens
         branches = work.task.branches if work.task is not None else ()
         session.drafts.add(len(session.tokens), tokens, answer.alternatives, branches, answer.continued)
@@ -379,6 +386,21 @@ class WorkerLoop:
         else:
             self._queue.remove(work)
 
+    def _report_scored(self, work: Work, answer: Answer) -> None:
+        request, start = work.request, work.start
+        work.start += len(answer.logprobs)
+        done = work.start == len(work.session.tokens)
+        self._send(
+            Scored(
+                request.generation, request.attempt, start, tuple(answer.logprobs), done, work.take_forwards(),
+                work.take_busy_us(), tuple(answer.top_tokens), tuple(answer.top_logprobs),
+            )
+        )  # fmt: skip
+        if done:
+            self._queue.remove(work)
+        else:
+            work.begin_task()
+
     def _may_go_on(self, work: Work, answer: Sequence[int]) -> bool:
         """Whether the server may start the forward behind this answer before it is asked."""
         fits = work.start + len(answer) <= self._engine.info.max_length
@@ -395,12 +417,12 @@ class WorkerLoop:
         request = work.request
         self._send(Drafted(request.generation, request.attempt, start, tokens, done, work.take_busy_us(), parents))
 
-    def _fail(self, request: Draft | Verify, code: str, message: str) -> None:
+    def _fail(self, request: Request, code: str, message: str) -> None:
         self._send(Failed(request.generation, request.attempt, code, message))
 
     def _send(self, reply: Reply) -> None:
         """Send a reply. Terminal replies are remembered, in case the request comes again, and so is the last Verified."""
         session = self._sessions.get(reply.generation)
-        if session is not None and not (isinstance(reply, Drafted) and not reply.done):
+        if session is not None and not (isinstance(reply, Drafted | Scored) and not reply.done):
             session.remember(reply.attempt, reply)
         self._socket.send(reply)
