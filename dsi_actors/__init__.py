@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     )
     from dsi_actors.observation import Observation
     from dsi_actors.orchestrator import Orchestrator
-    from dsi_actors.results import CommittedTokens, GenerationReport
+    from dsi_actors.results import CommittedTokens, GenerationReport, TextScores
     from dsi_actors.stream import GenerationStream
     from dsi_actors.structure import Structure
 
@@ -34,6 +34,7 @@ __all__ = [
     "OrchestratorClosed",
     "Sampling",
     "Structure",
+    "TextScores",
     "WorkerStartError",
 ]
 
@@ -42,7 +43,7 @@ _MODULES = {
     "Config": "config", "Sampling": "config",
     "ConfigError": "errors", "DsiError": "errors", "NoTargetError": "errors", "OrchestratorClosed": "errors",
     "WorkerStartError": "errors",
-    "CommittedTokens": "results", "GenerationReport": "results",
+    "CommittedTokens": "results", "GenerationReport": "results", "TextScores": "results",
     "GenerationStream": "stream", "Observation": "observation", "Orchestrator": "orchestrator", "Structure": "structure",
 }  # fmt: skip
 

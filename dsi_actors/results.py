@@ -34,6 +34,16 @@ class CommittedTokens(tuple[int, ...]):
 
 
 @dataclass(frozen=True, slots=True)
+class TextScores:
+    """How probable a text is, as the target has it before any sampling parameter. Of each token but the first."""
+
+    #: The log probability of each token after the tokens before it.
+    logprobs: tuple[float, ...] = ()
+    #: The most probable tokens in its place, if asked for.
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Trace:
     """What a generation met, in order: what `dsi-actors simulate --trace` replays. Empty: not known."""
 

@@ -146,8 +146,12 @@ def test_the_first_answer_tells_how_much_of_the_prompt_was_there(target: Engine)
     again = Verify(1, 2, 300, prefix_checksum(PROMPT), (), 300)
     cached = []
     for prompt in (PROMPT, PROMPT, PROMPT[:256], PROMPT[:100]):
-        asked = [OpenGeneration(1, len(prompt), ""), Verify(1, 1, 0, 0, tuple(prompt), len(prompt))]
-        cached.append([reply.cached for reply in answered(target, *asked, *([again] if prompt is PROMPT else []))])
+        asked: list[Message] = [
+            OpenGeneration(1, len(prompt), ""),
+            Verify(1, 1, 0, 0, tuple(prompt), len(prompt)),
+            *([again] if prompt is PROMPT else []),
+        ]
+        cached.append([reply.cached for reply in answered(target, *asked)])
     # Two whole blocks; of a prompt that ends with a block this is read again, for the logits behind it.
     assert cached == [[0, 0], [256, 0], [128], [0]]
 
