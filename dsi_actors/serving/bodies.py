@@ -119,7 +119,7 @@ class ChatBodies(_OpenAiBodies):
         if not self.logprobs:
             return None
         content = [
-            {**_told(token.own, token.logprob), "top_logprobs": [_told(*other) for other in token.top]}
+            {**_told(token.own, token.logprob), "top_logprobs": [_told(own, logprob) for _, own, logprob in token.top]}
             for token in tokens
         ]
         return {"content": content, "refusal": None}
@@ -135,7 +135,8 @@ class CompletionBodies(_OpenAiBodies):
         return {"text": "" if piece is None else piece.text}
 
     def _answer(self, choice: Choice) -> dict[str, Any]:
-        return {"text": choice.text}
+        prompt = {"prompt_logprobs": [_by_id(token) for token in choice.prompt]} if choice.prompt else {}
+        return {"text": choice.text, **prompt}
 
     def _logprobs(self, tokens: Sequence[TokenText]) -> dict[str, Any] | None:
         if not self.logprobs:
@@ -152,11 +153,25 @@ def _told(own: bytes, logprob: float | None) -> dict[str, Any]:
     return {"token": _readable(own), "logprob": logprob, "bytes": list(own)}
 
 
-def _by_text(token: TokenText) -> dict[str, float | None]:
-    """The most probable tokens and the one that was chosen. Of several with one text, the most probable counts."""
+def _by_text(token: TokenText) -> dict[str, float | None] | None:
+    """The most probable tokens and the one that is there. Of several with one text, the most probable counts. None: nothing is
+    known of the first token of a prompt."""
+    if token.logprob is None:
+        return None
     found: dict[str, float | None] = {}
-    for own, logprob in (*token.top, (token.own, token.logprob)):
+    for _, own, logprob in (*token.top, (token.token_id, token.own, token.logprob)):
         found.setdefault(_readable(own, lead="bytes:"), logprob)
+    return found
+
+
+def _by_id(token: TokenText) -> dict[str, dict[str, Any]] | None:
+    """The same by token ids, as vLLM tells it of prompts. A rank that is not known is None."""
+    if token.logprob is None:
+        return None
+    ranked = [(*other, rank) for rank, other in enumerate(token.top, start=1)]
+    found = {}
+    for number, own, logprob, rank in (*ranked, (token.token_id, token.own, token.logprob, None)):
+        found.setdefault(str(number), {"logprob": logprob, "rank": rank, "decoded_token": _readable(own)})
     return found
 
 

@@ -259,15 +259,21 @@ def _prompts(given: Any) -> list[str] | list[list[int]]:
 class CompletionRequest(Request):
     #: Texts, or token ids.
     prompt: Annotated[Any, BeforeValidator(_prompts)]
-    max_tokens: Annotated[int, Field(ge=1)] = 16
+    #: 0: nothing is generated.
+    max_tokens: Annotated[int, Field(ge=0)] = 16
     #: How many of the most probable tokens to list at each place. 0: the chosen tokens alone.
     logprobs: Annotated[int, Field(ge=0, le=_MOST_ALTERNATIVES)] | None = None
-    echo: Refused = None
+    #: The answer begins with the prompt, for which `logprobs` counts, too.
+    echo: bool = False
+    #: vLLM's: how many of the most probable tokens to list at each place of the prompt.
+    prompt_logprobs: Annotated[int, Field(ge=0, le=_MOST_ALTERNATIVES)] | None = None
     suffix: Refused = None
     best_of: int | None = None
 
     @model_validator(mode="after")
     def _plain_completions(self) -> CompletionRequest:
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs is for whole answers: leave it or stream out")
         if (self.best_of or 1) > self.n:
             raise ValueError("best_of: more than n is not supported: leave it out")
         return self
@@ -289,6 +295,12 @@ class CompletionRequest(Request):
     def alternatives(self) -> int:
         """Of the most probable tokens, how many to list at each place."""
         return self.logprobs or 0
+
+    @property
+    def prompt_alternatives(self) -> int | None:
+        """The same of the prompt. None: nothing is asked about it."""
+        asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((count for count in asked if count is not None), default=None)
 
     @property
     def most_tokens(self) -> int | None:
