@@ -169,7 +169,7 @@ def _by_id(token: TokenText) -> dict[str, dict[str, Any]] | None:
     if token.logprob is None:
         return None
     ranked = [(*other, rank) for rank, other in enumerate(token.top, start=1)]
-    found = {}
+    found = dict[str, dict[str, Any]]()
     for number, own, logprob, rank in (*ranked, (token.token_id, token.own, token.logprob, None)):
         found.setdefault(str(number), {"logprob": logprob, "rank": rank, "decoded_token": _readable(own)})
     return found
