@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     )
     from dsi_actors.observation import Observation
     from dsi_actors.orchestrator import Orchestrator
-    from dsi_actors.results import Answer, CommittedTokens, GenerationReport
+    from dsi_actors.results import Answer, CommittedTokens, GenerationReport, TextScores
     from dsi_actors.stream import GenerationStream
     from dsi_actors.structure import Structure
     from dsi_actors.text_stream import TextOptions, TextStream
@@ -41,6 +41,7 @@ __all__ = [
     "Structure",
     "TextOptions",
     "TextPieces",
+    "TextScores",
     "TextStream",
     "WorkerStartError",
     "open",
@@ -51,7 +52,7 @@ _MODULES = {
     "Config": "config", "Sampling": "config",
     "ConfigError": "errors", "DsiError": "errors", "NoTargetError": "errors", "OrchestratorClosed": "errors",
     "WorkerStartError": "errors",
-    "Answer": "results", "CommittedTokens": "results", "GenerationReport": "results",
+    "Answer": "results", "CommittedTokens": "results", "GenerationReport": "results", "TextScores": "results",
     "GenerationStream": "stream", "Observation": "observation", "Orchestrator": "orchestrator", "Structure": "structure",
     "TextOptions": "text_stream", "TextStream": "text_stream", "Model": "blocking", "TextPieces": "blocking", "open": "blocking",
 }  # fmt: skip

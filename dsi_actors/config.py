@@ -14,6 +14,7 @@ from dsi_actors.host.devices import device_name, local_devices, servers_beside_d
 from dsi_actors.host.requirements import Extra
 from dsi_actors.structure import Structure
 from dsi_protocol import (
+    MAX_TOP_LOGPROBS,
     Endpoint,
     EndpointError,
     OptionValue,
@@ -313,6 +314,7 @@ class Sampling:
     * `min_tokens`: no token of `stop_token_ids` comes before the answer has so many tokens.
     * `stop_token_ids`: the generation ends with the first of these, which is its last token.
     * `logprobs`: give the log probability of each token, as the target has it before any parameter.
+    * `top_logprobs`: give the same for so many of the most probable tokens at each position, too. It implies `logprobs`.
     """
 
     max_tokens: int = 128
@@ -330,11 +332,17 @@ class Sampling:
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     logprobs: bool = False
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "top_k", "seed", "min_tokens"):
+        for name in ("max_tokens", "top_k", "seed", "min_tokens", "top_logprobs"):
             if getattr(self, name) is not None:  # any integer type, such as numpy's; what follows needs plain ones
                 object.__setattr__(self, name, _whole(name, getattr(self, name)))
+        _require(
+            0 <= self.top_logprobs <= MAX_TOP_LOGPROBS,
+            f"top_logprobs must lie in [0, {MAX_TOP_LOGPROBS}], not {self.top_logprobs}",
+        )
+        object.__setattr__(self, "logprobs", self.logprobs or self.top_logprobs > 0)
         if self.top_k in (0, -1):
             object.__setattr__(self, "top_k", None)
         for name in _NUMBERS:
@@ -370,7 +378,7 @@ class Sampling:
             self.temperature, self.top_k or 0, self.top_p, self.min_p, self.repetition_penalty, self.seed, self.logprobs,
             self.presence_penalty, self.frequency_penalty, tuple(biases), tuple(biases.values()),
             tuple(map(tuple, self.bad_words)), self.min_tokens, self.stop_token_ids if ends else (),
-            "" if self.structure is None else self.structure.grammar,
+            "" if self.structure is None else self.structure.grammar, self.top_logprobs,
         )  # fmt: skip
 
     @property

@@ -21,6 +21,7 @@ from dsi_actors.errors import (
 )
 from dsi_actors.generation.generation import Generation
 from dsi_actors.generation.knowledge import Knowledge
+from dsi_actors.generation.scoring import Scoring
 from dsi_actors.host.advice import worker_command
 from dsi_actors.launching.choice import launcher_for
 from dsi_actors.launching.launcher import Launcher
@@ -29,7 +30,7 @@ from dsi_actors.models import prepare_models, target_tokenizer
 from dsi_actors.observation import Observation, Observations, Observer
 from dsi_actors.planning.tuner import Estimates
 from dsi_actors.progress import Report, unreported
-from dsi_actors.results import Answer
+from dsi_actors.results import Answer, TextScores
 from dsi_actors.root import Root
 from dsi_actors.stream import Cancel, Channel, GenerationStream
 from dsi_actors.text import TextAssembler
@@ -134,7 +135,7 @@ class Orchestrator:
             raise ConfigError("the prompt is empty: give at least one token")
         _check_resumed(earlier, sampling)
         number = next(self._numbers)
-        correlation = f"generation-{number}" if correlation is None else correlation
+        correlation = _correlation(correlation, f"generation-{number}")
         return self._stream(number, prompt, sampling, algorithm, sp, lookahead, rows, earlier, correlation)
 
     def generate_text(self, prompt: Prompt, **options: Unpack[TextOptions]) -> TextStream:
@@ -166,6 +167,50 @@ class Orchestrator:
                 self._tokenizer = await target_tokenizer(self.config, self._report)
             return self._tokenizer
 
+    async def score(
+        self, token_ids: Iterable[SupportsIndex], *, top_logprobs: int = 0, correlation: str | None = None
+    ) -> TextScores:
+        """How probable a text is: the log probability of each token but the first after the tokens before it.
+
+        `top_logprobs`: so many of the most probable tokens in each place are told, too (at most 20). The result is a
+        function of the target and the text. If the target server is lost, another one goes on. Cancelling the task cancels
+        the work. `correlation` is as in `generate`.
+
+        Raises ConfigError for arguments that cannot be used, and if the target cannot do this; NoTargetError.
+        """
+        tokens = _token_ids("token_ids", token_ids)
+        if not tokens:
+            raise ConfigError("the text is empty: give at least one token")
+        top_logprobs = Sampling(top_logprobs=top_logprobs).top_logprobs  # checked
+        number = next(self._numbers)
+        correlation = _correlation(correlation, f"score-{number}")
+        channel = Channel()
+
+        async def start() -> Cancel | None:
+            root = self._running()
+            target = await self._first_target(root)
+            assert target.ready is not None
+            if len(tokens) > (most := min(target.ready.max_length, MAX_TOKENS_PER_MESSAGE)):
+                raise ConfigError(f"the text has {len(tokens)} tokens: that is over the target's limit of {most}")
+            self._check_tokens(target, tokens)
+            self._check_place(root)
+            if channel.closed or len(tokens) == 1:  # there is nothing before the first token
+                return None
+            scoring = Scoring(
+                number, tokens, root.scheduler, top_logprobs=top_logprobs, correlation=correlation,
+                vocabulary_size=target.ready.vocabulary_size, first_target_wait_s=self.config.ready_timeout_s,
+                target_wait_s=self.config.target_wait_s, on_tokens=channel.put, on_end=channel.end,
+            )  # fmt: skip
+            root.start_generation(scoring, channel)
+            return scoring.cancel
+
+        async with GenerationStream(channel, start) as stream:
+            blocks = [block async for block in stream]
+        return TextScores(
+            tuple(logprob for block in blocks for logprob in block.logprobs),
+            tuple(tops for block in blocks for tops in block.top_logprobs),
+        )
+
     def _stream(
         self,
         number: int,
@@ -185,10 +230,7 @@ class Orchestrator:
             target = await self._first_target(root)
             self._check_prompt(target, prompt_ids, sampling)
             self._check_tokens(target, (*resumed, sampling.most_token))
-            if len(root.generations) >= self.config.max_generations:
-                raise TooManyGenerations(
-                    f"{self.config.max_generations} generations wait or run already: try again later"
-                )
+            self._check_place(root)
             controller = self._knowledge.controller(
                 algorithm,
                 sp,
@@ -360,6 +402,10 @@ class Orchestrator:
             )
         Orchestrator._check_tokens(target, prompt_ids)
 
+    def _check_place(self, root: Root) -> None:
+        if len(root.generations) >= self.config.max_generations:
+            raise TooManyGenerations(f"{self.config.max_generations} generations wait or run already: try again later")
+
     @staticmethod
     def _check_tokens(target: WorkerHandle, token_ids: Sequence[int]) -> None:
         assert target.ready is not None
@@ -385,9 +431,7 @@ def _check_way(
         raise ConfigError(f"lookahead must be auto or lie in [1, 1024], not {lookahead}")
     if rows is not None and not 1 <= rows <= 1024:
         raise ConfigError(f"rows must lie in [1, 1024], not {rows}")
-    label = correlation or ""
-    if len(label.encode(errors="replace")) > MAX_TEXT_BYTES or not label.isprintable():
-        raise ConfigError(f"correlation must be printable text of at most {MAX_TEXT_BYTES} bytes")
+    _correlation(correlation, "")
 
 
 def _token_ids(name: str, given: Iterable[SupportsIndex]) -> list[int]:
@@ -402,6 +446,14 @@ def _token_ids(name: str, given: Iterable[SupportsIndex]) -> list[int]:
         wrong = min(ids) if min(ids) < 0 else max(ids)
         raise ConfigError(f"{name} must be token ids, from 0 to 2**32 - 1: {wrong} is none")
     return ids
+
+
+def _correlation(given: str | None, own: str) -> str:
+    """What names it in logs. Raises ConfigError."""
+    name = own if given is None else given
+    if len(name.encode(errors="replace")) > MAX_TEXT_BYTES or not name.isprintable():
+        raise ConfigError(f"correlation must be printable text of at most {MAX_TEXT_BYTES} bytes")
+    return name
 
 
 def _check_resumed(resumed: Sequence[int], sampling: Sampling) -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import TypeAlias
+
+#: Tokens with their log probabilities, the most probable first.
+TopLogprobs: TypeAlias = tuple[tuple[int, float], ...]
 
 
 class CommittedTokens(tuple[int, ...]):
@@ -14,16 +18,29 @@ class CommittedTokens(tuple[int, ...]):
     by_alternative: tuple[bool, ...]
     #: The target's log probability of each token, if asked for, else empty.
     logprobs: tuple[float, ...]
+    #: For each token the most probable tokens at its position, most probable first, with their log probabilities, if asked for.
+    top_logprobs: tuple[TopLogprobs, ...]
 
     def __new__(
         cls, tokens: Iterable[int], accepted: Iterable[bool], logprobs: Iterable[float] = (),
-        by_alternative: Iterable[bool] = (),
+        by_alternative: Iterable[bool] = (), top_logprobs: Iterable[TopLogprobs] = (),
     ) -> CommittedTokens:  # fmt: skip
         self = super().__new__(cls, tokens)
         self.accepted = tuple(accepted)
         self.logprobs = tuple(logprobs)
+        self.top_logprobs = tuple(top_logprobs)
         self.by_alternative = tuple(by_alternative) or (False,) * len(self)
         return self
+
+
+@dataclass(frozen=True, slots=True)
+class TextScores:
+    """How probable a text is, as the target has it before any sampling parameter. Of each token but the first."""
+
+    #: The log probability of each token after the tokens before it.
+    logprobs: tuple[float, ...] = ()
+    #: The most probable tokens in its place, if asked for.
+    top_logprobs: tuple[TopLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +82,8 @@ class GenerationReport:
     wasted_target_forwards: int
     target_busy_ms: float
     drafter_busy_ms: float
+    #: Positions of the prompt that the target server did not read again, since an earlier generation had left them there.
+    cached_tokens: int = 0
     #: The last few thousand of each.
     trace: Trace = field(default=Trace(), repr=False)
 

@@ -12,6 +12,7 @@ from dsi_actors.actor import Actor
 from dsi_actors.config import Config
 from dsi_actors.errors import OrchestratorClosed
 from dsi_actors.generation.generation import Generation
+from dsi_actors.generation.scoring import Scoring
 from dsi_actors.launching.launcher import WorkerSpec
 from dsi_actors.logs import get_logger
 from dsi_actors.progress import Report, unreported
@@ -42,7 +43,7 @@ class _ChildEnded:
 
 @dataclass(frozen=True, slots=True)
 class _GenerationEnded:
-    generation: Generation
+    generation: Generation | Scoring
     channel: Channel
     error: BaseException | None
 
@@ -63,7 +64,8 @@ class Root(Actor[_RootMessage]):
         self.workforce = Workforce(config, self._on_worker_ready, self._on_worker_lost, self._on_worker_preparing)
         self.supervisor: WorkerSupervisor | None = None
         self.ready_workers: list[WorkerHandle] = []
-        self.generations: dict[int, tuple[Generation, Channel]] = {}
+        #: What takes a place, by its number.
+        self.generations: dict[int, tuple[Generation | Scoring, Channel]] = {}
         #: Local workers that ended lately, by incarnation, and how.
         self.exits: deque[tuple[int, WorkerSpec, str]] = deque(maxlen=64)
         self.closing = False
@@ -87,7 +89,7 @@ class Root(Actor[_RootMessage]):
         """Generations on each target server that is ready, by incarnation."""
         return {worker.hello.incarnation: self.scheduler.load_of(worker) for worker in self.of_role("target")}
 
-    def start_generation(self, generation: Generation, channel: Channel) -> None:
+    def start_generation(self, generation: Generation | Scoring, channel: Channel) -> None:
         self.generations[generation.number] = (generation, channel)
         self.start_child(generation, lambda error: _GenerationEnded(generation, channel, error))
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dsi_actors.results import CommittedTokens
+from dsi_actors.results import CommittedTokens, TextScores
 from dsi_actors.tokenizer import Tokenizer
 
 
@@ -22,6 +22,9 @@ class TokenText:
     offset: int
     #: If asked for.
     logprob: float | None
+    #: The most probable tokens in its place, if asked for: each with the bytes that it would add to the text, and its log
+    #: probability.
+    top: tuple[tuple[int, bytes, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +59,11 @@ class TextAssembler:
 
     def __init__(
         self, tokenizer: Tokenizer, stop: Sequence[str], *, after: Sequence[int] = (), min_tokens: int = 0,
-        shown: Collection[str] = (),
+        shown: Collection[str] = (), offset: int = 0,
     ) -> None:  # fmt: skip
         """`after`: the tokens whose text the answer continues, if it does not stand alone. `min_tokens`: in the text of so many
-        tokens, stop strings are not looked for. `shown`: names of special tokens that are a part of the text."""
+        tokens, stop strings are not looked for. `shown`: names of special tokens that are a part of the text. `offset`:
+        characters that the client gets before this text."""
         self._shown = {number: name for number, name in tokenizer.special_tokens.items() if name in shown}
         self._unread = min_tokens
         self._stream = tokenizer.stream(after=after)
@@ -68,7 +72,7 @@ class TextAssembler:
         #: These are looked for among the names of special tokens, too.
         self._stops_with_names = [_Stop(text) for text in stop if tokenizer.names_special_token(text)]
         #: Characters of the answer so far. The last ones are held back.
-        self._length = 0
+        self._length = offset
         self._held = ""
         #: A stop string was found: nothing that follows it is given.
         self.stopped = False
@@ -77,9 +81,11 @@ class TextAssembler:
         """What can be shown now. Tokens that belong to text held back are given at once: they are settled."""
         seen: list[TokenText] = []
         for index, token in enumerate(tokens):
+            tops = tokens.top_logprobs[index] if tokens.top_logprobs else ()
+            top = tuple((other, self._stream.spell(other), logprob) for other, logprob in tops)
             offset, text = self._length, self._stream.add(token) + self._shown.get(token, "")
-            logprob = tokens.logprobs[index] if tokens.logprobs else None
-            seen.append(TokenText(token, self._stream.own, offset, logprob))
+            own = tokens.logprobs[index] if tokens.logprobs else None
+            seen.append(TokenText(token, self._stream.own, offset, own, top))
             end = self._read(text, "" if token in self._shown else self._names.get(token, ""))
             self._unread -= 1
             if end is not None:
@@ -112,6 +118,22 @@ class TextAssembler:
         keep = self._length - end
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return shown
+
+
+def prompt_piece(
+    tokenizer: Tokenizer, prompt_ids: Sequence[int], scores: TextScores | None, *, alternatives: int, ends: bool
+) -> Piece:
+    """A prompt as a part of the answer. `alternatives`: of the most probable tokens in each place, how many are listed.
+
+    `ends`: nothing follows, so that a character that is incomplete at its end is shown as U+FFFD.
+    """
+    assembler, told = TextAssembler(tokenizer, ()), scores or TextScores()
+    top_logprobs = tuple(tops[:alternatives] for tops in told.top_logprobs)
+    first = assembler.add(CommittedTokens(prompt_ids[:1], (False,)))
+    others = CommittedTokens(prompt_ids[1:], (False,) * (len(prompt_ids) - 1), told.logprobs, (), top_logprobs)
+    later = assembler.add(others)
+    text = first.text + later.text + (assembler.rest().text if ends else "")
+    return Piece(text, first.tokens + later.tokens)
 
 
 class _Stop:

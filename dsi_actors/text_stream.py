@@ -49,6 +49,7 @@ class TextOptions(TypedDict, total=False):
     min_tokens: int
     stop_token_ids: Sequence[int]
     logprobs: bool
+    top_logprobs: int
 
     stop: str | Sequence[str]
     raw: bool

@@ -48,6 +48,8 @@ from dsi_actors.conformance.trees import (
 from dsi_actors.conformance.verifying import (
     gives_logprobs_when_asked,
     samples_by_the_seed,
+    tells_how_probable_a_text_is,
+    tells_the_most_probable_tokens,
     verifies_the_same_however_it_is_asked,
     verifies_what_is_asked_only,
 )
@@ -68,8 +70,9 @@ DRAFTER: tuple[Check, ...] = (
     drafts_trees, drafts_on_from_a_branch,
 )  # fmt: skip
 TARGET: tuple[Check, ...] = (
-    verifies_the_same_however_it_is_asked, verifies_what_is_asked_only, gives_logprobs_when_asked, samples_by_the_seed,
-    answers_along_a_tree, keeps_the_main_path_of_a_tree, refuses_what_is_no_tree, goes_on_as_far_as_it_may,
+    verifies_the_same_however_it_is_asked, verifies_what_is_asked_only, gives_logprobs_when_asked,
+    tells_the_most_probable_tokens, tells_how_probable_a_text_is, samples_by_the_seed, answers_along_a_tree,
+    keeps_the_main_path_of_a_tree, refuses_what_is_no_tree, goes_on_as_far_as_it_may,
     goes_on_behind_a_wrong_guess_only, ends_going_on_when_asked_again,
 )  # fmt: skip
 LEAVING: tuple[Check, ...] = (ends_when_dismissed,)

@@ -10,13 +10,15 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from dsi_actors.conformance.differences import Nonconformance, require, require_kind
+from dsi_actors.conformance.differences import Nonconformance, NotApplicable, items, require, require_kind
 from dsi_actors.transport.gateway import Gateway, PeerGone
 from dsi_protocol import (
+    MAX_TOLD,
     PROTOCOL_VERSION,
     CloseGeneration,
     Draft,
     Drafted,
+    Failed,
     FromOrchestrator,
     Heartbeat,
     Hello,
@@ -26,7 +28,10 @@ from dsi_protocol import (
     Preparing,
     Ready,
     Reply,
+    Request,
     SamplingParameters,
+    Score,
+    Scored,
     Verified,
     Verify,
     Welcome,
@@ -187,11 +192,11 @@ class Peer:
             )
         )
 
-    def open(self, *, temperature: float = 0.0, seed: int = 0, logprobs: bool = False) -> int:
+    def open(self, *, temperature: float = 0.0, seed: int = 0, logprobs: bool = False, top_logprobs: int = 0) -> int:
         """Open a new generation and return its number. Its prompt is PROMPT."""
         generation = next(self._generations)
         self._open.append(generation)
-        sampling = SamplingParameters(temperature=temperature, seed=seed, logprobs=logprobs)
+        sampling = SamplingParameters(temperature, seed=seed, logprobs=logprobs, top_logprobs=top_logprobs)
         self.tell(OpenGeneration(generation, len(PROMPT), "conformance", sampling))
         return generation
 
@@ -217,6 +222,27 @@ class Peer:
         """A Verify request, not sent yet: the worker holds `held`, `tokens` follow, as a tree if there are `parents`."""
         return Verify(generation, next(self._attempts), len(held), prefix_checksum(held), tokens, start, parents, ahead)
 
+    def score(self, generation: int, tokens: tuple[int, ...], start: int) -> Score:
+        """A Score request, not sent yet."""
+        return Score(generation, next(self._attempts), 0, 0, tokens, start)
+
+    async def scored(self, request: Score) -> list[Scored]:
+        """All blocks for a Score request, which must follow one another from its start to its end. Raises NotApplicable."""
+        blocks: list[Scored] = []
+        due, end = request.start, request.base + len(request.tokens)
+        while not blocks or not blocks[-1].done:
+            reply = await self._next(_ANSWER_S * self._patience, f"reply to Score {request.attempt}")
+            self._require_answer(reply, request)
+            if isinstance(reply, Failed) and reply.code == "request" and not blocks:
+                raise NotApplicable("it does not tell the log probabilities of a given text")
+            require_kind(reply, Scored, f"Scored was expected as the answer to Score {request.attempt}")
+            assert isinstance(reply, Scored)
+            require(reply, "a block begins where the one before ended", start=due, logprobs=items(1, MAX_TOLD))
+            due += len(reply.logprobs)
+            require(reply, f"the last block ends at {end}, and this one at {due}", done=due == end)
+            blocks.append(reply)
+        return blocks
+
     def request(
         self, generation: int | None = None, *, held: tuple[int, ...] = (), tokens: tuple[int, ...] | None = None,
         count: int = 3,
@@ -230,14 +256,14 @@ class Peer:
 
     # Replies
 
-    async def reply(self, kind: type[M], request: Draft | Verify) -> M:
+    async def reply(self, kind: type[M], request: Request) -> M:
         """The next message, which must be of this kind and answer this request. Raises Nonconformance."""
         asked = f"the answer to {type(request).__name__} {request.attempt}"
         reply = await self.take(kind, f"{kind.__name__} was expected as {asked}")
         self._require_answer(reply, request)
         return reply
 
-    async def terminal(self, request: Draft | Verify) -> Reply:
+    async def terminal(self, request: Request) -> Reply:
         """The terminal reply to this request. What comes before it is passed over. Raises Nonconformance."""
         asked = f"{type(request).__name__} {request.attempt}"
         while True:
@@ -245,11 +271,12 @@ class Peer:
             if not isinstance(reply, Reply):
                 raise Nonconformance(f"a reply to {asked} was expected, it sent {str(reply)[:200]}")
             self._require_answer(reply, request)
-            more = (isinstance(reply, Drafted) and not reply.done) or (isinstance(reply, Verified) and reply.more)
+            more = isinstance(reply, Drafted | Scored) and not reply.done
+            more = more or (isinstance(reply, Verified) and reply.more)
             if not more:
                 return reply
 
-    def _require_answer(self, reply: Message, request: Draft | Verify) -> None:
+    def _require_answer(self, reply: Message, request: Request) -> None:
         require(
             reply, f"a reply names the request that it answers, here {type(request).__name__} {request.attempt}",
             generation=request.generation, attempt=request.attempt,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dsi_actors.conformance.differences import Nonconformance, items, require
 from dsi_actors.conformance.peer import PROMPT, Peer
-from dsi_protocol import NeedPrefix, Verified
+from dsi_protocol import NeedPrefix, Scored, Verified
+
+#: Log probabilities of one token differ by less where a text is read in other pieces.
+_ROUNDING = 0.1
 
 
 async def verifies_the_same_however_it_is_asked(peer: Peer) -> None:
@@ -62,6 +65,61 @@ async def gives_logprobs_when_asked(peer: Peer) -> None:
         require(reply, f"logprobs is {wanted} in OpenGeneration", logprobs=items(count, count))
         if any(value > 1e-6 for value in reply.logprobs):
             raise Nonconformance(f"a logarithm of a probability is at most 0, not one of {reply.logprobs}")
+
+
+async def tells_the_most_probable_tokens(peer: Peer) -> None:
+    """A generation with top_logprobs has so many tokens for each position, the most probable first (section 5.10)"""
+    assert peer.ready is not None
+    request = peer.verify(peer.open(logprobs=True, top_logprobs=3), PROMPT, 1)
+    peer.tell(request)
+    reply = await peer.reply(Verified, request)
+    tops = _tops(reply, len(reply.tokens), peer)
+    for token, logprob, (tokens, values) in zip(reply.tokens, reply.logprobs, tops, strict=True):
+        if token != tokens[0] or logprob != values[0]:
+            raise Nonconformance(
+                f"a greedy answer has the most probable token, {tokens[0]} with {values[0]}, not {token}"
+            )
+
+
+async def tells_how_probable_a_text_is(peer: Peer) -> None:
+    """A Score has a log probability for each token of the text, in blocks without a gap (section 5.19)"""
+    generation = peer.open(logprobs=True, top_logprobs=3)
+    request = peer.verify(generation, PROMPT, len(PROMPT))
+    peer.tell(request)
+    own = await peer.reply(Verified, request)
+    text, found = PROMPT + own.tokens, list[tuple[float, ...]]()
+    for start in (1, len(PROMPT)):
+        score = peer.score(generation, text, start)
+        peer.tell(score)
+        blocks = await peer.scored(score)
+        found.append(tuple(logprob for block in blocks for logprob in block.logprobs))
+        for block in blocks:
+            _tops(block, len(block.logprobs), peer)
+    if found[0][len(PROMPT) - 1 :] != found[1]:
+        raise Nonconformance(
+            "the log probability of a token depends on the text before it, not on where a Score starts"
+        )
+    if abs(found[1][0] - own.logprobs[0]) > _ROUNDING:
+        raise Nonconformance(
+            f"the log probability of its own token is {own.logprobs[0]} in Verified, not {found[1][0]}"
+        )
+
+
+def _tops(reply: Verified | Scored, count: int, peer: Peer) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+    """For each of `count` positions the three most probable tokens of a reply, with their log probabilities."""
+    assert peer.ready is not None
+    each = min(3, peer.ready.vocabulary_size)
+    why = f"top_logprobs is 3 in OpenGeneration, and {count} positions are told"
+    most = items(each * count, each * count)
+    require(reply, why, top_tokens=most, top_logprobs=most)
+    places = [slice(begin, begin + each) for begin in range(0, each * count, each)]
+    tops = [(reply.top_tokens[place], reply.top_logprobs[place]) for place in places]
+    for tokens, values in tops:
+        if len(set(tokens)) < each or list(values) != sorted(values, reverse=True):
+            raise Nonconformance(
+                f"the most probable tokens stand in their order, each once, not {tokens} with {values}"
+            )
+    return tops
 
 
 async def samples_by_the_seed(peer: Peer) -> None:

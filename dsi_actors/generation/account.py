@@ -21,6 +21,7 @@ class Account:
         self._forwards = self._useful_forwards = 0
         self._unsettled: dict[int, int] = {}  # forwards of verifications whose use is not known yet
         self._target_busy_us = self._drafter_busy_us = 0
+        self._cached_tokens: int | None = None  # of the first server that answered
         self._target_ms: deque[float] = deque(maxlen=_TRACED)
         self._drafter_ms: deque[float] = deque(maxlen=_TRACED)
         self._accepted: deque[bool] = deque(maxlen=_TRACED)
@@ -40,8 +41,10 @@ class Account:
     def end(self) -> None:
         self._ended_s = time.perf_counter()
 
-    def verified(self, attempt: int, forwards: int, busy_us: int) -> None:
+    def verified(self, attempt: int, forwards: int, busy_us: int, cached: int) -> None:
         self.cancelled(forwards, busy_us)
+        if self._cached_tokens is None:
+            self._cached_tokens = cached
         self._unsettled[attempt] = self._unsettled.get(attempt, 0) + forwards
         self._target_ms.append(busy_us / 1e3)
 
@@ -83,5 +86,6 @@ class Account:
             wasted_target_forwards=self._forwards - self._useful_forwards,
             target_busy_ms=self._target_busy_us / 1e3,
             drafter_busy_ms=self._drafter_busy_us / 1e3,
+            cached_tokens=min(self._cached_tokens or 0, core.prompt_length),
             trace=Trace(tuple(self._target_ms), tuple(self._drafter_ms), tuple(self._accepted)),
         )

@@ -5,9 +5,11 @@ All that can be checked of an answer is checked here: nothing that was not asked
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from dsi_actors.config import Sampling
 from dsi_actors.core.events import (
     DraftEnded,
     DraftsArrived,
@@ -16,6 +18,7 @@ from dsi_actors.core.events import (
 )
 from dsi_actors.generation.account import Account
 from dsi_actors.planning.tuner import Tuner
+from dsi_actors.results import TopLogprobs
 from dsi_actors.workforce.worker_handle import WorkerHandle
 from dsi_protocol import Cancelled, Draft, Drafted, Failed, NeedPrefix, Reply, Verified, Verify
 
@@ -26,6 +29,8 @@ class Answered:
 
     event: VerificationFinished
     logprobs: tuple[float, ...]
+    #: For each token, if asked for.
+    top_logprobs: tuple[TopLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +59,20 @@ Meaning: TypeAlias = Answered | VerificationAbandoned | DraftsArrived | DraftEnd
 class Answers:
     """Of one generation. What answers tell about costs and latencies goes to `account` and `tuner`."""
 
-    def __init__(self, account: Account, tuner: Tuner, *, vocabulary_size: int, logprobs: bool) -> None:
+    def __init__(self, account: Account, tuner: Tuner, *, vocabulary_size: int, sampling: Sampling) -> None:
         self._account = account
         self._tuner = tuner
         self._vocabulary_size = vocabulary_size
-        self._logprobs = logprobs
+        self._logprobs = sampling.logprobs
+        #: Told for each token of an answer.
+        self._tops = min(sampling.top_logprobs, vocabulary_size)
 
     def to_verify(self, request: Verify, worker: WorkerHandle, reply: Reply | None, waited_ms: float) -> Meaning:
         """`waited_ms`: since it was asked, or since the answer before."""
         match reply:
-            case Verified(_, attempt, start, tokens, logprobs, forwards, busy_us, more):
+            case Verified(
+                _, attempt, start, tokens, logprobs, forwards, busy_us, more, top_tokens, top_logprobs, cached
+            ):
                 end = request.base + len(request.tokens)
                 most = end - request.start + 1
                 if request.start < start <= end + request.ahead:
@@ -72,16 +81,18 @@ class Answers:
                     most = 0
                 misfit = not 1 <= len(tokens) <= most or max(tokens) >= self._vocabulary_size
                 wanted = len(tokens) if self._logprobs else 0
-                if misfit or len(logprobs) != wanted:
+                misfit = misfit or not len(top_tokens) == len(top_logprobs) == len(tokens) * self._tops
+                if misfit or len(logprobs) != wanted or max(top_tokens, default=0) >= self._vocabulary_size:
                     asked = f"asked for up to {end - request.start + 1} from {request.start}"
                     return Misbehaved(worker, f"{len(tokens)} tokens from {start}, {asked}")
-                self._account.verified(attempt, forwards, busy_us)
+                self._account.verified(attempt, forwards, busy_us, cached)
                 positions = 1 if start > request.start else end - min(request.base, start - 1)
                 self._tuner.verified(
                     positions, busy_us / 1e3,
                     sharers=max(1, worker.sharers), waited_ms=waited_ms,
                 )  # fmt: skip
-                return Answered(VerificationFinished(attempt, worker.number, start, tokens, more), logprobs)
+                tops = top_logprobs_of(top_tokens, top_logprobs, self._tops)
+                return Answered(VerificationFinished(attempt, worker.number, start, tokens, more), logprobs, tops)
             case Cancelled(_, attempt, forwards, busy_us):
                 self._account.cancelled(forwards, busy_us)
                 return VerificationAbandoned(attempt, worker.number)
@@ -123,6 +134,12 @@ class Answers:
             case None:
                 return Withdrawn(worker)
         return _refused(worker, reply)
+
+
+def top_logprobs_of(tokens: Sequence[int], logprobs: Sequence[float], each: int) -> tuple[TopLogprobs, ...]:
+    """What a reply tells of the most probable tokens, by position: `each` of them."""
+    pairs = tuple(zip(tokens, logprobs, strict=True))
+    return tuple(pairs[begin : begin + each] for begin in range(0, len(pairs), each or 1))
 
 
 def _refused(worker: WorkerHandle, reply: Reply) -> Misbehaved:

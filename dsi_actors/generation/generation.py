@@ -89,8 +89,8 @@ class Generation(Actor[GenerationMessage]):
         self._knowledge = knowledge
         self._sampling = sampling
         self._correlation = correlation
-        #: What came with the last answer: its first position, and its log probabilities.
-        self._logprobs: tuple[int, tuple[float, ...]] = (0, ())
+        #: The last answer, with its log probabilities.
+        self._answer: Answered | None = None
         self._on_tokens = on_tokens
         self._on_end = on_end
         self._observe = observe
@@ -104,9 +104,7 @@ class Generation(Actor[GenerationMessage]):
         self._last_failure = ""
         self._pending = 0  # requests without a terminal reply
         self._account = Account()
-        self._answers = Answers(
-            self._account, controller.tuner, vocabulary_size=vocabulary_size, logprobs=sampling.logprobs
-        )
+        self._answers = Answers(self._account, controller.tuner, vocabulary_size=vocabulary_size, sampling=sampling)
         self._settling = False
         self._draft_timeout = DraftTimeout(self._on_late_drafts)
         self._target_wait_s = target_wait_s
@@ -161,8 +159,8 @@ class Generation(Actor[GenerationMessage]):
                     self._on_waited_for_target()
             case Settled():
                 self._conclude()
-            case Answered(event, logprobs):
-                self._logprobs = (event.start, logprobs)
+            case Answered(event):
+                self._answer = message
                 self._feed(event)
             case _:
                 self._feed(message)
@@ -211,10 +209,12 @@ class Generation(Actor[GenerationMessage]):
                 self._drafters[number].worker.cancel(self.number, attempt)
             case EmitTokens(start, tokens, accepted, alternatives):
                 self._learn_pace(len(tokens))
-                first, logprobs = self._logprobs
-                logprobs = logprobs[start - first : start - first + len(tokens)]
+                assert self._answer is not None
+                first = start - self._answer.event.start
+                logprobs = self._answer.logprobs[first : first + len(tokens)]
+                top_logprobs = self._answer.top_logprobs[first : first + len(tokens)]
                 by_alternative = tuple(position in alternatives for position in range(start, start + len(tokens)))
-                self._on_tokens(CommittedTokens(tokens, accepted, logprobs, by_alternative))
+                self._on_tokens(CommittedTokens(tokens, accepted, logprobs, by_alternative, top_logprobs))
             case VerifyGoesOn():
                 pass
             case Judged():

@@ -119,7 +119,7 @@ class ChatBodies(_OpenAiBodies):
         if not self.logprobs:
             return None
         content = [
-            {"token": _readable(token.own), "logprob": token.logprob, "bytes": list(token.own), "top_logprobs": []}
+            {**_told(token.own, token.logprob), "top_logprobs": [_told(own, logprob) for _, own, logprob in token.top]}
             for token in tokens
         ]
         return {"content": content, "refusal": None}
@@ -135,7 +135,8 @@ class CompletionBodies(_OpenAiBodies):
         return {"text": "" if piece is None else piece.text}
 
     def _answer(self, choice: Choice) -> dict[str, Any]:
-        return {"text": choice.text}
+        prompt = {"prompt_logprobs": [_by_id(token) for token in choice.prompt]} if choice.prompt else {}
+        return {"text": choice.text, **prompt}
 
     def _logprobs(self, tokens: Sequence[TokenText]) -> dict[str, Any] | None:
         if not self.logprobs:
@@ -143,9 +144,35 @@ class CompletionBodies(_OpenAiBodies):
         return {
             "tokens": [_readable(token.own, lead="bytes:") for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": None,
+            "top_logprobs": [_by_text(token) for token in tokens] if any(token.top for token in tokens) else None,
             "text_offset": [token.offset for token in tokens],
         }
+
+
+def _told(own: bytes, logprob: float | None) -> dict[str, Any]:
+    return {"token": _readable(own), "logprob": logprob, "bytes": list(own)}
+
+
+def _by_text(token: TokenText) -> dict[str, float | None] | None:
+    """The most probable tokens and the one that is there. Of several with one text, the most probable counts. None: nothing is
+    known of the first token of a prompt."""
+    if token.logprob is None:
+        return None
+    found: dict[str, float | None] = {}
+    for _, own, logprob in (*token.top, (token.token_id, token.own, token.logprob)):
+        found.setdefault(_readable(own, lead="bytes:"), logprob)
+    return found
+
+
+def _by_id(token: TokenText) -> dict[str, dict[str, Any]] | None:
+    """The same by token ids, as vLLM tells it of prompts. A rank that is not known is None."""
+    if token.logprob is None:
+        return None
+    ranked = [(*other, rank) for rank, other in enumerate(token.top, start=1)]
+    found = dict[str, dict[str, Any]]()
+    for number, own, logprob, rank in (*ranked, (token.token_id, token.own, token.logprob, None)):
+        found.setdefault(str(number), {"logprob": logprob, "rank": rank, "decoded_token": _readable(own)})
+    return found
 
 
 def _message(message: Message) -> dict[str, Any]:
@@ -185,7 +212,10 @@ def _delta(parts: Sequence[Part]) -> dict[str, Any]:
 def _accounting(completion: Completion) -> dict[str, Any]:
     prompt = sum(map(len, completion.job.prompts))
     generated = sum(choice.tokens for choice in completion.choices)
-    usage = {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+    usage = {
+        "prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated,
+        "prompt_tokens_details": {"cached_tokens": completion.cached_tokens},
+    }  # fmt: skip
     return {"usage": usage, "dsi": costs(completion)}
 
 

@@ -14,7 +14,7 @@ from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.results import GenerationReport
 from dsi_actors.serving.metrics import Metrics
 from dsi_actors.serving.parts import Message, Reader
-from dsi_actors.text import Piece, TextAssembler
+from dsi_actors.text import Piece, TextAssembler, TokenText, prompt_piece
 from dsi_actors.tokenizer import Tokenizer
 
 #: Pieces that may wait for a client that reads slowly. Its generations go on meanwhile, at most to max_tokens.
@@ -43,6 +43,14 @@ class Job:
     reader: Callable[[], Reader] | None = None
     #: Names of special tokens that are a part of the text for the reader.
     shown: Collection[str] = ()
+    #: The answer begins with the prompt.
+    echoes: bool = False
+    #: Of the most probable tokens in each place of the prompt, how many are wanted; None: nothing is told of the prompt.
+    prompt_alternatives: int | None = None
+    #: Those are told apart from the answer, too.
+    tells_prompt: bool = False
+    #: There is something to generate: max_tokens is above 0.
+    generates: bool = True
 
 
 @dataclass(slots=True)
@@ -52,6 +60,8 @@ class Choice:
     index: int
     seed: int
     prompt_ids: Sequence[int]
+    #: The tokens of the prompt, if something of them is told apart from the answer.
+    prompt: Sequence[TokenText] = ()
     #: A text that grew with each piece would be copied each time.
     pieces: list[Piece] = field(default_factory=list)
     finish_reason: str | None = None
@@ -59,6 +69,11 @@ class Choice:
     calls_tools: bool = False
     #: Up to and including the one that completed a stop string, whatever was committed behind it.
     tokens: int = 0
+
+    @property
+    def shown_tokens(self) -> int:
+        """Tokens that the client is told of."""
+        return len(self.prompt) + sum(len(piece.tokens) for piece in self.pieces)
 
     @property
     def text(self) -> str:
@@ -93,6 +108,12 @@ class Completion:
             for index in range(job.choices)
         ]
 
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompts' tokens, those that the target server of a prompt's first choice did not read again."""
+        first = self.choices[:: self.job.choices]
+        return sum(choice.report.cached_tokens for choice in first if choice.report is not None)
+
     async def updates(self, silence_s: float | None = None) -> AsyncGenerator[Update | None, None]:
         """None: nothing is new for `silence_s`. Raises what the orchestrator raises."""
         queue: asyncio.Queue[Update | BaseException] = asyncio.Queue(_PIECES_AHEAD)
@@ -126,9 +147,13 @@ class Completion:
 
     async def _generate(self, choice: Choice, queue: asyncio.Queue[Update | BaseException]) -> None:
         job = self.job
+        offset = await self._show_prompt(choice, queue)
+        if not job.generates:
+            choice.finish_reason = "length"
+            return
         after = choice.prompt_ids if job.continues else ()
         assembler = TextAssembler(
-            self._tokenizer, job.stops, after=after, min_tokens=job.sampling.min_tokens, shown=job.shown
+            self._tokenizer, job.stops, after=after, min_tokens=job.sampling.min_tokens, shown=job.shown, offset=offset
         )
         reader = None if job.reader is None else job.reader()
         stop_token_ids = {*job.sampling.stop_token_ids, *self._tokenizer.stop_tokens_of(job.stops)}
@@ -159,6 +184,28 @@ class Completion:
         if choice.finish_reason == "stop" and choice.calls_tools:
             choice.finish_reason = "tool_calls"
         self._metrics.finished(choice.report, choice.finish_reason, time.perf_counter() - begun_s)
+
+    async def _show_prompt(self, choice: Choice, queue: asyncio.Queue[Update | BaseException]) -> int:
+        """Tell of the prompt what was asked for. Returns how many characters of it the answer begins with."""
+        job, scores = self.job, None
+        if job.prompt_alternatives is not None:
+            name = f"{job.correlation}-{choice.index}-prompt"
+            scores = await self._orchestrator.score(
+                choice.prompt_ids, top_logprobs=job.prompt_alternatives, correlation=name
+            )
+
+        def piece_of(alternatives: int) -> Piece:
+            return prompt_piece(
+                self._tokenizer, choice.prompt_ids, scores, alternatives=alternatives, ends=not job.generates
+            )
+
+        if job.tells_prompt:
+            choice.prompt = (await asyncio.to_thread(piece_of, job.prompt_alternatives or 0)).tokens
+        if not job.echoes:
+            return 0
+        piece = await asyncio.to_thread(piece_of, job.sampling.top_logprobs)
+        await self._show(choice, piece, None, queue)
+        return len(piece.text)
 
     async def _show(
         self, choice: Choice, piece: Piece, reader: Reader | None, queue: asyncio.Queue[Update | BaseException]

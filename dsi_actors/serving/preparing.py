@@ -65,15 +65,20 @@ class Preparation:
         encoding = partial(self._encode, asked, max_length, structure)
         encoded = await self._threads.run(client, size_bytes, encoding)
         longest = max(map(len, encoded.prompts))
-        max_tokens = asked.most_tokens or min(self._default_max_tokens, max(1, max_length - longest))
+        max_tokens = asked.most_tokens
+        if max_tokens is None:
+            max_tokens = min(self._default_max_tokens, max(1, max_length - longest))
         if longest + max_tokens > max_length:
             raise context_length_exceeded(longest, max_tokens, max_length, chat=isinstance(asked, ChatRequest))
-        options = asked.dsi
+        options, more = asked.dsi, dict[str, Any]()
+        if isinstance(asked, CompletionRequest):
+            more = {"echoes": asked.echo, "prompt_alternatives": asked.prompt_alternatives, "generates": max_tokens > 0}
+            more["tells_prompt"] = asked.prompt_logprobs is not None
         return Job(
             encoded.prompts, self._sampling(asked, max_tokens, structure), asked.stop, asked.n, options.algorithm, options.sp,
             options.lookahead, None if options.rows == "auto" else options.rows, correlation,
             continues=isinstance(asked, CompletionRequest) or asked.continue_final_message,
-            reader=encoded.reader, shown=encoded.shown,
+            reader=encoded.reader, shown=encoded.shown, **more,
         )  # fmt: skip
 
     def _sampling(self, asked: AnyRequest, max_tokens: int, structure: Structure | None) -> Sampling:
@@ -89,8 +94,8 @@ class Preparation:
                 "stop_token_ids",
             )
         }
-        given |= {"structure": structure, "max_tokens": max_tokens, "seed": seed_or_any(asked.seed)}
-        given["logprobs"] = asked.wants_logprobs
+        given |= {"structure": structure, "max_tokens": max(1, max_tokens), "seed": seed_or_any(asked.seed)}
+        given |= {"logprobs": asked.wants_logprobs, "top_logprobs": asked.alternatives}
         try:
             return sampling_for(
                 self._tokenizer, given, stop=asked.stop, ignore_eos=asked.ignore_eos, temperature=_TEMPERATURE

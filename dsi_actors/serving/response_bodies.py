@@ -143,7 +143,8 @@ class ResponseBodies:
         cut = choice.finish_reason == "length"
         prompt = sum(map(len, completion.job.prompts))
         made["usage"] = {
-            "input_tokens": prompt, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": choice.tokens,
+            "input_tokens": prompt, "input_tokens_details": {"cached_tokens": completion.cached_tokens},
+            "output_tokens": choice.tokens,
             "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": prompt + choice.tokens,
         }  # fmt: skip
         made |= {"status": "incomplete" if cut else "completed", "dsi": costs(completion)}

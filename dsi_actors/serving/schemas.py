@@ -14,7 +14,7 @@ from dsi_actors.serving.errors import ApiError, from_validation
 from dsi_actors.serving.fields import Label, Refused, Strict
 from dsi_actors.serving.messages import ChatMessage, Tool
 from dsi_actors.serving.strict_json import loads
-from dsi_protocol.sampling import MAX_LISTED
+from dsi_protocol.sampling import MAX_LISTED, MAX_TOP_LOGPROBS
 
 _MOST_STOPS = 16
 _MOST_STOP_CHARACTERS = 500
@@ -22,6 +22,8 @@ _MOST_CHOICES = 16
 _MOST_BAD_WORDS = 128
 _MOST_MESSAGES = 4096
 _MOST_TOOLS = 128
+#: Of a completion, as OpenAI has it.
+_MOST_ALTERNATIVES = 5
 _MOST_PROMPTS = 2048
 #: Values in the JSON of a request beside its prompt's token ids.
 _MOST_OTHER_VALUES = 1 << 16
@@ -171,6 +173,8 @@ class ChatRequest(Request):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
+    #: How many of the most probable tokens to list at each place.
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
     tools: Annotated[list[Tool], FailFast(), Field(max_length=_MOST_TOOLS)] = Field(default_factory=list)
     tool_choice: Annotated[Any, BeforeValidator(_tool_choice)] = None
     parallel_tool_calls: bool = True
@@ -186,7 +190,6 @@ class ChatRequest(Request):
     safety_identifier: Label = None
     prompt_cache_key: Label = None
     prompt_cache_retention: Label = None
-    top_logprobs: Refused = None
     functions: Refused = None
     function_call: Refused = None
     audio: Refused = None
@@ -205,6 +208,8 @@ class ChatRequest(Request):
             raise ValueError("tool_choice needs tools: give some, or leave it out")
         if isinstance(choice, NamedTool) and choice.function.name not in names:
             raise ValueError(f"tool_choice: there is no tool {choice.function.name!r} among tools")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: set it to true, or leave top_logprobs out")
         if self.continue_final_message and self.messages[-1].role != "assistant":
             raise ValueError("continue_final_message: the last message must be the assistant's")
         return self
@@ -230,6 +235,11 @@ class ChatRequest(Request):
         return self.logprobs
 
     @property
+    def alternatives(self) -> int:
+        """Of the most probable tokens, how many to list at each place."""
+        return self.top_logprobs
+
+    @property
     def most_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
@@ -249,17 +259,21 @@ def _prompts(given: Any) -> list[str] | list[list[int]]:
 class CompletionRequest(Request):
     #: Texts, or token ids.
     prompt: Annotated[Any, BeforeValidator(_prompts)]
-    max_tokens: Annotated[int, Field(ge=1)] = 16
-    #: How many alternatives to list: 0 lists the chosen tokens alone.
-    logprobs: int | None = None
-    echo: Refused = None
+    #: 0: nothing is generated.
+    max_tokens: Annotated[int, Field(ge=0)] = 16
+    #: How many of the most probable tokens to list at each place. 0: the chosen tokens alone.
+    logprobs: Annotated[int, Field(ge=0, le=_MOST_ALTERNATIVES)] | None = None
+    #: The answer begins with the prompt, for which `logprobs` counts, too.
+    echo: bool = False
+    #: vLLM's: how many of the most probable tokens to list at each place of the prompt.
+    prompt_logprobs: Annotated[int, Field(ge=0, le=_MOST_ALTERNATIVES)] | None = None
     suffix: Refused = None
     best_of: int | None = None
 
     @model_validator(mode="after")
     def _plain_completions(self) -> CompletionRequest:
-        if self.logprobs:
-            raise ValueError("logprobs: values above 0 are not supported: 0 gives those of the chosen tokens")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs is for whole answers: leave it or stream out")
         if (self.best_of or 1) > self.n:
             raise ValueError("best_of: more than n is not supported: leave it out")
         return self
@@ -276,6 +290,17 @@ class CompletionRequest(Request):
     @property
     def wants_logprobs(self) -> bool:
         return self.logprobs is not None
+
+    @property
+    def alternatives(self) -> int:
+        """Of the most probable tokens, how many to list at each place."""
+        return self.logprobs or 0
+
+    @property
+    def prompt_alternatives(self) -> int | None:
+        """The same of the prompt. None: nothing is asked about it."""
+        asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((count for count in asked if count is not None), default=None)
 
     @property
     def most_tokens(self) -> int | None:

@@ -222,7 +222,7 @@ class Service:
             await exchange.send_whole(await self._rendered(exchange.id, bodies, completion))
 
     async def _rendered(self, number: str, bodies: Bodies, completion: Completion) -> bytes:
-        tokens = sum(choice.tokens for choice in completion.choices)
+        tokens = sum(choice.shown_tokens for choice in completion.choices)
         if tokens < _MANY_TOKENS:
             return _json(bodies, completion)
         return await self._threads.run(number, tokens * _BYTES_PER_TOKEN, partial(_json, bodies, completion))

@@ -43,6 +43,10 @@ class TokenStream(ABC):
         """The text that this token completes: often all of its own, sometimes none."""
 
     @abstractmethod
+    def spell(self, token_id: int) -> bytes:
+        """The bytes that this token would add to the text if it came next. Nothing is added."""
+
+    @abstractmethod
     def flush(self) -> str:
         """The rest, now that nothing follows: U+FFFD if a character is incomplete."""
 
@@ -126,14 +130,22 @@ class _ByteStream(TokenStream):
         if own is None:
             return ""
         self._first = False
-        while self._strip_left and own:
+        self.own, self._strip_left = self._stripped(own)
+        return self._characters.decode(self.own)
+
+    def spell(self, token_id: int) -> bytes:
+        return self._stripped(self._detokenizer.bytes_of(token_id, first=self._first) or b"")[0]
+
+    def _stripped(self, own: bytes) -> tuple[bytes, int]:
+        """What is left of a token, and how often more may be left out behind it."""
+        left = self._strip_left
+        while left and own:
             if own.startswith(self._strip):
                 own = own[len(self._strip) :]
-                self._strip_left -= 1
+                left -= 1
             else:
-                self._strip_left = 0
-        self.own = own
-        return self._characters.decode(own)
+                left = 0
+        return own, left
 
     def flush(self) -> str:
         return self._characters.decode(b"", final=True)
@@ -161,6 +173,10 @@ class _WindowStream(TokenStream):
             self._incomplete = 0
         return self._give(text)
 
+    def spell(self, token_id: int) -> bytes:
+        text = self._decode(token_id) if 0 <= token_id < 1 << 32 else ""
+        return text[self._given :].encode()
+
     def flush(self) -> str:
         self._incomplete = 0
         return self._give(self._decode())
@@ -171,9 +187,9 @@ class _WindowStream(TokenStream):
         self.own = piece.encode()
         return piece
 
-    def _decode(self) -> str:
+    def _decode(self, *more: int) -> str:
         try:
-            return self._library.decode(self._window, skip_special_tokens=True)
+            return self._library.decode([*self._window, *more], skip_special_tokens=True)
         except BaseException as error:
             if not is_library_error(error):
                 raise

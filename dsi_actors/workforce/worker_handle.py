@@ -31,6 +31,9 @@ from dsi_protocol import (
     ProtocolError,
     Ready,
     Reply,
+    Request,
+    Score,
+    Scored,
     Verified,
     Verify,
 )
@@ -60,7 +63,7 @@ _HERE = socket.gethostname()
 AnyTimed = TypeVar("AnyTimed", Drafted, Verified)
 
 #: Called once with the terminal reply, or with None if the worker is lost before it gives one. Before that, with each Verified
-#: after which the server goes on by itself (`more`).
+#: after which the server goes on by itself (`more`), and with each Scored that is not the last.
 OnReply: TypeAlias = Callable[[Reply | None], None]
 
 
@@ -68,7 +71,7 @@ OnReply: TypeAlias = Callable[[Reply | None], None]
 class _Flight:
     """A request without its terminal reply."""
 
-    request: Draft | Verify
+    request: Request
     on_reply: OnReply
     on_drafted: Callable[[Drafted], None] | None
     #: When it was asked, or last answered in part.
@@ -78,8 +81,8 @@ class _Flight:
     #: When it was cancelled. It still owes its terminal reply.
     cancelled_s: float | None = None
     reopenings: int = 0
-    #: Tokens that came for a draft request.
-    drafted: int = 0
+    #: Tokens that came for a Draft or a Score.
+    told: int = 0
     #: Answers to a Verify so far, and one past the last position of the last one.
     answers: int = 0
     answered_to: int = 0
@@ -160,6 +163,9 @@ class WorkerHandle:
     def verify(self, request: Verify, on_reply: OnReply) -> None:
         self._ask(request, on_reply, None)
 
+    def score(self, request: Score, on_reply: OnReply) -> None:
+        self._ask(request, on_reply, None)
+
     def draft(self, request: Draft, on_reply: OnReply, on_drafted: Callable[[Drafted], None]) -> None:
         """Every Drafted with tokens, the last one included, goes to `on_drafted` as it comes."""
         self._ask(request, on_reply, on_drafted)
@@ -227,7 +233,7 @@ class WorkerHandle:
             flight.cancelled_s is not None and flight.cancelled_s < before_s for flight in self._in_flight.values()
         )
 
-    def _ask(self, request: Draft | Verify, on_reply: OnReply, on_drafted: Callable[[Drafted], None] | None) -> None:
+    def _ask(self, request: Request, on_reply: OnReply, on_drafted: Callable[[Drafted], None] | None) -> None:
         key = (request.generation, request.attempt)
         assert key not in self._in_flight, "attempts are never revived"
         if self.lost:
@@ -249,7 +255,7 @@ class WorkerHandle:
             raise
 
     def _mark_cancelled(
-        self, generation: int, attempt: int | None, kind: type[Draft | Verify] | UnionType = Draft | Verify
+        self, generation: int, attempt: int | None, kind: type[Draft | Verify] | UnionType = Draft | Verify | Score
     ) -> None:
         """The cut: attempts of this generation up to `attempt` (None: all)."""
         now_s = self._clock()
@@ -271,7 +277,7 @@ class WorkerHandle:
         if flight is None:
             self._on_unasked(reply, now_s)
             return
-        if isinstance(reply, Drafted | Verified):
+        if isinstance(reply, Drafted | Verified | Scored):
             steps = max(1, len(reply.tokens)) if isinstance(reply, Drafted) else 1
             self._longest_step_s = max(self._longest_step_s, (now_s - flight.since_s) / steps)
         if isinstance(reply, Drafted):
@@ -293,6 +299,13 @@ class WorkerHandle:
                     flight.on_reply(reply)
                     return
                 reply = Failed(*key, "protocol", "it goes on further than it may")
+        elif isinstance(reply, Scored):
+            if self._scores_too_much(flight, reply):
+                return
+            if not reply.done:
+                flight.since_s, flight.patience_s = now_s, self._patience_s
+                flight.on_reply(reply)
+                return
         elif isinstance(reply, Cancelled) and flight.cancelled_s is None:
             reply = Failed(*key, "protocol", "it answered Cancelled to what nobody cancelled")
         elif isinstance(reply, Failed) and reply.code == "unknown_generation":
@@ -311,13 +324,21 @@ class WorkerHandle:
         """Blocks without end, or beyond what was asked for. Some may come twice."""
         request = flight.request
         if isinstance(request, Draft):
-            flight.drafted += max(1, len(block.tokens))
+            flight.told += max(1, len(block.tokens))
             # In a tree drafts are numbered, and each step may have as many as its rows, and an alternative.
             beyond = not block.parents and request.rows == 1
             beyond = beyond and block.start + len(block.tokens) > request.start + request.count
-            if not beyond and flight.drafted <= 4 * request.count * (request.rows + 1) + _DRAFTED_SLACK:
+            if not beyond and flight.told <= 4 * request.count * (request.rows + 1) + _DRAFTED_SLACK:
                 return False
-        self.fault(f"it drafted up to {block.start + len(block.tokens)}, {flight.drafted} tokens so far, for {request}")
+        self.fault(f"it drafted up to {block.start + len(block.tokens)}, {flight.told} tokens so far, for {request}")
+        return True
+
+    def _scores_too_much(self, flight: _Flight, block: Scored) -> bool:
+        """Blocks without end. Some may come twice."""
+        flight.told += max(1, len(block.logprobs))
+        if isinstance(flight.request, Score) and flight.told <= 4 * len(flight.request.tokens) + _DRAFTED_SLACK:
+            return False
+        self.fault(f"it told {flight.told} log probabilities so far, for {type(flight.request).__name__}")
         return True
 
     def _goes_on(self, flight: _Flight, reply: Verified, now_s: float) -> bool:

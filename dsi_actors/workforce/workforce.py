@@ -32,6 +32,7 @@ from dsi_protocol import (
     Preparing,
     Ready,
     Reply,
+    Scored,
     Verified,
     Welcome,
 )
@@ -382,4 +383,4 @@ def _is_reply(message: Message) -> TypeGuard[Reply]:
     """Whether it answers a request. Failed may speak of the worker itself."""
     if isinstance(message, Failed):
         return message.generation > 0 and message.code != "draining"
-    return isinstance(message, Verified | Drafted | Cancelled | NeedPrefix)
+    return isinstance(message, Verified | Drafted | Scored | Cancelled | NeedPrefix)

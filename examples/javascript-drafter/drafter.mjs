@@ -59,6 +59,7 @@ export class Drafter {
       }
       case "Draft":
       case "Verify":
+      case "Score":
         yield* this.#onRequest(message);
         break;
     }
@@ -98,7 +99,7 @@ export class Drafter {
     const fail = (code, message) => ({ type: "Failed", code, message });
     const { base, tokens, start, count, block } = request;
     const end = base + tokens.length;
-    if (request.type === "Verify") return yield fail("request", "this worker is a drafter: it does not answer Verify");
+    if (request.type !== "Draft") return yield fail("request", `this worker is a drafter: it does not answer ${request.type}`);
     if (start < Math.max(end, 1) || count < 1 || block < 1) return yield fail("limit", "start, count or block is out of range");
     if (start + count > MAX_LENGTH) return yield fail("limit", `position ${start + count} is beyond ${MAX_LENGTH}`);
     if (!session.holds(base, request.base_crc)) {

@@ -80,7 +80,7 @@ const fields = (words) =>
     return [name, kind.replace("?", ""), kind.endsWith("?")];
   });
 // The parameters of OpenGeneration, each of them optional. One that is not known is refused, since it would change the tokens.
-const SAMPLING = fields("temperature f64, top_k u32, top_p f64, min_p f64, repetition_penalty f64, seed u64, logprobs bool, presence_penalty f64, frequency_penalty f64, biased_tokens tokens, biases floats, bad_words lists, min_tokens u32, stop_tokens tokens, grammar longtext");
+const SAMPLING = fields("temperature f64, top_k u32, top_p f64, min_p f64, repetition_penalty f64, seed u64, logprobs bool, presence_penalty f64, frequency_penalty f64, biased_tokens tokens, biases floats, bad_words lists, min_tokens u32, stop_tokens tokens, grammar longtext, top_logprobs u32");
 const sampling = (way) => (value) => {
   if (!isMap(value)) refuse("not a map of parameters");
   const kinds = new Map(SAMPLING);
@@ -98,13 +98,15 @@ const MESSAGES = {
   Draft: [7, REQUEST + "base u32, base_crc u32, tokens tokens, start u32, count u32, block u32, rows u32?, committed u32?"],
   Drafted: [8, REQUEST + "start u32, tokens tokens, done bool, busy_us u32, parents tokens?"],
   Verify: [9, REQUEST + "base u32, base_crc u32, tokens tokens, start u32, parents tokens?, ahead u32?"],
-  Verified: [10, REQUEST + "start u32, tokens tokens, logprobs floats, forwards u32, busy_us u32, more bool?"],
+  Verified: [10, REQUEST + "start u32, tokens tokens, logprobs floats, forwards u32, busy_us u32, more bool?, top_tokens tokens?, top_logprobs floats?, cached u32?"],
   Cancel: [11, "generation u64, attempt u64"],
   Cancelled: [12, REQUEST + "forwards u32, busy_us u32"],
   NeedPrefix: [13, REQUEST + "held u32"],
   Failed: [14, REQUEST + "code text, message text"],
   Goodbye: [16, "reason text, again bool?"],
   Preparing: [17, "what text, done_permille u32"],
+  Score: [18, REQUEST + "base u32, base_crc u32, tokens tokens, start u32"],
+  Scored: [19, REQUEST + "start u32, logprobs floats, done bool, forwards u32, busy_us u32, top_tokens tokens?, top_logprobs floats?"],
 };
 const BY_NUMBER = new Map(Object.entries(MESSAGES).map(([name, [number, words]]) => [number, [name, fields(words)]]));
 

@@ -9,6 +9,7 @@ from dsi_protocol.endpoints import MAX_PATH_BYTES, MAX_PORT, Endpoint, EndpointE
 from dsi_protocol.errors import FrameTooLarge, InvalidField, MalformedFrame, ProtocolError, UnknownMessage
 from dsi_protocol.fields import MAX_TEXT_BYTES, MAX_TOKENS_PER_MESSAGE, OptionValue
 from dsi_protocol.messages import (
+    MAX_TOLD,
     MESSAGES,
     PROTOCOL_VERSION,
     Cancel,
@@ -28,11 +29,14 @@ from dsi_protocol.messages import (
     Preparing,
     Ready,
     Reply,
+    Request,
+    Score,
+    Scored,
     Verified,
     Verify,
     Welcome,
 )
-from dsi_protocol.sampling import SamplingParameters
+from dsi_protocol.sampling import MAX_TOP_LOGPROBS, SamplingParameters
 
 __all__ = [
     "MAX_FRAME_BYTES",
@@ -41,6 +45,8 @@ __all__ = [
     "MAX_REPLY_FRAME_BYTES",
     "MAX_TEXT_BYTES",
     "MAX_TOKENS_PER_MESSAGE",
+    "MAX_TOLD",
+    "MAX_TOP_LOGPROBS",
     "MESSAGES",
     "PROTOCOL_VERSION",
     "Cancel",
@@ -67,7 +73,10 @@ __all__ = [
     "ProtocolError",
     "Ready",
     "Reply",
+    "Request",
     "SamplingParameters",
+    "Score",
+    "Scored",
     "UnknownMessage",
     "Verified",
     "Verify",

@@ -1,9 +1,9 @@
 """The messages of the protocol. SPEC.md section 4 has a table for each. The annotations are the field types of fields.py.
 
 W→O is a message from a worker to the orchestrator, O→W the other way. A position is an index into the text of a generation,
-the prompt first. Ranges are half-open. A *request* is a Draft or a Verify. It is named by (generation, attempt) and gets
-exactly one terminal reply: Verified, a Drafted with `done`, Cancelled, NeedPrefix or Failed. The `end` of a request is
-base + len(tokens). A Verified with `more` is not terminal.
+the prompt first. Ranges are half-open. A *request* is a Draft, a Verify or a Score. It is named by (generation, attempt) and
+gets exactly one terminal reply: Verified, a Drafted or Scored with `done`, Cancelled, NeedPrefix or Failed. The `end` of a
+request is base + len(tokens). A Verified with `more` is not terminal.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dsi_protocol.fields import U32, U64, Bool, Floats, Options, Record, Text, T
 from dsi_protocol.sampling import GREEDY, SamplingParameters
 
 PROTOCOL_VERSION = 1
+#: The most tokens of a Scored, and of a Verified of a generation with `top_logprobs`, so that it fits its frame.
+MAX_TOLD = 512
 
 Sampling: TypeAlias = Annotated[SamplingParameters, Record(SamplingParameters)]
 
@@ -173,7 +175,8 @@ class Verified:
 
     They go up to and including the first one that differs from the token of the request at its position, or, if none
     differs, up to and including the token at `end`. Every token follows from the first `start` tokens alone. An answer that was
-    given by itself (`ahead` of Verify) is one token, at the position after the answer before.
+    given by itself (`ahead` of Verify) is one token, at the position after the answer before. With `top_logprobs` an answer of
+    more than MAX_TOLD tokens is cut to so many.
     """
 
     TYPE: ClassVar[int] = 10
@@ -185,6 +188,9 @@ class Verified:
     forwards: U32  # how many forwards the request took since the last reply to it
     busy_us: U32  # time of computation since the last reply to this request
     more: Bool = False  # the server goes on by itself: another answer to this request follows
+    top_tokens: Tokens = ()  # for each token the `top_logprobs` most probable ones, the most probable first
+    top_logprobs: Floats = ()  # ln of the probability of each of `top_tokens`
+    cached: U32 = 0  # positions of the prompt that were in the KV cache before the first request of the generation
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,14 +256,51 @@ class Preparing:
     done_permille: U32  # how much is done, from 0 (or not known) to 1000
 
 
+@dataclass(frozen=True, slots=True)
+class Score:
+    """O→W, a request to a target server: tell how probable the tokens at [start, end) are, each after the tokens before it.
+
+    The prefix is as in Draft. `start` lies in [1, end). The generation was opened with `logprobs`.
+    """
+
+    TYPE: ClassVar[int] = 18
+    generation: U64
+    attempt: U64
+    base: U32
+    base_crc: U32
+    tokens: Tokens
+    start: U32
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """W→O. A block of log probabilities: of the tokens at [start, start + len(logprobs)). The last block has `done` and is
+    terminal.
+
+    The blocks of a request follow one another without a gap, from its `start` to its `end`. None has more than MAX_TOLD.
+    """
+
+    TYPE: ClassVar[int] = 19
+    generation: U64
+    attempt: U64
+    start: U32
+    logprobs: Floats  # ln of the probability of each token in the model's own softmax
+    done: Bool
+    forwards: U32  # how many forwards the request took since the last reply to it
+    busy_us: U32  # time of computation since the last reply to this request
+    top_tokens: Tokens = ()  # as in Verified
+    top_logprobs: Floats = ()
+
+
 FromWorker: TypeAlias = (
-    Hello | Ready | Heartbeat | Drafted | Verified | Cancelled | NeedPrefix | Failed | Goodbye | Preparing
+    Hello | Ready | Heartbeat | Drafted | Verified | Scored | Cancelled | NeedPrefix | Failed | Goodbye | Preparing
 )
-FromOrchestrator: TypeAlias = Welcome | Heartbeat | OpenGeneration | CloseGeneration | Draft | Verify | Cancel | Goodbye
+Request: TypeAlias = Draft | Verify | Score
+FromOrchestrator: TypeAlias = Welcome | Heartbeat | OpenGeneration | CloseGeneration | Request | Cancel | Goodbye
 Message: TypeAlias = FromWorker | FromOrchestrator
-Reply: TypeAlias = Drafted | Verified | Cancelled | NeedPrefix | Failed
+Reply: TypeAlias = Drafted | Verified | Scored | Cancelled | NeedPrefix | Failed
 
 MESSAGES: tuple[type[Message], ...] = (
     Hello, Welcome, Ready, Heartbeat, OpenGeneration, CloseGeneration, Draft, Drafted,
-    Verify, Verified, Cancel, Cancelled, NeedPrefix, Failed, Goodbye, Preparing,
+    Verify, Verified, Cancel, Cancelled, NeedPrefix, Failed, Goodbye, Preparing, Score, Scored,
 )  # fmt: skip

@@ -12,6 +12,8 @@ LEAST_TEMPERATURE = 1e-6
 MAX_LISTED = 1024
 #: The most tokens of a bad word.
 MAX_BAD_WORD = 64
+#: The most of the most probable tokens that are told for a position.
+MAX_TOP_LOGPROBS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class SamplingParameters:
     min_tokens: U32 = 0  # the answer has none of `stop_tokens` among its first tokens, so many
     stop_tokens: Tokens = ()  # tokens that end the answer; needed with min_tokens and with a grammar
     grammar: LongText = ""  # what the answer must be, as llguidance takes it; "": anything
+    top_logprobs: U32 = 0  # with `logprobs`: so many of the most probable tokens are told for each position
 
     @property
     def greedy(self) -> bool:
@@ -71,6 +74,8 @@ class SamplingParameters:
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2 <= getattr(self, name) <= 2:
                 return f"{name} must lie in [-2, 2], not {getattr(self, name)}"
+        if self.top_logprobs > (MAX_TOP_LOGPROBS if self.logprobs else 0):
+            return f"top_logprobs must lie in [0, {MAX_TOP_LOGPROBS}], and needs logprobs"
         return self._problem_of_lists()
 
     def _problem_of_lists(self) -> str:

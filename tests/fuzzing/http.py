@@ -140,7 +140,7 @@ _plain = st.fixed_dictionaries(
         "model": st.just(MODEL),
         "prompt": st.one_of(_text, _ids, _text.map(lambda text: [text]), _ids.map(lambda ids: [ids])),
     },
-    optional={**_options, "logprobs": _or_null(st.just(0)), "echo": _or_null(st.just(False))},
+    optional={**_options, "logprobs": _or_null(st.integers(0, 5)), "echo": _or_null(st.just(False))},
 )
 _requests = st.one_of(
     _chat.map(lambda fields: ("/v1/chat/completions", fields)), _plain.map(lambda fields: ("/v1/completions", fields))

@@ -182,3 +182,20 @@ async def test_drafters_of_one_generation_come_and_go_without_the_others() -> No
     assert generation.report is not None
     assert generation.report.drafter == "a"
     assert generation.report.alternatives == 1
+
+
+@pytest.mark.parametrize("tops", [((), ()), ((5, 6), (-1.0,)), ((5, 1000), (-1.0, -2.0)), ((5, 6, 7), (-1.0,) * 3)])
+async def test_a_server_that_tells_other_probable_tokens_than_were_asked_for_is_left(
+    tops: tuple[tuple[int, ...], tuple[float, ...]],
+) -> None:
+    def answer(request: Verify) -> list[Verified]:
+        return [Verified(request.generation, request.attempt, request.start, (5,), (-1.0,), 1, 1, False, *tops)]
+
+    config = timed_config(listen="tcp://127.0.0.1:*", target_wait_s=0.0)
+    async with (
+        dsi_actors.Orchestrator(config) as orchestrator,
+        running(orchestrator.endpoint, FakeWorker("target", answer)),
+    ):
+        assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=limit_s())
+        with pytest.raises(dsi_actors.NoTargetError, match="1 tokens from 3"):
+            await anext(orchestrator.generate(PROMPT, Sampling(top_logprobs=2)))

@@ -152,13 +152,21 @@ def test_each_token_has_its_bytes_and_its_place(client: openai.OpenAI) -> None:
     assert broken
     chat = client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "these </s> laws"}], max_tokens=60, seed=3, temperature=1,
-        logprobs=True, extra_body={"ignore_eos": True},
+        logprobs=True, top_logprobs=20, extra_body={"ignore_eos": True},
     ).choices[0]  # fmt: skip
     assert chat.logprobs is not None
     assert chat.logprobs.content is not None
     data = b"".join(bytes(token.bytes or []) for token in chat.logprobs.content)
     assert data.decode(errors="replace") == chat.message.content
     assert any(token.token.startswith("\\x") for token in chat.logprobs.content)
+    chosen = 0
+    for token in chat.logprobs.content:
+        assert len(token.top_logprobs) == 20
+        chosen += any((other.bytes, other.logprob) == (token.bytes, token.logprob) for other in token.top_logprobs)
+        for other in token.top_logprobs:
+            text = bytes(other.bytes or []).decode(errors="replace")
+            assert other.token.startswith("\\x") if "\ufffd" in text else other.token == text
+    assert chosen, "a token among the most probable ones is spelled there as in the text"
 
 
 def test_who_watches_changes_nothing(client: openai.OpenAI, url: str) -> None:

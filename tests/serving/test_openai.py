@@ -153,6 +153,117 @@ def test_logprobs_are_those_of_the_chosen_tokens(client: openai.OpenAI) -> None:
     assert len(plain.token_logprobs) == 8
 
 
+def test_the_most_probable_tokens_are_the_same_whatever_is_drafted(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "prompt": ["w5 w6", "w7"], "max_tokens": 12, "logprobs": 3, "seed": 1}
+    found: list[Any] = []
+    for algorithm in ("ar", "si", "dsi"):
+        made = client.completions.create(**asked, extra_body={"ignore_eos": True, "dsi": {"algorithm": algorithm}})
+        found.append([choice.logprobs for choice in made.choices])
+    assert found[0] == found[1] == found[2]
+    for logprobs in found[0]:
+        for token, logprob, tops in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+            assert tops[token] == logprob
+            assert 3 <= len(tops) <= 4
+    chat = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, max_tokens=8, logprobs=True, top_logprobs=5, temperature=0
+    )
+    assert chat.choices[0].logprobs is not None
+    for each in chat.choices[0].logprobs.content or ():
+        assert (each.token, each.logprob) == (each.top_logprobs[0].token, each.top_logprobs[0].logprob)
+        assert [other.logprob for other in each.top_logprobs] == sorted(
+            (other.logprob for other in each.top_logprobs), reverse=True
+        )
+    with pytest.raises(openai.BadRequestError, match="top_logprobs needs logprobs"):
+        client.chat.completions.create(model="tiny", messages=MESSAGES, top_logprobs=2)
+    with pytest.raises(openai.BadRequestError, match="logprobs"):
+        client.completions.create(model="tiny", prompt="w5", logprobs=6)
+
+
+def test_the_usage_tells_what_of_the_prompt_was_cached(client: openai.OpenAI) -> None:
+    prompt = " ".join(f"w{number * 11 % 90}" for number in range(150))
+    cached = []
+    for _ in range(2):
+        usage = client.completions.create(model="tiny", prompt=prompt, max_tokens=2).usage
+        assert usage is not None
+        assert usage.prompt_tokens_details is not None
+        cached.append(usage.prompt_tokens_details.cached_tokens)
+    assert cached == [0, 128]
+    chat: Any = {"model": "tiny", "messages": [{"role": "user", "content": prompt}], "max_tokens": 2}
+    *_, last = client.chat.completions.create(**chat, stream=True, stream_options={"include_usage": True})
+    assert last.usage is not None
+    assert last.usage.prompt_tokens_details is not None
+    assert last.usage.prompt_tokens_details.cached_tokens == 128
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_an_evaluation_gets_the_log_probabilities_of_its_prompts(
+    client: openai.OpenAI, model: Path, max_tokens: int
+) -> None:
+    """What lm-evaluation-harness asks by its local-completions, and how it reads the answer."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    reference: Any = AutoModelForCausalLM.from_pretrained(model)
+    prompts = [[5, 6, 7, 8], [number * 7 % 90 for number in range(300)], [9, 9]]
+    contexts = [1, 290, 1]
+    answer = client.completions.create(
+        model="tiny", prompt=prompts, max_tokens=max_tokens, temperature=0, logprobs=1, echo=True, seed=1234
+    )
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == 306
+    assert answer.usage.completion_tokens == 3 * max_tokens
+    for choice, prompt, context in zip(answer.choices, prompts, contexts, strict=True):
+        told: Any = choice.logprobs
+        words = "".join(f" w{token}" for token in prompt)[1:]
+        assert choice.text.startswith(words)
+        assert choice.text == "".join(told.tokens)
+        assert [
+            choice.text[place:][: len(own)] for place, own in zip(told.text_offset, told.tokens, strict=True)
+        ] == told.tokens
+        assert len(told.tokens) == len(prompt) + max_tokens
+        assert told.token_logprobs[0] is told.top_logprobs[0] is None
+        with torch.inference_mode():
+            expected = reference(torch.tensor([prompt])).logits[0].log_softmax(-1)[context - 1 : -1]
+        wanted = slice(context, -1 if max_tokens else None)
+        found = told.token_logprobs[wanted]
+        target = torch.tensor(prompt[context:])
+        assert found == pytest.approx(expected.gather(1, target[:, None])[:, 0].tolist(), abs=1e-4)
+        greedy = [logprob == max(top.values()) for logprob, top in zip(found, told.top_logprobs[wanted], strict=True)]
+        assert greedy == (expected.argmax(-1) == target).tolist()
+    texts = [" ".join(f"w{token}" for token in prompt) for prompt in prompts]
+    as_text = client.completions.create(
+        model="tiny", prompt=texts, max_tokens=max_tokens, temperature=0, logprobs=1, echo=True
+    )
+    assert [choice.logprobs for choice in as_text.choices] == [choice.logprobs for choice in answer.choices]
+
+
+def test_a_prompt_is_echoed_before_the_answer(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "prompt": "w5 w6", "max_tokens": 4, "seed": 1, "temperature": 0}
+    plain = client.completions.create(**asked, logprobs=2).choices[0]
+    echoed = client.completions.create(**asked, logprobs=2, echo=True).choices[0]
+    streamed = list(client.completions.create(**asked, logprobs=2, echo=True, stream=True))
+    assert echoed.text == "w5 w6" + plain.text
+    assert "".join(chunk.choices[0].text for chunk in streamed) == echoed.text
+    own: Any = plain.logprobs
+    told: Any = echoed.logprobs
+    assert told.token_logprobs[2:] == own.token_logprobs
+    assert told.top_logprobs[2:] == own.top_logprobs
+    assert told.text_offset == [0, 2, *(place + 5 for place in own.text_offset)]
+    offsets = [place for chunk in streamed if (found := chunk.choices[0].logprobs) for place in found.text_offset or ()]
+    assert offsets == told.text_offset
+    alone = client.completions.create(**{**asked, "max_tokens": 0}, echo=True).choices[0]
+    assert (alone.text, alone.finish_reason, alone.logprobs) == ("w5 w6", "length", None)
+    vllm: Any = client.completions.create(**asked, extra_body={"prompt_logprobs": 2}).choices[0]
+    assert vllm.text == plain.text
+    first, second = vllm.prompt_logprobs
+    assert first is None
+    assert second["6"]["logprob"] == told.token_logprobs[1]
+    assert second["6"]["decoded_token"] == " w6"
+    assert sorted(each["rank"] for each in second.values() if each["rank"]) == [1, 2]
+    with pytest.raises(openai.BadRequestError, match="prompt_logprobs is for whole answers"):
+        client.completions.create(**asked, stream=True, extra_body={"prompt_logprobs": 2})
+
+
 def test_penalties_biases_and_bad_words_change_the_text_as_they_say(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": "tiny", "prompt": "w5 w6 w7", "max_tokens": 24, "temperature": 0}
     more: dict[str, Any] = {"ignore_eos": True}

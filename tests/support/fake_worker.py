@@ -9,6 +9,7 @@ import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -24,18 +25,20 @@ from dsi_protocol import (
     Message,
     ProtocolError,
     Ready,
+    Request,
+    Score,
     Verify,
     Welcome,
     decode,
     encode,
 )
 
-#: Gives the replies to a request.
-Answer = Callable[[Draft | Verify], Iterable[FromWorker]]
+#: Gives the replies to a request, of whichever kind it is asked.
+Answer = Callable[[Any], Iterable[FromWorker]]
 VOCABULARY = "timed-1000"
 
 
-def silent(request: Draft | Verify) -> Iterable[FromWorker]:
+def silent(request: Request) -> Iterable[FromWorker]:
     return ()
 
 
@@ -95,7 +98,7 @@ class FakeWorker:
             case Welcome():
                 size = 1000 if self.vocabulary else 0
                 return (Ready(self.vocabulary, size, 1 << 16, 8, 1000, 1000, 4, 0, 0, self.fingerprint),)
-            case Draft() | Verify():
+            case Draft() | Verify() | Score():
                 replies = tuple(self.answer(message))
                 if not replies:
                     self._open[message.generation, message.attempt] = None

@@ -57,7 +57,9 @@ def target(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path) -> 
 
 
 def sampled(number: int, prompt: list[int]) -> Session:
-    made = Session(number, len(prompt), "", SamplingParameters(temperature=0.7, seed=number, logprobs=True))
+    made = Session(
+        number, len(prompt), "", SamplingParameters(temperature=0.7, seed=number, logprobs=True, top_logprobs=2)
+    )
     made.write(0, prompt)
     return made
 

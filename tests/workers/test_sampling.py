@@ -22,7 +22,7 @@ from transformers.generation import logits_process as library
 from dsi_protocol import SamplingParameters
 from dsi_protocol.gumbel import GAMMA, gumbel, stream_key
 from dsi_workers.logit_changes import LogitChanges, apply_repetition_penalty
-from dsi_workers.sampling import Sampler, filter_scores, gumbel_noise, log_probability
+from dsi_workers.sampling import Sampler, filter_scores, gumbel_noise, log_probabilities
 from dsi_workers.session import Session
 from support.engines import make_tiny_model
 
@@ -226,7 +226,7 @@ def test_whatever_the_logits_the_choice_is_a_token(
     made = torch.tensor(logits)
     token = sampler(parameters, prefix).choose(made, len(prefix))
     assert 0 <= token < len(logits)
-    assert math.isfinite(log_probability(made, token))
+    assert math.isfinite(log_probabilities(made)[token])
     greatest = [place for place, value in enumerate(logits) if value == max(logits)]
     if parameters.plain_greedy and not any(map(math.isnan, logits)):
         assert token == greatest[0]

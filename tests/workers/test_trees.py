@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsi_protocol import SamplingParameters
-from dsi_workers.engine import Interrupted, RequestError
+from dsi_workers.engine import Answer, Interrupted, RequestError
 from dsi_workers.engines import Engine, Task, load_engine
 from dsi_workers.session import Session
 from dsi_workers.tree import Branch, read_tree
@@ -21,8 +21,8 @@ from support.engines import InterruptAfter, NoInterrupt, make_tiny_model
 
 WORDS = 90
 PROMPT = [3, 14, 15, 9, 26]
-GREEDY = SamplingParameters(logprobs=True)
-SAMPLED = SamplingParameters(temperature=0.9, repetition_penalty=1.5, seed=3, logprobs=True)
+GREEDY = SamplingParameters(logprobs=True, top_logprobs=3)
+SAMPLED = SamplingParameters(temperature=0.9, repetition_penalty=1.5, seed=3, logprobs=True, top_logprobs=2)
 
 Tree = tuple[Sequence[int], list[Branch]]
 KINDS = ("timed", "float32", "bfloat16", "one slot", "sliding window", "transformers' layers")
@@ -57,12 +57,12 @@ def opened(tokens: Sequence[int], sampling: SamplingParameters, generation: int 
 
 def own_tokens(
     engine: Engine, prefix: Sequence[int], sampling: SamplingParameters, count: int
-) -> list[tuple[int, float]]:
+) -> list[tuple[int, Any]]:
     """The model's own tokens after the prefix with their log probabilities, one verification for each."""
-    session, found = opened(prefix, sampling, generation=99), list[tuple[int, float]]()
+    session, found = opened(prefix, sampling, generation=99), list[tuple[int, Any]]()
     for _ in range(count):
         answer = engine.verify(session, len(session.tokens), NoInterrupt())
-        found += zip(answer.tokens, answer.logprobs, strict=True)
+        found += told(answer)
         session.write(len(session.tokens), answer.tokens)
     engine.forget(session)
     return found
@@ -93,7 +93,7 @@ def random_tree(chance: random.Random, base: int, own: Sequence[int], most: int)
     return read_tree(base, [tokens[node] for node in order[1:]], [place[before[node]] for node in order[1:]])
 
 
-def expected_of(own: Sequence[tuple[int, float]], tree: Tree, base: int) -> list[tuple[int, float]]:
+def expected_of(own: Sequence[tuple[int, Any]], tree: Tree, base: int) -> list[tuple[int, Any]]:
     """The model's own tokens as far as the tree has them, and one more."""
     main, branches = tree
     paths = [list(main)]
@@ -110,16 +110,26 @@ def expected_of(own: Sequence[tuple[int, float]], tree: Tree, base: int) -> list
     return list(own[: shared + 1])
 
 
-def finish(engine: Engine, task: Task) -> list[tuple[int, float]]:
+def told(answer: Answer) -> list[tuple[int, Any]]:
+    """Each token with its log probability, and the most probable tokens with theirs."""
+    each = len(answer.top_tokens) // len(answer.tokens)
+    tops = list(zip(answer.top_tokens, answer.top_logprobs, strict=True))
+    return [
+        (token, (logprob, tops[place * each : (place + 1) * each]))
+        for place, (token, logprob) in enumerate(zip(answer.tokens, answer.logprobs, strict=True))
+    ]
+
+
+def finish(engine: Engine, task: Task) -> list[tuple[int, Any]]:
     steps = 0
     while not task.done:
         engine.step([task], NoInterrupt())
         steps += 1
         assert steps < 20, "each step brings the answer nearer"
-    return list(zip(task.answer.tokens, task.answer.logprobs, strict=True))
+    return told(task.answer)
 
 
-def verified(engine: Engine, session: Session, base: int, tree: Tree) -> list[tuple[int, float]]:
+def verified(engine: Engine, session: Session, base: int, tree: Tree) -> list[tuple[int, Any]]:
     session.write(base, tree[0])
     session.truncate(base + len(tree[0]))
     return finish(engine, Task(session, base, branches=tree[1]))
@@ -156,7 +166,7 @@ def test_trees_chains_and_prompts_share_forwards_and_keep_their_bits(engine: Eng
     chance = random.Random(seed)
     number = min(3, engine.info.slots)
     prompts = [[*PROMPT, *(chance.randrange(WORDS) for _ in range(chance.choice([0, 4, 140])))] for _ in range(number)]
-    sessions, expected, own = list[Session](), list[list[tuple[int, float]]](), list[list[tuple[int, float]]]()
+    sessions, expected, own = list[Session](), list[list[tuple[int, Any]]](), list[list[tuple[int, Any]]]()
     for generation, prompt in enumerate(prompts, start=1):
         sampling = GREEDY if generation == 1 else SAMPLED
         session = Session(generation, len(prompt), "", sampling)
@@ -168,7 +178,7 @@ def test_trees_chains_and_prompts_share_forwards_and_keep_their_bits(engine: Eng
         for _ in range(12):
             said = engine.verify(alone, len(alone.tokens), NoInterrupt())
             alone.write(len(alone.tokens), said.tokens)
-            own[-1].append((said.tokens[0], said.logprobs[0]))
+            own[-1] += told(said)
         engine.forget(alone)
     tasks = list[Task]()
     for session, prompt, truth in zip(sessions, prompts, own, strict=True):
@@ -184,7 +194,7 @@ def test_trees_chains_and_prompts_share_forwards_and_keep_their_bits(engine: Eng
         steps += 1
         assert steps < 60
     for task, answer in zip(tasks, expected, strict=True):
-        assert list(zip(task.answer.tokens, task.answer.logprobs, strict=True)) == answer
+        assert told(task.answer) == answer
         engine.forget(task.session)
 
 

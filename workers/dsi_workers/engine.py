@@ -66,18 +66,27 @@ class EngineInfo:
     fingerprint: int = 0  # of a target: a checksum that differs where the bits of the logits differ; 0 if not known
     rows: int = 1  # positions of a tree that a target verifies, or rows of a drafter's step; 1: chains only
     devices: int = 1  # devices that compute a forward together
+    scores: bool = False  # of a target: it tells the log probabilities of a given text (Task.score)
 
 
 @dataclass(slots=True)
 class Answer:
-    """The model's own tokens. `logprobs` has a log probability for each token if the session asks for them."""
+    """The model's own tokens. `logprobs` has a log probability for each token of a verification if the session asks for them."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    #: For each of `logprobs`, the most probable tokens at its position and their log probabilities (`top_logprobs` of SPEC.md).
+    top_tokens: list[int] = field(default_factory=list)
+    top_logprobs: list[float] = field(default_factory=list)
     #: Of a draft with `alternatives`: a second choice for each of `tokens`. None: there is no second choice.
     alternatives: list[int | None] = field(default_factory=list)
     #: Of a draft: a token for each branch of the task. None: the branch is not continued in this step.
     continued: list[int | None] = field(default_factory=list)
+
+    def first(self, count: int) -> Answer:
+        """The first `count` tokens of a verification's answer, with what is told of them."""
+        told = len(self.top_tokens) // max(1, len(self.tokens)) * count
+        return Answer(self.tokens[:count], self.logprobs[:count], self.top_tokens[:told], self.top_logprobs[:told])
 
 
 @dataclass(slots=True)
@@ -95,6 +104,8 @@ class Task:
     alternatives: bool = False
     #: Draft: so many tokens are told together. A step may draft up to so many at once.
     block: int = 1
+    #: Nothing is chosen: what is wanted is how probable session.tokens are, from `start` on.
+    score: bool = False
     answer: Answer = field(default_factory=Answer)
     #: The answer is complete.
     done: bool = False
@@ -119,6 +130,9 @@ class Engine(ABC):
         `task.branches` the answer goes on along whichever branch has the model's token. For a target
         every token must be a function of the tokens before it, the sampling parameters and the seed alone: neither the other
         tasks nor earlier steps may change it.
+
+        The answer to a task with `score` has no tokens. Its log probabilities are those of the tokens of the session from `start`
+        on: of one or more, at most MAX_TOLD. For the others comes another task. It is for engines with `info.scores`.
 
         The answer to a draft is 0 to `count` tokens that may follow session.tokens. No token means that the engine has no idea.
 

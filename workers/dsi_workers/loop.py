@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from dsi_protocol import (
+    MAX_TOLD,
     Cancel,
     Cancelled,
     CloseGeneration,
@@ -26,6 +27,9 @@ from dsi_protocol import (
     OpenGeneration,
     Ready,
     Reply,
+    Request,
+    Score,
+    Scored,
     Verified,
     Verify,
     Welcome,
@@ -141,7 +145,7 @@ class WorkerLoop:
 
     def _on_message(self, message: Message) -> None:
         match message:
-            case Verify() | Draft():
+            case Verify() | Draft() | Score():
                 self._on_request(message)
             case Cancel(generation, attempt):
                 session = self._sessions.get(generation)
@@ -170,7 +174,7 @@ class WorkerLoop:
             for session in self._sessions.take_closed():
                 self._engine.forget(session)
 
-    def _on_request(self, request: Draft | Verify) -> None:
+    def _on_request(self, request: Request) -> None:
         session = self._sessions.use(request.generation)
         if session is None:
             self._fail(request, "unknown_generation", "the generation is not open on this worker")
@@ -196,7 +200,7 @@ class WorkerLoop:
                 if work.session is session and isinstance(work.request, Draft):
                     work.superseded = True
 
-    def _repeat_reply(self, request: Draft | Verify, session: Session) -> None:
+    def _repeat_reply(self, request: Request, session: Session) -> None:
         """Send the terminal reply again, for a request that arrived before. Of an unfinished one: its last Verified, if any."""
         answered = session.reply_to(request.attempt)
         if answered is not None:
@@ -206,7 +210,7 @@ class WorkerLoop:
         ):  # it was answered long ago: its reply is no longer remembered
             self._socket.send(Cancelled(request.generation, request.attempt, 0, 0))
 
-    def _refusal(self, request: Draft | Verify, session: Session) -> tuple[str, str] | None:
+    def _refusal(self, request: Request, session: Session) -> tuple[str, str] | None:
         """The code and message of the Failed that answers `request`; None if this worker can serve it."""
         if self._draining:
             return "draining", "this worker takes no more work"
@@ -262,12 +266,13 @@ class WorkerLoop:
             held = len(session.tokens) if request.base > len(session.tokens) else 0
             self._send(NeedPrefix(request.generation, request.attempt, held))
             return False
-        if isinstance(request, Verify):
-            tokens, work.branches = read_tree(request.base, request.tokens, request.parents)
+        if isinstance(request, Draft):
+            self._prepare_draft(request, session)
+        else:
+            parents = request.parents if isinstance(request, Verify) else ()
+            tokens, work.branches = read_tree(request.base, request.tokens, parents)
             session.write(request.base, tokens)
             session.truncate(request.base + len(tokens))
-        else:
-            self._prepare_draft(request, session)
         if not session.tokens:
             self._fail(request, "limit", "there is nothing to continue: a generation begins with at least one token")
             return False
@@ -340,22 +345,15 @@ class WorkerLoop:
 
     def _report(self, work: Work, answer: Answer) -> None:
         """Send what a step found out for this request. A Draft gets a reply for each block of drafts."""
-        request, session, tokens = work.request, work.session, answer.tokens
         if not work.wanted():
             return  # the next _pick answers Cancelled
-        if isinstance(request, Verify):
-            more = self._may_go_on(work, tokens)
-            self._send(
-                Verified(
-                    request.generation, request.attempt, work.start, tuple(tokens), tuple(answer.logprobs),
-                    work.take_forwards(), work.take_busy_us(), more,
-                )
-            )  # fmt: skip
-            if more:
-                work.go_on(tokens)
-            else:
-                self._queue.remove(work)
+        if isinstance(work.request, Verify):
+            self._report_verified(work, answer)
             return
+        if isinstance(work.request, Score):
+            self._report_scored(work, answer)
+            return
+        request, session, tokens = work.request, work.session, answer.tokens
         branches = work.task.branches if work.task is not None else ()
         session.drafts.add(len(session.tokens), tokens, answer.alternatives, branches, answer.continued)
         session.write(len(session.tokens), tokens)
@@ -368,6 +366,40 @@ class WorkerLoop:
             work.begin_task()
         if done or session.drafts.unsent >= request.block:
             self._send_drafts(work, done=done)
+
+    def _report_verified(self, work: Work, answer: Answer) -> None:
+        request, session = work.request, work.session
+        too_long = bool(session.sampling.top_logprobs) and len(answer.tokens) > MAX_TOLD
+        if too_long:
+            answer = answer.first(MAX_TOLD)
+        more = not too_long and self._may_go_on(work, answer.tokens)
+        self._send(
+            Verified(
+                request.generation, request.attempt, work.start, tuple(answer.tokens), tuple(answer.logprobs),
+                work.take_forwards(), work.take_busy_us(), more, tuple(answer.top_tokens), tuple(answer.top_logprobs),
+                session.reused,
+            )
+        )  # fmt: skip
+        session.reused = 0  # it is told once
+        if more:
+            work.go_on(answer.tokens)
+        else:
+            self._queue.remove(work)
+
+    def _report_scored(self, work: Work, answer: Answer) -> None:
+        request, start = work.request, work.start
+        work.start += len(answer.logprobs)
+        done = work.start == len(work.session.tokens)
+        self._send(
+            Scored(
+                request.generation, request.attempt, start, tuple(answer.logprobs), done, work.take_forwards(),
+                work.take_busy_us(), tuple(answer.top_tokens), tuple(answer.top_logprobs),
+            )
+        )  # fmt: skip
+        if done:
+            self._queue.remove(work)
+        else:
+            work.begin_task()
 
     def _may_go_on(self, work: Work, answer: Sequence[int]) -> bool:
         """Whether the server may start the forward behind this answer before it is asked."""
@@ -385,12 +417,12 @@ class WorkerLoop:
         request = work.request
         self._send(Drafted(request.generation, request.attempt, start, tokens, done, work.take_busy_us(), parents))
 
-    def _fail(self, request: Draft | Verify, code: str, message: str) -> None:
+    def _fail(self, request: Request, code: str, message: str) -> None:
         self._send(Failed(request.generation, request.attempt, code, message))
 
     def _send(self, reply: Reply) -> None:
         """Send a reply. Terminal replies are remembered, in case the request comes again, and so is the last Verified."""
         session = self._sessions.get(reply.generation)
-        if session is not None and not (isinstance(reply, Drafted) and not reply.done):
+        if session is not None and not (isinstance(reply, Drafted | Scored) and not reply.done):
             session.remember(reply.attempt, reply)
         self._socket.send(reply)

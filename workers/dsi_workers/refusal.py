@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from dsi_protocol import Draft, Verify
+from dsi_protocol import Draft, Request, Score, Verify
 from dsi_workers.engine import EngineInfo
 from dsi_workers.session import Session
 from dsi_workers.tree import read_tree
 
 
-def refusal(request: Draft | Verify, session: Session, role: str, info: EngineInfo) -> tuple[str, str] | None:
+def refusal(request: Request, session: Session, role: str, info: EngineInfo) -> tuple[str, str] | None:
     """The code and message of the Failed that answers `request`; None if this worker can serve it.
 
     What the worker holds does not matter here, and a refused request changes nothing of it.
     """
-    if isinstance(request, Verify) != (role == "target"):
+    if isinstance(request, Draft) == (role == "target"):
         return "request", f"this worker is a {role}: it does not answer {type(request).__name__}"
-    problem = _verify_out_of_range(request, info) if isinstance(request, Verify) else _draft_out_of_range(request, info)
+    if isinstance(request, Score):
+        if not info.scores:
+            return "request", "the engine of this worker does not tell the log probabilities of a given text"
+        if not session.sampling.logprobs:
+            return "request", "the generation was opened without logprobs"
+        problem = _score_out_of_range(request, info)
+    elif isinstance(request, Verify):
+        problem = _verify_out_of_range(request, info)
+    else:
+        problem = _draft_out_of_range(request, info)
     if problem is not None:
         return "limit", problem
     return ("request", session.sampling.problem) if session.sampling.problem else None
@@ -38,6 +47,15 @@ def _verify_out_of_range(request: Verify, info: EngineInfo) -> str | None:
     return None
 
 
+def _score_out_of_range(request: Score, info: EngineInfo) -> str | None:
+    end = request.base + len(request.tokens)
+    if (problem := _out_of_range(request, end, info)) is not None:
+        return problem
+    if not 1 <= request.start < end:
+        return f"start {request.start} lies outside [1, {end})"
+    return None
+
+
 def _draft_out_of_range(request: Draft, info: EngineInfo) -> str | None:
     end = max(request.base + len(request.tokens), 1)
     if (problem := _out_of_range(request, request.start + request.count, info)) is not None:
@@ -49,7 +67,7 @@ def _draft_out_of_range(request: Draft, info: EngineInfo) -> str | None:
     return None
 
 
-def _out_of_range(request: Draft | Verify, last: int, info: EngineInfo) -> str | None:
+def _out_of_range(request: Request, last: int, info: EngineInfo) -> str | None:
     if last > info.max_length:
         return f"position {last} is beyond this worker's limit of {info.max_length}"
     if info.vocabulary_size and max(request.tokens, default=0) >= info.vocabulary_size:

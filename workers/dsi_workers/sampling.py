@@ -137,24 +137,36 @@ def filter_scores(scores: torch.Tensor, parameters: SamplingParameters) -> torch
     return scores
 
 
-def log_probability(logits: torch.Tensor, token: int) -> float:
-    """Return the log probability of the token, from logits [vocabulary]. It is finite for any logits."""
-    value = float(_finite(logits).log_softmax(dim=-1)[token])
-    return value if value >= -LARGEST else -LARGEST
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Return the log probability of every token, from logits [..., vocabulary], in float32. They are finite for any logits."""
+    return _finite(logits).log_softmax(dim=-1).nan_to_num(nan=-LARGEST, neginf=-LARGEST)
+
+
+def most_probable(logprobs: torch.Tensor, count: int) -> tuple[list[int], list[float]]:
+    """Return the `count` most probable tokens and their log probabilities, from `logprobs` [vocabulary].
+
+    The most probable comes first; among equals, the smallest id. If the vocabulary is smaller than `count`: all of it.
+    """
+    count = min(count, len(logprobs))
+    least = torch.topk(logprobs, count).values[-1]
+    tokens = (logprobs >= least).nonzero()[:, 0]  # topk alone may choose any of several equals
+    values, order = logprobs[tokens].sort(descending=True, stable=True)
+    return tokens[order[:count]].tolist(), values[:count].tolist()
 
 
 def warm_up(logits: torch.Tensor) -> None:
     """Sample once with every parameter, from logits [vocabulary], so that the first request does not wait for initialization."""
     parameters = SamplingParameters(
         0.9, 50, 0.9, 0.01, 1.1, presence_penalty=0.1, frequency_penalty=0.1, biased_tokens=(1,), biases=(0.5,),
-        bad_words=((2,), (0, 1)), min_tokens=9, stop_tokens=(1,), seed=1, logprobs=True,
+        bad_words=((2,), (0, 1)), min_tokens=9, stop_tokens=(1,), seed=1,
     )  # fmt: skip
     session = Session(0, 1, "warm-up", parameters)
     session.write(0, [0, 1, 0])
     sampler = Sampler(session)
     sampler.choose_two(logits, 3)
     for guess in ((), (1,)):
-        log_probability(logits, sampler.choose(logits, 3 + len(guess), guess))
+        sampler.choose(logits, 3 + len(guess), guess)
+    most_probable(log_probabilities(logits), 1)
     session.truncate(1)
     sampler.choose(logits, 1)
 

@@ -72,6 +72,8 @@ class Session:
         self.counters: list[Occurrences] = []
         #: The engine has computed positions [0, computed). A transformer's KV cache is valid for these.
         self.computed = 0
+        #: Positions that were not computed for this session, because the KV cache had them.
+        self.reused = 0
         #: On a drafter: drafts that are not sent yet.
         self.drafts = DraftTree()
         #: Requests with this attempt number or a smaller one are cancelled.

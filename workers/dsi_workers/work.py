@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from dsi_protocol import Draft, Verify
+from dsi_protocol import Request, Score, Verify
 from dsi_workers.engine import Engine, Task
 from dsi_workers.session import Session
 from dsi_workers.tree import Branch, Walk
@@ -15,7 +15,7 @@ from dsi_workers.tree import Branch, Walk
 class Work:
     """An unfinished request, and its cost so far."""
 
-    request: Draft | Verify
+    request: Request
     session: Session
     #: The engine's task, set once the session's tokens match the request. A draft gets a new task for each step.
     task: Task | None = None
@@ -31,7 +31,7 @@ class Work:
     superseded: bool = False
     #: The number of the last step in which the request took part.
     last_step: int = 0
-    #: The position of the first token of the next answer to a Verify.
+    #: The position of the first token of the next answer to a Verify or a Score.
     start: int = field(init=False)
     #: How many further answers to a Verify may follow the next one (SPEC.md section 5.18).
     ahead: int = field(init=False)
@@ -49,6 +49,9 @@ class Work:
         if isinstance(request, Verify):
             self.task = Task(session, self.start, branches=self.branches)
             return
+        if isinstance(request, Score):
+            self.task = Task(session, self.start, score=True)
+            return
         length = len(session.tokens)
         block = max(1, request.block - session.drafts.unsent)
         count = request.start + request.count - length
@@ -59,7 +62,7 @@ class Work:
     @property
     def goes_on(self) -> bool:
         """Whether a Verify was answered and goes on by itself."""
-        return self.start > self.request.start
+        return isinstance(self.request, Verify) and self.start > self.request.start
 
     def may_go_on(self, answer: Sequence[int]) -> bool:
         """Whether the server may go on by itself behind this answer to a Verify. Not if all guesses were right: the next Verify

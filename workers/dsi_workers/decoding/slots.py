@@ -90,6 +90,7 @@ class Slots:
         number = max(free, key=lambda number: shared[number])  # among equals, the least recently used
         session.computed = shared[number]
         self.reused += shared[number]
+        session.reused = max(session.reused, shared[number])
         self._slots[number] = _Slot(session)
         return number
 

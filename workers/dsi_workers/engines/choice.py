@@ -7,11 +7,15 @@ from contextlib import contextmanager
 
 import torch
 
+from dsi_protocol import MAX_TOLD
 from dsi_workers.engine import RequestError, Task
 from dsi_workers.grammar import GrammarMask, Grammars, Row
-from dsi_workers.sampling import Sampler, log_probability, second_choice
+from dsi_workers.sampling import Sampler, log_probabilities, most_probable, second_choice
 from dsi_workers.session import Session
 from dsi_workers.tree import Branch
+
+#: Log probabilities of a vocabulary take memory.
+_ROWS_AT_ONCE = 32
 
 
 class Choice:
@@ -90,12 +94,23 @@ class Choice:
                 with _blamed_on_the_request():
                     token = sampler.choose(logits[row], at, guess, length)
             answer.tokens.append(token)
-            if session.sampling.logprobs:
-                answer.logprobs.append(log_probability(logits[row], token))
+            if session.sampling.logprobs and task.count is None:
+                _tell(task, log_probabilities(logits[row]), token)
             expected = session.tokens[at : at + 1] if at < length else guess[at - length : at - length + 1]
             if expected and expected[0] != token:
                 return True
         return False
+
+    def score(self, task: Task, logits: torch.Tensor, begin: int) -> None:
+        """Tell how probable the task's tokens are, as far as there are logits. logits: [n, vocabulary], after the inputs at
+        positions [begin, begin + n)."""
+        end = min(begin + len(logits) + 1, len(task.session.tokens), task.start + MAX_TOLD)
+        wanted = logits[task.start - 1 - begin : end - 1 - begin]
+        at = task.start
+        for rows in wanted.split(_ROWS_AT_ONCE):
+            for row in log_probabilities(rows):
+                _tell(task, row, task.session.tokens[at])
+                at += 1
 
     def after(self, session: Session, branches: Sequence[Branch], logits: torch.Tensor) -> list[int]:
         """Choose the token that continues each branch of drafts beside the session's tokens. logits: [branches, vocabulary].
@@ -111,6 +126,15 @@ class Choice:
                 sampler.choose(row, branch.end, branch.tokens, fork=branch.fork)
                 for branch, row in zip(branches, logits, strict=True)
             ]
+
+
+def _tell(task: Task, logprobs: torch.Tensor, token: int) -> None:
+    """Add the log probability of a token to the task's answer, and the most probable tokens. logprobs: [vocabulary]."""
+    task.answer.logprobs.append(float(logprobs[token]))
+    if count := task.session.sampling.top_logprobs:
+        tokens, values = most_probable(logprobs, count)
+        task.answer.top_tokens += tokens
+        task.answer.top_logprobs += values
 
 
 @contextmanager

@@ -71,6 +71,7 @@ class ModelEngine(Engine):
             fingerprint=fingerprint_of(backend) if exact else 0,
             rows=backend.tree_rows if exact else 1 if self._branches is None else self._branches.most_rows,
             devices=backend.devices,
+            scores=exact,
         )
         self.info = measured(backend, info, exact=exact) if calibrate else info
         backend.release()
@@ -137,7 +138,7 @@ class ModelEngine(Engine):
         for share in shares:
             main.append(next(answers) if share.main is not None else None)
             branches_of.append([(branch, torch.cat([next(answers) for _ in runs])) for branch, runs in share.branches])
-        chains = [None if has_tree(task) else each for task, each in zip(tasks, main, strict=True)]
+        chains = [None if has_tree(task) or task.score else each for task, each in zip(tasks, main, strict=True)]
         chosen = self._choice.most_probable(tasks, chains)
         for task, share, computed, logits, branches, choices in zip(
             tasks, shares, known, main, branches_of, chosen, strict=True
@@ -149,6 +150,11 @@ class ModelEngine(Engine):
                 continue
             assert run is not None
             assert logits is not None
+            if task.score:
+                task.session.computed = run.begin + len(run.tokens)
+                self._choice.score(task, logits, run.wanted.start)
+                task.done = bool(task.answer.logprobs)
+                continue
             guess = run.tokens[len(task.session.tokens) - run.begin :]
             task.session.computed = run.begin + len(run.tokens) - len(guess)
             differs = self._choice.answer(task, logits, guess, choices=choices)
@@ -216,11 +222,14 @@ class ModelEngine(Engine):
             guess = self._guess(task) if end == length else []
         elif begin < session.prompt_length:
             begin -= begin % chunk
+            session.reused = min(session.reused, begin)  # a chunk whose logits are wanted is read again
             width = min(chunk, session.prompt_length - begin)  # the same if some tokens have not arrived yet
             end = min(begin + width, length)
         else:
             end = min(begin + self._backend.window, length)
         first_logits = max(task.start - 1 + len(task.answer.tokens), begin)
+        if task.score and first_logits < end:
+            first_logits = begin  # of every row, whatever is asked: how many rows are wanted may change their bits
         return Run(slot, session.tokens[begin:end] + guess, begin, width, first_logits)
 
     # Drafts without a forward

@@ -19,7 +19,7 @@ import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from dsi_protocol import OptionValue, prefix_checksum
+from dsi_protocol import MAX_TOLD, OptionValue, prefix_checksum
 from dsi_protocol.gumbel import random_bits, stream_key
 from dsi_workers.engine import Engine, EngineError, EngineInfo, Interrupt, Task
 from dsi_workers.session import Session
@@ -28,6 +28,8 @@ from dsi_workers.tree import Branch, Walk
 WINDOW = 32
 #: Positions of a tree, and rows of a drafting step.
 MOST_ROWS = 1024
+#: The log probability of a token that it would not say.
+_IMPOSSIBLE = -1000.0
 #: A step that begins at most so long after the last one was due counts as its immediate successor.
 _AT_ONCE_S = 0.002
 #: Whoever waits for its turn on a device looks again after so long.
@@ -93,6 +95,7 @@ class TimedEngine(Engine):
             slots=slots,
             batch_latency_us=round(latency_us + position_us * (slots * (1 if drafter else WINDOW) - 1)),
             rows=MOST_ROWS if self._alternatives or not drafter else 1,
+            scores=not drafter,
         )
 
     def step(self, tasks: Sequence[Task], interrupt: Interrupt) -> None:
@@ -103,7 +106,7 @@ class TimedEngine(Engine):
         begun = time.perf_counter()
         ends = {id(task): self._end(task) for task in tasks}
         for task in tasks:
-            if ends[id(task)] == len(task.session.tokens):
+            if ends[id(task)] == len(task.session.tokens) and not task.score:
                 task.answer.tokens = self._own_tokens(
                     task.session, task.start, task.branches if task.count is None else ()
                 )
@@ -126,10 +129,22 @@ class TimedEngine(Engine):
             session = task.session
             session.computed = ends[id(task)]
             task.done = session.computed == len(session.tokens)
-            if task.done and session.sampling.logprobs:
-                task.answer.logprobs = [0.0] * len(task.answer.tokens)
+            if task.done and session.sampling.logprobs and task.count is None:
+                given = session.tokens[task.start : task.start + MAX_TOLD] if task.score else task.answer.tokens
+                self._tell(task, given)
             if self._drafter:
                 self._due_for.add((session.generation, len(session.tokens) + 1))
+
+    def _tell(self, task: Task, tokens: Sequence[int]) -> None:
+        """Log probabilities of `tokens` from the task's start on: what it says itself is certain."""
+        count = min(task.session.sampling.top_logprobs, self.vocabulary_size)
+        checksum = task.session.checksum(task.start)
+        for token in tokens:
+            truth = self._truth(checksum)
+            checksum = prefix_checksum([token], checksum)
+            task.answer.logprobs.append(0.0 if token == truth else _IMPOSSIBLE)
+            task.answer.top_tokens += ((truth + place) % self.vocabulary_size for place in range(count))
+            task.answer.top_logprobs += [0.0, *[_IMPOSSIBLE] * (count - 1)][:count]
 
     def reads_alone(self, task: Task) -> bool:
         return self._end(task) < len(task.session.tokens)
