@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import operator
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Literal, SupportsIndex, Unpack
 
-from dsi_actors.config import ALGORITHMS, TIMED, Algorithm, Config, Sampling
+from dsi_actors.arguments import check_resumed, check_way, correlation_of, token_ids_of
+from dsi_actors.config import TIMED, Algorithm, Config, Sampling
 from dsi_actors.core import GenerationCore
 from dsi_actors.errors import (
     ConfigError,
@@ -37,7 +37,7 @@ from dsi_actors.text import TextAssembler
 from dsi_actors.text_stream import Prompt, TextOptions, TextStream, read_options
 from dsi_actors.tokenizer import Tokenizer
 from dsi_actors.workforce.worker_handle import WorkerHandle
-from dsi_protocol import MAX_TEXT_BYTES, MAX_TOKENS_PER_MESSAGE
+from dsi_protocol import MAX_TOKENS_PER_MESSAGE
 
 #: How long workers have to read that they are dismissed.
 _FAREWELL_S = 0.05
@@ -129,13 +129,13 @@ class Orchestrator:
         take this prompt; NoTargetError, with the tokens so far, if no target server is there for too long.
         """
         sampling = sampling if sampling is not None else Sampling()
-        _check_way(algorithm, sp, lookahead, rows, correlation)
-        prompt, earlier = _token_ids("prompt_ids", prompt_ids), _token_ids("resumed", resumed)
+        check_way(algorithm, sp, lookahead, rows, correlation)
+        prompt, earlier = token_ids_of("prompt_ids", prompt_ids), token_ids_of("resumed", resumed)
         if not prompt:
             raise ConfigError("the prompt is empty: give at least one token")
-        _check_resumed(earlier, sampling)
+        check_resumed(earlier, sampling)
         number = next(self._numbers)
-        correlation = _correlation(correlation, f"generation-{number}")
+        correlation = correlation_of(correlation, f"generation-{number}")
         return self._stream(number, prompt, sampling, algorithm, sp, lookahead, rows, earlier, correlation)
 
     def generate_text(self, prompt: Prompt, **options: Unpack[TextOptions]) -> TextStream:
@@ -145,7 +145,7 @@ class Orchestrator:
         gives. Raises ConfigError at once for options that cannot be used, and from the first iteration if the target has no
         tokenizer."""
         request, way = read_options(prompt, options)
-        _check_way(**way)
+        check_way(**way)
 
         async def begin() -> tuple[GenerationStream, TextAssembler]:
             self._running()
@@ -178,12 +178,12 @@ class Orchestrator:
 
         Raises ConfigError for arguments that cannot be used, and if the target cannot do this; NoTargetError.
         """
-        tokens = _token_ids("token_ids", token_ids)
+        tokens = token_ids_of("token_ids", token_ids)
         if not tokens:
             raise ConfigError("the text is empty: give at least one token")
         top_logprobs = Sampling(top_logprobs=top_logprobs).top_logprobs  # checked
         number = next(self._numbers)
-        correlation = _correlation(correlation, f"score-{number}")
+        correlation = correlation_of(correlation, f"score-{number}")
         channel = Channel()
 
         async def start() -> Cancel | None:
@@ -416,51 +416,3 @@ class Orchestrator:
     def estimates(self) -> Estimates:
         """What the next generation begins with: what earlier ones taught, else what the workers measured at their start."""
         return self._knowledge.estimates()
-
-
-def _check_way(
-    algorithm: Algorithm = "dsi", sp: int | None = None, lookahead: int | Literal["auto"] = "auto", rows: int | None = None,
-    correlation: str | None = None,
-) -> None:  # fmt: skip
-    """Raises ConfigError for a way to generate that there is not."""
-    if algorithm not in ALGORITHMS:
-        raise ConfigError(f"unknown algorithm {algorithm!r}: choose one of {', '.join(ALGORITHMS)}")
-    if sp is not None and not 1 <= sp <= 1024:
-        raise ConfigError(f"sp must lie in [1, 1024], not {sp}")
-    if lookahead != "auto" and not 1 <= lookahead <= 1024:
-        raise ConfigError(f"lookahead must be auto or lie in [1, 1024], not {lookahead}")
-    if rows is not None and not 1 <= rows <= 1024:
-        raise ConfigError(f"rows must lie in [1, 1024], not {rows}")
-    _correlation(correlation, "")
-
-
-def _token_ids(name: str, given: Iterable[SupportsIndex]) -> list[int]:
-    """The ids as plain integers. Raises ConfigError if one cannot be a token id of any model."""
-    if isinstance(given, (str, bytes)):
-        raise ConfigError(f"{name} must be token ids, not text: encode it with the model's tokenizer first")
-    try:
-        ids = list(map(operator.index, given))
-    except TypeError as error:
-        raise ConfigError(f"{name} must be a sequence of token ids, which are whole numbers: {error}") from None
-    if ids and not 0 <= min(ids) <= max(ids) < 1 << 32:
-        wrong = min(ids) if min(ids) < 0 else max(ids)
-        raise ConfigError(f"{name} must be token ids, from 0 to 2**32 - 1: {wrong} is none")
-    return ids
-
-
-def _correlation(given: str | None, own: str) -> str:
-    """What names it in logs. Raises ConfigError."""
-    name = own if given is None else given
-    if len(name.encode(errors="replace")) > MAX_TEXT_BYTES or not name.isprintable():
-        raise ConfigError(f"correlation must be printable text of at most {MAX_TEXT_BYTES} bytes")
-    return name
-
-
-def _check_resumed(resumed: Sequence[int], sampling: Sampling) -> None:
-    if len(resumed) > sampling.max_tokens:
-        raise ConfigError(
-            f"{len(resumed)} tokens are resumed, over max_tokens {sampling.max_tokens}, which counts them"
-        )
-    for token in resumed[:-1]:
-        if token in sampling.stop_token_ids:
-            raise ConfigError(f"the resumed tokens go on after the stop token {token}: another run gave them")
