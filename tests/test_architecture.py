@@ -24,7 +24,8 @@ LAYERS = {
     "dsi_actors": (
         "errors logs host structure config engine_options keys progress results core observation actor stream planning "
         "arguments tokenization tokenizer text text_stream models transport workforce launching supervision generation root "
-        "local_workers orchestrator blocking __init__ percentiles simulation tracing serving chaos conformance console benches worker cli"
+        "local_workers orchestrator blocking __init__ percentiles simulation tracing serving chaos conformance console benches "
+        "worker cli"
     ),
     "dsi_workers": (
         "__init__ tree draft_tree session sessions engine backend grammar logit_changes sampling connection models decoding "
