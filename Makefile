@@ -80,7 +80,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/ready-for-ray: $(VENV)/ready
-	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[ray]"
+	$(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[ray]" "ray[serve]"
 	touch $@
 
 $(VENV)/ready-for-llama: $(VENV)/ready

@@ -21,6 +21,7 @@ TASKS = 3
 #: A step of so many tasks on this machine.
 SRUN = f"""#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
+trap 'kill $(jobs -p)' TERM
 for ((task = 0; task < {TASKS}; task++)); do SLURM_PROCID=$task "$@" & done
 wait
 """
@@ -62,16 +63,13 @@ def test_the_script_is_well_formed() -> None:
 
 def test_a_job_serves_until_it_is_told_to_end(environment: dict[str, str], tmp_path: Path) -> None:
     model = make_tiny_model(tmp_path / "model")
-    timed = [
-        "--engine",
-        "timed",
-        "--set",
+    settings = (
         "target.latency_ms=2",
-        "--set",
         "drafter.latency_ms=1",
-        "--target",
-        str(model),
-    ]
+        "target.vocabulary_size=96",
+        "drafter.vocabulary_size=96",
+    )
+    timed = ["--engine", "timed", "--target", str(model), *(word for each in settings for word in ("--set", each))]
     log = tmp_path / "log"
     with log.open("w") as output:
         job = subprocess.Popen(
@@ -105,3 +103,13 @@ def test_a_job_serves_until_it_is_told_to_end(environment: dict[str, str], tmp_p
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
             job.wait()
+
+
+def test_a_job_whose_service_cannot_start_ends(environment: dict[str, str], tmp_path: Path) -> None:
+    """Its workers would wait for it."""
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "--target", str(tmp_path / "none")], env=environment, capture_output=True, text=True, check=False,
+        timeout=limit_s(120),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "none" in done.stderr
