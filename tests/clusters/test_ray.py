@@ -108,13 +108,18 @@ async def test_servers_come_when_a_node_comes_and_go_when_nobody_needs_them(clus
                 return sum(worker.role == "target" for worker in orchestrator.workers)
 
             assert (targets(), taken("GPU") - free) == (1, 2)
-            sampling = dsi_actors.Sampling(max_tokens=TOKENS)
-            prompts = [[*PROMPT, number] for number in range(3)]
-            running = [asyncio.create_task(text_of(orchestrator.generate(prompt, sampling))) for prompt in prompts]
+            sampling, grown = dsi_actors.Sampling(max_tokens=TOKENS), asyncio.Event()
+
+            async def ask(prompt: list[int]) -> None:
+                while not grown.is_set():
+                    assert await text_of(orchestrator.generate(prompt, sampling)) == plain_decoding(prompt, TOKENS)
+
+            clients = [asyncio.create_task(ask([*PROMPT, number])) for number in range(3)]
             await until(lambda: waiting_groups() == 2, 60)  # what an autoscaler answers
             nodes.append(node(cluster, gpus=2))
-            await until(lambda: targets() == 3 or all(task.done() for task in running), 120)
-            assert await asyncio.gather(*running) == [plain_decoding(prompt, TOKENS) for prompt in prompts]
+            await until(lambda: targets() == 3, 120)
+            grown.set()
+            await asyncio.gather(*clients)
             await until(lambda: targets() == 1 and taken("GPU") - free == 2 and not waiting_groups(), 120)
             assert await text_of(orchestrator.generate(PROMPT, sampling)) == plain_decoding(PROMPT, TOKENS)
         await until(lambda: taken("GPU") == free, 60)
