@@ -250,3 +250,22 @@ def test_a_drafter_may_have_no_alternative_and_leave_a_branch_as_it_is() -> None
     tree.add(6, [8], [None], [branch], [9])
     assert branch.tokens == [6, 9]
     assert tree.take() == (3, (4, 5, 6, 7, 8, 9), (2, 3, 3, 4, 6, 5))
+
+
+def test_an_earlier_request_that_comes_late_does_not_end_the_later_one() -> None:
+    """Nobody cancelled that: a worker that says so is taken for a broken one."""
+    loop, socket, _ = a_drafter()
+    later = Draft(1, 2, 0, 0, PROMPT, 3, 2, 2, rows=3)
+    replies = asked(loop, socket, later, Draft(1, 1, 0, 0, PROMPT, 3, 3, 3, rows=3))
+    assert [type(reply) for reply in replies if reply.attempt == 2] == [Drafted]
+
+
+def test_going_on_from_fewer_drafts_than_there_are_leaves_no_branch_behind_them() -> None:
+    """A branch that left the main path where that does not reach any more could not be continued."""
+    loop, socket, _ = a_drafter()
+    asked(loop, socket, Draft(1, 1, 0, 0, PROMPT, 3, 6, 6, rows=3))
+    replies = asked(loop, socket, Draft(1, 2, 0, 0, PROMPT, 5, 2, 2, rows=3))
+    assert all(isinstance(reply, Drafted) for reply in replies)
+    session = loop._sessions.get(1)
+    assert session is not None
+    assert all(branch.fork <= len(session.tokens) for branch in session.drafts.branches)

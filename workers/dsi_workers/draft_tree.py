@@ -43,6 +43,10 @@ class DraftTree:
         """Tokens before position `committed` are settled: what left the main path before it is wrong."""
         self.branches = [branch for branch in self.branches if branch.fork >= committed]
 
+    def drop_branches_beyond(self, length: int) -> None:
+        """The main path has only `length` tokens: what left it behind them has lost what it stands on."""
+        self.branches = [branch for branch in self.branches if branch.fork <= length]
+
     def add(
         self, position: int, tokens: Sequence[int], alternatives: Sequence[int | None], branches: Sequence[Branch],
         continued: Sequence[int | None],

@@ -197,8 +197,8 @@ class WorkerLoop:
             session.drafts.drop_dead_branches(request.committed)
         elif request.rows > 1:  # its tokens may lead down one of these branches, which _prepare_draft looks up
             for work in self._queue:
-                if work.session is session and isinstance(work.request, Draft):
-                    work.superseded = True
+                earlier = isinstance(work.request, Draft) and work.request.attempt < request.attempt
+                work.superseded = work.superseded or (work.session is session and earlier)
 
     def _repeat_reply(self, request: Request, session: Session) -> None:
         """Send the terminal reply again, for a request that arrived before. Of an unfinished one: its last Verified, if any."""
@@ -288,6 +288,7 @@ class WorkerLoop:
         if start < request.start:  # the request continues earlier drafts
             session.write(request.base, request.tokens)
             session.truncate(request.start)
+            session.drafts.drop_branches_beyond(len(session.tokens))
             if request.rows == 1 or len(session.tokens) < request.start:
                 session.drafts.restart(session.tokens, len(session.tokens))
             return
