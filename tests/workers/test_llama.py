@@ -15,7 +15,7 @@ from dsi_workers.engines import load_engine
 from dsi_workers.engines.model import ModelEngine
 from dsi_workers.models.files import ModelError
 from dsi_workers.models.resolve import resolve_gguf, resolve_model
-from support.engines import InterruptAfter, NoInterrupt, session_of
+from support.engines import NoInterrupt, session_of
 from support.gguf_files import made, write
 
 llama = pytest.mark.llama
@@ -41,38 +41,38 @@ def load(tmp_path: Path) -> Callable[..., ModelEngine]:
 
 
 @llama
-def test_a_forward_ends_inside_when_it_is_not_wanted(
-    load: Callable[..., ModelEngine], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from dsi_workers.llama import library
-
-    monkeypatch.setattr(library, "_ASK_S", 0.0)  # it asks before each operation
-    backend = load()._backend
-    run = Run(0, list(range(40)), 0, 40, 39)
+def test_llama_cpp_ends_a_forward_when_it_reads_that_it_is_not_wanted(load: Callable[..., ModelEngine]) -> None:
+    backend: Any = load()._backend
+    run, context = Run(0, list(range(40)), 0, 40, 39), backend._context
     [expected] = backend.compute([run], NoInterrupt())
-    with pytest.raises(Interrupted):
-        backend.compute([run], InterruptAfter(20))
-    [again] = backend.compute([run], NoInterrupt())
-    assert again.equal(expected)
+    context._unwanted[0] = b"x"
+    with pytest.raises(RuntimeError, match="llama_decode gave 2 for 40 rows"):
+        backend.compute([run], NoInterrupt())
+    context._unwanted[0] = b"\0"
+    assert expected.equal(backend.compute([run], NoInterrupt())[0])
 
 
 @llama
-def test_an_error_of_the_interrupt_comes_through(
-    load: Callable[..., ModelEngine], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("problem", [Interrupted(), KeyError("the socket")])
+def test_whatever_the_interrupt_raises_ends_the_forward_and_leaves_no_trace(
+    load: Callable[..., ModelEngine], problem: Exception
 ) -> None:
-    from dsi_workers.llama import library
+    """After the forward has begun: the first look is before it."""
 
-    class Broken(NoInterrupt):
+    class Second(NoInterrupt):
         looks = 0
 
         def check(self) -> None:
             self.looks += 1
-            if self.looks == 5:
-                raise KeyError("the socket")
+            if self.looks == 2:
+                raise problem
 
-    monkeypatch.setattr(library, "_ASK_S", 0.0)
-    with pytest.raises(KeyError, match="the socket"):
-        load()._backend.compute([Run(0, [1, 2, 3], 0, 0, 2)], Broken())
+    backend = load()._backend
+    run = Run(0, list(range(40)), 0, 40, 39)
+    [expected] = backend.compute([run], NoInterrupt())
+    with pytest.raises(type(problem)):
+        backend.compute([run], Second())
+    assert expected.equal(backend.compute([run], NoInterrupt())[0])
 
 
 @llama

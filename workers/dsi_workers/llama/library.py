@@ -147,7 +147,7 @@ class Context:
             )
         self._memory = llama_cpp.llama_get_memory(self._pointer)
         self._batch = llama_cpp.llama_batch_init(rows, 0, 1)
-        #: llama.cpp asks before each of some hundred operations whether to go on. A callback in Python would take a third of the
+        #: llama.cpp asks before each of some hundred operations whether to go on. A callback in Python would take a tenth of the
         #: forward. So it asks strlen: the length of this text is 0 as long as the forward is wanted.
         self._unwanted = ctypes.create_string_buffer(2)
         callback = ctypes.cast(ctypes.CDLL(None).strlen, llama_cpp.ggml_abort_callback)
@@ -195,7 +195,7 @@ class Context:
     def _decode(self, interrupt: Interrupt) -> int:
         """Do the forward that `self._batch` describes, unless `interrupt` raises. Returns llama.cpp's status."""
         running = self._thread.submit(llama_cpp.llama_decode, self._pointer, self._batch)
-        while not running.done():
+        while True:
             wait([running], _ASK_S)
             try:
                 interrupt.check()
@@ -204,4 +204,5 @@ class Context:
                 wait([running])
                 self._unwanted[0] = b"\0"
                 raise
-        return int(running.result())
+            if running.done():
+                return int(running.result())

@@ -19,7 +19,7 @@ from dsi_workers.decoding.gpu.choice_kernels import BLOCK_TOKENS, choose_in_bloc
 from dsi_workers.decoding.gpu.recording import Part, Recording
 from dsi_workers.decoding.packed import PackedBatch
 
-#: The most tokens that are drafted at once. A cancel is noticed between layers, so it could be any number.
+#: The most tokens that are drafted at once: as many as the device keeps until Python reads them.
 MOST_DRAFTS = 16
 
 
@@ -28,7 +28,7 @@ class _Kind(Enum):
 
     GREEDY = "greedy"
     SAMPLED = "sampled"
-    #: By top_k, top_p or min_p. The vocabulary is sorted, so of one row only.
+    #: By top_k, top_p or min_p. The vocabulary is sorted for that, so only one row can be drafted so.
     FILTERED = "filtered"
 
 
