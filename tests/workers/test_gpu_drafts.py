@@ -144,7 +144,10 @@ def test_drafts_that_are_not_taken_are_not_taken_for_computed(tmp_path: Path, mo
     engine.draft(session, 1, NoInterrupt())
     task = Task(session, 4, 4, block=4)
     engine.step([task], NoInterrupt())
-    session.write(4, [task.answer.tokens[0], (task.answer.tokens[1] + 1) % 90])
+    first, second, third, _ = task.answer.tokens
+    session.write(4, [first, (second + 1) % 90, third])
+    assert engine.reads_alone(Task(session, 7, 1)), "it has more than one position to compute"
+    assert session.computed == 5
     [found] = engine.draft(session, 1, NoInterrupt())
     assert [found] == engine.draft(session_of(list(session.tokens), generation=2), 1, NoInterrupt())
 
