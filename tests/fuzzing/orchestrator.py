@@ -105,6 +105,8 @@ class Worker:
         new: Any = now
         if isinstance(now, bool):
             new = not now
+        elif isinstance(reply, Verified):  # the name of another answer that is due would make it a plausible lie
+            new = self.draw.choice((0, now + 1000, 2**32 - 1))
         elif isinstance(now, int):
             new = self.draw.choice((0, 1, max(0, now - 1), now + 1, now + 1000, 2**32 - 1))
         elif isinstance(now, tuple):
