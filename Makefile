@@ -12,12 +12,16 @@ JOBS ?= 3
 # What the site is made of (mkdocs.yml): the pages, and the sources that they link to.
 PAGES := README.md CHANGELOG.md CONTRIBUTING.md LICENSE docs protocol workers examples dsi_actors tests
 
-.PHONY: run test test-long test-avx2 test-ray test-llama test-zoo test-clients check fuzz image-check format docs clean
+.PHONY: run test tests test-long test-avx2 test-ray test-llama test-zoo test-clients check style types fuzz image-check format docs clean
 
 run: $(VENV)/ready
 	$(BIN)/dsi-actors generate "$(PROMPT)" --max-tokens 48 --compare
 
-test: check
+# The types are checked beside the first tests: that takes a minute of one core.
+test: style
+	$(MAKE) --no-print-directory --jobs 2 types tests
+
+tests: $(VENV)/ready
 	$(BIN)/pytest --numprocesses $(JOBS) --dist worksteal -m "not (long or ray or llama or zoo or clients)"
 
 # The tests that `make test` leaves out, since they take long.
@@ -45,9 +49,13 @@ test-clients: $(VENV)/ready $(VENV)/clients/ready
 	LITELLM_LOCAL_MODEL_COST_MAP=true DSI_CLIENTS=$(abspath $(VENV))/clients/bin/python $(BIN)/pytest -m clients tests/clients
 
 # The fast checks: style and types.
-check: $(VENV)/ready
+check: style types
+
+style: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/ready
 	$(BIN)/mypy
 
 # Longer than the tests: a million frames, a thousand generations among faulty workers, two thousand HTTP requests.

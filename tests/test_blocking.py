@@ -168,8 +168,8 @@ def test_what_cannot_be_opened_leaves_nothing(tmp_path: Path) -> None:
         ("with model: model.answer('the', max_tokens=5)", 0, ""),
         ("model.answer('the', max_tokens=5)", 0, ""),
         ("pieces = model.generate_text('the', max_tokens=1900); next(pieces)", 0, ""),
-        ("sys.exit('enough')", 1, "enough\n"),
-        ("with model: raise SystemExit(3)", 3, ""),
+        pytest.param("sys.exit('enough')", 1, "enough\n", marks=pytest.mark.long),
+        pytest.param("with model: raise SystemExit(3)", 3, "", marks=pytest.mark.long),
     ],
 )
 def test_a_script_leaves_nothing_however_it_ends(example_model: Path, rest: str, status: int, said: str) -> None:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 import dsi_actors
-from support.command import dsi_actors_command
+from support.command import dsi_actors_in_a_shell
 from support.patience import limit_s
 from support.timed import start_worker
 
@@ -78,7 +78,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_what_is_missing_is_named_with_the_command_that_brings_it(
     files: dict[str, str], arguments: list[str], packages: tuple[str, ...], problem: str
 ) -> None:
-    done = dsi_actors_command(*(files.get(word, word) for word in arguments), env=without(packages))
+    done = dsi_actors_in_a_shell(*(files.get(word, word) for word in arguments), env=without(packages))
     assert done.returncode == 1
     assert problem in done.stderr
     assert "Traceback" not in done.stderr
@@ -99,7 +99,7 @@ def test_what_is_missing_is_named_with_the_command_that_brings_it(
     ids=" ".join,
 )
 def test_what_needs_no_model_works(arguments: list[str]) -> None:
-    done = dsi_actors_command(*arguments, env=without(ALL))
+    done = dsi_actors_in_a_shell(*arguments, env=without(ALL))
     assert done.returncode == 0, done.stderr
 
 

@@ -13,7 +13,7 @@ from typing import IO, Any
 import pytest
 
 import dsi_actors
-from support.command import dsi_actors_command, words
+from support.command import dsi_actors_in_a_shell, words
 from support.engines import make_tiny_model
 from support.patience import limit_s
 from support.timed import timed_config
@@ -121,7 +121,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ascii_is_enough(model: Path, variable: str) -> None:
     env = ASCII if variable == "locale" else {**os.environ, variable: "ascii"}
     words = ["generate", "w1 é", "--target", str(model), "--gpu", "cpu", "--drafter", "none", "--sp", "1"]
-    done = dsi_actors_command(*words, "--max-tokens", "4", "--ignore-eos", "--no-calibration", env=env)
+    done = dsi_actors_in_a_shell(*words, "--max-tokens", "4", "--ignore-eos", "--no-calibration", env=env)
     assert done.returncode == 0, done.stderr
     assert "\n....\n# drafted and accepted: 0   . the target's own: 4\n" in done.stdout
     assert done.stdout.isascii()
@@ -131,7 +131,7 @@ def test_ascii_is_enough(model: Path, variable: str) -> None:
     "arguments", [PLAN, ["simulate", "--tokens", "5"], ["--help"], ["bench", "exact", "--help"], ["bench", "no-such-é"]]
 )
 def test_no_command_needs_more_than_ascii(arguments: list[str]) -> None:
-    done = dsi_actors_command(*arguments, env=ASCII)
+    done = dsi_actors_in_a_shell(*arguments, env=ASCII)
     assert done.returncode == (2 if arguments[1:] == ["no-such-é"] else 0)
     assert "Traceback" not in done.stderr
     assert (done.stdout + done.stderr).isascii()
@@ -151,7 +151,7 @@ def test_no_command_needs_more_than_ascii(arguments: list[str]) -> None:
     ],
 )
 def test_bytes_that_are_no_text_get_one_sentence(arguments: list[str | bytes], problem: str) -> None:
-    done = dsi_actors_command(*arguments)
+    done = dsi_actors_in_a_shell(*arguments)
     assert done.returncode in (1, 2)
     assert problem in done.stderr
     assert "Traceback" not in done.stderr
@@ -160,7 +160,7 @@ def test_bytes_that_are_no_text_get_one_sentence(arguments: list[str | bytes], p
 def test_any_name_does_for_a_file(tmp_path: Path) -> None:
     name = os.fsencode(tmp_path) + b"/\xff.jsonl"
     Path(os.fsdecode(name)).write_bytes(b'{"prompt": "\xff"}')
-    done = dsi_actors_command("trace", name)
+    done = dsi_actors_in_a_shell("trace", name)
     assert done.returncode == 1
     assert "\\udcff.jsonl is no recording" in done.stderr
 

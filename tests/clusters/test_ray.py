@@ -152,7 +152,7 @@ async def test_a_worker_without_a_key_of_this_run_is_turned_away(cluster: Any) -
     node(cluster, gpus=0)
     async with dsi_actors.Orchestrator(config(cluster, devices=("cpu",), sp=1, drafter=None)) as orchestrator:
         stranger = start_worker(orchestrator.endpoint, "--role", "target")
-        _, said = await asyncio.to_thread(stranger.communicate, None, limit_s(60))
+        _, said = await asyncio.to_thread(stranger.communicate, timeout=limit_s(60))
         assert stranger.returncode == 1
         assert "refused the connection" in said
         assert len(orchestrator.workers) == 1

@@ -143,6 +143,7 @@ def test_prompts_cannot_be_chat_messages_for_a_model_without_a_template(model: P
     assert "has no chat template" in done.stderr
 
 
+@pytest.mark.long
 def test_bench_gpu_measures_a_device_against_its_limit() -> None:
     words = [
         "bench",
@@ -186,6 +187,7 @@ def test_bench_gpu_measures_a_device_against_its_limit() -> None:
         assert problem in dsi_actors("bench", "gpu", wrong).stderr
 
 
+@pytest.mark.long
 def test_bench_start_says_where_the_time_goes(model: Path) -> None:
     done = dsi_actors("bench", "start", "--target", model, "--drafter", "none", "--repeats", "2", "--json")
     assert done.returncode == 0, done.stderr
@@ -256,6 +258,7 @@ def test_bench_acceptance_of_a_weakened_drafter_that_is_greedy(model: Path, prom
     assert measured("--layers", "1")["acceptance_rate"] < 0.5 < measured()["acceptance_rate"]
 
 
+@pytest.mark.long
 def test_bench_acceptance_lies_within_its_bounds(model: Path, prompts: Path) -> None:
     """A tiny model and its int8 copy: 2 x 80 tokens. Five standard errors below, or above, would be a bug."""
     done = dsi_actors(
@@ -481,7 +484,7 @@ def test_the_terminal_shows_text_marks_and_table(model: Path) -> None:
 def test_three_shells(model: Path, tmp_path: Path) -> None:
     """An orchestrator that listens, and two workers that are told nothing but their device."""
     endpoint = f"ipc://{tmp_path}/dsi.sock"
-    workers = [start_worker(endpoint) for _ in range(2)]
+    workers = [start_worker(endpoint, forked=False) for _ in range(2)]
     words = ["--listen", endpoint, "--lookahead", "2", "--max-tokens", "100", "--ignore-eos", "--wait", "600", "--json"]
     done = dsi_actors_in_a_shell("generate", PROMPT, "--target", model, *words)
     assert done.returncode == 0, done.stderr
@@ -661,6 +664,7 @@ def test_bench_scale_tells_what_fills_a_core() -> None:
         )
 
 
+@pytest.mark.long
 def test_bench_real_holds_ours_beside_the_library(model: Path, prompts: Path) -> None:
     result = dsi_actors(
         "bench", "real", "--target", model, "--prompts", prompts, "--limit", "2", "--max-tokens", "6", "--gpu", "cpu",

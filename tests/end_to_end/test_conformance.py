@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from dsi_actors.conformance.peer import Peer
 from dsi_protocol import Draft, Drafted, FromWorker, Verified, Verify
 from support.engines import make_tiny_model
 from support.fake_worker import FakeWorker, running
+from support.forked_process import Process, start
 from support.patience import limit_s, patience, slowness, until
 from support.timed import text_of, workers
 
@@ -29,19 +29,18 @@ JAVASCRIPT = Path(__file__).parents[2] / "examples" / "javascript-drafter"
 
 
 @contextmanager
-def examination(endpoint: str, *more: str, patient: bool = True) -> Iterator[subprocess.Popen[str]]:
+def examination(endpoint: str, *more: str, patient: bool = True) -> Iterator[Process]:
     """`patient`: with 10 times the patience that an idle machine needs, and more on a busy one."""
     patience = str(10 * slowness() if patient else 1)
-    command = [sys.executable, "-m", "dsi_actors.cli.main", "conformance", endpoint, "--json", "--patience", patience]
-    command += more
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    words = ["conformance", endpoint, "--json", "--patience", patience, *more]
+    with start("dsi_actors.cli.main", *words) as process:
         try:
             yield process
         finally:
             process.kill()
 
 
-def results(process: subprocess.Popen[str]) -> dict[str, Any]:
+def results(process: Process) -> dict[str, Any]:
     said, errors = process.communicate(timeout=limit_s(300))
     assert said, errors
     found: dict[str, Any] = json.loads(said)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,6 +13,7 @@ import psutil
 import pytest
 
 import dsi_actors
+from support.forked_process import Process
 from support.group import make_uneven_model
 from support.patience import limit_s, slowness, until
 from support.timed import start_worker, text_of, wait_for_end
@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @asynccontextmanager
 async def serving(
     model: Path, tmp_path: Path, *arguments: str
-) -> AsyncIterator[tuple[dsi_actors.Orchestrator, subprocess.Popen[str], psutil.Process]]:
+) -> AsyncIterator[tuple[dsi_actors.Orchestrator, Process, psutil.Process]]:
     """An orchestrator with a worker on two devices, and the process of its second rank. At the end none is left."""
     config = dsi_actors.Config(
         target=str(model), drafter=None, listen=f"ipc://{tmp_path}/dsi.sock", sp=1, calibrate=False,
@@ -64,7 +64,9 @@ async def test_a_group_serves_and_leaves_with_its_orchestrator(model: Path, tmp_
         assert text == await text_of(orchestrator.generate(PROMPT, sampling))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)], ids=["killed", "stopped"]
+)
 async def test_a_rank_that_is_lost_ends_the_group(model: Path, tmp_path: Path, number: signal.Signals) -> None:
     async with serving(model, tmp_path) as (orchestrator, worker, rank):
         rank.send_signal(number)
@@ -76,6 +78,7 @@ async def test_a_rank_that_is_lost_ends_the_group(model: Path, tmp_path: Path, n
         assert "rank 1 of the group, on cpu:1" in said
 
 
+@pytest.mark.long
 async def test_a_rank_that_is_lost_in_a_forward_ends_the_group(model: Path, tmp_path: Path) -> None:
     async with serving(model, tmp_path) as (orchestrator, worker, rank):
         rank.suspend()

@@ -15,6 +15,7 @@ import pytest
 
 import dsi_actors
 from dsi_actors.keys import Keyring, load_worker_key, new_keys, revoke
+from support.command import dsi_actors_command
 from support.patience import limit_s, patience, slowness, until
 from support.strangers import giant_frame, half_a_handshake, strange_frames
 from support.timed import PROMPT, plain_decoding, start_worker, text_of, timed_config, workers
@@ -63,9 +64,9 @@ async def test_a_worker_without_the_right_key_is_turned_away(
     assert text_there == plain_decoding(PROMPT, TOKENS)
     if key == "for another orchestrator":  # it cannot even tell that somebody is there
         stranger.kill()
-        await asyncio.to_thread(stranger.communicate, None, limit_s())
+        await asyncio.to_thread(stranger.communicate, timeout=limit_s())
     else:
-        _, said = await asyncio.to_thread(stranger.communicate, None, limit_s())
+        _, said = await asyncio.to_thread(stranger.communicate, timeout=limit_s())
         assert stranger.returncode == 1
         assert "refused the connection: " in said
         assert "make a key with dsi-actors keys new DIRECTORY NAME" in said
@@ -145,8 +146,7 @@ def test_a_damaged_key_keeps_its_own_worker_out_only(keys: Path) -> None:
 
 def test_the_command_makes_lists_and_revokes(tmp_path: Path) -> None:
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, "-m", "dsi_actors.cli.main", "keys", *arguments]
-        return subprocess.run(words, capture_output=True, text=True, check=False)
+        return dsi_actors_command("keys", *arguments)
 
     directory = str(tmp_path / "keys")
     made = command("new", directory, "gpu-1", "gpu-2")
@@ -195,9 +195,7 @@ def flooding(endpoint: str, seconds: float) -> Iterator[None]:
 
 def test_bench_flood_prints_a_row_for_each_attack() -> None:
     words = ["bench", "flood", "--tokens", "15", "--repeats", "1", "--target-ms", "4", "--drafter-ms", "1", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "dsi_actors.cli.main", *words], capture_output=True, text=True, check=False
-    )
+    done = dsi_actors_command(*words)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["results"]
     assert [row["attack"] for row in rows] == ["nobody", "hellos", "noise", "large frames", "half handshakes"]

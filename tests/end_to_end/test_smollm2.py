@@ -61,7 +61,8 @@ async def test_all_algorithms_agree_with_transformers(model: Path) -> None:
             assert outputs[0] == outputs[1] == outputs[2] == expected[0, len(prompt_ids) :].tolist()
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_bits_do_not_depend_on_how_tokens_are_grouped(model: Path, dtype: str) -> None:
     """The real model's log probabilities: one position at a time, and in groups of every size to two windows."""
     options = {"dtype": dtype}
@@ -99,6 +100,7 @@ def test_the_bits_do_not_depend_on_how_tokens_are_grouped(model: Path, dtype: st
     assert tree.tokens == alone.tokens[: len(tree.tokens)]
 
 
+@pytest.mark.long
 async def test_sampled_text_is_the_same_in_every_algorithm(model: Path) -> None:
     prompt_ids = Tokenizer(model).encode(PROMPTS[1])
     sampling = dsi_actors.Sampling(max_tokens=TOKENS, temperature=0.9, top_p=0.95, seed=5)

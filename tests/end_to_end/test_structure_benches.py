@@ -47,6 +47,7 @@ def test_finished_answers_are_valid_by_their_schemas(model: Path) -> None:
     assert found["examples"] == []
 
 
+@pytest.mark.long
 @pytest.mark.model
 def test_finished_answers_of_a_real_model_are_valid() -> None:
     [row] = results_of("schemas", "--target", DEFAULT_TARGET, "--schemas", "6", "--max-tokens", "60")["results"]

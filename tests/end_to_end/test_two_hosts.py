@@ -62,7 +62,7 @@ async def test_workers_on_another_host_serve_those_that_have_keys(other_host: Ot
             assert await orchestrator.wait_for_workers(targets=1, drafters=1, timeout_s=limit_s())
             stranger = start_worker(orchestrator.endpoint, "--role", "target", inside=other_host.inside)
             text = await text_of(orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=TOKENS)))
-            _, said = await asyncio.to_thread(stranger.communicate, None, limit_s())
+            _, said = await asyncio.to_thread(stranger.communicate, timeout=limit_s())
             assert text == plain_decoding(PROMPT, TOKENS)
             assert stranger.returncode == 1
             assert "refused the connection: " in said

@@ -15,6 +15,7 @@ import pytest
 import zmq
 
 import dsi_actors
+from support.forked_process import Process
 from support.patience import limit_s
 from support.timed import PROMPT, plain_decoding, start_worker, text_of, timed_config, wait_for_end
 
@@ -25,9 +26,9 @@ def endpoint(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def workers(endpoint: str) -> Iterator[list[subprocess.Popen[str]]]:
+def workers(endpoint: str) -> Iterator[list[Process]]:
     """Three workers that know nothing but their device and where to connect."""
-    started = [start_worker(endpoint) for _ in range(3)]
+    started = [start_worker(endpoint, forked=False) for _ in range(3)]
     yield started
     for worker in started:
         worker.kill()
@@ -46,9 +47,7 @@ def wait_for_hellos(endpoint: str, number: int) -> None:
             heard.add(listener.recv_multipart()[0])
 
 
-async def test_workers_ask_what_to_be_and_leave_with_their_orchestrator(
-    endpoint: str, workers: list[subprocess.Popen[str]]
-) -> None:
+async def test_workers_ask_what_to_be_and_leave_with_their_orchestrator(endpoint: str, workers: list[Process]) -> None:
     await asyncio.to_thread(wait_for_hellos, endpoint, len(workers))  # they are there first, and wait
     async with dsi_actors.Orchestrator(timed_config(listen=endpoint)) as orchestrator:
         assert await orchestrator.wait_for_workers(targets=2, drafters=1, timeout_s=limit_s())
@@ -58,7 +57,7 @@ async def test_workers_ask_what_to_be_and_leave_with_their_orchestrator(
     assert [worker.wait(limit_s()) for worker in workers] == [0, 0, 0]
 
 
-async def test_a_worker_that_is_asked_to_end_drains(endpoint: str, workers: list[subprocess.Popen[str]]) -> None:
+async def test_a_worker_that_is_asked_to_end_drains(endpoint: str, workers: list[Process]) -> None:
     async with dsi_actors.Orchestrator(timed_config(listen=endpoint)) as orchestrator:
         assert await orchestrator.wait_for_workers(targets=2, drafters=1, timeout_s=limit_s())
         victim = next(worker.hello.process for worker in orchestrator.workers if worker.role == "target")
@@ -77,7 +76,7 @@ async def test_a_worker_that_joins_late_is_used_at_once(endpoint: str) -> None:
     async with dsi_actors.Orchestrator(timed_config(listen=endpoint, drafter=None)) as orchestrator:
         stream = orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=20))
         reading = asyncio.ensure_future(text_of(stream))  # nobody is there yet
-        worker = start_worker(endpoint, "--role", "target")
+        worker = start_worker(endpoint, "--role", "target", forked=False)
         assert await reading == plain_decoding(PROMPT, 20)
     assert worker.wait(limit_s()) == 0
     assert worker.stderr is not None
@@ -110,7 +109,7 @@ def start_orchestrator(endpoint: str, silence_ms: int) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("local", [True, False], ids=["its own workers", "workers that connected"])
 def test_workers_end_when_their_orchestrator_is_killed(local: bool, endpoint: str) -> None:
-    own = [] if local else [start_worker(endpoint) for _ in range(3)]
+    own = [] if local else [start_worker(endpoint, forked=False) for _ in range(3)]
     # Local workers notice that a pipe closes, at once: by silence they would only notice in an hour.
     orchestrator = start_orchestrator("", 3_600_000) if local else start_orchestrator(endpoint, 1000)
     assert orchestrator.stdout is not None
@@ -127,7 +126,7 @@ def test_workers_end_when_their_orchestrator_is_killed(local: bool, endpoint: st
 
 
 def test_a_worker_without_an_orchestrator_says_so_and_ends_when_told(endpoint: str) -> None:
-    worker = start_worker(endpoint)
+    worker = start_worker(endpoint, forked=False)
     assert worker.stderr is not None
     said = worker.stderr.readline()
     assert "no orchestrator yet, still trying" in said

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import dsi_actors
 from dsi_actors.workforce.workforce import FoundUseless
 from end_to_end.test_worker_processes import start_orchestrator
+from support.forked_process import Process
 from support.patience import limit_s, slowness
 from support.timed import PROMPT, plain_decoding, start_worker, text_of, timed_config
 
@@ -27,15 +27,13 @@ def endpoint(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def workers(endpoint: str) -> Iterator[list[subprocess.Popen[str]]]:
+def workers(endpoint: str) -> Iterator[list[Process]]:
     """Two target servers and a drafter, of which each was told what to be by the first orchestrator."""
     started = [start_worker(endpoint, once=False) for _ in range(3)]
     yield started
     for worker in started:
-        worker.kill()
-        worker.wait()
-        if worker.stderr is not None:
-            worker.stderr.close()
+        with worker:
+            worker.kill()
 
 
 def process_ids(orchestrator: dsi_actors.Orchestrator) -> set[int]:
@@ -50,7 +48,7 @@ async def text(orchestrator: dsi_actors.Orchestrator) -> list[int]:
     return await text_of(orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=TOKENS)))
 
 
-def loads(worker: subprocess.Popen[str]) -> int:
+def loads(worker: Process) -> int:
     """Ends the worker. How often it loaded an engine."""
     worker.terminate()
     _, said = worker.communicate()
@@ -58,7 +56,7 @@ def loads(worker: subprocess.Popen[str]) -> int:
 
 
 async def test_they_join_the_next_orchestrator_with_what_they_have_loaded(
-    endpoint: str, workers: list[subprocess.Popen[str]]
+    endpoint: str, workers: list[Process]
 ) -> None:
     roles = []
     for _ in range(3):
@@ -70,9 +68,7 @@ async def test_they_join_the_next_orchestrator_with_what_they_have_loaded(
     assert [loads(worker) for worker in workers] == [1, 1, 1]
 
 
-async def test_they_wait_for_one_that_was_killed_to_be_started_again(
-    endpoint: str, workers: list[subprocess.Popen[str]]
-) -> None:
+async def test_they_wait_for_one_that_was_killed_to_be_started_again(endpoint: str, workers: list[Process]) -> None:
     killed = start_orchestrator(endpoint, 600_000)
     assert killed.stdout is not None
     before = {int(word) for word in killed.stdout.readline().split()[1:]}
@@ -85,7 +81,7 @@ async def test_they_wait_for_one_that_was_killed_to_be_started_again(
     assert [loads(worker) for worker in workers] == [1, 1, 1]
 
 
-async def test_they_load_what_the_next_one_wants(endpoint: str, workers: list[subprocess.Popen[str]]) -> None:
+async def test_they_load_what_the_next_one_wants(endpoint: str, workers: list[Process]) -> None:
     before = set()
     for latency_ms in (4, 5):
         config = timed_config(listen=endpoint, target_ms=latency_ms)
@@ -96,7 +92,7 @@ async def test_they_load_what_the_next_one_wants(endpoint: str, workers: list[su
     assert sorted(loads(worker) for worker in workers) == [1, 2, 2], "the drafter is as it was"
 
 
-async def test_one_that_was_taken_for_dead_joins_again(endpoint: str, workers: list[subprocess.Popen[str]]) -> None:
+async def test_one_that_was_taken_for_dead_joins_again(endpoint: str, workers: list[Process]) -> None:
     config = timed_config(listen=endpoint, silence_ms=round(1000 * slowness()))
     async with dsi_actors.Orchestrator(config) as orchestrator:
         assert await everybody(orchestrator)
@@ -112,7 +108,7 @@ async def test_one_that_was_taken_for_dead_joins_again(endpoint: str, workers: l
     assert loads(workers[0]) == 1
 
 
-async def test_one_that_was_of_no_use_ends(endpoint: str, workers: list[subprocess.Popen[str]]) -> None:
+async def test_one_that_was_of_no_use_ends(endpoint: str, workers: list[Process]) -> None:
     async with dsi_actors.Orchestrator(timed_config(listen=endpoint)) as orchestrator:
         assert await everybody(orchestrator)
         victim = next(worker for worker in orchestrator.workers if worker.role == "target")

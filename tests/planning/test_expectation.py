@@ -39,7 +39,7 @@ def test_with_enough_servers_dsi_is_the_papers_closed_form(
 
 
 @pytest.mark.parametrize(("target_ms", "drafter_ms", "acceptance"), PAIRS)
-@pytest.mark.parametrize("sp", [1, 2, 3, 7])
+@pytest.mark.parametrize("sp", [1, pytest.param(2, marks=pytest.mark.long), 3, pytest.param(7, marks=pytest.mark.long)])
 def test_the_expectation_is_what_the_core_does(target_ms: float, drafter_ms: float, acceptance: float, sp: int) -> None:
     scenario = Scenario(target_ms=target_ms, drafter_ms=drafter_ms, acceptance=acceptance)
     policies = [best_si(flat(target_ms), drafter_ms, acceptance)] if sp == 1 else []

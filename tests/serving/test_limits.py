@@ -12,10 +12,13 @@ import pytest
 import pytest_asyncio
 
 from dsi_actors.errors import ConfigError
+from dsi_actors.launching import choice
+from dsi_actors.launching.launcher import LaunchedWorker, WorkerSpec
 from dsi_actors.serving.errors import ApiError
 from dsi_actors.serving.limits import BodyMemory
 from dsi_actors.serving.service import ServiceConfig
 from serving.test_leaving_clients import HOUR_MS
+from support.fork_server import ForkingLauncher
 from support.patience import slowness
 from support.service import MODEL, Served, completion, post, served
 
@@ -218,18 +221,30 @@ async def test_a_configuration_that_cannot_be_is_refused(wrong: dict[str, object
         ServiceConfig(**{"model": "m", **wrong})  # type: ignore[arg-type]
 
 
-async def test_ready_is_lost_and_comes_back_with_the_workers(tmp_path: Path) -> None:
+async def test_ready_is_lost_and_comes_back_with_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_start = asyncio.Event()
+    may_start.set()
+
+    class HeldLauncher(ForkingLauncher):
+        async def start(self, spec: WorkerSpec, incarnation: int) -> LaunchedWorker:
+            await may_start.wait()
+            return await super().start(spec, incarnation)
+
+    monkeypatch.setattr(choice, "LocalLauncher", HeldLauncher)
+
     async def ready(service: Served) -> int:
         return (await service.ask(b"GET /ready HTTP/1.1\r\nHost: x\r\n\r\n")).status
 
     async with served(tmp_path, sp=1, drafter=None) as service:
         assert await ready(service) == 200
         [worker] = service.orchestrator.process_ids
+        may_start.clear()
         psutil.Process(worker).kill()
         await service.until(lambda: not service.orchestrator.max_length)
         assert await ready(service) == 503
         asking = asyncio.create_task(service.ask(completion(max_tokens=2)))
         await service.until(lambda: service.service.places.taken == 1)
+        may_start.set()
         await service.until(lambda: bool(service.orchestrator.max_length))
         assert await ready(service) == 200
         assert (await asking).status == 200, "a request waits for its first target server"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ import psutil
 import pytest
 
 from support.engines import make_tiny_model
+from support.forked_process import start
 from support.patience import limit_s, wait_until
 
 MESSAGES: Any = [{"role": "user", "content": "w5 w6 w7"}]
@@ -26,11 +25,8 @@ KEY = "sk-test"
 @contextmanager
 def served(model: Path, *arguments: str, log: Path | None = None) -> Iterator[str]:
     """The base URL of a service with one target server and a drafter. What it says goes to `log`."""
-    command = [sys.executable, "-m", "dsi_actors.cli.main", "serve", "--target", str(model), "--sp", "1", "--port", "0"]
-    with subprocess.Popen(
-        [*command, "--model-name", "tiny", "--gpu", "cpu", "--log-level", "info", *arguments],
-        stderr=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
+    words = ["serve", "--target", str(model), "--sp", "1", "--port", "0", "--model-name", "tiny", "--gpu", "cpu"]
+    with start("dsi_actors.cli.main", *words, "--log-level", "info", *arguments) as process:
         try:
             assert process.stderr is not None
             said = []
@@ -422,7 +418,7 @@ def test_who_is_being_served_is_served_to_the_end(model: Path) -> None:
         port = int(url.rsplit(":", 1)[1])
         [service] = [
             child
-            for child in psutil.Process().children()
+            for child in psutil.Process().children(recursive=True)
             if any(peer.laddr.port == port for peer in child.net_connections("tcp"))
         ]
         service.terminate()

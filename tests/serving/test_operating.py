@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 
 from serving.test_openai import served
 from support.engines import make_tiny_model
-from support.patience import limit_s
+from support.fork_server import run_forked
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +22,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def status(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dsi_actors.cli.main", "status", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=limit_s(120), check=False)
+    return run_forked("dsi_actors.cli.main", "status", *arguments)
 
 
 def test_status_says_who_works_on_what(model: Path) -> None:

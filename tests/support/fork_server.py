@@ -36,7 +36,10 @@ from support.patience import limit_s
 #: Where a forked process finds the server, to fork its own workers there.
 _VARIABLE = "DSI_TEST_FORK_SERVER"
 #: What may differ from the server's environment: nothing that a library has read when the server imported it.
-_READ_LATE = {_VARIABLE, INCARNATION_VARIABLE, "DSI_CACHE", "HF_HUB_OFFLINE", "PYTEST_CURRENT_TEST", "TQDM_DISABLE"}
+_READ_LATE = {
+    _VARIABLE, INCARNATION_VARIABLE, "DSI_CACHE", "HF_HUB_OFFLINE", "PYTEST_CURRENT_TEST", "PYTHONPATH",
+    "TORCHINDUCTOR_CACHE_DIR", "TQDM_DISABLE",
+}  # fmt: skip
 _IMPORTED = (
     "torch", "safetensors.torch", "dsi_actors.cli.main", "dsi_actors.serving.app", "dsi_actors.serving.server",
     "dsi_actors.worker", "dsi_workers.main", "dsi_workers.engines.loading", "dsi_workers.engines.model",
@@ -236,12 +239,18 @@ def _tell_of_ends(waiting: dict[int, socket.socket]) -> None:
 
 def _become(request: dict[str, object], files: Sequence[int]) -> int:
     os.setsid()
-    for number, file in enumerate(files):
+    for number, (stream, file) in enumerate(zip(("stdin", "stdout", "stderr"), files, strict=True)):
         os.dup2(file, number)
         os.close(file)
+        # A stream of its own: the server's knows whether the server's file can seek.
+        old = getattr(sys, stream)
+        buffering = 1 if stream == "stderr" else -1
+        setattr(sys, stream, open(number, old.mode, buffering, old.encoding, old.errors, closefd=False))  # noqa: SIM115
     environment, arguments, name = request["environment"], request["arguments"], request["module"]
     assert isinstance(environment, dict)
     assert isinstance(arguments, list)
+    paths = environment.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[1:1] = [path for path in paths if path not in ("", *sys.path)]
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(str(request["directory"]))

@@ -13,6 +13,7 @@ import psutil
 import dsi_actors
 from dsi_workers.engines import load_engine
 from support.engines import NoInterrupt, session_of
+from support.forked_process import Process, start
 from support.patience import limit_s, wait_until
 
 PROMPT = [11, 22, 33]
@@ -57,18 +58,24 @@ async def text_of(stream: dsi_actors.GenerationStream) -> list[int]:
 
 
 def start_worker(
-    endpoint: str, *arguments: str, device: str = "cpu", once: bool = True, inside: Sequence[str] = ()
-) -> subprocess.Popen[str]:
-    """`once`: it ends with its orchestrator. `inside`: the words before its command, which run it elsewhere."""
-    command = [*inside, sys.executable, "-m", "dsi_actors.worker", "--gpu", device, "--connect", endpoint, *arguments]
-    command += ["--once"] if once else []
+    endpoint: str,
+    *arguments: str,
+    device: str = "cpu",
+    once: bool = True,
+    inside: Sequence[str] = (),
+    forked: bool = True,
+) -> Process:
+    """`once`: it ends with its orchestrator. `inside`: the words before its command, which run it elsewhere. `forked`: but
+    for its start it is like one that a user started."""
+    words = ["--gpu", device, "--connect", endpoint, *arguments, *(["--once"] if once else [])]
+    if forked and not inside:
+        return start("dsi_actors.worker", *words)
+    command = [*inside, sys.executable, "-m", "dsi_actors.worker", *words]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
 @contextmanager
-def workers(
-    endpoint: str, *arguments: Sequence[str], inside: Sequence[str] = ()
-) -> Iterator[list[subprocess.Popen[str]]]:
+def workers(endpoint: str, *arguments: Sequence[str], inside: Sequence[str] = ()) -> Iterator[list[Process]]:
     """A worker process for each list of arguments. They are asked to leave at the end."""
     started = [start_worker(endpoint, *words, inside=inside) for words in arguments]
     try:

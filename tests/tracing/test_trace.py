@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from dsi_actors.tracing.drafts import Came
 from dsi_actors.tracing.lanes import draw
 from dsi_actors.tracing.page import html_page
 from dsi_actors.tracing.record import Moment, Recorder, Recording, open_recording, read_recording
+from support.command import dsi_actors_command
 
 TOKENS = 40
 
@@ -197,8 +197,7 @@ def test_the_chrome_trace_has_a_lane_for_each_worker(recorded: Path) -> None:
 
 
 def trace(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dsi_actors.cli.main", "trace", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return dsi_actors_command("trace", *arguments)
 
 
 def test_the_command_writes_what_it_says(recorded: Path, tmp_path: Path) -> None:

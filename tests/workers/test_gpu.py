@@ -127,7 +127,12 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [{"kv_heads": 2, "layers": 1}, {"slides": True}, pytest.param({"norms": True, "biases": True}, marks=LONG)]
+    "more",
+    [
+        {"kv_heads": 2, "layers": 1},
+        pytest.param({"slides": True}, marks=LONG),
+        pytest.param({"norms": True, "biases": True}, marks=LONG),
+    ],
 )
 def test_logits_are_the_decoders(more: dict[str, Any]) -> None:
     """One generation and several, prompts between, windows that are full and not, on both sides of where attention is cut."""
@@ -157,6 +162,7 @@ def others(rows: int) -> list[Run]:
     return found
 
 
+@LONG
 def test_a_token_has_the_same_bits_in_groups_of_any_size() -> None:
     """Each row attends by itself, or with others of its generation."""
     by_kernels, _ = forwards(slides=True)
@@ -170,7 +176,8 @@ def test_a_token_has_the_same_bits_in_groups_of_any_size() -> None:
     assert torch.equal(torch.cat(logits_of(by_kernels, several)), expected)
 
 
-@pytest.mark.parametrize("rows", [50, pytest.param(70, marks=LONG), pytest.param(256, marks=LONG)])
+@LONG
+@pytest.mark.parametrize("rows", [50, 70, 256])
 def test_a_token_has_the_same_bits_in_batches_of_any_size(rows: int) -> None:
     """In one block of products and in several. The tokens of one generation attend in groups of 1, 3 and 4 rows."""
     by_kernels, _ = forwards(layers=1)
@@ -216,7 +223,8 @@ def branch_runs(fork: int, count: int, width: int) -> list[Run]:
     ]
 
 
-@pytest.mark.parametrize("more", [{"layers": 1}, pytest.param({"slides": True, "kv_heads": 2}, marks=LONG)])
+@LONG
+@pytest.mark.parametrize("more", [{"layers": 1}, {"slides": True, "kv_heads": 2}])
 def test_a_token_on_a_branch_has_the_bits_that_it_has_in_a_chain(more: dict[str, Any]) -> None:
     """Branches that begin on both sides of where attention is cut, of one window and of several, in groups of 1 to 8 rows, with
     another generation's rows between. Afterwards the main path goes on as if there were none."""
@@ -366,7 +374,7 @@ def test_a_tree_with_more_branches_than_a_forward_has_rows_for(
 
 
 @pytest.mark.parametrize("window", [4, 16])
-@pytest.mark.parametrize("slots", [1, 8, 16, 33])
+@pytest.mark.parametrize("slots", [1, pytest.param(8, marks=LONG), 16, pytest.param(33, marks=LONG)])
 @pytest.mark.parametrize("role", ["target", "drafter"])
 def test_a_worker_starts_and_serves_whatever_its_slots(
     role: str, slots: int, window: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: list[int]
@@ -428,6 +436,7 @@ def test_an_interrupt_takes_effect_within_a_forward_and_leaves_no_trace(
     assert torch.equal(logits_of(by_kernels, [run_of(0, 0, 3)])[0], expected)
 
 
+@LONG
 def test_a_cache_of_its_own_gets_a_recording_of_its_own() -> None:
     own, config = decoder(layers=1)
     shared = GpuDecoder(own)
@@ -444,7 +453,7 @@ def test_a_cache_of_its_own_gets_a_recording_of_its_own() -> None:
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("outputs", [80, 1600])
-@pytest.mark.parametrize("rows", [11, 150])
+@pytest.mark.parametrize("rows", [11, pytest.param(150, marks=LONG)])
 def test_products_are_the_layers(gated: bool, outputs: int, rows: int) -> None:
     """Widths that no block divides, rows that fill no block, or more than one."""
     linear = torch.nn.Linear(200, outputs, device=DEVICE, dtype=DTYPE)
@@ -468,6 +477,7 @@ def test_int8_weights_are_scaled_back() -> None:
         assert_near(GpuLinear(int8)(x), expected)
 
 
+@LONG
 def test_the_buffers_are_as_large_as_is_counted() -> None:
     made, config = decoder(kv_heads=2)
     by_kernels = GpuDecoder(made)
@@ -489,6 +499,7 @@ def test_noise_has_the_same_bits_on_a_gpu() -> None:
         assert torch.equal(gumbel_noise(key, tokens.to(DEVICE)).cpu(), gumbel_noise(key, tokens))
 
 
+@LONG
 def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     """Also where there is none: the interpreter runs what the compiler refuses."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
@@ -496,6 +507,7 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "support.compile_kernels"], cwd=tests, env=environment, check=True)
 
 
+@LONG
 def test_a_drafter_s_branches_share_a_recorded_forward() -> None:
     """Each has a group of rows and a slot of its own, and goes on as a chain would."""
     made, config = decoder()

@@ -45,7 +45,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_uneven_model(tmp_path_factory.mktemp("uneven"))
 
 
-@pytest.fixture(scope="module", params=[(2, "float32"), (3, "float32"), (2, "bfloat16")], ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[
+        (2, "float32"),
+        *(pytest.param(each, marks=pytest.mark.long) for each in ((3, "float32"), (2, "bfloat16"))),
+    ],
+    ids=str,
+)
 def group(model: Path, request: pytest.FixtureRequest) -> Iterator[tuple[TorchBackend, int, str]]:
     degree, dtype = request.param
     device = ",".join(f"cpu:{rank}" for rank in range(degree))
