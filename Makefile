@@ -12,6 +12,9 @@ JOBS ?= 3
 # What the site is made of (mkdocs.yml): the pages, and the sources that they link to.
 PAGES := README.md CHANGELOG.md CONTRIBUTING.md LICENSE docs protocol workers examples dsi_actors tests
 
+# Tests start hundreds of interpreters, each of which would compile our modules again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: run test tests test-long test-avx2 test-ray test-llama test-zoo test-clients check style types fuzz image-check format docs clean
 
 run: $(VENV)/ready

@@ -84,12 +84,13 @@ class _Preparing:
                 while progress.is_alive():
                     self._send_progress(progress.last)
                     self._check_needed()
+                self._send_progress(progress.last)  # it may have ended since
             finally:
                 process.kill()  # it has ended, or is no longer needed; what it has fetched stays on the disk
-        if "directory" in progress.last:
-            return str(progress.last["directory"])
+        if "directory" in progress.result:
+            return str(progress.result["directory"])
         problem = (
-            progress.last.get("error") or f"the process that prepares {reference!r} ended with {process.returncode}"
+            progress.result.get("error") or f"the process that prepares {reference!r} ended with {process.returncode}"
         )
         raise ModelError(str(problem))
 
@@ -116,12 +117,18 @@ class _ProgressReader(threading.Thread):
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         super().__init__(name="preparation", daemon=True)
-        #: The last line, decoded.
+        #: The last line of progress, decoded.
         self.last: dict[str, Any] = {}
+        #: The line that says how it ended: the directory, or an error.
+        self.result: dict[str, Any] = {}
         assert process.stdout is not None
         self._lines = process.stdout
         self.start()
 
     def run(self) -> None:
         for line in self._lines:
-            self.last = json.loads(line)
+            said = json.loads(line)
+            if "what" in said:
+                self.last = said
+            else:
+                self.result = said
