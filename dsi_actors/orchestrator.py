@@ -39,8 +39,8 @@ from dsi_actors.tokenizer import Tokenizer
 from dsi_actors.workforce.worker_handle import WorkerHandle
 from dsi_protocol import MAX_TOKENS_PER_MESSAGE
 
-#: How long workers have to read that they are dismissed.
-_FAREWELL_S = 0.05
+#: Workers are dismissed until they have left, so often at most, and with this pause.
+_FAREWELLS, _FAREWELL_S = 10, 0.05
 #: The generation by which a start measures how long a token takes, and its tokens; the first one's time is not taken.
 _CALIBRATION, _MEASURED_TOKENS = (1 << 63) - 1, 3
 
@@ -359,8 +359,9 @@ class Orchestrator:
             for generation, _ in list(root.generations.values()):
                 generation.stop()
             await root.wait_until(lambda: not root.generations or root.ended, 1.0)
-            if root.workforce.workers and not root.workforce.ended:
-                root.workforce.say_goodbye()
+            for _ in range(0 if root.workforce.ended else _FAREWELLS):
+                if not root.workforce.say_goodbye():
+                    break
                 await asyncio.sleep(_FAREWELL_S)
             root.workforce.stop()
             if root.supervisor is not None:

@@ -151,13 +151,13 @@ class Workforce(Actor[WorkforceMessage]):
                 log.error("worker quarantined", worker=str(worker), reason=reason)
                 self._drop(worker, Goodbye(reason))
 
-    def say_goodbye(self) -> None:
-        """Dismiss all workers. Once; and let a moment pass before the socket closes: what a peer has not read by then may
-        be lost with the connection."""
-        if not self._goodbye_said:
-            self._goodbye_said = True
-            for worker in self.workers:
-                self._send(worker.identity, Goodbye("the orchestrator ends", again=True))
+    def say_goodbye(self) -> bool:
+        """Dismiss all workers. Returns whether one that does not load is still connected: what it has not read when the socket
+        closes may be lost with the connection."""
+        self._goodbye_said = True
+        farewell = Goodbye("the orchestrator ends", again=True)
+        there = [worker for worker in self.workers if self._send(worker.identity, farewell)]
+        return any(worker.ready is not None for worker in there)
 
     def on_stop(self) -> None:
         self.say_goodbye()

@@ -441,3 +441,14 @@ async def test_a_server_that_goes_on_for_ever_is_sent_away(orchestrator: dsi_act
             for _ in range(4):
                 stream = orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=TOKENS), algorithm="dsi", sp=2)
                 assert await text_of(stream) == plain_decoding(PROMPT, TOKENS)
+
+
+async def test_a_worker_that_has_not_left_is_dismissed_again(tmp_path: Path) -> None:
+    """One that has no time yet to read that its orchestrator ends may lose the first message with the connection."""
+    endpoint = f"ipc://{tmp_path}/dsi.sock"
+    stays = FakeWorker("target", lambda request: (), vocabulary="timed-1000")
+    async with running(endpoint, stays):
+        async with dsi_actors.Orchestrator(timed_config(listen=endpoint)) as orchestrator:
+            assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=limit_s())
+        async with patience():
+            await until(lambda: sum(isinstance(message, Goodbye) for message in stays.heard) > 1)
