@@ -107,6 +107,7 @@ async def test_what_a_rank_cannot_load_is_said_in_one_sentence(tmp_path: Path, m
     assert "Traceback" not in said
 
 
+@pytest.mark.long
 async def test_a_local_group_that_loses_a_rank_is_started_again_as_a_whole(model: Path) -> None:
     config = dsi_actors.Config(
         target=str(model), drafter=None, sp=1, tp=2, devices=("cpu",), calibrate=False, target_options={"max_length": 128},

@@ -82,6 +82,7 @@ def adapter(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return make_adapter(tmp_path_factory.mktemp("adapter"), whole)
 
 
+@pytest.mark.long
 def test_an_adapter_changes_the_text_of_target_and_drafter(
     whole: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -193,6 +193,7 @@ def flooding(endpoint: str, seconds: float) -> Iterator[None]:
         process.kill()
 
 
+@pytest.mark.long
 def test_bench_flood_prints_a_row_for_each_attack() -> None:
     words = ["bench", "flood", "--tokens", "15", "--repeats", "1", "--target-ms", "4", "--drafter-ms", "1", "--json"]
     done = dsi_actors_command(*words)

@@ -33,7 +33,10 @@ def model() -> Path:
     return asyncio.run(resolve_model(DEFAULT_TARGET))
 
 
-async def test_all_algorithms_agree_with_transformers(model: Path) -> None:
+@pytest.mark.parametrize(
+    "prompt", [PROMPTS[0], pytest.param(PROMPTS[1], marks=pytest.mark.long)], ids=["code", "prose"]
+)
+async def test_all_algorithms_agree_with_transformers(model: Path, prompt: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -41,24 +44,23 @@ async def test_all_algorithms_agree_with_transformers(model: Path) -> None:
     reference: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     sampling = dsi_actors.Sampling(max_tokens=TOKENS)
     async with dsi_actors.Orchestrator(dsi_actors.Config(devices=("cpu",), sp=2)) as orchestrator:
-        for prompt in PROMPTS:
-            prompt_ids = tokenizer.encode(prompt)
-            outputs: list[list[int]] = []
-            for algorithm in ALGORITHMS:
-                stream = orchestrator.generate(prompt_ids, sampling, algorithm=algorithm)
-                outputs.append([token async for tokens in stream for token in tokens])
-                report = await stream.report()
-                if algorithm != "ar":
-                    assert report.acceptance_rate > 0.5, "an int8 copy of the target agrees with it most of the time"
-                    assert report.target_forwards - report.wasted_target_forwards <= TOKENS
-            expected = await asyncio.to_thread(
-                reference.generate,
-                torch.tensor([prompt_ids]),
-                max_new_tokens=TOKENS,
-                do_sample=False,
-                eos_token_id=None,
-            )
-            assert outputs[0] == outputs[1] == outputs[2] == expected[0, len(prompt_ids) :].tolist()
+        prompt_ids = tokenizer.encode(prompt)
+        outputs: list[list[int]] = []
+        for algorithm in ALGORITHMS:
+            stream = orchestrator.generate(prompt_ids, sampling, algorithm=algorithm)
+            outputs.append([token async for tokens in stream for token in tokens])
+            report = await stream.report()
+            if algorithm != "ar":
+                assert report.acceptance_rate > 0.5, "an int8 copy of the target agrees with it most of the time"
+                assert report.target_forwards - report.wasted_target_forwards <= TOKENS
+        expected = await asyncio.to_thread(
+            reference.generate,
+            torch.tensor([prompt_ids]),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+        )
+        assert outputs[0] == outputs[1] == outputs[2] == expected[0, len(prompt_ids) :].tolist()
 
 
 @pytest.mark.long

@@ -211,6 +211,7 @@ def test_a_model_may_have_both_kinds_of_layers(tmp_path: Path, monkeypatch: pyte
     assert 2 <= read <= 6
 
 
+@pytest.mark.long
 def test_a_token_has_the_same_bits_in_any_group_and_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, forward, _ = forwards(tmp_path, monkeypatch, num_hidden_layers=1)
     logits_of(forward, [run_of(0, 0, 20)])

@@ -115,6 +115,7 @@ def test_a_chunk_has_the_same_bits_whatever_else_the_worker_computes(
     assert torch.equal(logits_of(forward, Run(0, tokens[CHUNK:], CHUNK, 140, CHUNK)), expected[1])
 
 
+@pytest.mark.long
 def test_a_text_is_the_same_however_its_prompt_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone, in pieces, beside another generation, after a prefix that was kept: the log probabilities agree to the bit."""
     chunk = capacity.ROW_TILE
