@@ -29,7 +29,8 @@ def process_pool(processes: int, *, start: str | None = None) -> Iterator[Proces
     except BaseException:
         for process in set(multiprocessing.active_children()) - before:
             process.kill()
-        pool.shutdown(wait=False, cancel_futures=True)
+        # Its thread is waited for: otherwise Python wakes it at the exit, which fails while it closes.
+        pool.shutdown(cancel_futures=True)
         raise
     pool.shutdown()
 
