@@ -11,13 +11,14 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from dsi_actors.benches.timed_workers import TimedBench, Way, alternate, best_si_way, check_sizes
 from dsi_actors.console.machine import describe_machine
 from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option
 from dsi_actors.console.pictures import check_picture, draw_heat_maps
-from dsi_actors.console.pool import process_pool
+from dsi_actors.console.pool import process_pool, results_in
 from dsi_actors.console.terminal import terminal
 from dsi_actors.host.devices import cores
 from dsi_actors.simulation.run import Scenario, simulate
@@ -53,7 +54,7 @@ async def run(arguments: argparse.Namespace) -> int:
     else:
         with process_pool(cores()) as pool:
             sizes = (arguments.sp, arguments.tokens, arguments.repeats)
-            cells = list(pool.map(_simulated, scenarios, *([size] * len(scenarios) for size in sizes)))
+            cells = await results_in(pool, [partial(_simulated, scenario, *sizes) for scenario in scenarios])
     panels = {
         "SI / AR": [cell["si"] / cell["ar"] for cell in cells],
         "DSI / SI": [cell["dsi"] / cell["si"] for cell in cells],

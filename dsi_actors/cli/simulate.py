@@ -12,21 +12,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Coroutine, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from dsi_actors.benches.timed_workers import add_scenario_options, check_sizes, scenario_from
-from dsi_actors.config import ALGORITHMS
+from dsi_actors.config import ALGORITHMS, Algorithm
 from dsi_actors.console.machine import describe_machine
 from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option, lookahead, rows
-from dsi_actors.console.pool import process_pool
+from dsi_actors.console.pool import process_pool, results_in
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
 from dsi_actors.host.devices import cores
 from dsi_actors.results import Trace
-from dsi_actors.simulation.run import Scenario, SimulatedRun, mean_of, simulate
+from dsi_actors.simulation.run import Scenario, mean_of, simulate
 
 #: Fewer tokens than this are simulated before other processes would have started.
 _WORTH_PROCESSES = 50_000
@@ -65,7 +67,7 @@ def add_parser(commands: SubParsers) -> None:
     parser.set_defaults(command=run)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int | Coroutine[Any, Any, int]:
     check_sizes(arguments, "sp", "tokens", "repeats")
     if not 0 <= arguments.cancel_ms < float("inf"):
         raise ConfigError(f"--cancel-ms must be at least 0, not {arguments.cancel_ms:g}")
@@ -79,7 +81,42 @@ def run(arguments: argparse.Namespace) -> int:
         second_acceptance=arguments.second_acceptance,
     )  # fmt: skip
     algorithms = ALGORITHMS[::-1] if arguments.algorithm == "all" else (arguments.algorithm,)
-    rows = [mean_of(_simulate(scenario, algorithm, arguments)) for algorithm in algorithms]
+    processes = min(cores(), arguments.repeats)
+    if processes > 1 and arguments.tokens * arguments.repeats >= _WORTH_PROCESSES:
+        return _simulate_in(processes, scenario, algorithms, arguments)
+    settings = _settings(arguments, arguments.repeats, arguments.seed)
+    return _show([mean_of(simulate(scenario, algorithm, **settings)) for algorithm in algorithms], arguments)
+
+
+async def _simulate_in(
+    processes: int, scenario: Scenario, algorithms: Sequence[Algorithm], arguments: argparse.Namespace
+) -> int:
+    """Each process takes its share of the generations."""
+    shares = [
+        arguments.repeats // processes + (number < arguments.repeats % processes) for number in range(processes)
+    ]  # fmt: skip
+    rows = []
+    with process_pool(processes) as pool:
+        for algorithm in algorithms:
+            calls = [
+                partial(
+                    simulate, scenario, algorithm, **_settings(arguments, share, arguments.seed + sum(shares[:number]))
+                )
+                for number, share in enumerate(shares)
+            ]
+            rows.append(mean_of([run for part in await results_in(pool, calls) for run in part]))
+    return _show(rows, arguments)
+
+
+def _settings(arguments: argparse.Namespace, repeats: int, seed: int) -> dict[str, Any]:
+    return {
+        "sp": arguments.sp, "lookahead": None if arguments.lookahead == "auto" else arguments.lookahead,
+        "tokens": arguments.tokens, "repeats": repeats, "seed": seed,
+        "calibrated": not arguments.no_calibration, "rows": arguments.rows,
+    }  # fmt: skip
+
+
+def _show(rows: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> int:
     if arguments.json:
         sys.stdout.write(json.dumps({"machine": describe_machine(), "results": rows}) + "\n")
         return 0
@@ -97,29 +134,6 @@ def run(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
     terminal().print(table)
     return 0
-
-
-def _simulate(scenario: Scenario, algorithm: str, arguments: argparse.Namespace) -> list[SimulatedRun]:
-    """In as many processes as there are cores, if there is enough to do: each takes its share of the generations."""
-    chosen = None if arguments.lookahead == "auto" else arguments.lookahead
-    tokens, repeats, seed = arguments.tokens, arguments.repeats, arguments.seed
-
-    def settings(share: int, first: int) -> dict[str, Any]:
-        return {
-            "sp": arguments.sp, "lookahead": chosen, "tokens": tokens, "repeats": share, "seed": first,
-            "calibrated": not arguments.no_calibration, "rows": arguments.rows,
-        }  # fmt: skip
-
-    processes = min(cores(), repeats)
-    if tokens * repeats < _WORTH_PROCESSES or processes == 1:
-        return simulate(scenario, algorithm, **settings(repeats, seed))
-    shares = [repeats // processes + (number < repeats % processes) for number in range(processes)]
-    with process_pool(processes) as pool:
-        parts = [
-            pool.submit(simulate, scenario, algorithm, **settings(share, seed + sum(shares[:number])))
-            for number, share in enumerate(shares)
-        ]
-        return [run for part in parts for run in part.result()]
 
 
 def _read_trace(file: str) -> Trace:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
 
 from dsi_actors.console.running import ENDING_SIGNALS
+
+Result = TypeVar("Result")
 
 
 @contextlib.contextmanager
@@ -21,9 +25,8 @@ def process_pool(processes: int, *, start: str | None = None) -> Iterator[Proces
         processes, mp_context=multiprocessing.get_context(start), initializer=_end_with_the_command
     )
     # A copy of this process must not meet a signal before it is told what to do with it, nor this one while it is copied.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
-    pool.submit(int)
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    with _undisturbed():
+        pool.submit(int)
     try:
         yield pool
     except BaseException:
@@ -33,6 +36,30 @@ def process_pool(processes: int, *, start: str | None = None) -> Iterator[Proces
         pool.shutdown(cancel_futures=True)
         raise
     pool.shutdown()
+
+
+async def results_in(pool: ProcessPoolExecutor, calls: Iterable[Callable[[], Result]]) -> list[Result]:
+    """What each of these calls gives, in the processes of the pool.
+
+    They are awaited: a signal that interrupts Python while it waits for a lock may leave the lock locked, and the pool's thread
+    would wait for it for ever. A signal cancels what awaits.
+    """
+    loop = asyncio.get_running_loop()
+    with _undisturbed():
+        results = asyncio.gather(*(loop.run_in_executor(pool, call) for call in calls))
+    # Shielded: a pool whose processes are killed fails on futures that were cancelled (Python 3.11).
+    results.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    return await asyncio.shield(results)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Signals that end a command come after the block."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _end_with_the_command() -> None:
