@@ -86,6 +86,7 @@ async def test_no_server_is_lost_by_trees_after_a_long_prompt(model: Path) -> No
     assert lost == []
 
 
+@pytest.mark.long
 async def test_prompt_lookup_and_a_model_draft_together(model: Path) -> None:
     """Each has its turn alone, then both at the same time."""
     prompt, together = PROMPT * 4 + [3, 14, 7, 7, 3, 14], Together()

@@ -84,7 +84,14 @@ class _Driver(DiscreteEventDriver):
         self._sent_bytes += len(encode(request))
 
 
-@pytest.mark.parametrize("policy", [Policy.autoregressive(), Policy.speculative(3), Policy.distributed(2, sp=2), TREE])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *(pytest.param(policy, marks=pytest.mark.long) for policy in (Policy.autoregressive(), Policy.speculative(3))),
+        Policy.distributed(2, sp=2),
+        TREE,
+    ],
+)
 def test_a_generation_looks_at_the_end_of_its_text_only(policy: Policy) -> None:
     """The core, checksums, messages, the dashboard's drafts, and the simulator that drives it all here."""
     short, long = (_cost_of_tokens(prompt, policy) for prompt in (SHORT, LONG))

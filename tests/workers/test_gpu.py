@@ -374,7 +374,7 @@ def test_a_tree_with_more_branches_than_a_forward_has_rows_for(
 
 
 @pytest.mark.parametrize("window", [4, 16])
-@pytest.mark.parametrize("slots", [1, pytest.param(8, marks=LONG), 16, pytest.param(33, marks=LONG)])
+@pytest.mark.parametrize("slots", [1, *(pytest.param(slots, marks=LONG) for slots in (8, 16, 33))])
 @pytest.mark.parametrize("role", ["target", "drafter"])
 def test_a_worker_starts_and_serves_whatever_its_slots(
     role: str, slots: int, window: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: list[int]

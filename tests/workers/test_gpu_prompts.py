@@ -87,7 +87,7 @@ def test_logits_are_the_decoders(sliding_window: int | None, tmp_path: Path, mon
         assert_near(ours, theirs)
 
 
-@pytest.mark.parametrize("sliding_window", [None, 100])
+@pytest.mark.parametrize("sliding_window", [pytest.param(None, marks=pytest.mark.long), 100])
 def test_a_chunk_has_the_same_bits_whatever_else_the_worker_computes(
     sliding_window: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
