@@ -54,7 +54,7 @@ def taken(resource: str) -> float:
 
 
 async def test_a_node_dies_in_the_middle_of_a_text(cluster: Any) -> None:
-    first, second = node(cluster, gpus=2), node(cluster, gpus=1)
+    first, *left = node(cluster, gpus=2), node(cluster, gpus=1)
     processes: set[int] = set()
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     try:
@@ -68,7 +68,7 @@ async def test_a_node_dies_in_the_middle_of_a_text(cluster: Any) -> None:
             kinds = sorted(re.sub(r"-\d+-[0-9a-f]{16}$", "", name) for name in names)
             assert kinds == ["dsi-drafter", "dsi-target", "dsi-target"]
             assert re.fullmatch(r"tcp://[\d.]+:\d+", orchestrator.endpoint)
-            node(cluster, gpus=2)  # where the lost workers can go
+            left.append(node(cluster, gpus=2))  # where the lost workers can go
             text: list[int] = []
             async with patience(120):
                 async for tokens in orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=TOKENS)):
@@ -89,7 +89,8 @@ async def test_a_node_dies_in_the_middle_of_a_text(cluster: Any) -> None:
         assert ray.is_initialized(), "the connection is the program's, not the orchestrator's"
     finally:
         ray.shutdown()
-        await asyncio.to_thread(cluster.remove_node, second, False)
+        for each in left:
+            await asyncio.to_thread(cluster.remove_node, each, False)
 
 
 def waiting_groups() -> int:
