@@ -39,7 +39,7 @@ from dsi_actors.tokenizer import Tokenizer
 from dsi_actors.workforce.worker_handle import WorkerHandle
 from dsi_protocol import MAX_TOKENS_PER_MESSAGE
 
-#: Workers are dismissed until they have left, so often at most, and with this pause.
+#: A worker that has not left is dismissed again: at most so many times in all, with this pause between.
 _FAREWELLS, _FAREWELL_S = 10, 0.05
 #: The generation by which a start measures how long a token takes, and its tokens; the first one's time is not taken.
 _CALIBRATION, _MEASURED_TOKENS = (1 << 63) - 1, 3

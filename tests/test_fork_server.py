@@ -12,6 +12,8 @@ import psutil
 import pytest
 
 from support.fork_server import Forked, OtherEnvironmentError, run_forked
+from support.forked_process import ForkedProcess
+from support.patience import limit_s
 
 MAIN = "dsi_actors.cli.main"
 
@@ -49,3 +51,14 @@ def test_a_signal_ends_it() -> None:
     assert psutil.Process(forked.pid).ppid() != os.getpid()
     os.kill(forked.pid, signal.SIGKILL)
     assert forked.wait() == -signal.SIGKILL
+
+
+def test_one_that_goes_on_is_read_and_ended_like_any_other() -> None:
+    with ForkedProcess("dsi_actors.worker", "--gpu", "cpu", "--connect", "ipc:///tmp/nobody") as worker:
+        assert worker.poll() is None
+        with pytest.raises(subprocess.TimeoutExpired):
+            worker.wait(timeout=0.0)
+        worker.kill()
+        said = worker.communicate(timeout=limit_s())
+        assert (worker.returncode, said[0]) == (-signal.SIGKILL, "")
+        worker.terminate()  # it has ended: nothing happens

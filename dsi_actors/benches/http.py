@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from dsi_actors.config import SELF_INT8, Config, Sampling
 from dsi_actors.console.machine import describe_machine
 from dsi_actors.console.numbers import numbers
 from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option, add_ready_timeout_option
-from dsi_actors.console.pool import process_pool
+from dsi_actors.console.pool import process_pool, results_in
 from dsi_actors.console.progress import model_directory
 from dsi_actors.console.terminal import terminal
 from dsi_actors.errors import ConfigError
@@ -111,7 +112,8 @@ class _Bench:
 
     async def _ask_service(self, numbers: Sequence[int], tokens: int) -> list[_Answer]:
         bodies = [_body(number, tokens) for number in numbers]
-        return await asyncio.get_running_loop().run_in_executor(self._clients, _ask_all, self._url, bodies)
+        [answers] = await results_in(self._clients, [partial(_ask_all, self._url, bodies)])
+        return answers
 
 
 def _total_ms(wave: Sequence[_Answer]) -> float:

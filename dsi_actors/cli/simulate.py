@@ -92,18 +92,15 @@ async def _simulate_in(
     processes: int, scenario: Scenario, algorithms: Sequence[Algorithm], arguments: argparse.Namespace
 ) -> int:
     """Each process takes its share of the generations."""
-    shares = [
-        arguments.repeats // processes + (number < arguments.repeats % processes) for number in range(processes)
+    each, more = divmod(arguments.repeats, processes)
+    shares = [each + (number < more) for number in range(processes)]
+    settings = [
+        _settings(arguments, share, arguments.seed + sum(shares[:number])) for number, share in enumerate(shares)
     ]  # fmt: skip
     rows = []
     with process_pool(processes) as pool:
         for algorithm in algorithms:
-            calls = [
-                partial(
-                    simulate, scenario, algorithm, **_settings(arguments, share, arguments.seed + sum(shares[:number]))
-                )
-                for number, share in enumerate(shares)
-            ]
+            calls = [partial(simulate, scenario, algorithm, **given) for given in settings]
             rows.append(mean_of([run for part in await results_in(pool, calls) for run in part]))
     return _show(rows, arguments)
 

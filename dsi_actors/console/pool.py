@@ -24,30 +24,30 @@ def process_pool(processes: int, *, start: str | None = None) -> Iterator[Proces
     pool = ProcessPoolExecutor(
         processes, mp_context=multiprocessing.get_context(start), initializer=_end_with_the_command
     )
-    # A copy of this process must not meet a signal before it is told what to do with it, nor this one while it is copied.
-    with _undisturbed():
-        pool.submit(int)
     try:
+        # A copy of this process must not meet a signal before it is told what to do with it, nor this one while it is copied.
+        with _undisturbed():
+            pool.submit(int)
         yield pool
     except BaseException:
         for process in set(multiprocessing.active_children()) - before:
             process.kill()
-        # Its thread is waited for: otherwise Python wakes it at the exit, which fails while it closes.
+        # Wait for the pool's thread: Python wakes that thread at the exit, which fails while the thread closes its pipe.
         pool.shutdown(cancel_futures=True)
         raise
     pool.shutdown()
 
 
 async def results_in(pool: ProcessPoolExecutor, calls: Iterable[Callable[[], Result]]) -> list[Result]:
-    """What each of these calls gives, in the processes of the pool.
+    """The results of `calls`, computed in the processes of the pool, in the same order.
 
-    They are awaited: a signal that interrupts Python while it waits for a lock may leave the lock locked, and the pool's thread
-    would wait for it for ever. A signal cancels what awaits.
+    The caller awaits them, so that a signal cancels the caller. Otherwise the signal's exception could interrupt Python just
+    after Python took a lock of a future. That lock would stay locked, and the pool's thread would wait for the lock for ever.
     """
     loop = asyncio.get_running_loop()
     with _undisturbed():
         results = asyncio.gather(*(loop.run_in_executor(pool, call) for call in calls))
-    # Shielded: a pool whose processes are killed fails on futures that were cancelled (Python 3.11).
+    # Shielded: when its processes are killed, the pool's thread fails on a future that was cancelled (Python 3.11).
     results.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
     return await asyncio.shield(results)
 

@@ -152,8 +152,10 @@ class Workforce(Actor[WorkforceMessage]):
                 self._drop(worker, Goodbye(reason))
 
     def say_goodbye(self) -> bool:
-        """Dismiss all workers. Returns whether one that does not load is still connected: what it has not read when the socket
-        closes may be lost with the connection."""
+        """Dismiss all workers. Returns whether a worker that is ready was still connected.
+
+        Dismiss such a worker again after a pause: when the socket closes, messages that the worker has not read may be lost.
+        """
         self._goodbye_said = True
         farewell = Goodbye("the orchestrator ends", again=True)
         there = [worker for worker in self.workers if self._send(worker.identity, farewell)]

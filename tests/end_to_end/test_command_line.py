@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ import pytest
 from matplotlib.image import imread
 
 from dsi_actors.host.devices import cores
+from support.command import dsi_actors_command, dsi_actors_in_a_shell
+from support.command import words as command
 from support.engines import make_tiny_model
-from support.fork_server import run_forked
 from support.patience import limit_s
 from support.timed import start_worker, wait_for_end
 
@@ -33,24 +33,13 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("other"), words=64)
 
 
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "dsi_actors.cli.main", *map(str, arguments)]
-
-
-def dsi_actors(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return run_forked("dsi_actors.cli.main", *arguments)
-
-
-def dsi_actors_in_a_shell(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """An interpreter of its own, which starts its workers as a user's does."""
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=limit_s(180), check=False)
-
-
 def test_a_generation_is_recorded_and_drawn(model: Path, tmp_path: Path) -> None:
     recorded = tmp_path / "recorded"
-    done = dsi_actors("generate", PROMPT, "--target", model, "--max-tokens", "12", "--ignore-eos", "--record", recorded)
+    done = dsi_actors_command(
+        "generate", PROMPT, "--target", model, "--max-tokens", "12", "--ignore-eos", "--record", recorded
+    )
     assert done.returncode == 0, done.stderr
-    assert dsi_actors("trace", recorded).stdout.strip() == f"{recorded}.html"
+    assert dsi_actors_command("trace", recorded).stdout.strip() == f"{recorded}.html"
     assert "12 tokens in" in Path(f"{recorded}.html").read_text()
 
 
@@ -69,14 +58,14 @@ def test_what_was_cut_off_is_resumed(model: Path, tmp_path: Path) -> None:
         "--json",
     ]
     words += ["--temperature", "0.8", "--seed", "4"]
-    whole = json.loads(dsi_actors(*words, "--ignore-eos").stdout)
+    whole = json.loads(dsi_actors_command(*words, "--ignore-eos").stdout)
     cut = tmp_path / "cut.json"
     cut.write_text(json.dumps({"token_ids": whole["token_ids"][:7]}))
-    rest = json.loads(dsi_actors(*words, "--ignore-eos", "--resume", cut).stdout)
+    rest = json.loads(dsi_actors_command(*words, "--ignore-eos", "--resume", cut).stdout)
     assert (rest["token_ids"], rest["text"]) == (whole["token_ids"], whole["text"])
     assert rest["tokens"] == 13
     cut.write_text("[]")
-    done = dsi_actors(*words, "--resume", cut)
+    done = dsi_actors_command(*words, "--resume", cut)
     assert done.returncode == 1
     assert "has no token_ids: give what an earlier run printed with --json" in done.stderr
 
@@ -102,7 +91,7 @@ def test_generate_prints_one_json_object(model: Path) -> None:
 @pytest.mark.parametrize("drafter", ["self-int8", "ngram", "none", "same model", "another vocabulary"])
 def test_compare_finds_the_three_algorithms_identical(model: Path, other_model: Path, drafter: str) -> None:
     drafter = {"same model": str(model), "another vocabulary": str(other_model)}.get(drafter, drafter)
-    done = dsi_actors(
+    done = dsi_actors_command(
         "generate", PROMPT, "--target", model, "--drafter", drafter, "--gpu", "cpu", "--sp", "2",
         "--max-tokens", "24", "--compare", "--json",
     )  # fmt: skip
@@ -124,11 +113,11 @@ SAMPLED = ["--temperature", "0.9", "--top-p", "0.95", "--top-k", "40", "--repeti
 def test_sampled_text_does_not_depend_on_the_algorithm_or_the_drafter(model: Path, drafter: str) -> None:
     words: list[str | Path] = ["generate", PROMPT, "--target", model, "--drafter", drafter]
     words += ["--gpu", "cpu", "--max-tokens", "30", "--json"]
-    compared = json.loads(dsi_actors(*words, *SAMPLED, "--compare").stdout)
+    compared = json.loads(dsi_actors_command(*words, *SAMPLED, "--compare").stdout)
     assert compared["identical"] is True
     assert compared["results"][0]["token_ids"] == SAMPLED_TEXT.setdefault("text", compared["results"][0]["token_ids"])
     if drafter == "ngram":
-        other_seed = json.loads(dsi_actors(*words, *SAMPLED[:-1], "18").stdout)
+        other_seed = json.loads(dsi_actors_command(*words, *SAMPLED[:-1], "18").stdout)
         assert other_seed["token_ids"] != compared["results"][0]["token_ids"]
 
 
@@ -138,7 +127,7 @@ PLAN = ["plan", "--target-ms", "20", "--drafter-ms", "5", "--acceptance", "0.7"]
 
 
 def test_prompts_cannot_be_chat_messages_for_a_model_without_a_template(model: Path, prompts: Path) -> None:
-    done = dsi_actors("bench", "real", "--target", model, "--prompts", prompts, "--chat", "--library", "none")
+    done = dsi_actors_command("bench", "real", "--target", model, "--prompts", prompts, "--chat", "--library", "none")
     assert done.returncode == 1
     assert "has no chat template" in done.stderr
 
@@ -160,7 +149,7 @@ def test_bench_gpu_measures_a_device_against_its_limit() -> None:
         "64",
     ]
     words += ["--generations", "1,3", "--prompts", "300,20", "--chunk", "256"]
-    done = dsi_actors(*words, "--json")
+    done = dsi_actors_command(*words, "--json")
     assert done.returncode == 0, done.stderr
     [result] = json.loads(done.stdout)["results"]
     assert [row["positions"] for row in result["prompts"]] == [300, 20]
@@ -184,12 +173,12 @@ def test_bench_gpu_measures_a_device_against_its_limit() -> None:
     assert len(together["each_ms"]) == together["processes"] == 2
     assert together["slower"] == pytest.approx(sum(together["each_ms"]) / 2 / together["alone_ms"])
     for wrong, problem in (("--shapes=7b", "--shapes 7b is unknown"), ("--widths=0", "each must lie in [1, 256]")):
-        assert problem in dsi_actors("bench", "gpu", wrong).stderr
+        assert problem in dsi_actors_command("bench", "gpu", wrong).stderr
 
 
 @pytest.mark.long
 def test_bench_start_says_where_the_time_goes(model: Path) -> None:
-    done = dsi_actors("bench", "start", "--target", model, "--drafter", "none", "--repeats", "2", "--json")
+    done = dsi_actors_command("bench", "start", "--target", model, "--drafter", "none", "--repeats", "2", "--json")
     assert done.returncode == 0, done.stderr
     steps = json.loads(done.stdout)["steps"]
     assert next(iter(steps)) == "target is up and has said hello"
@@ -200,7 +189,7 @@ def test_bench_start_says_where_the_time_goes(model: Path) -> None:
 
 
 def test_bench_exact_compares_every_way(model: Path, prompts: Path) -> None:
-    done = dsi_actors(
+    done = dsi_actors_command(
         "bench", "exact", "--target", model, "--prompts", prompts, "--max-tokens", "8", "--servers", "2", "--limit", "2",
         "--dtypes", "float32", "--gpu", "cpu", "--json",
     )  # fmt: skip
@@ -223,7 +212,7 @@ def prompts(tmp_path: Path) -> Path:
 
 @pytest.mark.long
 def test_bench_exact_cost_measures_both_paths(model: Path, prompts: Path) -> None:
-    done = dsi_actors(
+    done = dsi_actors_command(
         "bench", "exact-cost", "--target", model, "--prompts", prompts, "--max-tokens", "6", "--repeats", "2", "--tp", "2",
         "--json",
     )  # fmt: skip
@@ -246,7 +235,7 @@ def spread_of(row: dict[str, Any]) -> float:
 @pytest.mark.long
 def test_bench_acceptance_of_a_weakened_drafter_that_is_greedy(model: Path, prompts: Path) -> None:
     def measured(*more: str) -> dict[str, Any]:
-        done = dsi_actors(
+        done = dsi_actors_command(
             "bench", "acceptance", "--target", model, "--prompts", prompts, "--max-tokens", "20", "--temperatures", "0",
             "--json", *more,
         )  # fmt: skip
@@ -261,7 +250,7 @@ def test_bench_acceptance_of_a_weakened_drafter_that_is_greedy(model: Path, prom
 @pytest.mark.long
 def test_bench_acceptance_lies_within_its_bounds(model: Path, prompts: Path) -> None:
     """A tiny model and its int8 copy: 2 x 80 tokens. Five standard errors below, or above, would be a bug."""
-    done = dsi_actors(
+    done = dsi_actors_command(
         "bench", "acceptance", "--target", model, "--prompts", prompts, "--max-tokens", "80", "--temperatures", "0.7,2",
         "--json",
     )  # fmt: skip
@@ -279,7 +268,7 @@ def test_bench_acceptance_lies_within_its_bounds(model: Path, prompts: Path) -> 
 
 
 def test_simulate_agrees_with_the_closed_forms() -> None:
-    done = dsi_actors(
+    done = dsi_actors_command(
         "simulate", "--target-ms", "20", "--drafter-ms", "5", "--acceptance", "0.7", "--sp", "4", "--tokens", "1000",
         "--repeats", "6", "--json",
     )  # fmt: skip
@@ -292,7 +281,7 @@ def test_simulate_agrees_with_the_closed_forms() -> None:
 
 
 def test_what_was_generated_can_be_simulated(model: Path, tmp_path: Path) -> None:
-    done = dsi_actors(
+    done = dsi_actors_command(
         "generate", PROMPT, "--target", model, "--gpu", "cpu", "--lookahead", "2", "--max-tokens", "30", "--json"
     )
     assert done.returncode == 0, done.stderr
@@ -300,7 +289,9 @@ def test_what_was_generated_can_be_simulated(model: Path, tmp_path: Path) -> Non
     assert trace["drafter_ms"]
     assert trace["accepted"]
     (tmp_path / "run.json").write_text(done.stdout)
-    again = dsi_actors("simulate", "--trace", tmp_path / "run.json", "--tokens", "30", "--repeats", "1", "--json")
+    again = dsi_actors_command(
+        "simulate", "--trace", tmp_path / "run.json", "--tokens", "30", "--repeats", "1", "--json"
+    )
     assert again.returncode == 0, again.stderr
     plain = json.loads(again.stdout)["results"][0]
     assert plain["algorithm"] == "ar"
@@ -310,7 +301,7 @@ def test_what_was_generated_can_be_simulated(model: Path, tmp_path: Path) -> Non
 def test_plan_names_the_servers_worth_having(tmp_path: Path) -> None:
     picture = tmp_path / "plan.svg"
     words = ["plan", "--target-ms", "20", "--drafter-ms", "5", "--acceptance", "0.7", "--gpus", "8"]
-    done = dsi_actors(*words, "--picture", picture, "--json")
+    done = dsi_actors_command(*words, "--picture", picture, "--json")
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert plan["equation_1_servers"] == 4
@@ -324,7 +315,7 @@ def test_plan_names_the_servers_worth_having(tmp_path: Path) -> None:
     assert picture.read_text().startswith("<?xml")
     [best] = [row for row in plan["results"] if row["best"]]
     assert best["sp"] == plan["servers_worth_having"]
-    assert "Speculation is not worth" in dsi_actors(*words[:4], "40", *words[5:]).stdout
+    assert "Speculation is not worth" in dsi_actors_command(*words[:4], "40", *words[5:]).stdout
 
 
 def test_plan_divides_gpus_by_degree_and_clients() -> None:
@@ -340,7 +331,7 @@ def test_plan_divides_gpus_by_degree_and_clients() -> None:
         "--gpus",
         "8",
     ]
-    done = dsi_actors(*words, "--json")
+    done = dsi_actors_command(*words, "--json")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["results"]
     ways = [(row["tp"], row["sp"], row["drafter"]) for row in rows]
@@ -352,13 +343,13 @@ def test_plan_divides_gpus_by_degree_and_clients() -> None:
     ]
     assert all(row["gpus"] == row["tp"] * row["servers"] + (row["drafter"] == "own") <= 8 for row in rows)
     assert sum(row["best"] for row in rows) == sum(row["cheapest"] for row in rows) == 1
-    done = dsi_actors(*words, "--clients", "4", "--position-ms", "0.1")
+    done = dsi_actors_command(*words, "--clients", "4", "--position-ms", "0.1")
     assert "Best: TP=4 SP=1, 4 generations on a server" in done.stdout
     assert "tokens/s" in done.stdout
 
 
 def test_bench_timed_stands_beside_its_ideal() -> None:
-    done = dsi_actors("bench", "timed", "--tokens", "20", "--repeats", "2", "--sp", "2", "--json")
+    done = dsi_actors_command("bench", "timed", "--tokens", "20", "--repeats", "2", "--sp", "2", "--json")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["results"]
     assert [(row["algorithm"], row["lookahead"]) for row in rows[:5]] == [
@@ -371,7 +362,7 @@ def test_bench_timed_stands_beside_its_ideal() -> None:
 @pytest.mark.long
 def test_bench_long_compares_a_short_and_a_long_text(model: Path) -> None:
     words = ["bench", "long", "--tokens", "16", "--repeats", "2", "--json"]
-    done = dsi_actors(*words, "--positions", "400,20")
+    done = dsi_actors_command(*words, "--positions", "400,20")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["results"]
     ways = ["AR", "SI", "DSI SP=2 chain", "DSI SP=2 tree", "DSI SP=2 ngram"]
@@ -381,19 +372,19 @@ def test_bench_long_compares_a_short_and_a_long_text(model: Path) -> None:
         assert row["ratio_to_shortest"] == 1 or row["positions"] == 400
         assert row["orchestrator_processor_ms_per_token"] > 0
     real = [*words, "--target", str(model), "--drafter", "ngram", "--gpu", "cpu", "--sp", "1"]
-    done = dsi_actors(*real, "--positions", "40,300,4000")
+    done = dsi_actors_command(*real, "--positions", "40,300,4000")
     assert done.returncode == 0, done.stderr
     assert "lengths over 496 are left out: the target takes 512 positions" in done.stderr
     rows = json.loads(done.stdout)["results"]
     ways = ["AR", "SI ngram", "DSI SP=1 chain ngram", "DSI SP=1 tree ngram"]
     assert [(row["way"], row["positions"]) for row in rows] == [(way, length) for way in ways for length in (40, 300)]
-    done = dsi_actors(*real, "--positions", "4000")
+    done = dsi_actors_command(*real, "--positions", "4000")
     assert done.returncode == 1
     assert "no length of --positions and --tokens 16 fit the target's limit of 512 positions" in done.stderr
 
 
 def test_bench_table2_prints_the_papers_factors() -> None:
-    done = dsi_actors(
+    done = dsi_actors_command(
         "bench", "table2", "--pairs", "2", "--skip", "1", "--tokens", "10", "--repeats", "1", "--sp", "1,2"
     )
     assert done.returncode == 0, done.stderr
@@ -403,7 +394,7 @@ def test_bench_table2_prints_the_papers_factors() -> None:
 
 def test_bench_never_slower_on_a_corner_of_the_grid() -> None:
     words = ["--acceptances", "0,0.9", "--shares", "0.3", "--sp", "1,2", "--jitters", "0"]
-    done = dsi_actors(
+    done = dsi_actors_command(
         "bench", "never-slower", *words, "--tokens", "10", "--repeats", "1", "--simulations", "10", "--json"
     )
     assert done.returncode == 0, done.stderr
@@ -422,7 +413,7 @@ def test_bench_never_slower_on_a_corner_of_the_grid() -> None:
 )
 def test_bench_heatmap_draws(tmp_path: Path, measure: list[str]) -> None:
     picture = tmp_path / "map.png"
-    done = dsi_actors("bench", "heatmap", "--steps", "2", "--sp", "2", *measure, "--picture", picture)
+    done = dsi_actors_command("bench", "heatmap", "--steps", "2", "--sp", "2", *measure, "--picture", picture)
     assert done.returncode == 0, done.stderr
     assert "DSI / min(AR, SI)" in done.stdout
     pixels = imread(picture)[:, :, :3]
@@ -434,7 +425,7 @@ def test_bench_heatmap_draws(tmp_path: Path, measure: list[str]) -> None:
 
 
 def test_bench_heatmap_says_what_the_closed_forms_say() -> None:
-    done = dsi_actors("bench", "heatmap", "--steps", "2", "--sp", "2", "--json")
+    done = dsi_actors_command("bench", "heatmap", "--steps", "2", "--sp", "2", "--json")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["results"]
     assert [(row["acceptance"], row["drafter_share"]) for row in rows] == [(0, 0.5), (0, 1), (1, 0.5), (1, 1)]
@@ -464,7 +455,7 @@ def test_logprobs_are_the_targets_own(model: Path) -> None:
         "--json",
         "--logprobs",
     ]
-    result = json.loads(dsi_actors(*words, *SAMPLED, "--json", "--logprobs").stdout)
+    result = json.loads(dsi_actors_command(*words, *SAMPLED, "--json", "--logprobs").stdout)
     reference: Any = AutoModelForCausalLM.from_pretrained(model)
     prompt_ids = [int(word[1:]) for word in PROMPT.split()]
     with torch.inference_mode():
@@ -474,7 +465,7 @@ def test_logprobs_are_the_targets_own(model: Path) -> None:
 
 
 def test_the_terminal_shows_text_marks_and_table(model: Path) -> None:
-    done = dsi_actors("generate", PROMPT, "--target", model, "--gpu", "cpu", "--max-tokens", "10", "--compare")
+    done = dsi_actors_command("generate", PROMPT, "--target", model, "--gpu", "cpu", "--max-tokens", "10", "--compare")
     assert done.returncode == 0, done.stderr
     assert re.search(r"^[●○]{10}$", done.stdout, re.MULTILINE)
     assert re.search(r"AR .*\n.* SI .*\n.* DSI ", done.stdout)
@@ -606,7 +597,7 @@ def test_bad_input_gets_one_clear_sentence(
         words += ["--target", str(model)]
     if words[0] == "generate" and "--gpu" not in words:
         words += ["--gpu", "cpu"]
-    done = dsi_actors(*words)
+    done = dsi_actors_command(*words)
     assert done.returncode not in (0, 130)
     assert problem in done.stderr.replace("\n", " ")
     assert "Traceback" not in done.stderr
@@ -618,13 +609,13 @@ def test_a_port_in_use(model: Path, tmp_path: Path) -> None:
 
     with zmq.Context() as context, context.socket(zmq.ROUTER) as taken:
         port = taken.bind_to_random_port("tcp://127.0.0.1")
-        done = dsi_actors("generate", PROMPT, "--target", model, "--listen", f"tcp://127.0.0.1:{port}")
+        done = dsi_actors_command("generate", PROMPT, "--target", model, "--listen", f"tcp://127.0.0.1:{port}")
     assert done.returncode == 1
     assert "another process listens there: choose another port" in done.stderr
 
 
 def test_bench_overhead_reports_its_machine_and_three_figures() -> None:
-    done = dsi_actors(
+    done = dsi_actors_command(
         "bench", "overhead", "--repeats", "50", "--cancels", "10", "--tokens", "40", "--target-ms", "3",
         "--drafter-ms", "1", "--long", "300", "--json",
     )  # fmt: skip
@@ -641,7 +632,9 @@ def test_bench_overhead_reports_its_machine_and_three_figures() -> None:
 
 def test_bench_load_finds_every_text_alike() -> None:
     arguments = ["--clients", "1,5", "--seconds", "1", "--tokens", "12", "--target-ms", "12", "--drafter-ms", "2"]
-    result = dsi_actors("bench", "load", *arguments, "--position-ms", "0.05", "--one-device", "--sp", "1", "--json")
+    result = dsi_actors_command(
+        "bench", "load", *arguments, "--position-ms", "0.05", "--one-device", "--sp", "1", "--json"
+    )
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)["results"]
     assert [(row["clients"], row["algorithm"]) for row in rows] == [(1, "dsi"), (1, "ar"), (5, "dsi"), (5, "ar")]
@@ -652,7 +645,7 @@ def test_bench_load_finds_every_text_alike() -> None:
 
 def test_bench_scale_tells_what_fills_a_core() -> None:
     words = ["--workers", "2,3", "--seconds", "0.5", "--tokens", "8", "--target-ms", "8", "--drafter-ms", "2", "--json"]
-    result = dsi_actors("bench", "scale", *words)
+    result = dsi_actors_command("bench", "scale", *words)
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)["results"]
     assert [(row["workers"], row["clients"], row["sp"]) for row in rows] == [(2, 1, 1), (3, 2, 2)]
@@ -666,7 +659,7 @@ def test_bench_scale_tells_what_fills_a_core() -> None:
 
 @pytest.mark.long
 def test_bench_real_holds_ours_beside_the_library(model: Path, prompts: Path) -> None:
-    result = dsi_actors(
+    result = dsi_actors_command(
         "bench", "real", "--target", model, "--prompts", prompts, "--limit", "2", "--max-tokens", "6", "--gpu", "cpu",
         "--library", "float32:1", "--drafter", "self-int8", "--drafter", "ngram+self-int8", "--choose", "--json",
     )  # fmt: skip
@@ -688,7 +681,7 @@ def test_bench_real_holds_ours_beside_the_library(model: Path, prompts: Path) ->
 
 
 def test_generate_takes_one_of_several_drafters_or_both(model: Path) -> None:
-    done = dsi_actors(
+    done = dsi_actors_command(
         "generate", PROMPT, "--target", model, "--gpu", "cpu", "--drafter", "ngram", "--drafter", "self-int8",
         "--max-tokens", "120", "--ignore-eos", "--compare", "--json",
     )  # fmt: skip
@@ -706,7 +699,7 @@ def test_generate_takes_one_of_several_drafters_or_both(model: Path) -> None:
 
 def test_bench_http_finds_every_text_alike() -> None:
     arguments = ["--clients", "1,4", "--repeats", "1", "--tokens", "12", "--target-ms", "6", "--drafter-ms", "2"]
-    result = dsi_actors("bench", "http", *arguments, "--json")
+    result = dsi_actors_command("bench", "http", *arguments, "--json")
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)["results"]
     assert [row["clients"] for row in rows] == [1, 4]
@@ -719,7 +712,7 @@ def test_bench_http_finds_every_text_alike() -> None:
 
 @pytest.mark.long
 def test_bench_soak_finds_nothing_that_grows() -> None:
-    result = dsi_actors("bench", "soak", "--minutes", "0.12", "--clients", "8", "--json")
+    result = dsi_actors_command("bench", "soak", "--minutes", "0.12", "--clients", "8", "--json")
     assert result.returncode == 0, result.stderr
     [row] = json.loads(result.stdout)["results"]
     assert row["finished"] + row["vanished"] > 0

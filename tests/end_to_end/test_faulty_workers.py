@@ -451,4 +451,4 @@ async def test_a_worker_that_has_not_left_is_dismissed_again(tmp_path: Path) -> 
         async with dsi_actors.Orchestrator(timed_config(listen=endpoint)) as orchestrator:
             assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=limit_s())
         async with patience():
-            await until(lambda: sum(isinstance(message, Goodbye) for message in stays.heard) > 1)
+            await until(lambda: sum(isinstance(message, Goodbye) for message in stays.heard) > 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import subprocess
@@ -18,7 +17,6 @@ from huggingface_hub import constants
 from dsi_workers.models import hub as fetching
 from dsi_workers.models.files import ModelError
 from dsi_workers.models.resolve import resolve_model
-from dsi_workers.prepare_models import _ProgressReader
 from support.engines import make_tiny_model
 from support.hub import LoopbackHub
 from support.patience import limit_s, wait_until
@@ -391,13 +389,3 @@ def test_a_cache_that_cannot_be_written_to(hub: LoopbackHub, tmp_path: Path, mon
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
     assert "which is not possible (" in refusal()
     assert "HF_HOME" in refusal()
-
-
-def test_the_last_progress_is_known_though_the_process_ended_at_once() -> None:
-    """Who looks now and then saw the result only, and never showed that all was fetched."""
-    lines = [{"what": "fetching", "done": 1.0, "detail": ""}, {"directory": "/models/one"}]
-    command = [sys.executable, "-c", f"print({json.dumps(lines[0])!r}); print({json.dumps(lines[1])!r})"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        reader = _ProgressReader(process)
-        reader.join()
-    assert [reader.last, reader.result] == lines
