@@ -74,8 +74,12 @@ class TextAssembler:
         #: Characters of the answer so far. The last ones are held back.
         self._length = offset
         self._held = ""
-        #: A stop string was found: nothing that follows it is given.
-        self.stopped = False
+        #: The stop string that was found: nothing that follows it is given.
+        self.stopped_by: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        return self.stopped_by is not None
 
     def add(self, tokens: CommittedTokens) -> Piece:
         """What can be shown now. Tokens that belong to text held back are given at once: they are settled."""
@@ -89,7 +93,6 @@ class TextAssembler:
             end = self._read(text, "" if token in self._shown else self._names.get(token, ""))
             self._unread -= 1
             if end is not None:
-                self.stopped = True
                 return Piece(self._show_until(end), tuple(seen))
         held = [stop.begun_at for stop in (*self._stops, *self._stops_with_names) if stop.begun_at is not None]
         return Piece(self._show_until(min(held, default=self._length)), tuple(seen))
@@ -99,7 +102,6 @@ class TextAssembler:
         if self.stopped:
             return Piece("")
         end = self._read(self._stream.flush(), "")
-        self.stopped = end is not None
         return Piece(self._show_until(self._length if end is None else end))
 
     def _read(self, text: str, name: str) -> int | None:
@@ -108,11 +110,17 @@ class TextAssembler:
             self._held += text
             self._length += len(text)
             return None
-        begins = [stop.read(text, self._length) for stop in self._stops]
-        begins += [stop.read(name or text, self._length, shown=not name) for stop in self._stops_with_names]
+        begins = [(stop.read(text, self._length), stop.text) for stop in self._stops]
+        begins += [
+            (stop.read(name or text, self._length, shown=not name), stop.text) for stop in self._stops_with_names
+        ]
         self._held += text
         self._length += len(text)
-        return min((begin for begin in begins if begin is not None), default=None)
+        complete = [(begin, stop) for begin, stop in begins if begin is not None]
+        if not complete:
+            return None
+        end, self.stopped_by = min(complete)
+        return end
 
     def _show_until(self, end: int) -> str:
         keep = self._length - end
@@ -140,7 +148,7 @@ class _Stop:
     """Looks for one stop string, character by character (Knuth, Morris and Pratt): the time depends on the text alone."""
 
     def __init__(self, text: str) -> None:
-        self._text = text
+        self.text = text
         #: How much of the stop string the text so far ends with. For each such length that was reached: the next shorter
         #: length that it ends with, too.
         self._matched = 0
@@ -160,13 +168,13 @@ class _Stop:
             self._places.append(place)
             place += shown
             self._matched = self._next(self._matched, character)
-            if self._matched == len(self._text):
+            if self._matched == len(self.text):
                 return self._places[0]
             if self._matched > len(self._shorter):  # a length that was never reached before
                 self._shorter.append(self._next(self._shorter[-1], character))
         return None
 
     def _next(self, matched: int, character: str) -> int:
-        while matched and self._text[matched] != character:
+        while matched and self.text[matched] != character:
             matched = self._shorter[matched - 1]
-        return matched + (self._text[matched] == character)
+        return matched + (self.text[matched] == character)

@@ -65,6 +65,8 @@ class Choice:
     #: A text that grew with each piece would be copied each time.
     pieces: list[Piece] = field(default_factory=list)
     finish_reason: str | None = None
+    #: The stop string that ended it.
+    stopped_by: str | None = None
     report: GenerationReport | None = None
     calls_tools: bool = False
     #: Up to and including the one that completed a stop string, whatever was committed behind it.
@@ -180,6 +182,7 @@ class Completion:
                 choice.calls_tools = choice.calls_tools or any(part.kind == "call" for part in parts)
                 await self._show(choice, Piece("", parts=tuple(parts)), None, queue)
             choice.report = await stream.report()
+        choice.stopped_by = assembler.stopped_by
         choice.finish_reason = "length" if choice.report.finish_reason == "length" and not assembler.stopped else "stop"
         if choice.finish_reason == "stop" and choice.calls_tools:
             choice.finish_reason = "tool_calls"

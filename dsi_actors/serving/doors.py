@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dsi_actors.serving.anthropic import CountRequest, MessagesRequest
+from dsi_actors.serving.anthropic_bodies import MessageBodies, error_body
 from dsi_actors.serving.bodies import Bodies, ChatBodies, CompletionBodies
 from dsi_actors.serving.errors import ApiError
 from dsi_actors.serving.fields import Strict
@@ -22,8 +24,8 @@ class Door:
     kind: type[Strict]
     #: The same as a request of OpenAI's older endpoints.
     as_request: Callable[[Any], AnyRequest]
-    #: What is sent for a request, given its id: 24 characters.
-    bodies: Callable[[Any, str], Bodies]
+    #: What is sent for a request, given its id: 24 characters. None: nothing is generated, and the prompt's tokens are counted.
+    bodies: Callable[[Any, str], Bodies] | None
     #: A request may have several prompts.
     takes_batches: bool = False
     error_body: Callable[[ApiError], dict[str, Any]] = lambda error: error.body
@@ -41,4 +43,6 @@ DOORS: Mapping[str, Door] = {
     "/v1/chat/completions": _older(ChatRequest, ChatBodies),
     "/v1/completions": _older(CompletionRequest, CompletionBodies),
     "/v1/responses": Door(ResponsesRequest, ResponsesRequest.as_chat, ResponseBodies),
+    "/v1/messages": Door(MessagesRequest, MessagesRequest.as_chat, MessageBodies, error_body=error_body),
+    "/v1/messages/count_tokens": Door(CountRequest, CountRequest.as_chat, None, error_body=error_body),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, model_validator
 
@@ -19,12 +19,22 @@ class Strict(BaseModel):
         if not isinstance(given, dict):
             return given
         present = {name: value for name, value in given.items() if value is not None}
+        if cls._is_of_another_type(present):
+            return present  # which is told of the field itself: its fields are another's
         if not (info.context or {}).get("allow_unknown_fields"):
             known = {field.alias or name for name, field in cls.model_fields.items()}
             unknown = next((name for name in present if name not in known), None)
             if unknown is not None:
                 raise ValueError(f"there is no field {unknown!r} here: leave it out (docs/serving.md lists the fields)")
         return present
+
+    @classmethod
+    def _is_of_another_type(cls, given: dict[str, Any]) -> bool:
+        """Whether `type` says that this is none of the objects that are known here, such as an image."""
+        declared = cls.model_fields.get("type")
+        if declared is None or get_origin(declared.annotation) is not Literal:
+            return False
+        return given.get("type", declared.default) not in get_args(declared.annotation)
 
 
 class _Mark:

@@ -71,6 +71,10 @@ def _stops(given: Any) -> list[str]:
     )
 
 
+#: Texts before which an answer ends.
+Stops: TypeAlias = Annotated[list[str], BeforeValidator(_stops)]
+
+
 def _bad_words(given: Any) -> list[str]:
     return _texts(given, _MOST_BAD_WORDS, "texts", "a list of texts")
 
@@ -112,7 +116,7 @@ class Request(Strict):
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] = 1
-    stop: Annotated[list[str], BeforeValidator(_stops)] = Field(default_factory=list)
+    stop: Stops = Field(default_factory=list)
     #: Signed or unsigned: both name the same 64 bits.
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] | None = None
     # Of sampling: None means that the model's defaults count, and OpenAI's where it has none.

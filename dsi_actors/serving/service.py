@@ -171,10 +171,13 @@ class Service:
                 sent, asked = await self._threads.run(client, len(body), partial(self._parsed, body, door))
                 if asked.model not in self.model_names:
                     raise self.no_model(asked.model)
-                places.enter_context(self.places.take(asked.places))
+                places.enter_context(self.places.take(asked.places if door.bodies else 0))
                 exchange.accepted = True
                 job = await self._preparation.job(asked, client, len(body), exchange.id)
-            await self._generate(exchange, door.bodies(sent, exchange.id), job, stream=asked.stream)
+            if door.bodies is None:
+                await exchange.send_whole(json.dumps({"input_tokens": sum(map(len, job.prompts))}).encode())
+            else:
+                await self._generate(exchange, door.bodies(sent, exchange.id), job, stream=asked.stream)
 
     def _parsed(self, body: bytes, door: Door) -> tuple[Any, AnyRequest]:
         """What was sent, and the same as a request of an older endpoint. Raises ApiError and ValidationError."""

@@ -6,32 +6,15 @@ import re
 from pathlib import Path
 
 import pytest
-from pydantic import BaseModel
 
+from dsi_actors.serving.doors import DOORS, Door
 from dsi_actors.serving.fields import kinds_of
-from dsi_actors.serving.responses import ResponsesRequest
-from dsi_actors.serving.schemas import ChatRequest, CompletionRequest
 
 KINDS = {"understood": "understood", "taken, and changes nothing": "label", "refused": "refused"}
 
 
-#: Each path, and what clients send there.
-DOORS = [
-    ("/v1/chat/completions", ChatRequest),
-    ("/v1/completions", CompletionRequest),
-    ("/v1/responses", ResponsesRequest),
-]
-
-
-@pytest.mark.parametrize(
-    ("path", "kind"),
-    [
-        ("/v1/chat/completions", ChatRequest),
-        ("/v1/completions", CompletionRequest),
-        ("/v1/responses", ResponsesRequest),
-    ],
-)
-def test_the_table_of_fields_is_that_of_the_schema(path: str, kind: type[BaseModel]) -> None:
+@pytest.mark.parametrize(("path", "door"), DOORS.items(), ids=list(DOORS))
+def test_the_table_of_fields_is_that_of_the_schema(path: str, door: Door) -> None:
     page = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
     [section] = re.findall(rf"^### `{path}`\n(.*?)^###? ", page, re.MULTILINE | re.DOTALL)
     told: dict[str, str] = {}
@@ -39,4 +22,4 @@ def test_the_table_of_fields_is_that_of_the_schema(path: str, kind: type[BaseMod
         for name in re.findall("`([^`]+)`", fields):
             assert name not in told, f"{name} is there twice"
             told[name] = KINDS[words]
-    assert told == kinds_of(kind)
+    assert told == kinds_of(door.kind)

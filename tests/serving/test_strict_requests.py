@@ -86,6 +86,9 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     ),
     "another role": (chat(messages=[{"role": "critic", "content": "a"}]), "messages[0].role: must be 'system', "),
     "a picture": (chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "content"),
+    "the address of a picture": (
+        chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]), "type: must be 'text'",
+    ),
     "a null part": (chat(messages=[{"role": "user", "content": [None]}]), "content"),
     "too many messages": (chat(messages=[{"role": "user", "content": ""}] * 5000), "messages: "),
     "a null stop": (chat(stop=[None]), "stop: "),

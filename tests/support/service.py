@@ -74,8 +74,9 @@ class Reply:
 
     @property
     def error(self) -> dict[str, Any]:
+        """In OpenAI's shape, or in Anthropic's."""
         found: dict[str, Any] = self.json["error"]
-        assert set(found) == {"message", "type", "param", "code"}
+        assert set(found) == ({"message", "type"} if "type" in self.json else {"message", "type", "param", "code"})
         assert isinstance(found["message"], str)
         assert found["message"]
         return found

@@ -1,0 +1,136 @@
+"""What /v1/messages answers: blocks of content, the events of a stream, and errors as Anthropic's clients know them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from dsi_actors.serving.anthropic import MessagesRequest
+from dsi_actors.serving.bodies import Event, costs
+from dsi_actors.serving.completions import Choice, Completion, Update
+from dsi_actors.serving.errors import ApiError
+from dsi_actors.text import Part
+
+#: By the kind of a part: the name of its deltas, and of the field of a delta.
+_DELTAS = {
+    "content": ("text_delta", "text"), "reasoning": ("thinking_delta", "thinking"),
+    "arguments": ("input_json_delta", "partial_json"),
+}  # fmt: skip
+_STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use", "stop": "end_turn"}
+_ERRORS = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 500: "api_error", 503: "overloaded_error",
+}  # fmt: skip
+
+
+class MessageBodies:
+    """Of one request. The blocks are made of the parts of the answer as they come, whether it is streamed or not."""
+
+    last_line = None
+
+    def __init__(self, asked: MessagesRequest, number: str) -> None:
+        self._asked = asked
+        self._number = number
+        self._blocks: list[dict[str, Any]] = []
+        #: Of the last block: the kind of its parts, and its text so far.
+        self._open = ""
+        self._texts: list[str] = []
+
+    def whole(self, completion: Completion) -> dict[str, Any]:
+        [choice] = completion.choices
+        for piece in choice.pieces:
+            for part in piece.parts:
+                for _ in self._part(part):
+                    pass
+        for _ in self._close():
+            pass
+        return {**self._message(completion), **_end(choice), "usage": _usage(completion), "dsi": costs(completion)}
+
+    def begin(self, completion: Completion) -> Iterator[Event]:
+        yield _event("message_start", message={**self._message(completion), "usage": _usage(completion)})
+
+    def update(self, update: Update) -> list[Event]:
+        return [event for part in (update.piece.parts if update.piece else ()) for event in self._part(part)]
+
+    def end(self, completion: Completion) -> Iterator[Event]:
+        yield from self._close()
+        [choice] = completion.choices
+        yield _event("message_delta", delta=_end(choice), usage=_usage(completion), dsi=costs(completion))
+        yield _event("message_stop")
+
+    def error(self, error: ApiError) -> Event:
+        return "error", error_body(error)
+
+    def _message(self, completion: Completion) -> dict[str, Any]:
+        return {
+            "id": f"msg_{self._number}", "type": "message", "role": "assistant", "model": self._asked.model,
+            "content": list(self._blocks), "stop_reason": None, "stop_sequence": None,
+        }  # fmt: skip
+
+    # Blocks
+
+    def _part(self, part: Part) -> Iterator[Event]:
+        if part.kind == "call" or (self._open != part.kind and part.kind != "arguments"):
+            yield from self._close()
+            yield self._begin_block(part)
+        if part.kind != "call":
+            self._texts.append(part.text)
+            kind, field = _DELTAS[part.kind]
+            yield _event("content_block_delta", index=len(self._blocks) - 1, delta={"type": kind, field: part.text})
+
+    def _begin_block(self, part: Part) -> Event:
+        self._open, self._texts = "arguments" if part.kind == "call" else part.kind, []
+        block: dict[str, Any]
+        if part.kind == "call":
+            block = {"type": "tool_use", "id": part.id, "name": part.text, "input": {}}
+        elif part.kind == "reasoning":
+            block = {"type": "thinking", "thinking": "", "signature": ""}
+        else:
+            block = {"type": "text", "text": ""}
+        self._blocks.append(block)
+        return _event("content_block_start", index=len(self._blocks) - 1, content_block=dict(block))
+
+    def _close(self) -> Iterator[Event]:
+        """The last block is complete."""
+        if not self._open:
+            return
+        text = "".join(self._texts)
+        if self._open == "arguments":
+            self._blocks[-1]["input"] = _input(text)
+        else:
+            self._blocks[-1][_DELTAS[self._open][1]] = text
+        self._open = ""
+        yield _event("content_block_stop", index=len(self._blocks) - 1)
+
+
+def error_body(error: ApiError) -> dict[str, Any]:
+    kind = _ERRORS.get(error.status, "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": error.body["error"]["message"]}}
+
+
+def _event(kind: str, **fields: Any) -> Event:
+    return kind, {"type": kind, **fields}
+
+
+def _end(choice: Choice) -> dict[str, Any]:
+    reason = "stop_sequence" if choice.stopped_by is not None else _STOP_REASONS[choice.finish_reason or "stop"]
+    return {"stop_reason": reason, "stop_sequence": choice.stopped_by}
+
+
+def _input(text: str) -> dict[str, Any]:
+    """The arguments of a call, as the object that clients expect. What a model wrote may be broken or cut: it stays text."""
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {"_unparsed": text}
+
+
+def _usage(completion: Completion) -> dict[str, int]:
+    """Of the input, what was in a cache is counted apart. That is known at the end."""
+    prompt, cached = sum(map(len, completion.job.prompts)), completion.cached_tokens
+    return {
+        "input_tokens": prompt - cached, "cache_creation_input_tokens": 0, "cache_read_input_tokens": cached,
+        "output_tokens": sum(choice.tokens for choice in completion.choices),
+    }  # fmt: skip
