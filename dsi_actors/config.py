@@ -61,7 +61,8 @@ class Config:
       one GPU for each, or one core where `devices` is ("cpu",); give `sp` or
       `target_servers`, too.
     * `ray_address`: of the Ray cluster. None: the one that runs on this machine.
-    * `tp`: devices of each local target server, which divide the model among them (tensor parallelism).
+    * `tp`: devices of each target server that is started here or placed by Ray, which divide the model among them (tensor
+      parallelism).
     * `engine`: what runs models: transformers, llama-cpp (GGUF files on a CPU, as they are), timed (stands for a model and only
       takes time), or an engine that an installed package brings (docs/extending.md). A drafter that connects may name another
       engine.
@@ -197,7 +198,6 @@ class Config:
             _require(self.ray_address is None, "ray_address names a Ray cluster: give cluster ray, too")
             return
         _require(self.listen is None, "workers are placed by Ray or connect by themselves: leave out cluster or listen")
-        _require(self.tp == 1, "a worker that Ray places has one GPU: leave out tp")
         _require(
             self.ray_address is None or "://" not in self.ray_address,
             f"ray_address {self.ray_address} is for a Ray client, which workers cannot dial: run the orchestrator on a node of "
@@ -258,7 +258,11 @@ class Config:
         roles = [("target", "")] * self.local_servers + [("drafter", drafter) for drafter in drafters]
         if self.cluster != "local":
             on_cpu = bool(self.devices)
-            return tuple(("cpu" if on_cpu or role[1] == NGRAM else "gpu", *role) for role in roles)
+            places = ["cpu" if on_cpu or model == NGRAM else "gpu" for _, model in roles]
+            return tuple(
+                (",".join([place] * (self.tp if role == "target" else 1)), role, model)
+                for place, (role, model) in zip(places, roles, strict=True)
+            )
         turns = itertools.cycle(devices := local_devices(self.devices))
         gpus = {device for device in devices if not device_name(device).startswith("cpu")}
         _require(

@@ -1,9 +1,9 @@
 """Workers on a Ray cluster. Ray chooses a node and a GPU for each and tells when one is gone; tokens never travel through Ray.
 
-Each worker has a placement group of its own with one bundle, in which an actor (ray_host.py) runs the worker process. So each GPU
-that is missing is demand for Ray's autoscaler, and a worker that died is placed anew, alone. The supervisor restarts workers, and
-Ray restarts nothing. The worker dials the orchestrator over ZeroMQ with a CURVE key that was made on its node: only public keys
-travel through Ray.
+Each worker has a placement group of its own with one bundle, in which an actor (ray_host.py) runs the worker process. A worker
+that is a group has all of its GPUs in that bundle, so on one node. Each worker that has no place is demand for Ray's autoscaler,
+and one that died is placed anew, alone. The supervisor restarts workers, and Ray restarts nothing. The worker dials the
+orchestrator over ZeroMQ with a CURVE key that was made on its node: only public keys travel through Ray.
 """
 
 from __future__ import annotations
@@ -91,15 +91,19 @@ class RayLauncher(Launcher):
 
     async def start(self, spec: WorkerSpec, incarnation: int) -> LaunchedWorker:
         name = f"dsi-{spec.role}-{next(self._numbers)}"
-        gpus = 0 if spec.device == "cpu" else 1
+        devices = spec.device.split(",")
+        gpus = devices.count("gpu")
         # Ray's calls may wait for its head: in a thread, they do not hold up generations.
-        asking = asyncio.ensure_future(asyncio.to_thread(_ask_for_place, f"{name}-{incarnation:016x}", gpus))
+        asking = asyncio.ensure_future(
+            asyncio.to_thread(_ask_for_place, f"{name}-{incarnation:016x}", len(devices), gpus)
+        )
         try:
             place = await asyncio.shield(asking)
             public = await self._placed(name, place.host.public_key.remote().future())
             self._keyring.allow(public, name)
             environment = dict(spec.environment(incarnation))
-            run = place.host.run.remote(spec.arguments(), environment, self._keyring.public, bool(gpus)).future()
+            asked = (spec.arguments(), environment, self._keyring.public, None if gpus else spec.device)
+            run = place.host.run.remote(*asked).future()
         except BaseException as error:
             await asyncio.shield(asyncio.create_task(_give_back(asking)))
             if isinstance(error, ray.exceptions.RayError):
@@ -162,8 +166,8 @@ class _RayWorker(LaunchedWorker):
         return code
 
 
-def _ask_for_place(name: str, gpus: int) -> _Place:
-    group = placement_group([{"CPU": 1.0, **({"GPU": 1.0} if gpus else {})}], strategy="STRICT_PACK", name=name)
+def _ask_for_place(name: str, cpus: int, gpus: int) -> _Place:
+    group = placement_group([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}], strategy="STRICT_PACK", name=name)
     options = {
         "name": name, "num_cpus": 0, "num_gpus": gpus, "max_restarts": 0, "max_concurrency": _THREADS,
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),

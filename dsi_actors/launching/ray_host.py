@@ -30,12 +30,17 @@ class WorkerHost:
         """The worker's public key. The secret key does not leave this node."""
         return self._public
 
-    def run(self, arguments: Sequence[str], environment: Mapping[str, str], orchestrator_key: str, gpus: bool) -> int:
+    def run(
+        self, arguments: Sequence[str], environment: Mapping[str, str], orchestrator_key: str, device: str | None
+    ) -> int:
         """Run a worker to its end and return its exit status, or -N if signal N ended it.
 
-        `arguments`: those of `python -m dsi_actors.worker` without the device and the key.
+        `arguments`: those of `python -m dsi_actors.worker` without the device and the key. `device`: as --gpu takes it; None:
+        the GPUs that Ray gave this actor.
         """
-        device, variables = _device() if gpus else ("cpu", dict(os.environ))
+        variables = dict(os.environ)
+        if device is None:
+            device, variables = chosen_gpus(_gpus(), variables)
         with temporary_directory() as directory:
             key = os.path.join(directory, "worker.key")
             write_worker_key(key, orchestrator=orchestrator_key, public=self._public, secret=self._secret)
@@ -70,17 +75,19 @@ class WorkerHost:
                     process.send_signal(number)
 
 
-def _device() -> tuple[str, dict[str, str]]:
-    """The GPU that Ray gave this actor, as --gpu takes it, and the environment in which it is that.
+def _gpus() -> list[str]:
+    """Those that Ray gave this actor: numbers, UUIDs, or parts of a GPU."""
+    import ray
+
+    return list(ray.get_runtime_context().get_accelerator_ids()["GPU"])
+
+
+def chosen_gpus(gpus: Sequence[str], variables: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """These GPUs, as --gpu takes them, and the environment in which they are that.
 
     A number of Ray's is the node's own: without a mask in the environment it is right for CUDA, too, and logs and `status` name
     the physical GPU. A UUID or a part of a GPU can only be chosen by a mask.
     """
-    import ray
-
-    variables = dict(os.environ)
-    [gpu] = ray.get_runtime_context().get_accelerator_ids()["GPU"]
-    if gpu.isdecimal():
-        variables.pop("CUDA_VISIBLE_DEVICES", None)
-        return gpu, variables
-    return "0", {**variables, "CUDA_VISIBLE_DEVICES": gpu}
+    if all(map(str.isdecimal, gpus)):
+        return ",".join(gpus), {name: value for name, value in variables.items() if name != "CUDA_VISIBLE_DEVICES"}
+    return ",".join(map(str, range(len(gpus)))), {**variables, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}

@@ -8,6 +8,7 @@ import pytest
 
 from dsi_actors.config import Config
 from dsi_actors.errors import ConfigError
+from dsi_actors.launching.ray_host import chosen_gpus
 
 RAY: dict[str, Any] = {"cluster": "ray", "sp": 2}
 
@@ -38,3 +39,23 @@ def test_what_ray_is_asked_for() -> None:
     assert config.local_models_on("cuda:0") == 0
     on_cpus = Config(**RAY, devices=("cpu",))
     assert {device for device, _, _ in on_cpus.local_workers} == {"cpu"}
+    groups = Config(**RAY, tp=2, drafter="self-int8")
+    assert [device for device, _, _ in groups.local_workers] == ["gpu,gpu", "gpu,gpu", "gpu"]
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "mask"),
+    [
+        (["3"], "3", None),
+        (["3", "1"], "3,1", None),
+        (["GPU-5a", "GPU-7f"], "0,1", "GPU-5a,GPU-7f"),
+        (["MIG-1"], "0", "MIG-1"),
+    ],
+)
+def test_the_gpus_that_ray_gave_are_those_that_the_worker_names(
+    given: list[str], device: str, mask: str | None
+) -> None:
+    """A number is the node's own, and needs no mask."""
+    named, variables = chosen_gpus(given, {"CUDA_VISIBLE_DEVICES": "7", "HOME": "/"})
+    assert named == device
+    assert variables == {"HOME": "/", **({} if mask is None else {"CUDA_VISIBLE_DEVICES": mask})}
