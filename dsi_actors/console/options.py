@@ -141,7 +141,7 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, metavar="N", help="the first N CUDA devices: the same as --gpu 0,...,N-1")
     parser.add_argument(
         "--tp", type=int, default=default_of(Config, "tp"), metavar="N",
-        help="devices of each local target server, which divide the model among them (tensor parallelism; default %(default)s)",
+        help="devices of each target server, which divide the model among them (tensor parallelism; default %(default)s)",
     )  # fmt: skip
 
 
