@@ -9,11 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, model_validator
 
 from dsi_actors.serving.fields import Label, Refused, Strict
-from dsi_actors.serving.schemas import ChatRequest, DsiOptions, Stops
+from dsi_actors.serving.schemas import MOST_MESSAGES, MOST_TOOLS, ChatRequest, DsiOptions, Stops
 
-_MOST_MESSAGES = 4096
 _MOST_BLOCKS = 4096
-_MOST_TOOLS = 128
 
 
 class _Text(Strict):
@@ -156,9 +154,9 @@ class CountRequest(Strict):
     """What /v1/messages/count_tokens takes: a prompt."""
 
     model: str
-    messages: Annotated[list[Turn], FailFast(), Field(min_length=1, max_length=_MOST_MESSAGES)]
+    messages: Annotated[list[Turn], FailFast(), Field(min_length=1, max_length=MOST_MESSAGES)]
     system: Annotated[str | None, BeforeValidator(_text)] = None
-    tools: Annotated[list[_Tool], FailFast(), Field(max_length=_MOST_TOOLS)] = Field(default_factory=list)
+    tools: Annotated[list[_Tool], FailFast(), Field(max_length=MOST_TOOLS)] = Field(default_factory=list)
     tool_choice: _ToolChoice | None = None
     thinking: _Thinking | None = None
     output_config: _Output = Field(default_factory=_Output)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsi_actors.serving.anthropic import MessagesRequest
-from dsi_actors.serving.bodies import Event, costs
-from dsi_actors.serving.completions import Choice, Completion, Update
+from dsi_actors.serving.bodies import Event, ItemBodies, costs
+from dsi_actors.serving.completions import Choice, Completion
 from dsi_actors.serving.errors import ApiError
 from dsi_actors.text import Part
 
@@ -24,34 +24,22 @@ _ERRORS = {
 }  # fmt: skip
 
 
-class MessageBodies:
-    """Of one request. The blocks are made of the parts of the answer as they come, whether it is streamed or not."""
-
-    last_line = None
+class MessageBodies(ItemBodies):
+    """Of one request."""
 
     def __init__(self, asked: MessagesRequest, number: str) -> None:
+        super().__init__()
         self._asked = asked
         self._number = number
         self._blocks: list[dict[str, Any]] = []
-        #: Of the last block: the kind of its parts, and its text so far.
-        self._open = ""
-        self._texts: list[str] = []
 
     def whole(self, completion: Completion) -> dict[str, Any]:
+        self._make_all(completion)
         [choice] = completion.choices
-        for piece in choice.pieces:
-            for part in piece.parts:
-                for _ in self._part(part):
-                    pass
-        for _ in self._close():
-            pass
         return {**self._message(completion), **_end(choice), "usage": _usage(completion), "dsi": costs(completion)}
 
     def begin(self, completion: Completion) -> Iterator[Event]:
         yield _event("message_start", message={**self._message(completion), "usage": _usage(completion)})
-
-    def update(self, update: Update) -> list[Event]:
-        return [event for part in (update.piece.parts if update.piece else ()) for event in self._part(part)]
 
     def end(self, completion: Completion) -> Iterator[Event]:
         yield from self._close()
@@ -70,17 +58,11 @@ class MessageBodies:
 
     # Blocks
 
-    def _part(self, part: Part) -> Iterator[Event]:
-        if part.kind == "call" or (self._open != part.kind and part.kind != "arguments"):
-            yield from self._close()
-            yield self._begin_block(part)
-        if part.kind != "call":
-            self._texts.append(part.text)
-            kind, field = _DELTAS[part.kind]
-            yield _event("content_block_delta", index=len(self._blocks) - 1, delta={"type": kind, field: part.text})
+    def _delta(self, part: Part) -> Event:
+        kind, field = _DELTAS[part.kind]
+        return _event("content_block_delta", index=len(self._blocks) - 1, delta={"type": kind, field: part.text})
 
-    def _begin_block(self, part: Part) -> Event:
-        self._open, self._texts = "arguments" if part.kind == "call" else part.kind, []
+    def _begin_item(self, part: Part) -> Iterator[Event]:
         block: dict[str, Any]
         if part.kind == "call":
             block = {"type": "tool_use", "id": part.id, "name": part.text, "input": {}}
@@ -89,18 +71,13 @@ class MessageBodies:
         else:
             block = {"type": "text", "text": ""}
         self._blocks.append(block)
-        return _event("content_block_start", index=len(self._blocks) - 1, content_block=dict(block))
+        yield _event("content_block_start", index=len(self._blocks) - 1, content_block=dict(block))
 
-    def _close(self) -> Iterator[Event]:
-        """The last block is complete."""
-        if not self._open:
-            return
-        text = "".join(self._texts)
+    def _end_item(self, text: str) -> Iterator[Event]:
         if self._open == "arguments":
             self._blocks[-1]["input"] = _input(text)
         else:
             self._blocks[-1][_DELTAS[self._open][1]] = text
-        self._open = ""
         yield _event("content_block_stop", index=len(self._blocks) - 1)
 
 

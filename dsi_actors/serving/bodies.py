@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -35,6 +37,53 @@ class Bodies(Protocol):
     @property
     def last_line(self) -> str | None:
         """The data of the event that ends every stream."""
+
+
+class ItemBodies(ABC):
+    """Of an answer that is a list of items (messages, reasoning, calls). They are made of the parts of the answer as they come,
+    whether it is streamed or not."""
+
+    last_line = None
+
+    def __init__(self) -> None:
+        #: Of the last item: the kind of its parts, or "" once it is complete, and its text so far.
+        self._open = ""
+        self._texts: list[str] = []
+
+    def update(self, update: Update) -> list[Event]:
+        return [event for part in (update.piece.parts if update.piece else ()) for event in self._part(part)]
+
+    def _make_all(self, completion: Completion) -> None:
+        """All items of an answer that is not streamed."""
+        [choice] = completion.choices
+        for piece in choice.pieces:
+            for part in piece.parts:
+                deque(self._part(part), maxlen=0)
+        deque(self._close(), maxlen=0)
+
+    def _part(self, part: Part) -> Iterator[Event]:
+        if part.kind == "call" or (self._open != part.kind and part.kind != "arguments"):
+            yield from self._close()
+            self._open, self._texts = "arguments" if part.kind == "call" else part.kind, []
+            yield from self._begin_item(part)
+        if part.kind != "call":
+            self._texts.append(part.text)
+            yield self._delta(part)
+
+    def _close(self) -> Iterator[Event]:
+        """The last item is complete."""
+        if self._open:
+            yield from self._end_item("".join(self._texts))
+            self._open = ""
+
+    @abstractmethod
+    def _begin_item(self, part: Part) -> Iterator[Event]: ...
+
+    @abstractmethod
+    def _delta(self, part: Part) -> Event: ...
+
+    @abstractmethod
+    def _end_item(self, text: str) -> Iterator[Event]: ...
 
 
 @dataclass(slots=True)

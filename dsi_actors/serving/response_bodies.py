@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from dsi_actors.serving.bodies import Event, costs
-from dsi_actors.serving.completions import Completion, Update
+from dsi_actors.serving.bodies import Event, ItemBodies, costs
+from dsi_actors.serving.completions import Completion
 from dsi_actors.serving.errors import ApiError
 from dsi_actors.serving.responses import ResponsesRequest
 from dsi_actors.text import Part
@@ -16,37 +16,24 @@ from dsi_actors.text import Part
 _KINDS = {"content": "output_text", "reasoning": "reasoning_text", "arguments": "function_call_arguments"}
 
 
-class ResponseBodies:
-    """Of one request. The items are made of the parts of the answer as they come, whether it is streamed or not."""
-
-    last_line = None
+class ResponseBodies(ItemBodies):
+    """Of one request."""
 
     def __init__(self, asked: ResponsesRequest, number: str) -> None:
+        super().__init__()
         self._asked = asked
         self._number = number
         self._created = int(time.time())
         self._events = 0
         self._items: list[dict[str, Any]] = []
-        #: The text of the last item so far, and its kind: that of its parts.
-        self._texts: list[str] = []
-        self._open = ""
 
     def whole(self, completion: Completion) -> dict[str, Any]:
-        [choice] = completion.choices
-        for piece in choice.pieces:
-            for part in piece.parts:
-                for _ in self._part(part):
-                    pass
-        for _ in self._close():
-            pass
+        self._make_all(completion)
         return self._response(completion)
 
     def begin(self, completion: Completion) -> Iterator[Event]:
         for name in ("created", "in_progress"):
             yield self._event(f"response.{name}", response=self._response(None))
-
-    def update(self, update: Update) -> Iterable[Event]:
-        return [event for part in (update.piece.parts if update.piece else ()) for event in self._part(part)]
 
     def end(self, completion: Completion) -> Iterator[Event]:
         yield from self._close()
@@ -59,17 +46,11 @@ class ResponseBodies:
 
     # Items
 
-    def _part(self, part: Part) -> Iterator[Event]:
-        if part.kind == "call" or (self._open != part.kind and part.kind != "arguments"):
-            yield from self._close()
-            yield from self._begin_item(part)
-        if part.kind != "call":
-            self._texts.append(part.text)
-            more: dict[str, Any] = {"logprobs": []} if part.kind == "content" else {}
-            yield self._event(f"response.{_KINDS[part.kind]}.delta", **self._place(), delta=part.text, **more)
+    def _delta(self, part: Part) -> Event:
+        more: dict[str, Any] = {"logprobs": []} if part.kind == "content" else {}
+        return self._event(f"response.{_KINDS[part.kind]}.delta", **self._place(), delta=part.text, **more)
 
     def _begin_item(self, part: Part) -> Iterator[Event]:
-        self._open, self._texts = "arguments" if part.kind == "call" else part.kind, []
         number = f"{self._number}{len(self._items)}"
         item: dict[str, Any]
         if part.kind == "call":
@@ -90,11 +71,8 @@ class ResponseBodies:
         if part.kind != "call":
             yield self._event("response.content_part.added", **self._place(), part=self._content(""))
 
-    def _close(self) -> Iterator[Event]:
-        """The last item is complete."""
-        if not self._open:
-            return
-        item, text = self._items[-1], "".join(self._texts)
+    def _end_item(self, text: str) -> Iterator[Event]:
+        item = self._items[-1]
         name = f"response.{_KINDS[self._open]}.done"
         if self._open == "arguments":
             item["arguments"] = text
@@ -106,7 +84,6 @@ class ResponseBodies:
             yield self._event("response.content_part.done", **self._place(), part=self._content(text))
         item["status"] = "completed"
         yield self._event("response.output_item.done", output_index=len(self._items) - 1, item=dict(item))
-        self._open = ""
 
     def _content(self, text: str) -> dict[str, Any]:
         if self._open == "reasoning":

@@ -7,9 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, model_validator
 
 from dsi_actors.serving.fields import Label, Refused, Strict
-from dsi_actors.serving.schemas import ChatRequest, DsiOptions, StreamOptions
-
-_MOST_ITEMS = 4096
+from dsi_actors.serving.schemas import MOST_MESSAGES, MOST_TOOLS, ChatRequest, DsiOptions, StreamOptions
 
 
 class _Text(Strict):
@@ -90,7 +88,7 @@ class _Reasoning(Strict):
 
 class ResponsesRequest(Strict):
     model: str
-    input: Annotated[list[Item], FailFast(), Field(min_length=1, max_length=_MOST_ITEMS), BeforeValidator(_input)]
+    input: Annotated[list[Item], FailFast(), Field(min_length=1, max_length=MOST_MESSAGES), BeforeValidator(_input)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     stream: bool = False
@@ -98,7 +96,7 @@ class ResponsesRequest(Strict):
     temperature: float | None = None
     top_p: float | None = None
     text: _TextOptions = Field(default_factory=_TextOptions)
-    tools: Annotated[list[_Function], FailFast(), Field(max_length=128)] = Field(default_factory=list)
+    tools: Annotated[list[_Function], FailFast(), Field(max_length=MOST_TOOLS)] = Field(default_factory=list)
     tool_choice: Any = None
     parallel_tool_calls: bool = True
     reasoning: _Reasoning = Field(default_factory=_Reasoning)

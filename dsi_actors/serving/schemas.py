@@ -20,8 +20,8 @@ _MOST_STOPS = 16
 _MOST_STOP_CHARACTERS = 500
 _MOST_CHOICES = 16
 _MOST_BAD_WORDS = 128
-_MOST_MESSAGES = 4096
-_MOST_TOOLS = 128
+MOST_MESSAGES = 4096
+MOST_TOOLS = 128
 #: Of a completion, as OpenAI has it.
 _MOST_ALTERNATIVES = 5
 _MOST_PROMPTS = 2048
@@ -173,13 +173,13 @@ def _tool_choice(given: Any, info: ValidationInfo) -> Any:
 
 
 class ChatRequest(Request):
-    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1, max_length=_MOST_MESSAGES)]
+    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1, max_length=MOST_MESSAGES)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     #: How many of the most probable tokens to list at each place.
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
-    tools: Annotated[list[Tool], FailFast(), Field(max_length=_MOST_TOOLS)] = Field(default_factory=list)
+    tools: Annotated[list[Tool], FailFast(), Field(max_length=MOST_TOOLS)] = Field(default_factory=list)
     tool_choice: Annotated[Any, BeforeValidator(_tool_choice)] = None
     parallel_tool_calls: bool = True
     # For the model's chat template.
