@@ -16,7 +16,7 @@ from typing import Any
 from rich.table import Table
 
 from dsi_actors.chaos.run import FAULTS, FAULTS_OF_GROUPS, Chaos, as_dict
-from dsi_actors.config import Config
+from dsi_actors.config import LLAMA_CPP, TRANSFORMERS, Config
 from dsi_actors.console.machine import describe_machine
 from dsi_actors.console.options import SubParsers, add_json_option, add_logging_option, default_of
 from dsi_actors.console.progress import prepare_shown
@@ -39,6 +39,10 @@ def add_parser(commands: SubParsers) -> None:
     parser.add_argument(
         "--target", metavar="REF", help="workers compute with this model on the CPU, and take what it takes"
     )
+    parser.add_argument(
+        "--engine", choices=[TRANSFORMERS, LLAMA_CPP], default=TRANSFORMERS,
+        help="that runs the model of --target (default %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--tp", type=int, default=default_of(Config, "tp"), metavar="N", help="processes of each target server"
     )
@@ -84,13 +88,17 @@ def _config(arguments: argparse.Namespace) -> Config:
     """Raises ConfigError."""
     if arguments.tp > 1 and arguments.target is None:
         raise ConfigError(f"--tp {arguments.tp}: only a model can be divided among processes: give --target, too")
+    if arguments.engine != TRANSFORMERS and arguments.target is None:
+        raise ConfigError(f"--engine {arguments.engine} needs a model: give --target, too")
     common: dict[str, Any] = {
         "devices": ("cpu",), "log_level": arguments.log_level, "silence_ms": arguments.detection_ms,
         "heartbeat_ms": arguments.detection_ms // 8, "restarts": 1_000_000,
     }  # fmt: skip
     if arguments.target is not None:
         # A worker that is started again begins at once, and with the bits of the others.
-        return Config(target=arguments.target, sp=1, tp=arguments.tp, calibrate=False, **common)
+        return Config(
+            target=arguments.target, engine=arguments.engine, sp=1, tp=arguments.tp, calibrate=False, **common
+        )
     drafter = {"latency_ms": arguments.drafter_ms, "acceptance": arguments.acceptance, "alternatives": 0.5}
     return Config(
         engine="timed", sp=2, target_options={"latency_ms": arguments.target_ms}, drafter_options=drafter, **common

@@ -53,6 +53,7 @@ def test_nothing_is_lost_while_ranks_of_groups_are_harmed(tmp_path: Path, kind: 
         (["--pause", "-1"], "--minutes and --pause must be above 0, --tokens at least 1"),
         (["--tokens", "0"], "--minutes and --pause must be above 0, --tokens at least 1"),
         (["--tp", "2"], "--tp 2: only a model can be divided among processes: give --target, too"),
+        (["--engine", "llama-cpp"], "--engine llama-cpp needs a model: give --target, too"),
         (
             ["--kinds", "kill a rank"],
             f"--kinds: 'kill a rank' is no fault without --tp: choose from {', '.join(FAULTS)}",
