@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--engine", type=_engine, default="auto", metavar="NAME",
-        help="auto (the orchestrator decides), transformers, timed, ngram, or an engine that an installed package brings",
+        help="auto (the orchestrator decides), transformers, llama-cpp, timed, ngram, or one that an installed package brings",
     )  # fmt: skip
     parser.add_argument("--model", default="", metavar="REF", help="directory, .gguf file, package:NAME or hub name")
     parser.add_argument(
