@@ -165,24 +165,25 @@ class CountRequest(Strict):
     cache_control: Label = None
     speed: Label = None
     user_profile_id: Label = None
+    context_management: Label = None
     mcp_servers: Refused = None
-    context_management: Refused = None
 
     def as_chat(self) -> ChatRequest:
         """Raises ValidationError."""
-        return ChatRequest.model_validate({**self._asked(), "max_tokens": 1})
+        return ChatRequest.model_validate({**self._asked(), "max_tokens": 1}).hinted(self._hints())
+
+    def _hints(self) -> dict[str, Any]:
+        """Clients send these whatever the model is."""
+        thinks = None if self.thinking is None else self.thinking.type != "disabled"
+        return {"enable_thinking": thinks, "reasoning_effort": self.output_config.effort}
 
     def _asked(self) -> dict[str, Any]:
-        options = dict(self.chat_template_kwargs)
-        if self.thinking is not None:
-            options.setdefault("enable_thinking", self.thinking.type != "disabled")
         messages = [message for turn in self.messages for message in turn.as_chat()]
         if self.system:
             messages.insert(0, {"role": "system", "content": self.system})
         last = messages[-1]
         made: dict[str, Any] = {
-            "model": self.model, "messages": messages, "chat_template_kwargs": options,
-            "reasoning_effort": self.output_config.effort,
+            "model": self.model, "messages": messages, "chat_template_kwargs": self.chat_template_kwargs,
             "continue_final_message": last["role"] == "assistant" and "tool_calls" not in last,
         }  # fmt: skip
         if self.tools:
@@ -220,6 +221,5 @@ class MessagesRequest(CountRequest):
         """Raises ValidationError."""
         same = ("max_tokens", "stream", "temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalty")
         made = {name: getattr(self, name) for name in same}
-        return ChatRequest.model_validate(
-            {**self._asked(), **made, "stop": self.stop_sequences, "dsi": self.dsi.model_dump()}
-        )
+        made |= {"stop": self.stop_sequences, "dsi": self.dsi.model_dump()}
+        return ChatRequest.model_validate({**self._asked(), **made}).hinted(self._hints())

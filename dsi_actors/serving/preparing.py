@@ -131,6 +131,9 @@ class Preparation:
         options = dict(asked.chat_template_kwargs)
         if asked.reasoning_effort is not None:
             options.setdefault("reasoning_effort", asked.reasoning_effort)
+        for name, value in asked.hints.items():
+            if self._tokenizer.chat_template_reads(name):
+                options.setdefault(name, value)
         if self._allow_unknown_fields:
             options = {name: value for name, value in options.items() if self._tokenizer.chat_template_reads(name)}
         tools = [tool.as_dict() for tool in asked.callable_tools]

@@ -6,9 +6,10 @@ Types are strict (true is no number, "5" is none either), and null means that th
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BeforeValidator, FailFast, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import BeforeValidator, FailFast, Field, PrivateAttr, ValidationError, ValidationInfo, model_validator
 
 from dsi_actors.serving.errors import ApiError, from_validation
 from dsi_actors.serving.fields import Label, Refused, Strict
@@ -201,6 +202,8 @@ class ChatRequest(Request):
     prediction: Refused = None
     verbosity: Refused = None
     web_search_options: Refused = None
+    #: Options for a chat template that has them. No client can send these.
+    _hints: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _tools_are_consistent(self) -> ChatRequest:
@@ -217,6 +220,15 @@ class ChatRequest(Request):
         if self.continue_final_message and self.messages[-1].role != "assistant":
             raise ValueError("continue_final_message: the last message must be the assistant's")
         return self
+
+    def hinted(self, hints: Mapping[str, Any]) -> ChatRequest:
+        """The same with options for the chat template that are left out where the template does not read them."""
+        self._hints = {name: value for name, value in hints.items() if value is not None}
+        return self
+
+    @property
+    def hints(self) -> Mapping[str, Any]:
+        return self._hints
 
     @property
     def names_structure(self) -> bool:

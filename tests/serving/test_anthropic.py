@@ -135,6 +135,14 @@ def test_reasoning_is_a_block_of_its_own(client: anthropic.Anthropic) -> None:
     assert known(streamed(client, **asked)) == known(whole)
 
 
+def test_what_a_template_does_not_know_changes_nothing(client: anthropic.Anthropic) -> None:
+    """A client sends it whatever the model is."""
+    plain = known(ask(client, max_tokens=10))
+    assert known(ask(client, max_tokens=10, output_config={"effort": "low"})) == plain
+    assert known(ask(client, max_tokens=10, thinking={"type": "disabled"})) == plain
+    assert known(ask(client, max_tokens=10, thinking={"type": "adaptive"})) != plain, "the template has this option"
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
