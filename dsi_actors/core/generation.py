@@ -34,7 +34,8 @@ always a verification running that yields the next token, and it started no late
 (For policies with first_wait = 0. AR and SI are settings of the same machine: see policy.py.)
 
 Going on. A message to the server and back takes as long as several percent of a forward. So a request allows the server to go on
-by itself where the core would ask it for the token behind its answer and bring no drafts (`_ahead`). Such an answer comes with
+by itself where the core would ask it for the token behind its answer and bring no drafts (`_ahead`): in plain decoding, behind a
+correction, and wherever the drafter was wrong several times in a row, which it then will be again. Such an answer comes with
 `more`. Then the server is *going on*: it counts as idle, and as the one with the least to read. If the next verification to start
 is the one that it has begun, that becomes live under the same attempt, and nothing is sent. If it is another one, its StartVerify
 ends the going on. Otherwise it is cancelled. So after each event every server that goes on does so for a live verification.
@@ -94,6 +95,8 @@ _URGENCY = {
 _NOTHING_JUDGED = Judged()
 #: A server may give so many further answers by itself: so long it computes at most for a reader whom it has not heard leave.
 MOST_ANSWERS_AHEAD = 256
+#: After so many wrong guesses in a row the next one is taken for wrong, too: servers do not wait for it.
+WRONG_IN_A_ROW = 3
 
 
 def _urgency(action: Action) -> int:
@@ -176,6 +179,7 @@ class GenerationCore:
         self._warm_server: int | None = None
         #: Of the event in hand.
         self._judged = _NOTHING_JUDGED
+        self._wrong_in_a_row = 0
 
     @property
     def output(self) -> list[int]:
@@ -376,6 +380,7 @@ class GenerationCore:
         self._judged = Judged(
             now.attempt, now.judged + 1, now.accepted + accepted, now.offered + wrong, now.alternatives + hit
         )
+        self._wrong_in_a_row = self._wrong_in_a_row + 1 if step is Step.CORRECTED else 0
         counters.judged += 1
         counters.accepted += accepted
         counters.offered += wrong
@@ -460,10 +465,11 @@ class GenerationCore:
         if not plain and (drafting.views or start == self.prompt_length):
             if self._waits_for_first:
                 return 0
-            if deepest > start:
-                return 1  # behind a correction
-            if not drafting.had_nothing:
-                return 0  # drafts come while it computes
+            if self._wrong_in_a_row < WRONG_IN_A_ROW:
+                if deepest > start:
+                    return 1  # behind a correction
+                if not drafting.had_nothing:
+                    return 0  # drafts come while it computes
         return min(MOST_ANSWERS_AHEAD, self.end - 1 - deepest)
 
     def _let_go_on(self, server: int, state: _Server) -> None:

@@ -36,6 +36,7 @@ from dsi_actors.core.events import (
     VerificationAbandoned,
     VerificationFinished,
 )
+from dsi_actors.core.generation import WRONG_IN_A_ROW
 from dsi_actors.core.policy import UNLIMITED
 from dsi_actors.simulation.discrete_events import DiscreteEventDriver
 from dsi_actors.simulation.scripts import constant, walk
@@ -884,3 +885,26 @@ def test_a_server_does_not_go_on_while_drafts_are_on_their_way() -> None:
     actions = core.handle(VerificationFinished(2, 0, 1, (5,)))
     [verify] = [action for action in actions if isinstance(action, StartVerify)]
     assert (verify.start, verify.tokens, verify.ahead) == (2, (5,), 0)
+
+
+def test_a_server_does_not_wait_for_drafts_that_are_wrong_again_and_again() -> None:
+    """Each token took a round trip more than in plain decoding."""
+    core = joined(Policy.distributed(1, sp=1), 1)
+    draft, attempt = 1, 2
+    for position in range(1, 1 + WRONG_IN_A_ROW):
+        core.handle(DraftsArrived(draft, position, (6,)))
+        actions = core.handle(VerificationFinished(attempt, 0, position, (5,)))
+        [verify] = [action for action in actions if isinstance(action, StartVerify)]
+        attempt, draft = verify.attempt, max(a.attempt for a in actions if isinstance(a, StartDraft))
+        assert (verify.ahead > 0) == (position == WRONG_IN_A_ROW)
+    core.handle(DraftsArrived(draft, verify.start, (6,)))
+    actions = core.handle(VerificationFinished(attempt, 0, verify.start, (5,), more=True))
+    assert VerifyGoesOn(attempt, 0, verify.start + 1) in actions, "what was drafted is wrong once more"
+    draft = max(a.attempt for a in actions if isinstance(a, StartDraft))
+    core.handle(DraftsArrived(draft, verify.start + 1, (5, 6)))
+    actions = core.handle(VerificationFinished(attempt, 0, verify.start + 1, (5,), more=True))
+    [again] = [action for action in actions if isinstance(action, StartVerify)]
+    assert (again.tokens, again.ahead) == ((6,), 1), (
+        "one was right: what follows it takes the place of what the server began"
+    )
+    core.check()
