@@ -13,6 +13,8 @@ import zmq
 import zmq.asyncio
 
 import dsi_actors
+from dsi_actors.launching.launcher import WorkerSpec
+from dsi_actors.launching.local import LocalLauncher
 from dsi_protocol import (
     Cancel,
     Cancelled,
@@ -343,7 +345,20 @@ async def test_a_start_that_is_cancelled_leaves_no_process(ticks: int) -> None:
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting
-    await until(lambda: children() <= before)
+    assert children() <= before
+
+
+async def test_a_launcher_that_is_closed_has_seen_its_workers_end() -> None:
+    """Also those that were killed at the last moment: a loop that closes before leaves them to nobody."""
+    before, launcher = children(), LocalLauncher()
+    worker = await launcher.start(WorkerSpec("cpu", "target", endpoint=await launcher.open()), 1)
+    assert children() > before
+    worker.kill()
+    await launcher.close()
+    ended = asyncio.create_task(worker.wait())
+    await asyncio.sleep(0)
+    assert ended.done(), "nothing is left to hear from it"
+    assert children() <= before
 
 
 async def test_an_orchestrator_that_ends_at_once_gives_its_address_back() -> None:
