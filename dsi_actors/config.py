@@ -160,7 +160,7 @@ class Config:
         )
         _require(
             self.tp == 1 or self.listen is None,
-            "tp is for local workers: a worker that connects says itself on which devices it is (--gpu 0,1)",
+            "tp is for workers that are started here or by Ray: a worker that connects names its devices itself (--gpu 0,1)",
         )
         _require(self.heartbeat_ms >= 10, f"heartbeat_ms must be at least 10, not {self.heartbeat_ms}")
         _require(self.silence_ms >= 2 * self.heartbeat_ms, "silence_ms must be at least twice heartbeat_ms")

@@ -371,6 +371,8 @@ class Orchestrator:
             try:
                 await self._task
             finally:
+                if root.supervisor is not None:
+                    await root.supervisor.all_ended()
                 root.workforce.close_gateway()
                 await self._launcher.close()
 

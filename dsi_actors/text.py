@@ -74,7 +74,7 @@ class TextAssembler:
         #: Characters of the answer so far. The last ones are held back.
         self._length = offset
         self._held = ""
-        #: The stop string that was found: nothing that follows it is given.
+        #: The stop string that ended the answer. None: no stop string was complete so far.
         self.stopped_by: str | None = None
 
     @property

@@ -1,8 +1,8 @@
 """`dsi-actors chaos`: workers are killed and stopped, messages lost and doubled, while generations run. Is any text lost?
 
-Real worker processes with the `timed` engine, or with the model --target, behind a proxy of our own. With --tp each target
-server is a group of processes, whose ranks are killed and stopped, too. Exits with 1 if a generation was lost, or gave
-another text than plain decoding without faults, or if anything was left behind.
+Real worker processes with the `timed` engine, or with the model --target (run by --engine), behind a proxy of our own. With
+--tp each target server is a group of processes, whose ranks are killed and stopped, too. Exits with 1 if a generation was lost,
+or gave another text than plain decoding without faults, or if anything was left behind.
 """
 
 from __future__ import annotations

@@ -35,12 +35,12 @@ always a verification running that yields the next token, and it started no late
 
 Going on. A message to the server and back takes as long as several percent of a forward. So a request allows the server to go on
 by itself where the core would ask it for the token behind its answer and bring no drafts (`_ahead`): in plain decoding, behind a
-correction, and wherever the drafter was wrong several times in a row, which it then will be again. Such an answer comes with
-`more`. Then the server is *going on*: it counts as idle, and as the one with the least to read. If the next verification to start
-is the one that it has begun, that becomes live under the same attempt, and nothing is sent. If it is another one, its StartVerify
-ends the going on. Otherwise it is cancelled. So after each event every server that goes on does so for a live verification.
-Answers of one attempt come in order. If one is lost, the next one stands behind tokens that the core does not know. The attempt
-ends then, and the next request to this server allows no going on, lest one that always skips be asked for ever.
+correction, and after WRONG_IN_A_ROW wrong guesses in a row, since the next guess is probably wrong, too. Such an answer comes
+with `more`. Then the server is *going on*: it counts as idle, and as the one with the least to read. If the next verification to
+start is the one that it has begun, that becomes live under the same attempt, and nothing is sent. If it is another one, its
+StartVerify ends the going on. Otherwise it is cancelled. So after each event every server that goes on does so for a live
+verification. Answers of one attempt come in order. If one is lost, the next one stands behind tokens that the core does not know.
+The attempt ends then, and the next request to this server allows no going on, lest one that always skips be asked for ever.
 
 Rules of this file
 ==================
@@ -95,7 +95,7 @@ _URGENCY = {
 _NOTHING_JUDGED = Judged()
 #: A server may give so many further answers by itself: so long it computes at most for a reader whom it has not heard leave.
 MOST_ANSWERS_AHEAD = 256
-#: After so many wrong guesses in a row the next one is taken for wrong, too: servers do not wait for it.
+#: After so many wrong guesses in a row, servers may go on by themselves although drafts are on their way.
 WRONG_IN_A_ROW = 3
 
 
@@ -179,6 +179,7 @@ class GenerationCore:
         self._warm_server: int | None = None
         #: Of the event in hand.
         self._judged = _NOTHING_JUDGED
+        #: Wrong guesses since the last position where a draft or an alternative was right.
         self._wrong_in_a_row = 0
 
     @property

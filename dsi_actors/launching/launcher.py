@@ -25,7 +25,7 @@ class LaunchError(Exception):
 class WorkerSpec:
     """A worker to start. It runs `python -m dsi_actors.worker` with `arguments`, and with `environment` beside its own."""
 
-    #: As --gpu takes it, of a group several with commas between. On a cluster `gpu` or `cpu`: which GPU it is, is chosen there.
+    #: As --gpu takes it, such as `0` or `0,1`. On a cluster `gpu`, `gpu,gpu` or `cpu`: the cluster chooses which GPUs.
     device: str
     role: str
     #: The kind of drafter, if there are several kinds; else "".

@@ -21,8 +21,6 @@ class LocalLauncher(Launcher):
 
     def __init__(self) -> None:
         self._directory: tempfile.TemporaryDirectory[str] | None = None
-        #: Those that may still run.
-        self._children: list[_Child] = []
 
     async def open(self) -> str:
         self._directory = socket_directory(_SOCKET)
@@ -38,13 +36,9 @@ class LocalLauncher(Launcher):
             )  # fmt: skip
         except OSError as error:
             raise LaunchError(error.strerror or str(error)) from error
-        child = _Child(process)
-        self._children = [*(other for other in self._children if other.runs), child]
-        return child
+        return _Child(process)
 
     async def close(self) -> None:
-        # Who was killed at the last moment may not have ended yet.
-        await asyncio.gather(*(child.wait() for child in self._children))
         if self._directory is not None:
             self._directory.cleanup()
 
@@ -61,10 +55,6 @@ class _Child(LaunchedWorker):
 
     async def wait(self) -> Exit:
         return Exit(await self._process.wait())
-
-    @property
-    def runs(self) -> bool:
-        return self._process.returncode is None
 
     @property
     def process_id(self) -> int | None:

@@ -1,9 +1,10 @@
 """Workers on a Ray cluster. Ray chooses a node and a GPU for each and tells when one is gone; tokens never travel through Ray.
 
-Each worker has a placement group of its own with one bundle, in which an actor (ray_host.py) runs the worker process. A worker
-that is a group has all of its GPUs in that bundle, so on one node. Each worker that has no place is demand for Ray's autoscaler,
-and one that died is placed anew, alone. The supervisor restarts workers, and Ray restarts nothing. The worker dials the
-orchestrator over ZeroMQ with a CURVE key that was made on its node: only public keys travel through Ray.
+Each worker has a placement group of its own with one bundle, in which an actor (ray_host.py) runs the worker process. A target
+server with several GPUs (tensor parallelism) has all of them in that bundle, so on one node. Ray's autoscaler sees each worker
+without a place as demand. If a worker dies, that worker alone is placed again: the supervisor restarts workers, and Ray restarts
+nothing. The worker dials the orchestrator over ZeroMQ with a CURVE key that was made on its node: only public keys travel through
+Ray.
 """
 
 from __future__ import annotations

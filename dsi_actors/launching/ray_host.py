@@ -76,14 +76,14 @@ class WorkerHost:
 
 
 def _gpus() -> list[str]:
-    """Those that Ray gave this actor: numbers, UUIDs, or parts of a GPU."""
+    """Return the GPUs that Ray gave this actor: numbers, UUIDs, or parts of a GPU."""
     import ray
 
     return list(ray.get_runtime_context().get_accelerator_ids()["GPU"])
 
 
 def chosen_gpus(gpus: Sequence[str], variables: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-    """These GPUs, as --gpu takes them, and the environment in which they are that.
+    """Return the GPUs as --gpu takes them, and the environment in which these names are right.
 
     A number of Ray's is the node's own: without a mask in the environment it is right for CUDA, too, and logs and `status` name
     the physical GPU. A UUID or a part of a GPU can only be chosen by a mask.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, model_validator
 
-from dsi_actors.serving.fields import Label, Refused, Strict
+from dsi_actors.serving.fields import Label, Refused, Strict, Tagged
 from dsi_actors.serving.schemas import MOST_MESSAGES, MOST_TOOLS, ChatRequest, DsiOptions, Stops
 
 _MOST_BLOCKS = 4096
@@ -22,42 +22,40 @@ class _Text(Strict):
 
 
 def _text(given: Any, info: ValidationInfo) -> Any:
-    """Of blocks."""
+    """Return the text of a list of text blocks, joined. Anything but a list is returned as it is."""
     if not isinstance(given, list):
         return given
     return "".join(_Text.model_validate(block, context=info.context).text for block in given)
 
 
-class Block(Strict):
-    """A part of a message."""
+class Block(Tagged):
+    """A part of the content of a message."""
+
+    NEEDED: ClassVar = {
+        "text": ("text",), "tool_use": ("id", "name", "input"), "tool_result": ("tool_use_id",), "thinking": ("thinking",),
+    }  # fmt: skip
+    OPTIONAL: ClassVar = {
+        "text": ("citations",), "tool_use": ("caller", "toolset_name"),
+        "tool_result": ("content", "is_error", "toolset_name"), "thinking": ("signature",),
+    }  # fmt: skip
 
     type: Literal["text", "tool_use", "tool_result", "thinking"]
     text: str | None = None
     citations: Label = None
-    # Of a call.
+    # A call of a tool.
     id: str | None = None
     name: str | None = None
     input: dict[str, Any] | None = None
     caller: Label = None
     toolset_name: Label = None
-    # Of what a tool answered.
+    # What a tool answered.
     tool_use_id: str | None = None
     content: Annotated[str | None, BeforeValidator(_text)] = None
     is_error: Label = None
-    # Of reasoning. Nothing is signed here.
+    # Reasoning. This service signs nothing and checks no signature.
     thinking: str | None = None
     signature: Label = None
     cache_control: Label = None
-
-    @model_validator(mode="after")
-    def _is_complete(self) -> Block:
-        needed = {
-            "text": ("text",), "tool_use": ("id", "name", "input"), "tool_result": ("tool_use_id",), "thinking": ("thinking",),
-        }[self.type]  # fmt: skip
-        for name in needed:
-            if getattr(self, name) is None:
-                raise ValueError(f"{name} is missing")
-        return self
 
 
 def _blocks(given: Any) -> Any:
@@ -65,7 +63,7 @@ def _blocks(given: Any) -> Any:
 
 
 class Turn(Strict):
-    """A message."""
+    """One message of the conversation."""
 
     role: Literal["user", "assistant", "system"]
     content: Annotated[list[Block], FailFast(), Field(min_length=1, max_length=_MOST_BLOCKS), BeforeValidator(_blocks)]
@@ -79,7 +77,7 @@ class Turn(Strict):
         return self
 
     def as_chat(self) -> Iterator[dict[str, Any]]:
-        """Each answer of a tool is a message of its own."""
+        """Return the same as messages of the chat endpoint. There, each answer of a tool is a message of its own."""
         texts = [block.text or "" for block in self.content if block.type == "text"]
         if self.role != "assistant":
             for block in self.content:
@@ -135,7 +133,7 @@ class _ToolChoice(Strict):
 
 class _Thinking(Strict):
     type: Literal["enabled", "adaptive", "between_tools", "disabled"]
-    #: The model ends its reasoning when it likes.
+    #: No effect: the model decides how long it reasons.
     budget_tokens: Label = None
     display: Label = None
 
@@ -151,7 +149,7 @@ class _Output(Strict):
 
 
 class CountRequest(Strict):
-    """What /v1/messages/count_tokens takes: a prompt."""
+    """The body of a request to /v1/messages/count_tokens: a conversation, and what else becomes a part of the prompt."""
 
     model: str
     messages: Annotated[list[Turn], FailFast(), Field(min_length=1, max_length=MOST_MESSAGES)]
@@ -169,15 +167,16 @@ class CountRequest(Strict):
     mcp_servers: Refused = None
 
     def as_chat(self) -> ChatRequest:
-        """Raises ValidationError."""
+        """Return the same as a request of the chat endpoint. Raises ValidationError."""
         return ChatRequest.model_validate({**self._asked(), "max_tokens": 1}).hinted(self._hints())
 
     def _hints(self) -> dict[str, Any]:
-        """Clients send these whatever the model is."""
+        """Return options for the chat template. Clients send them whatever the model is, so a template may lack them."""
         thinks = None if self.thinking is None else self.thinking.type != "disabled"
         return {"enable_thinking": thinks, "reasoning_effort": self.output_config.effort}
 
     def _asked(self) -> dict[str, Any]:
+        """Return the fields of a chat request that both endpoints have."""
         messages = [message for turn in self.messages for message in turn.as_chat()]
         if self.system:
             messages.insert(0, {"role": "system", "content": self.system})
@@ -200,6 +199,8 @@ class CountRequest(Strict):
 
 
 class MessagesRequest(CountRequest):
+    """The body of a request to /v1/messages."""
+
     max_tokens: Annotated[int, Field(ge=1)]
     stop_sequences: Stops = Field(default_factory=list)
     stream: bool = False
@@ -218,7 +219,7 @@ class MessagesRequest(CountRequest):
     container: Refused = None
 
     def as_chat(self) -> ChatRequest:
-        """Raises ValidationError."""
+        """Return the same as a request of the chat endpoint. Raises ValidationError."""
         same = ("max_tokens", "stream", "temperature", "top_k", "top_p", "seed", "min_p", "repetition_penalty")
         made = {name: getattr(self, name) for name in same}
         made |= {"stop": self.stop_sequences, "dsi": self.dsi.model_dump()}

@@ -12,12 +12,14 @@ from dsi_actors.serving.completions import Choice, Completion
 from dsi_actors.serving.errors import ApiError
 from dsi_actors.text import Part
 
-#: By the kind of a part: the name of its deltas, and of the field of a delta.
+#: For each kind of part: the type of its deltas, and the field of a delta (and of a finished block) that has the text.
 _DELTAS = {
     "content": ("text_delta", "text"), "reasoning": ("thinking_delta", "thinking"),
     "arguments": ("input_json_delta", "partial_json"),
 }  # fmt: skip
+#: stop_reason for each finish_reason of the chat endpoint.
 _STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use", "stop": "end_turn"}
+#: The type of an error for each HTTP status. All others are invalid_request_error.
 _ERRORS = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
     429: "rate_limit_error", 500: "api_error", 503: "overloaded_error",
@@ -25,7 +27,7 @@ _ERRORS = {
 
 
 class MessageBodies(ItemBodies):
-    """Of one request."""
+    """The bodies of one answer. Each item is a block of content."""
 
     def __init__(self, asked: MessagesRequest, number: str) -> None:
         super().__init__()
@@ -82,6 +84,7 @@ class MessageBodies(ItemBodies):
 
 
 def error_body(error: ApiError) -> dict[str, Any]:
+    """Return the error in Anthropic's shape."""
     kind = _ERRORS.get(error.status, "invalid_request_error")
     return {"type": "error", "error": {"type": kind, "message": error.body["error"]["message"]}}
 
@@ -96,7 +99,8 @@ def _end(choice: Choice) -> dict[str, Any]:
 
 
 def _input(text: str) -> dict[str, Any]:
-    """The arguments of a call, as the object that clients expect. What a model wrote may be broken or cut: it stays text."""
+    """Return the arguments of a call as an object. A model may write broken JSON, and max_tokens may cut it: then the object has
+    the text."""
     try:
         found = json.loads(text or "{}")
     except (ValueError, RecursionError):
@@ -105,7 +109,8 @@ def _input(text: str) -> dict[str, Any]:
 
 
 def _usage(completion: Completion) -> dict[str, int]:
-    """Of the input, what was in a cache is counted apart. That is known at the end."""
+    """Return the counts of tokens. `input_tokens` leaves out those from the cache, as Anthropic does. How many these are is known
+    only at the end of the answer; before, it is 0."""
     prompt, cached = sum(map(len, completion.job.prompts)), completion.cached_tokens
     return {
         "input_tokens": prompt - cached, "cache_creation_input_tokens": 0, "cache_read_input_tokens": cached,

@@ -40,21 +40,22 @@ class Bodies(Protocol):
 
 
 class ItemBodies(ABC):
-    """Of an answer that is a list of items (messages, reasoning, calls). They are made of the parts of the answer as they come,
-    whether it is streamed or not."""
+    """Makes the items of an answer (text, reasoning, calls) from its parts, one after another. A subclass says what an item and
+    its events look like. An answer that is not streamed is made in the same way, and its events are dropped."""
 
     last_line = None
 
     def __init__(self) -> None:
-        #: Of the last item: the kind of its parts, or "" once it is complete, and its text so far.
+        #: The kind of the last item's parts; "" if that item is complete, or if there is none.
         self._open = ""
+        #: The text of the last item so far, in pieces.
         self._texts: list[str] = []
 
     def update(self, update: Update) -> list[Event]:
         return [event for part in (update.piece.parts if update.piece else ()) for event in self._part(part)]
 
     def _make_all(self, completion: Completion) -> None:
-        """All items of an answer that is not streamed."""
+        """Make all items of an answer that is not streamed."""
         [choice] = completion.choices
         for piece in choice.pieces:
             for part in piece.parts:
@@ -71,19 +72,22 @@ class ItemBodies(ABC):
             yield self._delta(part)
 
     def _close(self) -> Iterator[Event]:
-        """The last item is complete."""
+        """Complete the last item, if it is not complete yet."""
         if self._open:
             yield from self._end_item("".join(self._texts))
             self._open = ""
 
     @abstractmethod
-    def _begin_item(self, part: Part) -> Iterator[Event]: ...
+    def _begin_item(self, part: Part) -> Iterator[Event]:
+        """Add an item that begins with this part."""
 
     @abstractmethod
-    def _delta(self, part: Part) -> Event: ...
+    def _delta(self, part: Part) -> Event:
+        """Return the event for more text of the last item."""
 
     @abstractmethod
-    def _end_item(self, text: str) -> Iterator[Event]: ...
+    def _end_item(self, text: str) -> Iterator[Event]:
+        """Complete the last item. `text` is all of its text."""
 
 
 @dataclass(slots=True)

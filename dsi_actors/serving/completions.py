@@ -65,7 +65,7 @@ class Choice:
     #: A text that grew with each piece would be copied each time.
     pieces: list[Piece] = field(default_factory=list)
     finish_reason: str | None = None
-    #: The stop string that ended it.
+    #: The stop string that ended the answer, if one did.
     stopped_by: str | None = None
     report: GenerationReport | None = None
     calls_tools: bool = False

@@ -24,7 +24,8 @@ class Door:
     kind: type[Strict]
     #: The same as a request of OpenAI's older endpoints.
     as_request: Callable[[Any], AnyRequest]
-    #: What is sent for a request, given its id: 24 characters. None: nothing is generated, and the prompt's tokens are counted.
+    #: What is sent for a request, given its id: 24 characters. None: the answer is
+    #: the number of tokens of the prompt, and nothing is generated.
     bodies: Callable[[Any, str], Bodies] | None
     #: A request may have several prompts.
     takes_batches: bool = False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, model_validator
 
@@ -20,7 +21,7 @@ class Strict(BaseModel):
             return given
         present = {name: value for name, value in given.items() if value is not None}
         if cls._is_of_another_type(present):
-            return present  # which is told of the field itself: its fields are another's
+            return present  # the error names `type`, not the first field of an object that is not supported
         if not (info.context or {}).get("allow_unknown_fields"):
             known = {field.alias or name for name, field in cls.model_fields.items()}
             unknown = next((name for name in present if name not in known), None)
@@ -30,11 +31,33 @@ class Strict(BaseModel):
 
     @classmethod
     def _is_of_another_type(cls, given: dict[str, Any]) -> bool:
-        """Whether `type` says that this is none of the objects that are known here, such as an image."""
+        """Return whether the value of `type` is not supported here, as that of an image is not."""
         declared = cls.model_fields.get("type")
         if declared is None or get_origin(declared.annotation) is not Literal:
             return False
         return given.get("type", declared.default) not in get_args(declared.annotation)
+
+
+class Tagged(Strict):
+    """An object whose `type` says which of the class's fields it has: those in `NEEDED`, and those in `OPTIONAL`. Fields that the
+    class has beside these may stand in an object of each type."""
+
+    #: By type.
+    NEEDED: ClassVar[Mapping[str, tuple[str, ...]]]
+    OPTIONAL: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+
+    @model_validator(mode="after")
+    def _has_the_fields_of_its_type(self, info: ValidationInfo) -> Self:
+        kind: str = self.type  # type: ignore[attr-defined]
+        for name in self.NEEDED[kind]:
+            if name not in self.model_fields_set:
+                raise ValueError(f"{name} is missing")
+        own = {*self.NEEDED[kind], *self.OPTIONAL.get(kind, ())}
+        of_others = {name for lists in (self.NEEDED, self.OPTIONAL) for names in lists.values() for name in names} - own
+        foreign = next((name for name in sorted(self.model_fields_set) if name in of_others), None)
+        if foreign is not None and not (info.context or {}).get("allow_unknown_fields"):
+            raise ValueError(f"there is no field {foreign!r} in an object of the type {kind}: leave it out")
+        return self
 
 
 class _Mark:

@@ -17,7 +17,7 @@ _KINDS = {"content": "output_text", "reasoning": "reasoning_text", "arguments": 
 
 
 class ResponseBodies(ItemBodies):
-    """Of one request."""
+    """The bodies of one answer. Each item is an item of `output`."""
 
     def __init__(self, asked: ResponsesRequest, number: str) -> None:
         super().__init__()

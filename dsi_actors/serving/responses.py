@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, FailFast, Field, ValidationInfo, model_validator
+from pydantic import BeforeValidator, FailFast, Field, ValidationInfo
 
-from dsi_actors.serving.fields import Label, Refused, Strict
+from dsi_actors.serving.fields import Label, Refused, Strict, Tagged
 from dsi_actors.serving.schemas import MOST_MESSAGES, MOST_TOOLS, ChatRequest, DsiOptions, StreamOptions
 
 
@@ -23,35 +23,30 @@ def _content(given: Any, info: ValidationInfo) -> Any:
     return "".join(_Text.model_validate(part, context=info.context).text for part in given)
 
 
-class Item(Strict):
-    """Of the input: a message, a call, what a tool answered, or reasoning."""
+class Item(Tagged):
+    """One item of the input: a message, a call, what a tool answered, or reasoning."""
+
+    NEEDED: ClassVar = {
+        "message": ("role", "content"), "function_call": ("call_id", "name", "arguments"),
+        "function_call_output": ("call_id", "output"), "reasoning": (),
+    }  # fmt: skip
+    OPTIONAL: ClassVar = {"message": ("phase",), "reasoning": ("content", "summary", "encrypted_content")}
 
     type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
     id: Label = None
     status: Label = None
     phase: Label = None
-    # Of a message, and of reasoning.
+    # A message. Reasoning has `content`, too.
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: Annotated[str | None, BeforeValidator(_content)] = None
-    # Of a call.
+    # A call of a function.
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
     output: Annotated[str | None, BeforeValidator(_content)] = None
-    # Of reasoning. A summary is no part of what the model said.
+    # Reasoning. Its summary is not given to the model.
     summary: Label = None
     encrypted_content: Label = None
-
-    @model_validator(mode="after")
-    def _is_complete(self) -> Item:
-        needed = {
-            "message": ("role", "content"), "function_call": ("call_id", "name", "arguments"),
-            "function_call_output": ("call_id", "output"), "reasoning": (),
-        }[self.type]  # fmt: skip
-        for name in needed:
-            if getattr(self, name) is None:
-                raise ValueError(f"{name} is missing")
-        return self
 
 
 def _input(given: Any) -> Any:

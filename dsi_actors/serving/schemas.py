@@ -202,7 +202,7 @@ class ChatRequest(Request):
     prediction: Refused = None
     verbosity: Refused = None
     web_search_options: Refused = None
-    #: Options for a chat template that has them. No client can send these.
+    #: See `hinted`. This is no field of a request: no client can send it.
     _hints: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
@@ -222,7 +222,8 @@ class ChatRequest(Request):
         return self
 
     def hinted(self, hints: Mapping[str, Any]) -> ChatRequest:
-        """The same with options for the chat template that are left out where the template does not read them."""
+        """Add options for the chat template, and return this request. A template that does not read an option does not get it,
+        where one of `chat_template_kwargs` would get 400."""
         self._hints = {name: value for name, value in hints.items() if value is not None}
         return self
 

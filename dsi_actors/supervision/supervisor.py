@@ -255,6 +255,10 @@ class WorkerSupervisor(Actor[SupervisorMessage]):
         for worker in self._workers.values():
             worker.kill()
 
+    async def all_ended(self) -> None:
+        """Return when every worker has ended. Call after `run`: a worker whose launch took until then was killed at its end."""
+        await asyncio.gather(*(worker.wait() for worker in self._workers.values()))
+
     async def end_all(self) -> None:
         """Ask every worker to end, wait, kill what is left. Returns when no worker is left."""
         self.restarts = False

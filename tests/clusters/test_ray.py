@@ -14,7 +14,7 @@ import pytest
 
 import dsi_actors
 from dsi_actors.host.requirements import require
-from support.group import make_uneven_model
+from support.group import config_of_a_group, make_uneven_model
 from support.patience import limit_s, patience, until
 from support.timed import PROMPT, gone, plain_decoding, text_of, timed_config
 
@@ -153,20 +153,16 @@ async def test_a_real_model(cluster: Any) -> None:
 async def test_a_group_is_placed_as_a_whole_and_again_when_it_loses_a_rank(cluster: Any, tmp_path: Path) -> None:
     """Two processes on one node, which divide a model with 3 KV heads. The text is that of a group on this machine."""
     added = node(cluster, gpus=0)
-    settings: dict[str, Any] = {
-        "target": str(make_uneven_model(tmp_path)), "devices": ("cpu",), "sp": 1, "tp": 2, "drafter": None, "calibrate": False,
-        "target_options": {"max_length": 128}, "ready_timeout_s": 600, "request_timeout_s": 600, "target_wait_s": 600,
-    }  # fmt: skip
-    sampling = dsi_actors.Sampling(max_tokens=100)
-    async with dsi_actors.Orchestrator(dsi_actors.Config(**settings)) as orchestrator:
+    model, sampling = make_uneven_model(tmp_path), dsi_actors.Sampling(max_tokens=100)
+    async with dsi_actors.Orchestrator(config_of_a_group(model)) as orchestrator:
         expected = await text_of(orchestrator.generate(PROMPT, sampling))
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     try:
-        placed = dsi_actors.Config(cluster="ray", ray_address=cluster.address, **settings)
+        placed = config_of_a_group(model, cluster="ray", ray_address=cluster.address)
         async with dsi_actors.Orchestrator(placed) as orchestrator:
             [handle] = orchestrator.workers
             assert handle.hello.device == "cpu:0,cpu:0"
-            assert taken("CPU") == 2, "a core for each rank"
+            await until(lambda: taken("CPU") == 2)  # a core for each rank; Ray counts a moment later
             [rank] = psutil.Process(handle.hello.process).children(recursive=True)
             stream = orchestrator.generate(PROMPT, sampling)
             rank.kill()

@@ -14,7 +14,7 @@ import pytest
 
 import dsi_actors
 from support.forked_process import Process
-from support.group import make_uneven_model
+from support.group import config_of_a_group, make_uneven_model
 from support.patience import limit_s, slowness, until
 from support.timed import start_worker, text_of, wait_for_end
 
@@ -109,12 +109,8 @@ async def test_what_a_rank_cannot_load_is_said_in_one_sentence(tmp_path: Path, m
 
 @pytest.mark.long
 async def test_a_local_group_that_loses_a_rank_is_started_again_as_a_whole(model: Path) -> None:
-    config = dsi_actors.Config(
-        target=str(model), drafter=None, sp=1, tp=2, devices=("cpu",), calibrate=False, target_options={"max_length": 128},
-        ready_timeout_s=600, request_timeout_s=600, target_wait_s=600,
-    )  # fmt: skip
     sampling = dsi_actors.Sampling(max_tokens=100)
-    async with dsi_actors.Orchestrator(config) as orchestrator:
+    async with dsi_actors.Orchestrator(config_of_a_group(model)) as orchestrator:
         [handle] = orchestrator.workers
         assert handle.hello.device == "cpu:0,cpu:0"
         assert handle.ready is not None

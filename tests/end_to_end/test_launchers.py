@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import dsi_actors
-from support.launchers import MultiprocessingLauncher
+from support.launchers import MultiprocessingLauncher, SlowLauncher
 from support.patience import limit_s, patience, until
 from support.timed import PROMPT, gone, plain_decoding, text_of, timed_config
 
@@ -47,3 +48,14 @@ async def test_a_launcher_that_cannot_open_is_closed(tmp_path: Path) -> None:
         async with dsi_actors.Orchestrator(timed_config(), launcher=launcher):
             pass
     assert launcher.closed
+
+
+async def test_a_worker_that_is_launched_while_others_end_has_ended_before_the_launcher_is_closed() -> None:
+    launcher = SlowLauncher()
+    starting = asyncio.create_task(dsi_actors.Orchestrator(timed_config(sp=1), launcher=launcher).__aenter__())
+    await until(lambda: launcher.workers)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert [worker.told for worker in launcher.workers] == [["terminate"], ["kill"]]
+    assert launcher.all_had_ended

@@ -76,7 +76,7 @@ def test_a_group_takes_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
             assert Config(tp=2, devices=devices).local_workers
     with pytest.raises(ConfigError, match="only the engine transformers divides"):
         Config(tp=2, engine="timed")
-    with pytest.raises(ConfigError, match="for local workers"):
+    with pytest.raises(ConfigError, match="tp is for workers that are started here or by Ray"):
         Config(tp=2, listen="ipc://here")
 
 

@@ -101,6 +101,7 @@ def test_reasoning_is_an_item_of_its_own(client: openai.OpenAI) -> None:
         ({"previous_response_id": "resp_1"}, "previous_response_id: is not supported"),
         ({"input": [{"type": "computer_call"}]}, "input[0].type: must be"),
         ({"input": [{"role": "user"}]}, "input[0]: content is missing"),
+        ({"input": [{"role": "user", "content": "a", "arguments": "b"}]}, "input[0]: there is no field 'arguments' in"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type: must be 'function'"),
         ({"extra_body": {"colour": 1}}, "there is no field 'colour'"),
     ],

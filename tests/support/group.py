@@ -6,14 +6,23 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.nn import functional
 
+from dsi_actors.config import Config
 from dsi_workers.decoding.share import Share
 
 _Value = TypeVar("_Value")
+
+
+def config_of_a_group(model: Path, **more: Any) -> Config:
+    """One target server that divides the model between two processes on the CPU, and no drafter."""
+    return Config(
+        target=str(model), drafter=None, sp=1, tp=2, devices=("cpu",), calibrate=False, target_options={"max_length": 128},
+        ready_timeout_s=600, request_timeout_s=600, target_wait_s=600, **more,
+    )  # fmt: skip
 
 
 def make_uneven_model(directory: Path, *, tied: bool = True, positions: int = 512) -> Path:

@@ -24,6 +24,10 @@ class ScriptedWorker(LaunchedWorker):
         self.obeys = True
         self._exit: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
 
+    @property
+    def has_ended(self) -> bool:
+        return self._exit.done()
+
     def end(self, code: int | None) -> None:
         if not self._exit.done():
             self._exit.set_result(Exit(code))
@@ -58,6 +62,43 @@ class ScriptedLauncher(Launcher):
 
     async def close(self) -> None:
         pass
+
+
+class SlowLauncher(ScriptedLauncher):
+    """The launch of the second worker takes until the first one is asked to end. A worker that is killed ends a moment later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._may_go_on = asyncio.Event()
+        #: Whether all workers had ended when the launcher was closed.
+        self.all_had_ended: bool | None = None
+
+    async def open(self) -> str:
+        return "tcp://127.0.0.1:*"
+
+    async def start(self, spec: WorkerSpec, incarnation: int) -> LaunchedWorker:
+        if self.workers:
+            await self._may_go_on.wait()
+        worker = _SlowToEnd(spec, incarnation, self._may_go_on)
+        self.workers.append(worker)
+        return worker
+
+    async def close(self) -> None:
+        self.all_had_ended = all(worker.has_ended for worker in self.workers)
+
+
+class _SlowToEnd(ScriptedWorker):
+    def __init__(self, spec: WorkerSpec, incarnation: int, asked_to_end: asyncio.Event) -> None:
+        super().__init__(spec, incarnation)
+        self._asked_to_end = asked_to_end
+
+    def terminate(self) -> None:
+        self._asked_to_end.set()
+        asyncio.get_running_loop().call_later(0.01, super().terminate)
+
+    def kill(self) -> None:
+        self.told.append("kill")
+        asyncio.get_running_loop().call_later(0.01, self.end, -signal.SIGKILL)
 
 
 class MultiprocessingLauncher(Launcher):

@@ -72,9 +72,12 @@ def likelihood(beginning: str, end: str) -> float:
 
 scored = found["samples"]["choices"]
 assert len(scored) == len(QUESTIONS)
+right = 0
 for sample in scored:
-    for choice, [(own, _greedy)] in zip(sample["doc"]["choices"], sample["resps"], strict=True):
-        told = likelihood(sample["doc"]["question"], choice)
-        assert abs(float(own) - told) < 1e-6 * abs(told), (sample["doc"], choice, own, told)
-assert found["results"]["choices"]["acc,none"] > 0
+    doc = sample["doc"]
+    told = [likelihood(doc["question"], choice) for choice in doc["choices"]]
+    for [(own, _greedy)], expected in zip(sample["resps"], told, strict=True):
+        assert abs(float(own) - expected) < 1e-6 * abs(expected), (doc, own, expected)
+    right += told.index(max(told)) == doc["answer"]
+assert abs(found["results"]["choices"]["acc,none"] - right / len(QUESTIONS)) < 1e-6
 assert all(sample["resps"][0][0] for sample in found["samples"]["text"])
