@@ -52,6 +52,11 @@ class Actor(ABC, Generic[M]):
             raise MailboxFull(f"{self.name} has {self._mailbox_size} messages waiting")
         self._schedule_drain()
 
+    @property
+    def has_control(self) -> bool:
+        """Whether further control messages wait."""
+        return bool(self._control)
+
     def deliver(self, message: M) -> None:
         """Handle the message before this returns, unless one is being handled or others wait: then after those.
 

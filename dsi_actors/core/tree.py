@@ -158,6 +158,12 @@ class DraftTree:
                 assert child.position == node.position + 1
 
 
+def main_path_end(base: int, tokens: Sequence[int], parents: Sequence[int]) -> tuple[int, int]:
+    """Of a StartVerify: one past the last position of the main path, and how many tokens stand on branches."""
+    main = next((place for place, parent in enumerate(parents) if parent != place), len(tokens))
+    return base + main, len(tokens) - main
+
+
 def _first_children(node: Node) -> Iterator[Node]:
     while node.children:
         node = node.children[0]

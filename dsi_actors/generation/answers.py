@@ -16,6 +16,7 @@ from dsi_actors.core.events import (
     VerificationAbandoned,
     VerificationFinished,
 )
+from dsi_actors.core.tree import main_path_end
 from dsi_actors.generation.account import Account
 from dsi_actors.planning.tuner import Tuner
 from dsi_actors.results import TopLogprobs
@@ -86,10 +87,13 @@ class Answers:
                     asked = f"asked for up to {end - request.start + 1} from {request.start}"
                     return Misbehaved(worker, f"{len(tokens)} tokens from {start}, {asked}")
                 self._account.verified(attempt, forwards, busy_us, cached)
-                positions = 1 if start > request.start else end - min(request.base, start - 1)
+                main_end, branches = main_path_end(request.base, request.tokens, request.parents)
+                positions = main_end - min(request.base, start - 1)
+                if start > request.start:  # the server went on by itself
+                    positions, branches = 1, 0
                 self._tuner.verified(
                     positions, busy_us / 1e3,
-                    sharers=max(1, worker.sharers), waited_ms=waited_ms,
+                    branches=branches, sharers=max(1, worker.sharers), waited_ms=waited_ms,
                 )  # fmt: skip
                 tops = top_logprobs_of(top_tokens, top_logprobs, self._tops)
                 return Answered(VerificationFinished(attempt, worker.number, start, tokens, more), logprobs, tops)

@@ -16,14 +16,18 @@ drafted without alternatives, so until the target has passed what was drafted by
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from dsi_actors.core import Policy
 from dsi_actors.core.policy import worth_verifying
 
-#: Milliseconds of a verification that reads so many positions.
-CostMs = Callable[[int], float]
+
+class CostMs(Protocol):
+    """Milliseconds of a verification that reads so many positions of the text, and so many more on branches."""
+
+    def __call__(self, positions: int, branches: int = 0, /) -> float: ...
+
 
 MAX_LOOKAHEAD = 32
 #: A walk ends when so few cycles are left, or after so many steps; the rest goes on at its pace. Walking on changes no plan.
@@ -105,7 +109,7 @@ def _expect_si(
         for place in range(lookahead):
             behind = lookahead - place if place < policy.rows - 1 else 1
             tokens += right[place] * (1 - acceptance) * alternatives * sum(right[:behind])
-    target_ms = cost_ms(lookahead + 1 + branch_positions(policy, lookahead))
+    target_ms = cost_ms(lookahead + 1, branch_positions(policy, lookahead))
     return Expectation(
         (lookahead * drafter_ms + target_ms) / tokens, 1 / tokens, target_ms / tokens, lookahead * drafter_ms / tokens
     )
@@ -178,7 +182,7 @@ class _Cycle:
             read = max(self._idle)
             self._idle.remove(read)
             covers = min(max(drafted, known), front + policy.span)
-            took_ms = self._cost_ms(covers - min(read + 1, known) + 1 + branch_positions(policy, covers - known))
+            took_ms = self._cost_ms(covers - min(read + 1, known) + 1, branch_positions(policy, covers - known))
             self.started += 1
             self._busy_ms += took_ms
             end = self.now_ms + took_ms - _LATE * self._drafter_ms

@@ -91,13 +91,15 @@ class Estimates:
             shared_ms=between(self.shared_ms, later.shared_ms),
         )
 
-    def cost_ms(self, positions: int) -> float:
-        """Of one verification: a straight line up to a full window, and again for each further window."""
+    def cost_ms(self, positions: int, branches: int = 0, /) -> float:
+        """Of one verification that reads so many positions of the text, and so many on branches: a straight line up to a full
+        window, and again for each further window. Branches share the last forward, and lengthen it along that line."""
         full, rest = divmod(positions, self.window)
         target_ms, window_ms = self.latencies_ms
-        ms = full * window_ms
+        position_ms = (window_ms - target_ms) / max(1, self.window - 1)
+        ms = full * window_ms + branches * position_ms
         if rest:
-            ms += target_ms + (window_ms - target_ms) * (rest - 1) / max(1, self.window - 1)
+            ms += target_ms + (rest - 1) * position_ms
         return ms
 
     @property
@@ -153,7 +155,7 @@ class Guesser:
 
 def flat(target_ms: float) -> CostMs:
     """A target whose verifications take the same time however long they are."""
-    return lambda positions: target_ms
+    return lambda positions, branches=0: target_ms
 
 
 class Tuner:
@@ -217,24 +219,27 @@ class Tuner:
         self._policy = policy
         return policy
 
-    def verified(self, positions: int, took_ms: float, *, sharers: int = 1, waited_ms: float = 0.0) -> None:
-        """A verification that read so many positions. One that read more than a window read a prompt: not counted. Of
-        `sharers` generations on one server each waits for others: then `waited_ms` counts, from the question to the answer."""
+    def verified(
+        self, positions: int, took_ms: float, *, branches: int = 0, sharers: int = 1, waited_ms: float = 0.0
+    ) -> None:
+        """A verification that read so many positions of the text, and so many on branches. One that read more than a window read
+        a prompt: not counted. Of `sharers` generations on one server each waits for others: then `waited_ms` counts, from the
+        question to the answer."""
         known = self.estimates
         known.sharers = sharers
         if positions > known.window:
             return
         if sharers > 1:
-            one_ms = max(_LEAST_MS, waited_ms - known.position_ms * sharers * (positions - 1))
+            one_ms = max(_LEAST_MS, waited_ms - known.position_ms * sharers * (positions + branches - 1))
             known.shared_ms += (one_ms - known.shared_ms) * (_LATENCY_WEIGHT if known.shared_ms > 0 else 1)
             return
         took_ms = max(_LEAST_MS, took_ms)
-        if positions == 1 and not (self.drafting and known.calibrated_ms):
+        if positions + branches == 1 and not (self.drafting and known.calibrated_ms):
             known.calibrated_ms += (took_ms - known.calibrated_ms) * (_LATENCY_WEIGHT if known.calibrated_ms > 0 else 1)
         if known.target_ms <= 0:
             known.target_ms, known.window_ms = took_ms, max(took_ms, known.window_ms)
             return
-        factor = 1 + _LATENCY_WEIGHT * (took_ms / max(1e-6, known.cost_ms(positions)) - 1)
+        factor = 1 + _LATENCY_WEIGHT * (took_ms / max(1e-6, known.cost_ms(positions, branches)) - 1)
         known.target_ms *= factor
         known.window_ms *= factor
 

@@ -12,12 +12,13 @@ from fastapi.sse import format_sse_event
 
 from dsi_actors.core.actions import Action, CancelDrafts, EmitTokens, Finish, StartDraft, StartVerify, VerifyGoesOn
 from dsi_actors.core.events import DraftsArrived, Event, VerificationAbandoned, VerificationFinished
+from dsi_actors.core.tree import main_path_end
 from dsi_actors.errors import OrchestratorClosed
 from dsi_actors.logs import get_logger
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.serving.errors import ApiError
 from dsi_actors.tokenizer import Tokenizer, TokenStream
-from dsi_actors.tracing.drafts import Drafts, main_path_end
+from dsi_actors.tracing.drafts import Drafts
 
 log = get_logger("serving.watch")
 

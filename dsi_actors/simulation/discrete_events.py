@@ -34,6 +34,7 @@ from dsi_actors.core.events import (
     VerificationFinished,
 )
 from dsi_actors.core.generation import GenerationCore
+from dsi_actors.core.tree import main_path_end
 from dsi_actors.planning.controller import Controller
 from dsi_actors.simulation.drafter import Guesses, SimulatedDrafter
 from dsi_actors.simulation.scripts import LatencyMs, Script, walk
@@ -66,7 +67,9 @@ class _Verifying:
     attempt: int
     since_ms: float
     took_ms: float
+    #: Of the text, and on branches.
     positions: int
+    branches: int
 
 
 class DiscreteEventDriver:
@@ -138,18 +141,18 @@ class DiscreteEventDriver:
             case StartVerify(attempt, server, base, tokens, start, parents):
                 held = self._held[server]
                 assert base <= len(held)
-                main = _main_path_length(parents) if parents else len(tokens)
+                end, branches = main_path_end(base, tokens, parents)
                 if parents:
                     del held[base:]
                     answer = walk(self._script.truth, held, tokens, parents, start)
-                    held.extend(tokens[:main])
+                    held.extend(tokens[: end - base])
                 else:
                     held[base:] = tokens
                     answer = self._script.answer(held, start)
-                positions = len(held) - min(self._read[server], base, start - 1) + len(tokens) - main
+                positions = len(held) - min(self._read[server], base, start - 1)
                 self._read[server] = len(held)
-                took_ms = self._target_ms(positions)
-                self._running[server] = _Verifying(attempt, self.now_ms, took_ms, positions)
+                took_ms = self._target_ms(positions + branches)
+                self._running[server] = _Verifying(attempt, self.now_ms, took_ms, positions, branches)
                 self._at(took_ms, lambda: self._verified(attempt, server, start, answer))
             case CancelVerify(attempt, server):
                 running = self._running[server]
@@ -187,7 +190,7 @@ class DiscreteEventDriver:
             self._stop(server)
             self._feed(VerificationFinished(attempt, server, start, answer))
             if self._controller is not None:
-                self._controller.tuner.verified(running.positions, running.took_ms)
+                self._controller.tuner.verified(running.positions, running.took_ms, branches=running.branches)
                 if (policy := self._controller.retune()) is not None:
                     self._feed(PolicyChanged(policy))
 
@@ -258,8 +261,3 @@ class DiscreteEventDriver:
             self._controller.tuner.drafted(made, drafting.block_ms)
         drafting.block_ms = 0.0
         self._feed(DraftsArrived(request.attempt, first, tokens, parents, drafting.number))
-
-
-def _main_path_length(parents: Sequence[int]) -> int:
-    """Of a verification's tokens, how many the main path has: it comes first."""
-    return next((place for place, parent in enumerate(parents) if parent != place), len(parents))

@@ -166,9 +166,3 @@ class Drafts:
             path.append(guess)
             guess = next((child for child in guess.children.values() if child.came is not None), None)
         return path
-
-
-def main_path_end(base: int, tokens: Sequence[int], parents: Sequence[int]) -> tuple[int, int]:
-    """Of a StartVerify: one past the last position of the main path, and how many tokens stand on branches."""
-    main = next((place for place, parent in enumerate(parents) if parent != place), len(tokens))
-    return base + main, len(tokens) - main

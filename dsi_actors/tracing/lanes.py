@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dsi_actors.tracing.drafts import Came, Drafts, Guess, main_path_end
+from dsi_actors.core.tree import main_path_end
+from dsi_actors.tracing.drafts import Came, Drafts, Guess
 from dsi_actors.tracing.record import Moment, Recording
 
 Fate = Literal["useful", "wasted", "cancelled", "running"]

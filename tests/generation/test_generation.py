@@ -8,7 +8,8 @@ import pytest
 
 import dsi_actors
 from dsi_actors.config import Config, Sampling
-from dsi_actors.core import GenerationCore
+from dsi_actors.core import GenerationCore, Policy
+from dsi_actors.core.events import PolicyChanged
 from dsi_actors.generation.account import Account
 from dsi_actors.generation.answers import Misbehaved, Withdrawn
 from dsi_actors.generation.generation import Generation
@@ -16,7 +17,7 @@ from dsi_actors.generation.knowledge import Knowledge
 from dsi_actors.generation.messages import Granted, Reclaimed
 from dsi_actors.planning.arms import TOGETHER
 from dsi_actors.planning.controller import Controller
-from dsi_actors.planning.tuner import Estimates
+from dsi_actors.planning.tuner import Estimates, Tuner
 from dsi_actors.workforce.scheduler import Scheduler
 from dsi_actors.workforce.worker_handle import WorkerHandle
 from dsi_protocol import (
@@ -182,6 +183,28 @@ async def test_drafters_of_one_generation_come_and_go_without_the_others() -> No
     assert generation.report is not None
     assert generation.report.drafter == "a"
     assert generation.report.alternatives == 1
+
+
+async def test_what_to_do_with_workers_is_planned_once_all_are_lent() -> None:
+    """The drafter comes first. With no server there yet SI was planned: the first verification waited for five drafts."""
+    drafter, *targets = Lent(1, "drafter"), Lent(2, "target"), Lent(3, "target"), Lent(4, "target")
+    known = Estimates(26.0, 26.0, 32, drafter_ms=2.5, calibrated_ms=26.0)
+    controller = Controller.with_one_drafter("dsi", 3, None, known)
+    planned: list[Policy] = []
+    generation = Generation(
+        1, GenerationCore((1, 2), policy=controller.begin(), max_tokens=400), Scheduler(), controller, NOTHING_KNOWN,
+        vocabulary_size=1000, sampling=Sampling(max_tokens=400), correlation="g", first_target_wait_s=3600.0,
+        target_wait_s=3600.0, on_tokens=lambda tokens: None, on_end=lambda error: None,
+        observe=lambda number, what: planned.append(what.policy) if isinstance(what, PolicyChanged) else None,
+    )  # fmt: skip
+    task = asyncio.create_task(generation.run())
+    await asyncio.sleep(0)
+    for lent in (drafter, *targets):
+        generation.grant(lent.worker)
+    await asyncio.sleep(0)
+    generation.stop()
+    await task
+    assert planned == [Tuner("dsi", 3, None, controller.estimates).choose()]
 
 
 @pytest.mark.parametrize("tops", [((), ()), ((5, 6), (-1.0,)), ((5, 1000), (-1.0, -2.0)), ((5, 6, 7), (-1.0,) * 3)])

@@ -87,6 +87,18 @@ def test_a_verification_costs_a_line_up_to_each_window() -> None:
     cost_ms = Estimates(target_ms=50, window_ms=106, window=8).cost_ms
     assert [cost_ms(positions) for positions in (1, 8, 9, 16)] == [50, 106, 156, 212]
     assert cost_ms(2) == 58
+    assert [cost_ms(1, 40), cost_ms(8, 40), cost_ms(9, 1)] == [50 + 320, 106 + 320, 156 + 8], (
+        "branches share the last forward"
+    )
+
+
+@pytest.mark.parametrize("sp", [3, 7])
+def test_trees_larger_than_a_window_are_planned(sp: int) -> None:
+    """Where rows cost nothing, few rows were planned: beyond a window, branches were thought to need a second forward."""
+    branching = Branching(0.55, rows=1024)
+    planned = best_dsi(Estimates(26, 26, 32).cost_ms, 2.5, 0.59, sp, branching, most=31)
+    best = best_dsi(flat(26), 2.5, 0.59, sp, branching)
+    assert planned.rows == best.rows > 4
 
 
 def test_a_burst_of_drafts_is_verified_at_once() -> None:

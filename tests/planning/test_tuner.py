@@ -54,6 +54,12 @@ def test_a_prompt_is_not_taken_for_a_slow_verification() -> None:
     assert tuner.estimates.target_ms == 20
 
 
+def test_a_tree_is_not_taken_for_a_prompt() -> None:
+    tuner = Tuner("dsi", 2, None, Estimates(20, 27, 8, 5))
+    tuner.verified(5, 50.0, branches=30)
+    assert tuner.estimates.target_ms == pytest.approx(20 * (1 + 0.1 * (50 / 54 - 1)))
+
+
 def test_fewer_servers_change_the_plan() -> None:
     tuner = Tuner("dsi", 4, None, Estimates(20, 20, 32, 1))
     before = tuner.choose()

@@ -240,6 +240,28 @@ def test_a_request_with_its_own_prefix_ends_those_before_it() -> None:
     assert [(type(reply).__name__, reply.attempt) for reply in replies] == [("Cancelled", 1), ("Drafted", 2)]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "start", "continued"),
+    [((104,), 4, True), ((4, 5), 5, True), ((9,), 4, False), ((104, 9), 5, False), ((4, 5, 6), 6, False)],
+    ids=["a branch", "the main path", "a correction", "a correction of a branch", "what the step may or may not draft"],
+)
+def test_a_step_goes_on_only_for_a_request_that_goes_on_behind_what_was_drafted(
+    tokens: tuple[int, ...], start: int, continued: bool
+) -> None:
+    """Else it was of no use, and what was asked waited for it. The step in which the request comes drafts 6."""
+    loop, socket, engine = a_drafter()
+    engine.socket = socket
+    asked(loop, socket, Draft(1, 1, 0, 0, PROMPT, 3, 50, 2, rows=3), steps=2)
+    later = Draft(1, 2, 3, prefix_checksum(PROMPT), tokens, start, 3, 3, rows=3, committed=start)
+    engine.during.append([later])
+    asked(loop, socket, steps=1)
+    session = loop._sessions.get(1)
+    assert session is not None
+    assert session.tokens[3:] == ([4, 5, 6] if continued else [4, 5])
+    replies = asked(loop, socket)
+    assert [(type(reply).__name__, reply.attempt) for reply in replies] == [("Cancelled", 1), ("Drafted", 2)]
+
+
 def test_a_drafter_may_have_no_alternative_and_leave_a_branch_as_it_is() -> None:
     tree = DraftTree()
     tree.restart([1, 2, 3], 3)

@@ -188,17 +188,23 @@ class WorkerLoop:
                 self._apply_commits(request, session)
             else:  # the server goes on by itself until it is asked again
                 for work in self._queue:
-                    work.superseded = work.superseded or (work.session is session and work.goes_on)
+                    work.useless = work.useless or (work.session is session and work.goes_on)
             self._queue.add(Work(request, session))
 
     def _apply_commits(self, request: Draft, session: Session) -> None:
         """Drop branches that the committed tokens rule out. End earlier Drafts if this one brings a prefix of its own."""
         if request.start > request.base + len(request.tokens):
             session.drafts.drop_dead_branches(request.committed)
-        elif request.rows > 1:  # its tokens may lead down one of these branches, which _prepare_draft looks up
+        elif request.rows > 1:
+            drafted = session.has_drafted(request)  # then what the current step drafts follows
             for work in self._queue:
-                earlier = isinstance(work.request, Draft) and work.request.attempt < request.attempt
-                work.superseded = work.superseded or (work.session is session and earlier)
+                if (
+                    work.session is session
+                    and isinstance(work.request, Draft)
+                    and work.request.attempt < request.attempt
+                ):
+                    work.superseded = True
+                    work.useless = work.useless or not drafted
 
     def _repeat_reply(self, request: Request, session: Session) -> None:
         """Send the terminal reply again, for a request that arrived before. Of an unfinished one: its last Verified, if any."""

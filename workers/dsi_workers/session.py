@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 
-from dsi_protocol import FromWorker, SamplingParameters, prefix_checksum
+from dsi_protocol import Draft, FromWorker, SamplingParameters, prefix_checksum
 from dsi_workers.draft_tree import DraftTree
 
 #: The last attempts that are remembered, to detect duplicates. More than can be queued (MAX_QUEUED_REQUESTS in loop.py).
@@ -107,6 +107,16 @@ class Session:
     def holds(self, length: int, checksum: int) -> bool:
         """True if there are at least `length` tokens, and the first `length` of them have this checksum."""
         return length <= len(self.tokens) and self.checksum(length) == checksum
+
+    def has_drafted(self, request: Draft) -> bool:
+        """True if the text that `request` tells stands here already: on the main path, or on a branch of it."""
+        if not self.holds(request.base, request.base_crc):
+            return False
+        tokens, end = list(request.tokens), request.base + len(request.tokens)
+        return (
+            self.tokens[request.base : end] == tokens
+            or self.drafts.leading_to(request.base, tokens, self.tokens) is not None
+        )
 
     def write(self, base: int, tokens: Sequence[int]) -> None:
         """Write `tokens` to positions [base, base + len(tokens)). Later tokens are kept only if no written token differs.

@@ -25,10 +25,12 @@ class Work:
     busy_s: float = 0.0
     #: Of a Verify: branches to verify besides the session's tokens.
     branches: Sequence[Branch] = ()
-    #: True for a Draft after which another one arrived with a prefix of its own: the current step still ends normally, because
-    #: the later request may use its drafts. True for a Verify that was answered and goes on by itself, after which another one
-    #: arrived: the current step is not wanted any more.
+    #: True for a Draft after which another one arrived with a prefix of its own: it ends with the current step, whose drafts the
+    #: later request may use.
     superseded: bool = False
+    #: True if no step for it is of use any more, not even the current one: of such a Draft, if the later one goes on behind what
+    #: was not drafted here; of a Verify that goes on by itself, once another one arrived.
+    useless: bool = False
     #: The number of the last step in which the request took part.
     last_step: int = 0
     #: The position of the first token of the next answer to a Verify or a Score.
@@ -41,8 +43,7 @@ class Work:
         self.ahead = self.request.ahead if isinstance(self.request, Verify) else 0
 
     def wanted(self) -> bool:
-        superseded = self.superseded and isinstance(self.request, Verify)
-        return self.request.attempt > self.session.cancelled_to and not superseded
+        return self.request.attempt > self.session.cancelled_to and not self.useless
 
     def begin_task(self) -> None:
         session, request = self.session, self.request
