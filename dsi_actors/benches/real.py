@@ -60,6 +60,8 @@ def add_parser(benches: SubParsers) -> None:
         action="store_true",
         help="one more way: all the drafters, of which each generation takes the fastest",
     )
+    parser.add_argument("--layers", type=int, metavar="N", help="weaken the drafters: keep only their first N layers")
+    parser.add_argument("--chains", action="store_true", help="one more way: DSI that drafts chains, and no trees")
     add_prompt_options(parser, limit=8, max_tokens=64)
     parser.add_argument("--sp", type=int, default=1, metavar="N", help="target servers (default %(default)s)")
     add_device_options(parser)
@@ -108,13 +110,15 @@ class _Way:
     texts: dict[str, _Text] = field(default_factory=dict)
 
 
-def _ours(orchestrator: Orchestrator, algorithm: Algorithm, stop: Sequence[int], sp: int) -> _Ask:
+def _ours(
+    orchestrator: Orchestrator, algorithm: Algorithm, stop: Sequence[int], sp: int, *, rows: int | None = None
+) -> _Ask:
     async def ask(prompt: Prompt, max_tokens: int) -> _Text:
         sampling = Sampling(max_tokens=max_tokens, stop_token_ids=tuple(stop))
         processes = [*orchestrator.process_ids, os.getpid()]
         before_s = sum(map(processor_s_of, processes))
         begun_s, first_s, found = time.perf_counter(), 0.0, list[int]()
-        async with orchestrator.generate(prompt.ids, sampling, algorithm=algorithm, sp=sp) as stream:
+        async with orchestrator.generate(prompt.ids, sampling, algorithm=algorithm, sp=sp, rows=rows) as stream:
             async for tokens in stream:
                 first_s = first_s or time.perf_counter()
                 found += tokens
@@ -186,9 +190,10 @@ class _Setup:
         # Each prompt is asked several times: nothing of it may be found where it was left.
         engine = {"slots": 1, "threads": arguments.threads}
         own = {"quantization": self.kind} if self.kind else {"dtype": arguments.dtype}
+        weakened = {"layers": arguments.layers} if arguments.layers is not None else {}
         return Config(
             target=arguments.target, drafter=drafter, sp=arguments.sp, devices=devices_from(arguments), tp=arguments.tp,
-            engine=self.engine, target_options={**engine, **own}, drafter_options={**engine, "remember": False},
+            engine=self.engine, target_options={**engine, **own}, drafter_options={**engine, **weakened, "remember": False},
             ready_timeout_s=arguments.ready_timeout, log_level=arguments.log_level,
         )  # fmt: skip
 
@@ -222,6 +227,11 @@ async def _own(
         _Way(f"{setup.name}: {algorithm.upper()} {drafter}", plain, plain, _ours(each, algorithm, stop, arguments.sp))
         for each, drafter in zip(orchestrators, drafters, strict=True) for algorithm in algorithms
     ]  # fmt: skip
+    if arguments.chains:
+        ways += [
+            _Way(f"{setup.name}: DSI chains {drafter}", plain, plain, _ours(each, "dsi", stop, arguments.sp, rows=1))
+            for each, drafter in zip(orchestrators, drafters, strict=True)
+        ]
     if arguments.choose and len(drafters) > 1:
         chooses = await stack.enter_async_context(Orchestrator(setup.config(arguments, tuple(drafters))))
         ask = _ours(chooses, "dsi", stop, arguments.sp)

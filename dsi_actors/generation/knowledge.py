@@ -124,9 +124,9 @@ class Knowledge:
     def _row_share(self, kind: str) -> float:
         """What a further row adds to a step of this drafter, as a share of the step."""
         shares = [
-            max(0.0, (ready.batch_latency_us - ready.latency_us) / ready.latency_us / (ready.slots - 1))
+            max(0.0, (ready.window_latency_us - ready.latency_us) / ready.latency_us / (ready.rows - 1))
             for worker in self._drafters(kind)
-            if (ready := worker.ready) is not None and ready.latency_us and ready.slots > 1
+            if (ready := worker.ready) is not None and ready.latency_us and ready.rows > 1
         ]
         return max(shares, default=0.0)
 

@@ -173,6 +173,17 @@ def test_several_together_begin_with_what_is_known_of_the_leader() -> None:
     assert workers.knowledge.guesser(["a"], 10, 7.0).drafter_ms == 3.0
 
 
+def test_a_drafter_for_one_generation_tells_what_rows_cost_too() -> None:
+    """Before, this came from a step for several generations, and a drafter for one counted as if its rows cost nothing."""
+    workers = Workers()
+    drafter = workers.join("drafter", 20.0, kind="b")
+    assert drafter.ready is not None
+    drafter.ready = replace(drafter.ready, slots=1, batch_latency_us=20_000, window_latency_us=41_000, rows=8)
+    assert workers.knowledge.estimates().drafter_row == pytest.approx(0.15)
+    drafter.ready = replace(drafter.ready, rows=1)
+    assert workers.knowledge.estimates().drafter_row == 0
+
+
 def test_rows_are_those_that_some_drafter_can_make_and_all_targets_take() -> None:
     workers = Workers()
     targets = workers.of_role("target")

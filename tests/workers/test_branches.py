@@ -121,6 +121,11 @@ def positions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return computed
 
 
+def test_a_drafter_measures_a_step_with_all_its_rows(model: Path) -> None:
+    assert drafter(model, calibrate=True, slots=1).info.window_latency_us > 0
+    assert drafter(model, calibrate=False).info.window_latency_us == 0
+
+
 @pytest.mark.parametrize("kind", ["plain", "sliding", "library"])
 def test_the_main_path_is_the_chain_and_branches_go_on_as_chains(
     model: Path, sliding_model: Path, sampling: SamplingParameters, kind: str, request: pytest.FixtureRequest

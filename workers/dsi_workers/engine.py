@@ -60,7 +60,7 @@ class EngineInfo:
     max_length: int  # most positions of a generation, prompt included
     window: int  # positions of one verification forward; 0 for a drafter that does not say
     latency_us: int  # a verification of one position, or one drafted token; measured after warm-up, 0 if not measured
-    window_latency_us: int = 0  # a verification of a full window
+    window_latency_us: int = 0  # a verification of a full window; of a drafter, a step with `rows` rows
     slots: int = 1  # generations that the engine serves side by side
     batch_latency_us: int = 0  # a forward for all slots: a full window each, or one drafted token each
     fingerprint: int = 0  # of a target: a checksum that differs where the bits of the logits differ; 0 if not known

@@ -27,13 +27,17 @@ def measured(backend: Backend, info: EngineInfo, *, exact: bool) -> EngineInfo:
     """Return `info` with measured latencies in µs.
 
     For a target (`exact`): of a verification of one position, of a full window, and of full windows for all slots. For a
-    drafter: of one token, and of one token for each slot.
+    drafter: of one token, of a token on each of as many branches as a step may have, and of one token for each slot.
     """
-    if not exact and backend.most_drafts > 1:
-        return replace(info, latency_us=_drafted_us(backend, 1), batch_latency_us=_drafted_us(backend, backend.slots))
-    one_us = _median_us(backend, 1)
     if not exact:
-        return replace(info, latency_us=one_us, batch_latency_us=_median_us(backend, 1, backend.slots))
+        several = backend.most_drafts > 1
+        return replace(
+            info,
+            latency_us=_drafted_us(backend, 1) if several else _median_us(backend, 1),
+            window_latency_us=_median_us(backend, 1, info.rows) if info.rows > 1 else 0,
+            batch_latency_us=_drafted_us(backend, backend.slots) if several else _median_us(backend, 1, backend.slots),
+        )
+    one_us = _median_us(backend, 1)
     return replace(
         info,
         latency_us=one_us,

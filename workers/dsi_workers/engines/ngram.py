@@ -31,7 +31,7 @@ class NgramEngine(Engine):
         latency_us = max(1, round((time.perf_counter() - begun) * 1e6 / 512))
         self.info = EngineInfo(
             vocabulary="", vocabulary_size=0, max_length=1 << 20, window=0, latency_us=latency_us, slots=64,
-            batch_latency_us=latency_us * 64, rows=_MOST_ROWS,
+            window_latency_us=latency_us * _MOST_ROWS, batch_latency_us=latency_us * 64, rows=_MOST_ROWS,
         )  # fmt: skip
 
     def step(self, tasks: Sequence[Task], interrupt: Interrupt) -> None:

@@ -85,16 +85,17 @@ class TimedEngine(Engine):
             raise EngineError("options slots and chunk of the timed engine must be at least 1, and slots at most 1024")
         latency_us = round(self.latency_s * 1e6) if options.get("calibrate", True) else 0
         position_us = self._position_s * 1e6 if latency_us else 0.0
+        rows = MOST_ROWS if self._alternatives or not drafter else 1
         self.info = EngineInfo(
             vocabulary="" if options.get("any_vocabulary") else f"timed-{self.vocabulary_size}",
             vocabulary_size=0 if options.get("any_vocabulary") else self.vocabulary_size,
             max_length=1 << 20,
             window=WINDOW,
             latency_us=latency_us,
-            window_latency_us=0 if drafter else round(latency_us + position_us * (WINDOW - 1)),
+            window_latency_us=round(latency_us + position_us * ((rows if drafter else WINDOW) - 1)),
             slots=slots,
             batch_latency_us=round(latency_us + position_us * (slots * (1 if drafter else WINDOW) - 1)),
-            rows=MOST_ROWS if self._alternatives or not drafter else 1,
+            rows=rows,
             scores=not drafter,
         )
 
