@@ -1,10 +1,11 @@
 """Whether a generation speculates, and with which drafter: a bandit whose arms are measured by the time of a token. Pure.
 
-The arms are plain decoding, each kind of drafter, and all of them together. No model of costs knows what drafting takes
-from the target servers (processors, memory, turns on a GPU), and no number of a drafter's own says what it is worth: one
-that has no idea most of the time may be right whenever it has one. So each arm is judged by milliseconds per committed
-token, measured under like conditions: in the same *context*, which is the load (generations that run at a time) and the
-length of the text, both in powers of two.
+The arms are plain decoding, each kind of drafter, and all of them together. A drafter that takes turns with the target servers,
+as in SI, is an arm of its own: where processes share processors and memory, each slows the others down, and that may be faster.
+No model of costs knows what drafting takes from the target servers (processors, memory, turns on a GPU), and no number of a
+drafter's own says what it is worth: one that has no idea most of the time may be right whenever it has one. So each arm is
+judged by milliseconds per committed token, measured under like conditions: in the same *context*, which is the load
+(generations that run at a time) and the length of the text, both in powers of two.
 
 One rule holds for all arms. The first WARM_UP tokens after a change are not counted (a drafter reads the text then);
 after TRIAL counted tokens, or sooner if all its guesses are wrong, an arm is known; from then on the last MEMORY tokens
@@ -26,6 +27,8 @@ from typing import NamedTuple
 #: The arm that drafts nothing, and that of all drafters together. The others are called what the configuration calls their
 #: drafter.
 PLAIN, TOGETHER = "", "&"
+#: Behind the name of a drafter that drafts while no target server computes.
+IN_TURNS = "~"
 #: Tokens, of each generation in the context.
 WARM_UP, TRIAL, MEMORY = 8, 24, 64
 #: Guesses of a drafter that has just begun, all of them wrong, after which its trial ends. One that is right three times of
@@ -217,6 +220,8 @@ class ArmChoice:
         self.position = 0
         self.left_to_us = left_to_us
         self._never_left = never_left
+        #: Whether the drafter and the target servers shall take turns, though they could compute at the same time.
+        self.takes_turns = False
         self._here: defaultdict[str, _Arm] = defaultdict(_Arm)
         self._promised_ms = 0.0
         self._arm = drafter
@@ -227,7 +232,9 @@ class ArmChoice:
         self._wrong: int | None = 0
 
     def pays(self, drafter: str) -> bool:
-        return not self.left_to_us or drafter in self._never_left or self.arms.pays(drafter, self.position)
+        if not self.left_to_us or drafter in self._never_left or self.arms.pays(drafter, self.position):
+            return True
+        return self.takes_turns and drafter == self.drafter and self.arms.pays(drafter + IN_TURNS, self.position)
 
     @property
     def speculates(self) -> bool:
@@ -240,6 +247,18 @@ class ArmChoice:
     def first(self, drafters: Sequence[str]) -> str:
         """Of those that are there the one to begin with, in the order given where they are alike. "": there is none."""
         return min(drafters, key=self._value, default="")
+
+    def settle_turns(self, expected_ms: Callable[[], float]) -> None:
+        """Decide `takes_turns`. `expected_ms`: what a token should take in turns. That is tried only where it should be clearly
+        faster than what was measured of both at the same time, and no slower than plain decoding."""
+        both, plain_ms = self.arms.ratio(self.drafter, self.position), self.arms.plain_ms(self.position)
+        if not self.left_to_us or self.drafter == TOGETHER or not both or plain_ms <= 0:
+            self.takes_turns = False
+            return
+        turns = self.arms.ratio(self.drafter + IN_TURNS, self.position)
+        if turns or not self.takes_turns:  # else it is on trial
+            margin = 1.0 if self.takes_turns else _BETTER
+            self.takes_turns = (turns or expected_ms() / plain_ms) < min(_PAYS, margin * both)
 
     def use(self, drafter: str) -> None:
         """From now on this one drafts."""
@@ -272,7 +291,8 @@ class ArmChoice:
     def another(self, drafters: Sequence[str]) -> str | None:
         """The drafter to change to, of those that are there. None: the present one is on trial, or the best."""
         present = self.drafter
-        on_trial = self._arm == present and (self._since < WARM_UP + TRIAL or not self._here[present].known)
+        drafts = self._arm in (present, present + IN_TURNS)
+        on_trial = drafts and (self._since < WARM_UP + TRIAL or not self._here[self._arm].known)
         if self.pays(present) and on_trial:
             return None
         if self._asked is not None and self._since < self._asked + _ASK_AGAIN:
@@ -291,9 +311,10 @@ class ArmChoice:
         """What a token would take, as a multiple of plain decoding, which is what a drafter that does not pay is not used for."""
         if not self.pays(drafter):
             return 1.0
-        here, plain_ms = self._here.get(drafter), self.arms.plain_ms(self.position) or self._promised_ms
-        if here is not None and here.known and plain_ms > 0:
-            return here.mean / plain_ms
+        plain_ms = self.arms.plain_ms(self.position) or self._promised_ms
+        here = [self._here[name] for name in (drafter, drafter + IN_TURNS) if name in self._here]
+        if plain_ms > 0 and any(arm.known for arm in here):
+            return min(arm.mean for arm in here if arm.known) / plain_ms
         return self.arms.ratio(drafter, self.position)
 
 

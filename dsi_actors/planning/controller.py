@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from dsi_actors.core import Policy
 from dsi_actors.core.actions import Judged
-from dsi_actors.planning.arms import PLAIN, TOGETHER, ArmChoice, Arms, chooses_arms
+from dsi_actors.planning.arms import IN_TURNS, PLAIN, TOGETHER, ArmChoice, Arms, chooses_arms
 from dsi_actors.planning.tuner import Estimates, Guesser, Tuner
 
 
@@ -86,7 +86,7 @@ class Controller:
         if not tuner.drafting and choice.left_to_us:
             tuner.undrafted(tokens)
         if not tuner.drafting or position > self._own_from:
-            arm = choice.drafter if tuner.drafting else PLAIN
+            arm = choice.drafter + IN_TURNS * tuner.in_turns if tuner.drafting else PLAIN
             choice.committed(tokens, took_ms, arm=arm, promised_ms=self.estimates.promised_ms)
         another = choice.another(drafters) if drafts and len(drafters) > 1 else None
         self._decide()
@@ -100,4 +100,7 @@ class Controller:
         self.choice.ended()
 
     def _decide(self) -> None:
+        if self.tuner.overlaps:
+            self.choice.settle_turns(self.tuner.expected_in_turns_ms)
+        self.tuner.takes_turns = self.choice.takes_turns
         self.tuner.speculates, self.tuner.among_others = self.choice.speculates, self.choice.among_others

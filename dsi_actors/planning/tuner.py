@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from dsi_actors.core import Policy
 from dsi_actors.core.actions import Judged
 from dsi_actors.core.policy import UNLIMITED
-from dsi_actors.planning.expectation import MAX_LOOKAHEAD, Branching, CostMs
+from dsi_actors.planning.expectation import MAX_LOOKAHEAD, Branching, CostMs, expect
 from dsi_actors.planning.search import best_dsi, best_in_turns, best_si, with_rows
 
 #: Before anything was judged. Int8 copies of a target agree with it about so often, and more.
@@ -37,6 +37,8 @@ _ACCEPTANCE_STEP = 0.04
 _ALTERNATIVES_STEP = 0.1
 _ROW_STEP = 0.05
 _RATIO_STEP = 1.1
+#: Processes slow one another down if verifications take so many times as long as in plain decoding.
+_SLOWED = 1.1
 
 
 @dataclass(slots=True)
@@ -182,6 +184,10 @@ class Tuner:
         self._most_rows = rows
         #: Whether to speculate at all, and whether several drafters draft at the same time: decided elsewhere (arms.py).
         self.speculates, self.together = True, False
+        #: Whether they shall take turns although they need not: decided there, too.
+        self.takes_turns = False
+        #: Whether the policy in use was planned so.
+        self.in_turns = False
         self._drafted = _DRAFTED_PRIOR if known.drafter_ms > 0 else 0.0
         #: Whether the drafter can compute while targets do.
         self.overlaps = overlaps
@@ -207,8 +213,11 @@ class Tuner:
         return self.among_others and not self.overlaps
 
     @property
-    def _circumstances(self) -> tuple[int, bool, bool, bool, int, bool]:
-        return self.servers, self.speculates, self.overlaps, self.among_others, self.estimates.rows, self.together
+    def _circumstances(self) -> tuple[int, bool, bool, bool, int, bool, bool]:
+        return (
+            self.servers, self.speculates, self.overlaps, self.among_others, self.estimates.rows, self.together,
+            self.takes_turns,
+        )  # fmt: skip
 
     def choose(self) -> Policy:
         """The policy to begin with."""
@@ -216,8 +225,20 @@ class Tuner:
         policy = self._best()
         if self.together and policy.max_ahead:  # even if each of them drafts a chain
             policy = replace(policy, branches=UNLIMITED)
-        self._policy = policy
+        self._policy, self.in_turns = policy, self.takes_turns
         return policy
+
+    def expected_in_turns_ms(self) -> float:
+        """What a token should take if drafter and target servers took turns, and neither slowed the other down: by as much as
+        verifications take longer than in plain decoding. Infinite if they hardly do."""
+        known = self.estimates
+        if known.sharers > 1 or min(known.calibrated_ms, known.drafter_ms) <= 0:
+            return math.inf
+        slowed = known.target_ms / known.calibrated_ms
+        if slowed < _SLOWED:
+            return math.inf
+        policy = self._planned("si", 1)
+        return expect(policy, known.cost_ms, known.drafter_ms, known.acceptance, self._branching).ms_per_token / slowed
 
     def verified(
         self, positions: int, took_ms: float, *, branches: int = 0, sharers: int = 1, waited_ms: float = 0.0
@@ -304,7 +325,7 @@ class Tuner:
         if self._algorithm == "ar":
             return Policy.autoregressive()
         known, sp, fixed = self.estimates, self._sp, self._fixed
-        target_ms, window_ms = known.latencies_ms
+        target_ms, _ = known.latencies_ms
         if fixed is not None:
             policy = Policy.speculative(fixed) if self._algorithm == "si" else Policy.distributed(fixed, sp)
             policy = with_rows(policy, min(self._most_rows or 1, known.rows))
@@ -313,17 +334,28 @@ class Tuner:
             return Policy.undrafted(sp)
         if target_ms <= 0 or known.drafter_ms <= 0:  # not calibrated: begin as plain decoding does, and measure
             return Policy.speculative(1) if self._algorithm == "si" else Policy.distributed(1, sp)
-        policy = _planned(
-            self._algorithm, max(1, min(sp, self.servers)), known.window,
+        policy = self._planned(self._algorithm, max(1, min(sp, self.servers)))
+        return replace(policy, sp=1 if self._algorithm == "si" else sp)
+
+    def _planned(self, algorithm: str, sp: int) -> Policy:
+        """From the estimates, of which near ones share a plan."""
+        known = self.estimates
+        target_ms, window_ms = known.latencies_ms
+        branching = self._branching
+        return _planned(
+            algorithm, sp, known.window,
             _rounded(target_ms / known.drafter_ms), _rounded(max(target_ms, window_ms) / known.drafter_ms),
-            round(known.acceptance / _ACCEPTANCE_STEP) * _ACCEPTANCE_STEP, known.queued, self.overlaps,
+            _stepped(known.acceptance, _ACCEPTANCE_STEP), known.queued, self.overlaps and not self.takes_turns,
             Branching(
-                round(known.alternative_rate / _ALTERNATIVES_STEP) * _ALTERNATIVES_STEP,
-                min(self._most_rows or known.rows, known.rows),
-                round(known.drafter_row / _ROW_STEP) * _ROW_STEP,
+                _stepped(branching.alternatives, _ALTERNATIVES_STEP), branching.rows,
+                _stepped(branching.row_share, _ROW_STEP),
             ),
         )  # fmt: skip
-        return replace(policy, sp=1 if self._algorithm == "si" else sp)
+
+    @property
+    def _branching(self) -> Branching:
+        known = self.estimates
+        return Branching(known.alternative_rate, min(self._most_rows or known.rows, known.rows), known.drafter_row)
 
 
 def may_branch(lookahead: int | None, rows: int | None) -> bool:
@@ -341,6 +373,10 @@ def _differ(left: Estimates, right: Estimates) -> bool:
         return True
     changes = [now / lefts[-1] * rights[-1] / before for now, before in zip(lefts[:-1], rights[:-1], strict=True)]
     return not all(1 / _RATIO_STEP < change < _RATIO_STEP for change in changes)
+
+
+def _stepped(number: float, step: float) -> float:
+    return round(number / step) * step
 
 
 def _rounded(ratio: float) -> float:

@@ -66,6 +66,53 @@ def test_speculation_comes_back_if_plain_decoding_does_not_keep_its_promise_eith
     assert policy.max_ahead > 0
 
 
+def decode(controller: Controller, tokens: int, *, slowed: float, both_ms: float, turns_ms: float) -> int:
+    """So many tokens, where drafter and target slow each other down. Of these, tokens for which they took turns."""
+    tuner, turns = controller.tuner, 0
+    for _ in range(tokens):
+        in_turns = tuner.in_turns
+        turns += in_turns
+        tuner.verified(5, 40.0 * (1.0 if in_turns else slowed))
+        tuner.drafted(1, 5.0 * (1.0 if in_turns else slowed))
+        commit(controller, 1, turns_ms if in_turns else both_ms)
+        tuner.judged(Judged(accepted=9, judged=10))
+        controller.retune()
+    return turns
+
+
+SHARED = Estimates(40.0, 44.0, 8, 5.0, 40.0)
+
+
+def test_drafter_and_target_take_turns_where_they_slow_each_other_down() -> None:
+    """Two processes on two cores that read their weights at the same time: DSI took 40 ms for a token, and SI 31."""
+    arms = Arms()
+    first = with_one_drafter(SHARED, arms)
+    assert decode(first, 200, slowed=2.0, both_ms=30.0, turns_ms=16.0) > 100
+    policy = first.tuner.choose()
+    assert (policy.algorithm, policy.first_wait) == ("dsi", policy.max_ahead), (
+        "nothing is drafted during a verification"
+    )
+    first.ended()
+    assert with_one_drafter(SHARED, arms).tuner.in_turns, "others begin so"
+
+
+def test_taking_turns_is_left_where_it_keeps_no_promise() -> None:
+    controller = with_one_drafter(SHARED)
+    assert 0 < decode(controller, 400, slowed=2.0, both_ms=30.0, turns_ms=33.0) < 60
+
+
+@pytest.mark.parametrize("both_ms", [10.0, 30.0])
+def test_turns_are_not_tried_where_nothing_is_slowed_down(both_ms: float) -> None:
+    assert decode(with_one_drafter(SHARED), 400, slowed=1.05, both_ms=both_ms, turns_ms=8.0) == 0
+
+
+def test_both_at_once_is_tried_again_after_a_while() -> None:
+    controller = with_one_drafter(SHARED)
+    decode(controller, 200, slowed=2.0, both_ms=30.0, turns_ms=16.0)
+    turns = decode(controller, 2000, slowed=1.0, both_ms=10.0, turns_ms=16.0)
+    assert 300 < turns < 700
+
+
 def test_one_long_wait_does_not_end_speculation() -> None:
     controller = crowded(Arms())
     for _ in range(20):
