@@ -139,10 +139,9 @@ def _serve_one_orchestrator(
         return loaded, _serve(socket, heartbeats, config, loaded, still_needed)
     except NotNeeded as told:
         socket.try_send(Goodbye("no longer needed"))
-        farewell = told.farewell or heartbeats.farewell
-        if farewell is None and not heartbeats.gone:  # this worker was drained, or its supervisor is gone
+        if told.farewell is None and not heartbeats.gone:  # this worker was drained, or its supervisor is gone
             return loaded, False
-        return loaded, _should_wait(config, farewell, orderly=told.farewell is not None)
+        return loaded, _should_wait(config, socket, told.farewell, heartbeats)
     except Unreachable:
         return loaded, _orchestrator_gone(config, "does not receive messages any more")
     finally:
@@ -161,12 +160,14 @@ def _orchestrator_gone(config: WorkerConfig, how: str) -> bool:
     return True
 
 
-def _should_wait(config: WorkerConfig, farewell: Goodbye | None, *, orderly: bool) -> bool:
+def _should_wait(config: WorkerConfig, socket: WorkSocket, told: Goodbye | None, heartbeats: HeartbeatThread) -> bool:
     """Return whether to wait for the next orchestrator, after this one has ended. Raises WorkerError.
 
-    `farewell`: its Goodbye, or None if it ended without one. `orderly`: it sent the Goodbye unasked, not as the answer to a
+    `told`: its Goodbye, if one was read. An end is orderly if the orchestrator sent Goodbye unasked, not as the answer to a
     heartbeat.
     """
+    told = told or socket.last_goodbye()
+    orderly, farewell = told is not None, told or heartbeats.farewell
     if farewell is None:
         return _orchestrator_gone(config, "is gone")
     if not farewell.again:
@@ -313,4 +314,4 @@ def _serve(
         socket.try_send(Goodbye("done"))
         log.info("done")
         return False
-    return _should_wait(config, loop.farewell or heartbeats.farewell, orderly=loop.farewell is not None)
+    return _should_wait(config, socket, loop.farewell, heartbeats)
