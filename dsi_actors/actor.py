@@ -54,7 +54,7 @@ class Actor(ABC, Generic[M]):
 
     @property
     def has_control(self) -> bool:
-        """Whether further control messages wait."""
+        """True if the mailbox holds control messages that were not handled yet."""
         return bool(self._control)
 
     def deliver(self, message: M) -> None:

@@ -146,11 +146,15 @@ def _library(reference: LineProcess, threads: int, assist: str, stop: Sequence[i
 async def run(arguments: argparse.Namespace) -> int:
     library, llama = _library_settings(arguments.library), _llama_settings(arguments.llama_cpp)
     setups = _setups(arguments, list(dict.fromkeys(kind for kind, _ in llama)))
+    drafters = list(dict.fromkeys(arguments.drafters)) or [SELF_INT8]
+    if arguments.layers is not None and (NGRAM in drafters or any(setup.kind for setup in setups)):
+        raise ConfigError(
+            f"--layers is for models on the engine {TRANSFORMERS}: leave out --drafter {NGRAM} and --engines {LLAMA_CPP}"
+        )
     tokenizer = Tokenizer(await model_directory(arguments.target))
     prompts = read_prompts(arguments, tokenizer)
     if len(prompts) < 2:
         raise ConfigError("give at least two prompts, --limit 2: a worker that is given one again need not read it")
-    drafters = list(dict.fromkeys(arguments.drafters)) or [SELF_INT8]
     stop = tokenizer.stop_token_ids
     for setup in setups:
         for drafter in drafters:
@@ -247,7 +251,8 @@ async def _theirs(
     model = next((each.removeprefix(NGRAM_FOR) for each in drafters if each != NGRAM), "")
     device = device_name(local_devices(devices_from(arguments))[0])
     processes: dict[str, LineProcess] = {
-        dtype: ReferenceProcess(arguments.target, dtype=dtype, drafter=model, device=device) for dtype in dict(library)
+        dtype: ReferenceProcess(arguments.target, dtype=dtype, drafter=model, layers=arguments.layers, device=device)
+        for dtype in dict(library)
     }
     drafts = "" if model == SELF_INT8 else model
     processes |= {f"llama.cpp {kind}": LlamaCppProcess(arguments.target, kind, drafts) for kind in dict(llama)}

@@ -265,6 +265,8 @@ def _calibration(known: Estimates) -> str:
         return "not calibrated: latencies are measured as the generation goes"
     window = f" ({known.window_ms:.1f} for {known.window} positions)" if known.window > 1 else ""
     drafter = f", a drafted token {known.drafter_ms:.1f} ms" if known.drafter_ms > 0 else ""
+    if drafter and known.drafter_row > 0:
+        drafter += f" ({100 * known.drafter_row:.0f} % more for each branch beside it)"
     return f"calibrated: a verification takes {known.target_ms:.1f} ms{window}{drafter}"
 
 

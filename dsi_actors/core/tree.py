@@ -159,7 +159,8 @@ class DraftTree:
 
 
 def main_path_end(base: int, tokens: Sequence[int], parents: Sequence[int]) -> tuple[int, int]:
-    """Of a StartVerify: one past the last position of the main path, and how many tokens stand on branches."""
+    """Return one past the last position of the main path, and the number of tokens on branches. The arguments are those of a
+    StartVerify."""
     main = next((place for place, parent in enumerate(parents) if parent != place), len(tokens))
     return base + main, len(tokens) - main
 

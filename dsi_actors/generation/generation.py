@@ -178,7 +178,7 @@ class Generation(Actor[GenerationMessage]):
             useful = useful or (isinstance(action, Judged) and action.attempt is not None)
         if isinstance(event, VerificationFinished):
             self._account.settle(event.attempt, useful=useful)
-        # Workers are lent one after another: what to do with them is planned once all are there.
+        # The scheduler lends workers one by one. A plan is made after the last of them.
         if not (self._core.finished or self.has_control) and (policy := self._controller.retune()) is not None:
             self._log.info("policy", wait=policy.first_wait, lookahead=policy.lookahead)
             self._feed(PolicyChanged(policy))

@@ -220,7 +220,7 @@ class ArmChoice:
         self.position = 0
         self.left_to_us = left_to_us
         self._never_left = never_left
-        #: Whether the drafter and the target servers shall take turns, though they could compute at the same time.
+        #: Whether the drafter and the target servers should take turns although they could compute at the same time.
         self.takes_turns = False
         self._here: defaultdict[str, _Arm] = defaultdict(_Arm)
         self._promised_ms = 0.0
@@ -249,8 +249,8 @@ class ArmChoice:
         return min(drafters, key=self._value, default="")
 
     def settle_turns(self, expected_ms: Callable[[], float]) -> None:
-        """Decide `takes_turns`. `expected_ms`: what a token should take in turns. That is tried only where it should be clearly
-        faster than what was measured of both at the same time, and no slower than plain decoding."""
+        """Decide `takes_turns`. `expected_ms` returns the expected time of a token if the two take turns. Turns are tried only if
+        this is clearly less than what was measured without turns, and not more than plain decoding takes."""
         both, plain_ms = self.arms.ratio(self.drafter, self.position), self.arms.plain_ms(self.position)
         if not self.left_to_us or self.drafter == TOGETHER or not both or plain_ms <= 0:
             self.takes_turns = False

@@ -86,7 +86,9 @@ class Controller:
         if not tuner.drafting and choice.left_to_us:
             tuner.undrafted(tokens)
         if not tuner.drafting or position > self._own_from:
-            arm = choice.drafter + IN_TURNS * tuner.in_turns if tuner.drafting else PLAIN
+            arm = PLAIN
+            if tuner.drafting:
+                arm = choice.drafter + IN_TURNS if tuner.in_turns else choice.drafter
             choice.committed(tokens, took_ms, arm=arm, promised_ms=self.estimates.promised_ms)
         another = choice.another(drafters) if drafts and len(drafters) > 1 else None
         self._decide()

@@ -37,7 +37,7 @@ _ACCEPTANCE_STEP = 0.04
 _ALTERNATIVES_STEP = 0.1
 _ROW_STEP = 0.05
 _RATIO_STEP = 1.1
-#: Processes slow one another down if verifications take so many times as long as in plain decoding.
+#: Drafter and targets slow one another down if verifications take at least this many times as long as in plain decoding.
 _SLOWED = 1.1
 
 
@@ -184,9 +184,9 @@ class Tuner:
         self._most_rows = rows
         #: Whether to speculate at all, and whether several drafters draft at the same time: decided elsewhere (arms.py).
         self.speculates, self.together = True, False
-        #: Whether they shall take turns although they need not: decided there, too.
+        #: Whether the next plan makes drafter and targets take turns although they could overlap: decided in arms.py, too.
         self.takes_turns = False
-        #: Whether the policy in use was planned so.
+        #: Whether the plan in use does.
         self.in_turns = False
         self._drafted = _DRAFTED_PRIOR if known.drafter_ms > 0 else 0.0
         #: Whether the drafter can compute while targets do.
@@ -229,8 +229,11 @@ class Tuner:
         return policy
 
     def expected_in_turns_ms(self) -> float:
-        """What a token should take if drafter and target servers took turns, and neither slowed the other down: by as much as
-        verifications take longer than in plain decoding. Infinite if they hardly do."""
+        """Return the expected milliseconds of a token if drafter and target servers took turns.
+
+        Both are assumed to be slowed down now by the same factor: that by which verifications take longer than in plain decoding.
+        In turns they are not slowed down. Infinity if the factor is below `_SLOWED`, or not measured.
+        """
         known = self.estimates
         if known.sharers > 1 or min(known.calibrated_ms, known.drafter_ms) <= 0:
             return math.inf

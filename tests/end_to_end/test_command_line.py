@@ -558,6 +558,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, when: str) -> None:
             ["bench", "real", "--prompts", "Makefile", "--library", "int4"],
             "--library int4 is no dtype and number of threads",
         ),
+        (["bench", "real", "--prompts", "Makefile", "--drafter", "ngram", "--layers", "9"], "--layers is for models"),
         (["bench", "acceptance", "--prompts", "Makefile", "--drafter", "ngram"], "'ngram' has no distribution"),
         (
             ["bench", "acceptance", "--prompts", "Makefile", "--temperatures", "1,-1"],

@@ -8,9 +8,10 @@ import pytest
 import zmq
 
 from dsi_protocol import Goodbye, Heartbeat, encode
+from dsi_workers import connection
 from dsi_workers.connection import Address, HeartbeatThread, WorkSocket
 from dsi_workers.main import WorkerConfig, WorkerError, _should_wait
-from support.patience import wait_until
+from support.patience import limit_s, wait_until
 
 
 def test_a_refusal_is_noticed_however_early_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,8 +42,11 @@ class Gone:
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_an_end_that_the_heartbeat_thread_heard_of_first_is_orderly_all_the_same(told: bool) -> None:
-    """Both are told at the same time. A worker that read its own Goodbye later said that its orchestrator was gone."""
+def test_an_end_that_the_heartbeat_thread_heard_of_first_is_orderly_all_the_same(
+    told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The orchestrator tells both at once. A worker that read its own Goodbye later said that the orchestrator was gone."""
+    monkeypatch.setattr(connection, "_LAST_WORD_S", limit_s() if told else 0.01)
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
         port = router.bind_to_random_port("tcp://127.0.0.1")
         config = WorkerConfig(f"tcp://127.0.0.1:{port}", "cpu:0", once=True)

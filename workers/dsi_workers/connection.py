@@ -35,8 +35,8 @@ log = structlog.get_logger("dsi.worker")
 
 _SEND_TIMEOUT_MS = 100
 _RECONNECT_PATIENCE_S = 5.0
-#: How long an orchestrator's Goodbye may come after its answer to a heartbeat.
-_LAST_WORD_S = 0.2
+#: How much later than its answer to a heartbeat an orchestrator's Goodbye may be received. They come over two connections.
+_LAST_WORD_S = 1.0
 #: How long closing a socket may take to send its last message.
 _LINGER_MS = 200
 #: ZeroMQ pings the other process at this interval, and closes the connection after this time without an answer.
@@ -143,7 +143,7 @@ class WorkSocket:
     def last_goodbye(self) -> Goodbye | None:
         """Return a Goodbye that is here, or arrives within `_LAST_WORD_S`. All other messages are dropped.
 
-        For the end of an orchestrator: the heartbeat thread may hear of it before this socket is read.
+        For the end of an orchestrator. The heartbeat thread may hear of the end before this socket is read.
         """
         deadline_s = time.monotonic() + _LAST_WORD_S
         while (left_s := deadline_s - time.monotonic()) > 0 and (message := self.receive(left_s)) is not None:

@@ -196,7 +196,7 @@ class WorkerLoop:
         if request.start > request.base + len(request.tokens):
             session.drafts.drop_dead_branches(request.committed)
         elif request.rows > 1:
-            drafted = session.has_drafted(request)  # then what the current step drafts follows
+            drafted = session.has_drafted(request)  # then the current step drafts what follows these tokens
             for work in self._queue:
                 if (
                     work.session is session

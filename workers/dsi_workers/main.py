@@ -166,7 +166,8 @@ def _should_wait(config: WorkerConfig, socket: WorkSocket, told: Goodbye | None,
     `told`: its Goodbye, if one was read. An end is orderly if the orchestrator sent Goodbye unasked, not as the answer to a
     heartbeat.
     """
-    told = told or socket.last_goodbye()
+    if told is None and heartbeats.farewell is not None:  # else the orchestrator is silent, and tells nothing any more
+        told = socket.last_goodbye()
     orderly, farewell = told is not None, told or heartbeats.farewell
     if farewell is None:
         return _orchestrator_gone(config, "is gone")

@@ -109,7 +109,7 @@ class Session:
         return length <= len(self.tokens) and self.checksum(length) == checksum
 
     def has_drafted(self, request: Draft) -> bool:
-        """True if the text that `request` tells stands here already: on the main path, or on a branch of it."""
+        """True if the main path, or a branch of it, holds the tokens of `request` already."""
         if not self.holds(request.base, request.base_crc):
             return False
         tokens, end = list(request.tokens), request.base + len(request.tokens)

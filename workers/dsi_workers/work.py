@@ -25,11 +25,11 @@ class Work:
     busy_s: float = 0.0
     #: Of a Verify: branches to verify besides the session's tokens.
     branches: Sequence[Branch] = ()
-    #: True for a Draft after which another one arrived with a prefix of its own: it ends with the current step, whose drafts the
-    #: later request may use.
+    #: True for a Draft after which another one arrived with a prefix of its own. The earlier Draft ends after the current step,
+    #: because the later one may use what this step drafts.
     superseded: bool = False
-    #: True if no step for it is of use any more, not even the current one: of such a Draft, if the later one goes on behind what
-    #: was not drafted here; of a Verify that goes on by itself, once another one arrived.
+    #: True if even the current step is of no use, and is aborted. A Draft is useless if the later one goes on behind tokens that
+    #: were not drafted here. A Verify that goes on by itself is useless once another Verify arrived.
     useless: bool = False
     #: The number of the last step in which the request took part.
     last_step: int = 0
