@@ -152,14 +152,15 @@ class Workforce(Actor[WorkforceMessage]):
                 self._drop(worker, Goodbye(reason))
 
     def say_goodbye(self) -> bool:
-        """Dismiss all workers. Returns whether a worker that is ready was still connected.
+        """Dismiss all workers. Returns whether a worker that reads its messages was still connected: one that is ready, or that
+        fetches its model. One that loads reads nothing meanwhile.
 
         Dismiss such a worker again after a pause: when the socket closes, messages that the worker has not read may be lost.
         """
         self._goodbye_said = True
         farewell = Goodbye("the orchestrator ends", again=True)
         there = [worker for worker in self.workers if self._send(worker.identity, farewell)]
-        return any(worker.ready is not None for worker in there)
+        return any(worker.ready is not None or worker.preparing for worker in there)
 
     def on_stop(self) -> None:
         self.say_goodbye()

@@ -19,7 +19,7 @@ from dsi_actors.host.devices import cores
 from dsi_actors.models import resolve_model
 from dsi_actors.workforce.members import Member
 from dsi_actors.workforce.worker_handle import WorkerHandle
-from dsi_protocol import FromWorker, Hello, Message, Preparing, Welcome
+from dsi_protocol import FromWorker, Goodbye, Hello, Message, Preparing, Welcome
 from support.engines import make_tiny_model
 from support.fake_worker import FakeWorker, running, silent
 from support.hub import LoopbackHub
@@ -260,3 +260,21 @@ async def test_each_preparing_starts_the_clock_again(tmp_path: Path) -> None:
         assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=limit_s())
     assert [done for what, done in reported if "fetching a model" in what] == [0.25, 0.5, 0.75]
     assert since_s[0] < since_s[1] < since_s[2] == since_s[3]
+
+
+class StillPreparing(FakeWorker):
+    """Prepares its model, and stays when it is told to go."""
+
+    def _react(self, message: Message) -> Iterable[FromWorker]:
+        return [Preparing("preparing a model", 0)] if isinstance(message, Welcome) else ()
+
+
+async def test_a_worker_that_prepares_its_model_is_dismissed_until_it_leaves(tmp_path: Path) -> None:
+    """What it has not read when the socket closes is lost, and it may look for messages only now and then."""
+    config = timed_config(listen=f"ipc://{tmp_path}/dsi.sock")
+    worker = StillPreparing("target", silent)
+    async with patience(), running(config.listen or "", worker):
+        async with dsi_actors.Orchestrator(config) as orchestrator:
+            await until(lambda: orchestrator.preparing == 1)
+        # One that is not waited for is told twice: at the beginning of the end, and when the socket closes.
+        await until(lambda: sum(isinstance(message, Goodbye) for message in worker.heard) > 2)

@@ -8,9 +8,10 @@ from typing import cast
 
 import pytest
 
-from dsi_protocol import Message
+from dsi_protocol import Goodbye, Message, Preparing
 from dsi_workers.connection import WorkSocket
-from dsi_workers.prepare_models import _Preparing
+from dsi_workers.models.files import unreported
+from dsi_workers.prepare_models import NotNeeded, _Preparing
 from support.engines import make_tiny_model
 from support.hub import LoopbackHub
 
@@ -42,3 +43,25 @@ def test_the_end_of_a_fetch_is_reported_though_nobody_looked(tmp_path: Path, mon
         directory = preparing.directory_of(NAME)
     assert Path(directory, "model.safetensors").is_file()
     assert reported[-1] == (f"fetching {NAME}", 1.0)
+
+
+class Dismissing(LateSocket):
+    """Has a Goodbye from the beginning."""
+
+    def __init__(self) -> None:
+        self.sent: list[Message] = []
+
+    def receive(self, timeout_s: float = 0.0) -> Message | None:
+        return Goodbye("the orchestrator ends", again=True)
+
+    def try_send(self, message: Message) -> bool:
+        self.sent.append(message)
+        return True
+
+
+def test_a_worker_says_that_it_prepares_its_model_before_the_process_that_does_says_anything() -> None:
+    """Until then its orchestrator takes it for one that loads, reads nothing, and need not be waited for."""
+    socket = Dismissing()
+    with pytest.raises(NotNeeded):
+        _Preparing(cast(WorkSocket, socket), lambda: True, unreported).directory_of(NAME)
+    assert socket.sent == [Preparing(f"preparing {NAME}", 0)]

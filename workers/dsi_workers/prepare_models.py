@@ -73,6 +73,8 @@ class _Preparing:
         """Fetch or convert the model, merge the adapter, and return the directory. Raises ModelError and NotNeeded."""
         if not adapter and is_ready(Path(reference)):
             return reference
+        # At once: an orchestrator that ends waits for workers that prepare, since they obey Goodbye, and not for those that load.
+        self._send_progress({"what": f"preparing {reference}", "done": None, "detail": ""})
         words = [f"--adapter={adapter}"] if adapter else []
         words += ["--tokenizer-only"] if tokenizer_only else []
         with subprocess.Popen(

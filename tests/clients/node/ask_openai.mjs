@@ -26,7 +26,7 @@ const called = await client.chat.completions.create({
 });
 City.parse(JSON.parse(called.choices[0].message.tool_calls[0].function.arguments));
 
-const last = await client.responses.stream({ model, input: "Say hello.", max_output_tokens: 8 }).finalResponse();
+const last = await client.responses.stream({ model, input: "Say hello.", max_output_tokens: 8, temperature: 0 }).finalResponse();
 assert.ok(last.output_text);
 
 // A client that leaves: the iteration ends, and the connection with it.

@@ -13,7 +13,7 @@ class City(BaseModel, extra="forbid"):
     capital: bool
 
 
-asked = {"model": "openai/tiny", "api_base": sys.argv[1], "api_key": "any", "max_tokens": 100}
+asked = {"model": "openai/tiny", "api_base": sys.argv[1], "api_key": "any", "max_tokens": 100, "temperature": 0}
 chat = [{"role": "user", "content": "Say hello."}]
 assert litellm.completion(messages=chat, **asked).choices[0].message.content
 assert len([*litellm.completion(messages=chat, stream=True, **asked)]) > 2

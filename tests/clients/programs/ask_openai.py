@@ -33,7 +33,7 @@ assert len(batch.choices) == 2
 assert isinstance(
     client.responses.parse(model=model, input="A city.", text_format=City, max_output_tokens=60).output_parsed, City
 )
-with client.responses.stream(model=model, input="Say hello.", max_output_tokens=8) as events:
+with client.responses.stream(model=model, input="Say hello.", max_output_tokens=8, temperature=0) as events:
     response = [event for event in events][-1].response
     assert response.output_text
 form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": [1, 2]}}}
