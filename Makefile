@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PROMPT ?= Explain in two sentences why the sky is blue.
 
-# What has libraries use the kernels of a processor with AVX2 only. Each chooses by itself: torch, oneDNN, FBGEMM, MKL, OpenBLAS.
-AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell
+# What has libraries use the kernels of a processor with AVX2 only. Each chooses by itself: torch, oneDNN, FBGEMM, MKL, OpenBLAS,
+# Numba.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 OPENBLAS_CORETYPE=Haswell \
+    NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=+avx,+avx2,+fma,+f16c,+bmi,+bmi2
 TESTS ?= tests
 # Most tests wait for processes that start: more than one at a time for each core keeps two cores busy.
 JOBS ?= 3

@@ -122,7 +122,7 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--set", action="append", default=[], metavar="ROLE.KEY=VALUE", dest="settings",
-        help="any option of the engine, such as target.graphs=false or drafter.quantization=none; may be repeated",
+        help="any option of the engine, such as target.kernels=false or drafter.quantization=none; may be repeated",
     )  # fmt: skip
     parser.add_argument(
         "--no-calibration", action="store_false", dest="calibrate",

@@ -72,10 +72,10 @@ def test_devices_are_listed_repeated_or_counted(words: list[str], devices: tuple
 
 def test_engine_options_are_set_by_name() -> None:
     words = [
-        "--slots", "3", "--set", "target.graphs=false", "--set", "drafter.window=16", "--set", "target.dtype=float16"
+        "--slots", "3", "--set", "target.kernels=false", "--set", "drafter.window=16", "--set", "target.dtype=float16"
     ]  # fmt: skip
     config = config_from(parsed(*words))
-    assert config.target_options == {"slots": 3, "graphs": False, "dtype": "float16"}
+    assert config.target_options == {"slots": 3, "kernels": False, "dtype": "float16"}
     assert config.drafter_options == {"slots": 3, "window": 16}
 
 
@@ -84,7 +84,7 @@ def test_engine_options_are_set_by_name() -> None:
     [
         (["--gpus", "0"], "--gpus 0: give a number from 1 to 64"),
         (["--gpus", "2", "--gpu", "cpu"], "both say where workers run"),
-        (["--set", "graphs=false"], "--set graphs=false: write target.KEY=VALUE or drafter.KEY=VALUE"),
+        (["--set", "kernels=false"], "--set kernels=false: write target.KEY=VALUE or drafter.KEY=VALUE"),
         (
             ["--set", "target.graph=false"],
             "the engine transformers has no option graph; it has adapter, calibrate, dtype",

@@ -174,7 +174,7 @@ async def test_the_drafter_in_javascript_drafts_for_a_real_generation(
 ) -> None:
     for name in ("_LATE_S", "_LATE_UNKNOWN_S"):  # SI waits for its drafts, however slow the machine is
         monkeypatch.setattr(f"dsi_actors.generation.draft_timeout.{name}", 600.0)
-    model = make_tiny_model(tmp_path / "tiny")
+    model = make_tiny_model(tmp_path / "tiny", words=48)
     config = dsi_actors.Config(
         target=str(model), drafter="ngram", listen=f"ipc://{tmp_path}/dsi.sock", devices=("cpu",), sp=1
     )

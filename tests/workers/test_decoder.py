@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from dsi_workers.backend import Run
 from dsi_workers.checkpoints.checkpoint import read_checkpoint
 from dsi_workers.checkpoints.library import TransformersDecoder
 from dsi_workers.checkpoints.load import load_model
+from dsi_workers.decoding.cpu.decoder import CpuDecoder
 from dsi_workers.decoding.decoder import Decoder
 from dsi_workers.decoding.forward import ComputesLogits, Forward
 from dsi_workers.decoding.quantization import quantize_int8
 from dsi_workers.models.files import ModelError
 
 SHAPE: dict[str, Any] = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256,
 }  # fmt: skip
 TOKENS = [7 * place % 90 for place in range(40)]
@@ -40,8 +42,17 @@ KINDS: list[tuple[str, dict[str, Any], bool]] = [
     ("mistral", {"sliding_window": 8}, False),
     ("qwen2", {}, True),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, False),
-    ("qwen3", {"head_dim": 16}, True),
+    ("qwen3", {"head_dim": 32}, True),
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in a worker. With more, torch's operations compute all."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def made(directory: Path, kind: str, **more: Any) -> Any:
@@ -54,8 +65,8 @@ def made(directory: Path, kind: str, **more: Any) -> Any:
     return model
 
 
-def loaded(directory: Path, **more: str) -> tuple[ComputesLogits, Any]:
-    options: dict[str, Any] = {"dtype": "float32", "quantization": "none", **more}
+def loaded(directory: Path, **more: Any) -> tuple[ComputesLogits, Any]:
+    options: dict[str, Any] = {"dtype": "float32", "quantization": "none", "kernels": False, **more}
     found = load_model(directory, torch.device("cpu"), reference="made", rows=8, most_positions=256, **options)
     return found.decoder, found.config
 
@@ -88,6 +99,9 @@ def test_logits_are_the_librarys(
     assert isinstance(decoder, Decoder)
     torch.testing.assert_close(logits_of(decoder, config), expected, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(logits_of(decoder, config, read_step=1), expected, rtol=1e-3, atol=1e-3)
+    by_kernels, config = loaded(tmp_path, kernels=True)
+    assert isinstance(by_kernels, CpuDecoder)
+    torch.testing.assert_close(logits_of(by_kernels, config), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("kind", "more"), [("gemma", {"head_dim": 8}), ("stablelm", {})])
@@ -109,15 +123,15 @@ def test_a_model_whose_logits_come_out_otherwise_stays_with_the_library(
     assert isinstance(loaded(tmp_path)[0], TransformersDecoder)
 
 
-@pytest.mark.parametrize("kind", ["llama", "stablelm"])
+@pytest.mark.parametrize(("kind", "kernels"), [("llama", False), ("llama", True), ("stablelm", False)])
 @torch.inference_mode()
-def test_int8_is_near(kind: str, tmp_path: Path) -> None:
+def test_int8_is_near(kind: str, kernels: bool, tmp_path: Path) -> None:
     model = made(tmp_path, kind)
     expected = model(torch.tensor([TOKENS])).logits[0]
-    decoder, config = loaded(tmp_path, quantization="int8")
+    decoder, config = loaded(tmp_path, quantization="int8", kernels=kernels)
     found = logits_of(decoder, config, read_step=1)
     assert not torch.equal(found, expected)
-    assert (found - expected).norm() < 0.1 * expected.norm()
+    assert (found - expected).norm() < 0.2 * expected.norm()
 
 
 def test_the_library_is_not_imported_for_a_model_that_does_not_need_it(tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def test_a_device_that_sums_by_what_it_reads_has_all_of_the_cache_read(
     def by_chance(query: Any, *arguments: Any, **more: Any) -> Any:
         return plain(query, *arguments, **more) * (1 + chance.random() / 1e3)
 
-    words: dict[str, Any] = {"role": "target", "device": "cpu:0", "options": {"max_length": 512}}
+    words: dict[str, Any] = {"role": "target", "device": "cpu:0", "options": {"max_length": 512, "kernels": False}}
     monkeypatch.setenv("DSI_CACHE", str(tmp_path / "by length"))
     monkeypatch.setattr(functional, "scaled_dot_product_attention", by_length)
     engine = load_engine("transformers", model=str(tiny_model), **words)
@@ -263,7 +263,13 @@ def test_a_device_that_computes_a_prompt_by_chance_is_refused(
     monkeypatch.setenv("DSI_CACHE", str(tmp_path))
     monkeypatch.setattr(functional, "scaled_dot_product_attention", by_chance)
     with pytest.raises(EngineError, match="gives different bits when it computes the same tokens again"):
-        load_engine("transformers", role="target", model=str(tiny_model), device="cpu:0", options={"max_length": 512})
+        load_engine(
+            "transformers",
+            role="target",
+            model=str(tiny_model),
+            device="cpu:0",
+            options={"max_length": 512, "kernels": False},
+        )
 
 
 def test_a_device_that_sums_by_place_attends_to_each_position_by_itself(
@@ -280,7 +286,7 @@ def test_a_device_that_sums_by_place_attends_to_each_position_by_itself(
 
     monkeypatch.setenv("DSI_CACHE", str(tmp_path))
     monkeypatch.setattr(functional, "scaled_dot_product_attention", by_place)
-    options = {"max_length": 512, "window": 8}
+    options = {"max_length": 512, "window": 8, "kernels": False}
     first, again = (
         load_engine("transformers", role="target", model=str(tiny_model), device="cpu:0", options=options) for _ in "12"
     )
@@ -302,7 +308,11 @@ def test_a_device_that_sums_by_place_attends_to_each_position_by_itself(
 
 def test_a_drafter_on_a_cpu_is_int8_unless_told_otherwise(tiny_model: Path) -> None:
     def layers(role: str, **options: Any) -> set[type]:
-        words: dict[str, Any] = {"role": role, "device": "cpu:0", "options": {"calibrate": False, **options}}
+        words: dict[str, Any] = {
+            "role": role,
+            "device": "cpu:0",
+            "options": {"calibrate": False, "kernels": False, **options},
+        }
         engine = load_engine("transformers", model=str(tiny_model), **words)
         return {type(layer) for layer in torch_backend(engine).forward.linear_layers()}
 
@@ -518,7 +528,7 @@ def test_jitter_is_drawn_for_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> N
         ({"name": "transformers", "model": "tiny", "device": "cuda:7"}, "there is no GPU 7"),
         (
             {"name": "transformers", "model": "tiny", "options": {"window": 0}},
-            r"window must be a whole number in \[1, 128\], not 0",
+            r"window must be a whole number in \[1, 64\], not 0",
         ),
         ({"name": "transformers", "model": "tiny", "role": "boss"}, "unknown role 'boss'"),
         ({"name": "transformers", "model": "tiny", "options": {"dtype": "int3"}}, "unknown dtype 'int3'"),

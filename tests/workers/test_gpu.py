@@ -279,7 +279,7 @@ def engine_on_a_gpu(monkeypatch: pytest.MonkeyPatch, directory: Path, role: str,
     if not GPU:
 
         def load_by_kernels(*arguments: Any, **more: Any) -> Any:
-            found = load_model(*arguments, **more)
+            found = load_model(*arguments, **{**more, "kernels": False})
             assert isinstance(found.decoder, Decoder)
             return replace(found, decoder=with_gpu_kernels(found.decoder, prompt_chunk=128))  # else minutes, too
 

@@ -173,7 +173,7 @@ def forwards(
     make(directory, replace(KINDS[kind], settings={**KINDS[kind].settings, **small}))
     found = load_model(
         directory, DEVICE, reference="made", dtype="auto", quantization="none", rows=8, most_positions=CAPACITY,
-        graphs=False,
+        kernels=False,
     )  # fmt: skip
     assert isinstance(found.decoder, Decoder)
     by_kernels = GpuDecoder(found.decoder, prompt_chunk=128)

@@ -44,7 +44,7 @@ def decoder(directory: Path, monkeypatch: pytest.MonkeyPatch, sliding_window: in
     monkeypatch.setattr("dsi_workers.checkpoints.load.pack", lambda linear, rows: linear)
     model = make_tiny_model(directory, words=WORDS, sliding_window=sliding_window, positions=1 << 16)
     found = load_model(
-        model, DEVICE, reference="tiny", dtype="auto", quantization="none", rows=8, most_positions=1 << 16, graphs=False
+        model, DEVICE, reference="tiny", dtype="auto", quantization="none", rows=8, most_positions=1 << 16, kernels=False
     )  # fmt: skip
     assert isinstance(found.decoder, Decoder)
     return found.decoder, found.config

@@ -112,7 +112,7 @@ def test_more_layers_than_config_json_says(model: Path) -> None:
 def test_tied_weights_and_old_buffers_are_no_fault(model: Path) -> None:
     def tie(weights: Weights) -> None:
         del weights["lm_head.weight"]
-        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
 
     configure(model, tie_word_embeddings=True)
     change(model, tie)

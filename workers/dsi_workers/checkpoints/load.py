@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 import torch
@@ -25,6 +25,9 @@ from dsi_workers.decoding.ranks import Ranks
 from dsi_workers.decoding.share import Share
 from dsi_workers.engine import EngineError
 from dsi_workers.models.files import ModelError, first_line
+
+if TYPE_CHECKING:
+    from dsi_workers.decoding.cpu.decoder import CpuDecoder
 
 log = structlog.get_logger("dsi.engine")
 
@@ -81,7 +84,7 @@ def load_model(
     quantization: str,
     rows: int,
     most_positions: int,
-    graphs: bool = True,
+    kernels: bool = True,
     exact: bool = True,
     layers: OptionValue | None = None,
     ranks: Ranks | None = None,
@@ -89,8 +92,8 @@ def load_model(
     """Load the model in `directory`.
 
     `reference`: the model's name in error messages. `rows`: the usual number of rows of a product, for packing weights.
-    `most_positions`: an upper limit for the length of a generation. `graphs`: on a GPU, use our own kernels, recorded as CUDA
-    graphs. `exact`: the bits of the logits matter, as for a target. `layers`: keep only so many of the model's layers, the first
+    `most_positions`: an upper limit for the length of a generation. `kernels`: use our own kernels, for a GPU or a CPU.
+    `exact`: the bits of the logits matter, as for a target. `layers`: keep only so many of the model's layers, the first
     ones. `ranks`: the group among which the weights are divided; None: this process has all of them.
 
     Raises EngineError and ModelError.
@@ -100,6 +103,17 @@ def load_model(
 
     def convert(linear: nn.Linear) -> nn.Module:
         return quantize_int8(linear) if int8 else pack(linear, rows)
+
+    def finish(decoder: Decoder) -> ComputesLogits:
+        """Lay out the weights of our own layers for the kernels that shall compute with them."""
+        for_cpu = _kernels_for_cpu(decoder) if kernels else None
+        if for_cpu is not None:
+            return for_cpu(decoder, int8=int8)
+        decoder.replace_linear_layers(convert)
+        if exact:
+            _choose_block_rows(decoder)
+        on_gpu = kernels and decoder.is_whole and device.type == "cuda"
+        return with_gpu_kernels(decoder, exact=exact) if on_gpu else decoder
 
     with _as_engine_error(reference):
         share = Share() if ranks is None else ranks.share
@@ -111,7 +125,7 @@ def load_model(
             )
         if checkpoint is None:
             loaded = _load_with_transformers(
-                directory, device, reference, number_type, most_positions, convert, layers, exact
+                directory, device, reference, number_type, most_positions, convert, finish, layers, exact
             )
         else:
             keep_layers(checkpoint.config, layers, reference)
@@ -120,11 +134,24 @@ def load_model(
                 decoder = Decoder(
                     checkpoint.weights, checkpoint.config, *checkpoint.rope(positions, number_type), ranks
                 )
-                decoder.replace_linear_layers(convert)
-            loaded = Loaded(decoder, checkpoint.config, positions)
-    if graphs and share.degree == 1 and device.type == "cuda" and isinstance(loaded.decoder, Decoder):
-        return replace(loaded, decoder=with_gpu_kernels(loaded.decoder, exact=exact))
+                loaded = Loaded(finish(decoder), checkpoint.config, positions)
     return loaded
+
+
+def _kernels_for_cpu(decoder: Decoder) -> type[CpuDecoder] | None:
+    """The class of decoders with our own CPU kernels, or None where they do not work or would not pay."""
+    try:
+        from dsi_workers.decoding.cpu.decoder import CpuDecoder, can_compute
+        from dsi_workers.decoding.cpu.products import check_products
+
+        if not can_compute(decoder):
+            return None
+        check_products()
+    except Exception as error:  # Numba is missing, or cannot compile for this processor
+        reason = f"{type(error).__name__}: {error}"[:300]
+        log.warning("the CPU kernels do not work here: forward passes take twice as long", reason=reason)
+        return None
+    return CpuDecoder
 
 
 def with_gpu_kernels(decoder: Decoder, *, exact: bool = True, prompt_chunk: int = GPU_PROMPT_CHUNK) -> ComputesLogits:
@@ -148,7 +175,7 @@ def with_gpu_kernels(decoder: Decoder, *, exact: bool = True, prompt_chunk: int 
 
 def _load_with_transformers(
     directory: Path, device: torch.device, reference: str, dtype: torch.dtype, most_positions: int, convert: Any,
-    layers: OptionValue | None, exact: bool,
+    finish: Callable[[Decoder], ComputesLogits], layers: OptionValue | None, exact: bool,
 ) -> Loaded:  # fmt: skip
     # Importing transformers takes seconds, so only models that need it import it.
     from dsi_workers.checkpoints.compatibility import position_limit, refuse_if_not_rewindable
@@ -179,10 +206,7 @@ def _load_with_transformers(
     decoder = as_decoder(model, config, positions, library.blocks)
     tolerance = (_TOLERANCE if library.blocks is None else _OTHER_TEXT)[dtype]
     if decoder is not None and (logits(decoder) - ours).norm() <= tolerance * ours.norm():
-        decoder.replace_linear_layers(convert)
-        if exact:
-            _choose_block_rows(decoder)
-        return Loaded(decoder, config, positions)
+        return Loaded(finish(decoder), config, positions)
     library.replace_linear_layers(convert, exact=exact)
     return Loaded(library, config, positions)
 

@@ -94,6 +94,8 @@ class Decoder:
         The matrices of linear layers are removed from `weights`, so that they can be freed once they are laid out anew.
         """
         self._ranks: Ranks = Alone() if ranks is None else ranks
+        #: This process has all of the weights.
+        self.is_whole = ranks is None
         self.embedding = weights["model.embed_tokens.weight"]
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self.prompt_chunk = prompt_chunk_of(self.device.type)

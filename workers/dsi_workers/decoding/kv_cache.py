@@ -37,25 +37,32 @@ class SlotLayer:
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> SegmentTensors:
         """Store the new keys and values, one segment after another, and yield what each segment reads.
 
-        key_states, value_states: [1, kv_heads, rows, dim]. `SlotCache.segments` says where each row is stored. A branch is
-        written over the slot's own path, so that attention reads one tensor as for a chain. What the branch overwrites is put
-        back after the branch's last segment.
+        key_states, value_states: [1, kv_heads, rows, dim]. `SlotCache.segments` says where each row is stored.
         """
-        begin, overwritten = 0, list[tuple[torch.Tensor, torch.Tensor]]()
         if self._storage is None:
             self.tensors(key_states, value_states)
+        for rows, segment in self.segments():
+            written = slice(segment.position, segment.position + segment.width)
+            keys, values = self._of_slot[segment.slot]
+            keys[:, :, written].copy_(key_states[:, :, rows])
+            values[:, :, written].copy_(value_states[:, :, rows])
+            yield rows, keys[:, :, : segment.readable], values[:, :, : segment.readable]
+
+    def segments(self) -> Iterator[tuple[slice, Segment]]:
+        """Yield each segment with its rows. Store its keys and values before you ask for the next one.
+
+        A branch is written over the slot's own path, so that attention reads one tensor as for a chain. What the branch
+        overwrites is put back after the branch's last segment.
+        """
+        begin, overwritten = 0, list[tuple[torch.Tensor, torch.Tensor]]()
         for segment in self._cache.segments:
             if segment.fork is None or segment.fork == segment.position:
                 _put_back(overwritten)
-            rows = slice(begin, begin := begin + segment.width)
-            written = slice(segment.position, segment.position + segment.width)
-            keys, values = self._of_slot[segment.slot]
-            for tensor, states in ((keys, key_states), (values, value_states)):
-                place = tensor[:, :, written]
-                if segment.fork is not None:
-                    overwritten.append((place, place.clone()))
-                place.copy_(states[:, :, rows])
-            yield rows, keys[:, :, : segment.readable], values[:, :, : segment.readable]
+            if segment.fork is not None:
+                written = slice(segment.position, segment.position + segment.width)
+                places = [tensor[:, :, written] for tensor in self._of_slot[segment.slot]]
+                overwritten += [(place, place.clone()) for place in places]
+            yield slice(begin, begin := begin + segment.width), segment
         _put_back(overwritten)
 
     def tensors(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

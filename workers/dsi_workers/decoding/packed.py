@@ -66,6 +66,10 @@ class Masks:
         """The sliding window of a layer of this kind, in positions. 0 if the layer reads all positions."""
         return self.sliding_window if kind == "sliding_attention" or not self._kinds else 0
 
+    def chunk_of(self, kind: str) -> int:
+        """The chunk of a layer of this kind, in positions. 0 if the layer reads other chunks, too."""
+        return self.chunk if kind == "chunked_attention" else 0
+
     def needs_no_mask(self, packed: PackedBatch) -> bool:
         """True if every segment is one row, and that row may read all positions in [0, readable)."""
         return not (self.sliding_window or self.chunk) and all(

@@ -20,7 +20,7 @@ _FEW_ROWS = 8
 _TINY = 1e-30
 #: The largest absolute value of a weight, with 8 bits and with 7. The sum of two products of an input (at most 255) and a weight
 #: of 7 bits fits in 16 bits.
-_EIGHT_BITS, _SEVEN_BITS = 127, 64
+EIGHT_BITS, _SEVEN_BITS = 127, 64
 
 
 class DynamicInt8Linear(nn.Module):
@@ -41,7 +41,7 @@ class DynamicInt8Linear(nn.Module):
         torch.backends.quantized.engine = "fbgemm"  # for one row, faster than torch's automatic choice
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach().float()
-        scales = _scales(weight, _SEVEN_BITS if _int16_sums_saturate() else _EIGHT_BITS).double()
+        scales = scales_of(weight, _SEVEN_BITS if _int16_sums_saturate() else EIGHT_BITS).double()
         with warnings.catch_warnings():
             # Quantized tensors are deprecated in torch, but this kernel takes its weights as one.
             warnings.simplefilter("ignore")
@@ -70,7 +70,7 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach().float()
-        scale = _scales(weight, _EIGHT_BITS)
+        scale = scales_of(weight, EIGHT_BITS)
         self.weight: torch.Tensor
         self.scale: torch.Tensor
         self.bias: torch.Tensor | None
@@ -83,7 +83,7 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def _scales(weight: torch.Tensor, largest: int) -> torch.Tensor:
+def scales_of(weight: torch.Tensor, largest: int) -> torch.Tensor:
     """The scale of each row [out]: the row's largest weight becomes `largest` in int8.
 
     abs() is avoided: it would copy all weights, which takes half a second when a small model starts.
@@ -99,7 +99,7 @@ def _int16_sums_saturate() -> bool:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ones = torch.quantize_per_tensor(torch.ones(16, 64), 1 / _EIGHT_BITS, 0, torch.qint8)
+        ones = torch.quantize_per_tensor(torch.ones(16, 64), 1 / EIGHT_BITS, 0, torch.qint8)
     weight = torch.ops.quantized.linear_prepack(ones, None)
     sums = torch.ops.quantized.linear_dynamic.default(torch.ones(1, 64), weight)
     return bool((sums < 0.9 * 64).any())

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 import platform
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -35,6 +36,16 @@ def keep_trial(facts: Iterable[str], found: Mapping[str, object]) -> None:
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as written:
             json.dump(found, written)
         Path(written.name).replace(file)
+
+
+def directory_for(kind: str) -> Path | None:
+    """A directory in the user's cache for what is made at the first use. None: nothing can be kept on this machine."""
+    try:
+        directory = cache_directory() / kind
+        directory.mkdir(parents=True, exist_ok=True)
+    except (OSError, ModelError):
+        return None
+    return directory if os.access(directory, os.W_OK) else None
 
 
 def _file(facts: Iterable[str]) -> Path:

@@ -17,7 +17,19 @@ from dsi_workers.decoding.trial_cache import keep_trial, read_trial
 from dsi_workers.decoding.widths import Widths
 
 #: Prefixes of environment variables that influence which kernels the libraries choose.
-_KERNEL_VARIABLES = ("ATEN_", "CUBLAS_", "CUDA_", "DNNL_", "FBGEMM_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "TORCH_")
+_KERNEL_VARIABLES = (
+    "ATEN_",
+    "CUBLAS_",
+    "CUDA_",
+    "DNNL_",
+    "FBGEMM_",
+    "KMP_",
+    "MKL_",
+    "NUMBA_",
+    "OMP_",
+    "ONEDNN_",
+    "TORCH_",
+)
 
 
 def widths_tried(

@@ -13,10 +13,9 @@ from dsi_protocol import OptionValue
 from dsi_workers.backend import Run
 from dsi_workers.checkpoints.load import Loaded
 from dsi_workers.checkpoints.sizes import MEMORY_SHARE
-from dsi_workers.decoding.capacity import prompt_chunk_of
+from dsi_workers.decoding.capacity import MOST_RUN_ROWS, prompt_chunk_of
 from dsi_workers.decoding.device import keep_freed_memory, torch_device
 from dsi_workers.decoding.forward import Forward
-from dsi_workers.decoding.gpu import MOST_RUN_ROWS
 from dsi_workers.decoding.torch_backend import TorchBackend
 from dsi_workers.decoding.width_cache import widths_tried
 from dsi_workers.decoding.widths import Trial, Widths
@@ -34,8 +33,6 @@ from dsi_workers.models.resolve import resolve_model
 log = structlog.get_logger("dsi.engine")
 
 _MOST_SLOTS = 1024
-#: Positions of a window. On a GPU a longer run is computed like a chunk of a prompt, and would have other bits.
-_MOST_WINDOW = {"cpu": 128, "cuda": MOST_RUN_ROWS}
 #: A drafting step has at most 8 rows of one generation: on a CPU each costs nearly as much as the first, and everywhere a branch
 #: has a slot of its own. There is room for the branches of two generations: more take turns.
 _BRANCH_SLOTS = 2 * 7
@@ -46,7 +43,7 @@ def load_model_engine(model: str, *, device: str, drafter: bool, options: Mappin
 
     Options: dtype (auto, float32, bfloat16, float16); quantization (none, int8, or auto, which is int8 for a drafter on a CPU,
     where nothing is faster); window, max_length, slots, threads (whole numbers); memory_share (of a GPU's memory, the part that
-    is used where slots or max_length is missing: see memory.py); graphs (false: a GPU computes with torch's own
+    is used where slots or max_length is missing: see memory.py); kernels (false: passes are computed by torch's own
     operations, whose bits differ from those of our kernels); calibrate (false: latencies are not measured); adapter (the
     directory of a LoRA adapter to merge into the model). For a drafter also: lookup (true: it checks guesses of prompt lookup
     in its forwards); remember (false: prompt lookup does not look at earlier generations); target (the model whose vocabulary
@@ -79,7 +76,7 @@ def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, 
     vocabulary = read_vocabulary_hash(directory)
     if exact and "layers" in options:
         raise EngineError("option layers is for a drafter: a target with fewer layers would give another text")
-    window = whole_option(options, "window", 32 if on.type == "cuda" else 8, most=_MOST_WINDOW[on.type])
+    window = whole_option(options, "window", 32 if on.type == "cuda" else 8, most=MOST_RUN_ROWS)
     wanted_slots = whole_option(options, "slots", most=_MOST_SLOTS) if "slots" in options else None
     wanted_length = whole_option(options, "max_length") if "max_length" in options else None
     layers = options.get("layers")
@@ -92,7 +89,7 @@ def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, 
     )  # fmt: skip
     setup = Setup(
         device=devices[0], threads=whole_option(options, "threads", 1), directory=str(directory), reference=model, dtype=dtype,
-        quantization=quantization, rows=window, most_positions=max_length, graphs=options.get("graphs", True) is not False,
+        quantization=quantization, rows=window, most_positions=max_length, kernels=options.get("kernels", True) is not False,
         exact=exact, layers=layers, slots=slots + branch_slots,
     )  # fmt: skip
     loaded, forward = load_group(devices, setup) if len(devices) > 1 else load_whole(setup)

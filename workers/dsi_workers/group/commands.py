@@ -25,7 +25,7 @@ class Setup:
     quantization: str
     rows: int
     most_positions: int
-    graphs: bool
+    kernels: bool
     exact: bool
     layers: OptionValue | None
     #: Slots of the KV cache, those of branches included.

@@ -56,7 +56,7 @@ def load_part(setup: Setup, ranks: Collectives | None) -> Loaded:
     torch.set_num_threads(setup.threads)
     return load_model(
         Path(setup.directory), torch_device(setup.device), reference=setup.reference, dtype=setup.dtype,
-        quantization=setup.quantization, rows=setup.rows, most_positions=setup.most_positions, graphs=setup.graphs,
+        quantization=setup.quantization, rows=setup.rows, most_positions=setup.most_positions, kernels=setup.kernels,
         exact=setup.exact, layers=setup.layers, ranks=ranks,
     )  # fmt: skip
 

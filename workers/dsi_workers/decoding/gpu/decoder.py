@@ -15,9 +15,9 @@ import torch
 
 from dsi_protocol import SamplingParameters
 from dsi_workers.decoding.attention import AttentionShape
-from dsi_workers.decoding.capacity import GPU_PROMPT_CHUNK, ROW_TILE
+from dsi_workers.decoding.capacity import GPU_PROMPT_CHUNK, MOST_RUN_ROWS, ROW_TILE
 from dsi_workers.decoding.decoder import Decoder
-from dsi_workers.decoding.gpu import MOST_ROWS, MOST_RUN_ROWS
+from dsi_workers.decoding.gpu import MOST_ROWS
 from dsi_workers.decoding.gpu.drafts import MOST_DRAFTS, Drafts, can_draft
 from dsi_workers.decoding.gpu.kernels import LEAST_ROWS, SPLIT
 from dsi_workers.decoding.gpu.linear import GpuLinear, rows_for

@@ -1,0 +1,246 @@
+"""The kernels for CPUs: what they compute, that no row's bits depend on what is beside it, and where they do not compute."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from structlog.testing import capture_logs
+from torch import nn
+
+from dsi_workers.backend import Run
+from dsi_workers.checkpoints.load import load_model
+from dsi_workers.decoding.cpu import OUTPUTS, ROWS_TOGETHER, multiplies_bfloat16
+from dsi_workers.decoding.cpu.bfloat16 import narrow, wide
+from dsi_workers.decoding.cpu.decoder import CpuDecoder
+from dsi_workers.decoding.cpu.kernels import attention_of
+from dsi_workers.decoding.cpu.linear import TileLinear, as_array, input_dtype
+from dsi_workers.decoding.decoder import Decoder
+from dsi_workers.decoding.forward import Forward
+from support.engines import make_tiny_model
+
+DTYPES = (torch.float32, torch.bfloat16)
+WORDS, CAPACITY = 97, 512
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def random(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tiles_of(outputs: int, size: int, dtype: torch.dtype, *, int8: bool = False, bias: bool = False) -> TileLinear:
+    linear = nn.Linear(size, outputs, bias=bias)
+    linear.weight.data = random(outputs, size)
+    return TileLinear(linear.to(dtype), int8=int8)
+
+
+# Products
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 17])
+@pytest.mark.parametrize("outputs", [OUTPUTS, 4 * OUTPUTS + 1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_product_is_that_of_torch(rows: int, outputs: int, dtype: torch.dtype) -> None:
+    linear = nn.Linear(48, outputs)
+    linear.weight.data, linear.bias.data = random(outputs, 48), random(outputs)
+    tiles = TileLinear(linear.to(dtype), int8=False)
+    x = random(rows, 48, seed=2).to(tiles.dtype)
+    expected = nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double())
+    torch.testing.assert_close(tiles(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_a_product_in_int8_is_near(rows: int) -> None:
+    """With few rows and with many, whose inputs a processor may multiply in bfloat16."""
+    linear = nn.Linear(64, 10)
+    linear.weight.data = random(10, 64)
+    tiles, x = TileLinear(linear, int8=True), random(rows, 64, seed=2)
+    expected = linear(x)
+    found = tiles(x.to(input_dtype(torch.int8, rows)))
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_of_a_product_has_the_same_bits_beside_any_rows(dtype: torch.dtype) -> None:
+    tiles = tiles_of(33, 1536, dtype, bias=True)
+    x = random(37, 1536).to(tiles.dtype)
+    together = tiles(x)
+    for rows in (1, 2, 3, 4, 6, 7, 8, 13):
+        assert torch.equal(torch.cat([tiles(part) for part in x.split(rows)]), together), rows
+
+
+def test_more_rows_than_a_core_keeps_are_multiplied_in_parts() -> None:
+    tiles = tiles_of(8, 4096, torch.float32)
+    x = random(75, 4096)
+    torch.testing.assert_close(tiles(x), x @ random(8, 4096).T, rtol=1e-4, atol=1e-4)
+
+
+# Numbers
+
+
+def test_bfloat16_is_rounded_as_torch_rounds_it() -> None:
+    import numba
+
+    @numba.njit
+    def rounded(numbers: Any, out: Any) -> None:
+        for i in range(len(numbers)):
+            out[i] = narrow(numbers[i], out)  # type: ignore[no-untyped-call]
+
+    @numba.njit
+    def widened(bits: Any, out: Any) -> None:
+        for i in range(len(bits)):
+            out[i] = wide(bits[i])  # type: ignore[no-untyped-call]
+
+    ties = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF], dtype=torch.int32).view(torch.float32)
+    numbers = torch.cat((random(1000), random(1000) * 1e38, ties, torch.tensor([0.0, -0.0, torch.inf, -torch.inf])))
+    bits = np.empty(len(numbers), np.uint16)
+    rounded(numbers.numpy(), bits)
+    expected = numbers.to(torch.bfloat16)
+    assert (bits == as_array(expected)).all()
+    back = np.empty(len(numbers), np.float32)
+    widened(bits, back)
+    assert (back == expected.float().numpy()).all()
+    rounded(np.array([np.nan], np.float32), bits[:1])
+    widened(bits[:1], back[:1])
+    assert np.isnan(back[0])
+
+
+# Attention
+
+
+def attended(
+    states: torch.Tensor, cache: tuple[Any, Any], first: int, *, dim: int, window: int = 0, chunk: int = 0
+) -> torch.Tensor:
+    """Attention of a run of positions, without RoPE. Four query heads share two KV heads."""
+    rows = len(states)
+    queries = ROWS_TOGETHER * 2
+    none = np.empty(0, np.float32)
+    cos, sin = np.ones((CAPACITY, dim), np.float32), np.zeros((CAPACITY, dim), np.float32)
+    out = torch.empty(rows, 4 * dim)
+    attention_of(4, 2, dim, False)(
+        as_array(states.clone()), none, none, np.float32(0), cos, sin, *cache, first, window, chunk, np.float32(dim**-0.5),
+        np.empty((queries, dim), np.float32), np.empty((queries, CAPACITY), np.float32), np.empty((queries, dim), np.float32),
+        as_array(out),
+    )  # fmt: skip
+    return out
+
+
+def empty_cache(dim: int, dtype: torch.dtype) -> tuple[Any, Any]:
+    return as_array(torch.zeros(2, CAPACITY, dim, dtype=dtype)), as_array(torch.zeros(2, CAPACITY, dim, dtype=dtype))
+
+
+@pytest.mark.parametrize(("window", "chunk"), [(0, 0), (7, 0), (0, 16)])
+@pytest.mark.parametrize("dim", [16, 48, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_is_that_of_torch_and_each_row_has_the_same_bits_in_any_group(
+    dtype: torch.dtype, dim: int, window: int, chunk: int
+) -> None:
+    positions = 61
+    states = random(positions, 8 * dim)
+    whole = attended(states, empty_cache(dim, dtype), 0, dim=dim, window=window, chunk=chunk)
+    queries, keys, values = (
+        part.view(positions, -1, dim).transpose(0, 1).repeat_interleave(repeats, 0)
+        for part, repeats in zip(states.split((4 * dim, 2 * dim, 2 * dim), 1), (1, 2, 2), strict=True)
+    )
+    of_row, of_key = torch.arange(positions)[:, None], torch.arange(positions)[None]
+    mask = of_key <= of_row
+    mask &= of_key > of_row - window if window else mask
+    mask &= of_key // chunk == of_row // chunk if chunk else mask
+    kept = (keys.to(dtype).float(), values.to(dtype).float())
+    expected = nn.functional.scaled_dot_product_attention(queries, *kept, attn_mask=mask)
+    torch.testing.assert_close(whole, expected.transpose(0, 1).reshape(positions, -1), rtol=1e-4, atol=1e-5)
+    for rows in (1, 2, 3, 5, 8, 11):
+        cache, parts = empty_cache(dim, dtype), list[torch.Tensor]()
+        for begin in range(0, positions, rows):
+            part = states[begin : begin + rows]
+            parts.append(attended(part, cache, begin, dim=dim, window=window, chunk=chunk))
+        assert torch.equal(torch.cat(parts), whole), rows
+
+
+# The decoder
+
+
+def loaded(directory: Path, **options: Any) -> tuple[Any, Any]:
+    words = {"dtype": "float32", "quantization": "none", "rows": 8, "most_positions": 256, **options}
+    found = load_model(directory, torch.device("cpu"), reference="tiny", **words)
+    return found.decoder, found.config
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sliding_window", [None, 24])
+@torch.inference_mode()
+def test_a_token_has_the_same_bits_in_any_run_and_beside_any_generation(
+    dtype: str, sliding_window: int | None, tmp_path: Path
+) -> None:
+    decoder, config = loaded(make_tiny_model(tmp_path, words=WORDS, sliding_window=sliding_window), dtype=dtype)
+    assert isinstance(decoder, CpuDecoder)
+    tokens = [7 * place % WORDS for place in range(100)]
+
+    def logits(widths: list[int], *, beside: bool) -> torch.Tensor:
+        forward = Forward(decoder, config, torch.device("cpu"), slots=2, capacity=CAPACITY)
+        found, begin = [], 0
+        for width in widths:
+            runs = [Run(0, tokens[begin : begin + width], begin, width, begin)]
+            if beside:
+                runs.insert(0, Run(1, tokens[: width + 1], begin, width + 1, begin))
+            rows = sum(run.width for run in runs)
+            found.append(forward(runs, rows=rows, logit_rows=rows)[-1])
+            begin += width
+        return torch.cat(found)
+
+    expected = logits([100], beside=False)
+    for widths in ([1] * 100, [64, 36], [3, 8, 8, 30, 1, 50], [17] * 5 + [15]):
+        for beside in (False, True):
+            assert torch.equal(logits(widths, beside=beside), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "threads"),
+    [({}, 2), ({"dtype": "float16"}, 1), ({"kernels": False}, 1)],
+    ids=["threads", "float16", "told"],
+)
+def test_torch_computes_what_the_kernels_do_not(options: dict[str, Any], threads: int, tmp_path: Path) -> None:
+    make_tiny_model(tmp_path, words=WORDS)
+    torch.set_num_threads(threads)
+    decoder, _ = loaded(tmp_path, **options)
+    assert isinstance(decoder, Decoder)
+
+
+@pytest.mark.parametrize("broken", ["missing", "wrong"])
+def test_kernels_that_do_not_work_are_not_used(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tiny_model(tmp_path, words=WORDS)
+    if broken == "missing":
+        monkeypatch.setitem(sys.modules, "dsi_workers.decoding.cpu.decoder", None)
+    else:
+        monkeypatch.setattr(
+            "dsi_workers.decoding.cpu.products.multiply", lambda x, tiles, scale, bias, out: out.fill(0)
+        )
+    with capture_logs() as logs:
+        decoder, _ = loaded(tmp_path)
+    assert isinstance(decoder, Decoder)
+    assert any("CPU kernels do not work here" in entry["event"] for entry in logs)
+
+
+def test_inputs_are_in_bfloat16_only_where_the_compiler_may_multiply_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SimpleNamespace(CPU_FEATURES="+avx2,+fma")
+    monkeypatch.setattr("numba.config", config)
+    assert not multiplies_bfloat16()
+    assert input_dtype(torch.bfloat16, 100) is torch.float32
+    config.CPU_FEATURES = "+avx512f,+avx512bf16"
+    assert multiplies_bfloat16()
+    assert input_dtype(torch.bfloat16, 1) is torch.bfloat16
+    assert [input_dtype(torch.int8, rows) for rows in (1, 16)] == [torch.float32, torch.bfloat16]
+    assert input_dtype(torch.float32, 100) is torch.float32

@@ -1,0 +1,49 @@
+"""The decoder for CPUs. What its kernels need to know before they are compiled stands here."""
+
+from __future__ import annotations
+
+import functools
+
+#: Numbers of a vector, and outputs of a tile of weights. Inputs of a product have a multiple of LANES numbers.
+LANES, OUTPUTS = 16, 4
+#: Rows that attention computes together: it reads keys and values once for all of them.
+ROWS_TOGETHER = 8
+
+
+@functools.cache
+def kernel_cache() -> bool:
+    """Tell Numba to keep compiled kernels in the user's cache directory. Returns False if nothing can be kept there.
+
+    Numba compiles a kernel again when its own file has changed, but not when a file has that it calls. So each version of these
+    files has a directory of its own.
+    """
+    import hashlib
+    from pathlib import Path
+
+    import numba
+
+    from dsi_workers.decoding.trial_cache import directory_for
+
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    directory = directory_for(f"kernels/{digest.hexdigest()[:16]}")
+    if directory is not None:
+        numba.config.CACHE_DIR = str(directory)  # type: ignore[attr-defined, unused-ignore]
+    return directory is not None
+
+
+def has_feature(name: str) -> bool:
+    """Whether the processor for which Numba compiles has this feature, as LLVM names it."""
+    import llvmlite.binding
+    import numba
+
+    chosen = numba.config.CPU_FEATURES  # type: ignore[attr-defined, unused-ignore]
+    if chosen is not None:
+        return f"+{name}" in chosen.split(",")
+    return bool(llvmlite.binding.get_host_cpu_features().get(name, False))
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 (AVX512_BF16)."""
+    return has_feature("avx512bf16")

@@ -1,0 +1,319 @@
+"""The innermost loops of the CPU kernels, as instructions on vectors of 16 numbers.
+
+Each sum is computed in the same order, whatever the number of rows that are computed together. So the bits of a row do not
+depend on the other rows. The instructions are written out, because a compiler would choose another order for another number of
+rows. Where a processor has shorter vectors, LLVM makes two or four instructions of one.
+
+Weights are read in the order in which they lie in memory, and fetched ahead: a core then reads them as fast as it can read at
+all. Weights, keys and values may be float32, bfloat16 (as uint16) or int8, and are converted on their way.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from dsi_workers.decoding.cpu import LANES, OUTPUTS, has_feature
+
+_INT32, _FLOAT32 = ir.IntType(32), ir.FloatType()
+_BYTES = ir.IntType(8).as_pointer()
+_VECTOR = ir.VectorType(_FLOAT32, LANES)
+#: A vector of LANES numbers fits into one register, of which there are 32 (AVX-512).
+HAS_WIDE_VECTORS = has_feature("avx512f")
+#: How far ahead weights are fetched, by the number of rows: more rows take longer, and memory has more time. Measured on a Zen 4.
+_AHEAD_BYTES = {1: 512, 2: 512, 4: 4096, 8: 4096}
+#: Sums of two products of bfloat16 each, added to float32 (AVX512_BF16).
+_BFLOAT16_PRODUCTS = "llvm.x86.avx512bf16.dpbf16ps.512"
+
+
+class _BFloat16(ir.Type):
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    def _to_string(self):
+        return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, _BFloat16)
+
+    def __hash__(self):
+        return hash(_BFloat16)
+
+
+_PAIRS = ir.VectorType(_BFloat16(), 2 * LANES)
+
+
+def products(rows, *, in_parts=False):
+    """Return the function that computes `rows` times OUTPUTS sums of products.
+
+    `in_parts`: a quarter of the sums at a time, for processors with sixteen registers of half a vector (AVX2). The weights are
+    then read four times. That pays only if they were read for other rows just before.
+    """
+
+    @intrinsic
+    def of_rows(context, x, row, tiles, block, out, column):
+        """out[row : row + rows, column : column + OUTPUTS] = the products of these rows of x with the weights of the block.
+
+        x: [any, size]. tiles: [blocks, size / LANES, OUTPUTS, LANES]. out: [any, width] in float32. All are contiguous. If x is
+        in bfloat16, the weights must be, too, and the processor must multiply these.
+        """
+        given, kind = x.dtype, tiles.dtype
+
+        def generate(context, builder, signature, arguments):
+            x, tiles, out = (_array(context, builder, signature, arguments, place) for place in (0, 2, 4))
+            row, block, column = (arguments[place] for place in (1, 3, 5))
+            index, size = row.type, x.shape[1]
+            tile = builder.gep(tiles.data, [builder.mul(builder.mul(block, size), index(OUTPUTS))])
+            inputs = [
+                builder.gep(x.data, [builder.mul(builder.add(row, index(number)), size)]) for number in range(rows)
+            ]
+
+            def at(place, fetch=True):
+                """The inputs and the weights of a step."""
+                weights = builder.gep(tile, [builder.mul(place, index(OUTPUTS))])
+                if fetch:
+                    _fetch(builder, weights, _AHEAD_BYTES[rows], OUTPUTS * LANES * kind.bitwidth // 8)
+                return [builder.gep(first, [place]) for first in inputs], weights
+
+            def in_bfloat16(place, totals):
+                return _in_bfloat16(builder, *at(place), totals)
+
+            def in_float32(outputs, begin, lanes):
+                """The part of a step for some outputs, and for the lanes [begin, begin + lanes)."""
+
+                def step(place, totals):
+                    given, weights = at(place, fetch=0 in outputs and not begin)
+                    firsts = [builder.gep(weights, [index(LANES * output + begin)]) for output in outputs]
+                    wide = [_wide(builder, first, kind, lanes) for first in firsts]
+                    x = [_load(builder, builder.gep(first, [index(begin)]), lanes) for first in given]
+                    return _added(builder, x, wide, totals)
+
+                return _loop(builder, index(0), size, LANES, rows * len(outputs), step, lanes)
+
+            if given == types.uint16:
+                totals = _loop(builder, index(0), size, LANES, rows * OUTPUTS // 2, in_bfloat16, LANES)
+                sums = _sums(builder, totals, LANES // 2)
+            elif not in_parts:
+                sums = _sums(builder, in_float32(range(OUTPUTS), 0, LANES), LANES)
+            else:
+                found = []
+                for outputs in (range(OUTPUTS // 2), range(OUTPUTS // 2, OUTPUTS)):
+                    low, high = (in_float32(outputs, begin, LANES // 2) for begin in (0, LANES // 2))
+                    found.append([builder.fadd(*halves) for halves in zip(low, high, strict=True)])
+                pairs = [vectors[2 * number : 2 * number + 2] for number in range(rows) for vectors in found]
+                sums = _sums(builder, [vector for pair in pairs for vector in pair], LANES // 2)
+            _store(builder, sums, out, row, column)
+
+        return types.void(x, row, tiles, block, out, column), _without_result(generate)
+
+    return of_rows
+
+
+def scores(rows):
+    """Return the function that computes the scores of `rows` queries for OUTPUTS positions."""
+
+    @intrinsic
+    def of_rows(context, queries, row, keys, position, out):
+        """out[row : row + rows, position : position + OUTPUTS] = the products of these queries and keys.
+
+        queries: [any, dim] in float32. keys: [positions, dim]. out: [any, positions] in float32. All are contiguous.
+        """
+        kind = keys.dtype
+
+        def generate(context, builder, signature, arguments):
+            queries, keys, out = (_array(context, builder, signature, arguments, place) for place in (0, 2, 4))
+            row, position = arguments[1], arguments[3]
+            index, dim = row.type, queries.shape[1]
+            inputs = [
+                builder.gep(queries.data, [builder.mul(builder.add(row, index(number)), dim)]) for number in range(rows)
+            ]
+            firsts = [
+                builder.gep(keys.data, [builder.mul(builder.add(position, index(number)), dim)])
+                for number in range(OUTPUTS)
+            ]
+
+            def step(place, totals):
+                wide = [_wide(builder, builder.gep(first, [place]), kind) for first in firsts]
+                given = [_load(builder, builder.gep(first, [place]), LANES) for first in inputs]
+                return _added(builder, given, wide, totals)
+
+            totals = _loop(builder, index(0), dim, LANES, rows * OUTPUTS, step, LANES)
+            _store(builder, _sums(builder, totals, LANES), out, row, position)
+
+        return types.void(queries, row, keys, position, out), _without_result(generate)
+
+    return of_rows
+
+
+def weighted_sums(rows, vectors):
+    """Return the function that computes `rows` weighted sums of parts of values. A part has `vectors` times LANES numbers."""
+
+    @intrinsic
+    def of_rows(context, weights, row, values, begin, end, first, out):
+        """out[row : row + rows, first : ...] = the sums over positions in [begin, end) of weight and value.
+
+        weights: [any, positions] in float32. values: [positions, dim]. out: [any, dim] in float32. All are contiguous.
+        """
+        kind = values.dtype
+
+        def generate(context, builder, signature, arguments):
+            weights, values, out = (_array(context, builder, signature, arguments, place) for place in (0, 2, 6))
+            row, begin, end, first = (arguments[place] for place in (1, 3, 4, 5))
+            index = row.type
+            of_rows = [
+                builder.gep(weights.data, [builder.mul(builder.add(row, index(number)), weights.shape[1])])
+                for number in range(rows)
+            ]
+
+            def step(position, totals):
+                value = builder.gep(values.data, [builder.add(builder.mul(position, values.shape[1]), first)])
+                wide = [_wide(builder, builder.gep(value, [index(LANES * part)]), kind) for part in range(vectors)]
+                given = [_same(builder, builder.load(builder.gep(of_row, [position]))) for of_row in of_rows]
+                return _added(builder, given, wide, totals)
+
+            totals = _loop(builder, begin, end, 1, rows * vectors, step, LANES)
+            for number, total in enumerate(totals):
+                to, part = divmod(number, vectors)
+                at = builder.add(
+                    builder.mul(builder.add(row, index(to)), out.shape[1]), builder.add(first, index(LANES * part))
+                )
+                place = builder.bitcast(builder.gep(out.data, [at]), _VECTOR.as_pointer())
+                builder.store(total, place).align = 4
+
+        return types.void(weights, row, values, begin, end, first, out), _without_result(generate)
+
+    return of_rows
+
+
+class _Array:
+    """The memory of an argument that is an array."""
+
+    def __init__(self, data, shape):
+        self.data, self.shape = data, shape
+
+
+def _array(context, builder, signature, arguments, place):
+    array = context.make_array(signature.args[place])(context, builder, arguments[place])
+    return _Array(array.data, cgutils.unpack_tuple(builder, array.shape))
+
+
+def _without_result(generate):
+    def code(context, builder, signature, arguments):
+        generate(context, builder, signature, arguments)
+        return context.get_dummy_value()
+
+    return code
+
+
+def _loop(builder, begin, end, step, count, body, lanes):
+    """Call the body for each place in range(begin, end, step), of which there is one at least. It gets `count` vectors of this
+    length, at first zeros, and returns the next ones. Returns the last ones."""
+    kind = ir.VectorType(_FLOAT32, lanes)
+    before, loop, after = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("after")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    place = builder.phi(begin.type)
+    vectors = [builder.phi(kind) for _ in range(count)]
+    following = body(place, vectors)
+    next_place = builder.add(place, begin.type(step))
+    place.add_incoming(begin, before)
+    place.add_incoming(next_place, loop)
+    for vector, new in zip(vectors, following, strict=True):
+        vector.add_incoming(ir.Constant(kind, [0.0] * lanes), before)
+        vector.add_incoming(new, loop)
+    builder.cbranch(builder.icmp_signed("<", next_place, end), loop, after)
+    builder.position_at_end(after)
+    return following
+
+
+def _in_bfloat16(builder, inputs, weights, totals):
+    """The next totals: one for each input and two outputs, of which one half is for the first and one for the second."""
+    both = [builder.gep(weights, [_INT32(2 * LANES * pair)]) for pair in range(OUTPUTS // 2)]
+    pairs = [builder.bitcast(_load(builder, first, 2 * LANES), _PAIRS) for first in both]
+    multiply = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(_VECTOR, [_VECTOR, _PAIRS, _PAIRS]), _BFLOAT16_PRODUCTS
+    )
+    found = []
+    for number, first in enumerate(inputs):
+        once = _load(builder, first, LANES)
+        given = builder.bitcast(_picked(builder, once, once, [*range(LANES)] * 2), _PAIRS)
+        for pair, weight in enumerate(pairs):
+            found.append(builder.call(multiply, [totals[number * len(pairs) + pair], weight, given]))
+    return found
+
+
+def _added(builder, given, wide, totals):
+    """The next totals: total + given * wide for each of both."""
+    kind = wide[0].type
+    multiply = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(kind, [kind] * 3), f"llvm.fma.v{kind.count}f32"
+    )
+    pairs = [(left, right) for left in given for right in wide]
+    return [builder.call(multiply, [left, right, total]) for (left, right), total in zip(pairs, totals, strict=True)]
+
+
+def _load(builder, pointer, count):
+    """A vector of `count` numbers."""
+    vector = ir.VectorType(pointer.type.pointee, count)
+    loaded = builder.load(builder.bitcast(pointer, vector.as_pointer()))
+    loaded.align = 1
+    return loaded
+
+
+def _wide(builder, pointer, kind, count=LANES):
+    """A vector of `count` numbers, in float32."""
+    loaded, whole = _load(builder, pointer, count), ir.VectorType(_INT32, count)
+    number = ir.VectorType(_FLOAT32, count)
+    if kind == types.uint16:
+        return builder.bitcast(builder.shl(builder.zext(loaded, whole), ir.Constant(whole, [16] * count)), number)
+    return builder.sitofp(builder.sext(loaded, whole), number) if kind == types.int8 else loaded
+
+
+def _same(builder, number):
+    """A vector of one number."""
+    one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), number, _INT32(0))
+    return _picked(builder, one, one, [0] * LANES)
+
+
+def _store(builder, sums, out, row, column):
+    """out[row:, column : column + OUTPUTS] = the sums: OUTPUTS for each row."""
+    index, to = row.type, 0
+    for vector in sums:
+        for begin in range(0, vector.type.count, OUTPUTS):
+            at = builder.add(builder.mul(builder.add(row, index(to)), out.shape[1]), column)
+            part = _picked(builder, vector, vector, range(begin, begin + OUTPUTS))
+            builder.store(part, builder.bitcast(builder.gep(out.data, [at]), part.type.as_pointer())).align = 4
+            to += 1
+
+
+def _fetch(builder, pointer, ahead, length):
+    """Ask for the `length` bytes from `ahead` bytes after `pointer` on. Asking for what lies behind the array does no harm."""
+    fetch = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(ir.VoidType(), [_BYTES] + [_INT32] * 3), "llvm.prefetch.p0"
+    )
+    begin = builder.bitcast(pointer, _BYTES)
+    for offset in range(ahead, ahead + length, 64):
+        builder.call(fetch, [builder.gep(begin, [_INT32(offset)]), _INT32(0), _INT32(3), _INT32(1)])
+
+
+def _sums(builder, vectors, lanes):
+    """The sums of each `lanes` numbers of the vectors, in vectors. Halves are added until one number is left of each sum, and two
+    vectors share each addition."""
+    while lanes > 1:
+        half, added = lanes // 2, []
+        for number in range(0, len(vectors), 2):
+            one, *more = vectors[number : number + 2]
+            count = sum(vector.type.count for vector in (one, *more)) // lanes
+            low, high = (
+                [sum_ * lanes + begin + lane for sum_ in range(count) for lane in range(half)] for begin in (0, half)
+            )
+            other = more[0] if more else one
+            added.append(builder.fadd(_picked(builder, one, other, low), _picked(builder, one, other, high)))
+        vectors, lanes = added, half
+    return vectors
+
+
+def _picked(builder, one, other, lanes):
+    """A vector of these lanes of two vectors."""
+    return builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(_INT32, len(lanes)), list(lanes)))
