@@ -12,7 +12,7 @@ from dsi_actors.core.policy import UNLIMITED
 from dsi_actors.planning.expectation import CHAIN, MAX_LOOKAHEAD, Branching, CostMs, Expectation, expect
 
 #: Of policies that are equally fast to within this share, the one that keeps the target servers least busy is taken.
-_TIE = 0.002
+TIE = 0.002
 _MOST_ROUNDS = 4
 #: Blocks of drafts in the time of one target forward, if it has not more servers than half as many.
 _MOST_BLOCKS = 32
@@ -157,5 +157,5 @@ def drafts_ahead(target_ms: float, drafter_ms: float, lookahead: int, wait: int)
 def _best(policies: Iterable[Policy], expected: Callable[[Policy], Expectation]) -> Policy:
     pairs = [(policy, expected(policy)) for policy in policies]
     fastest_ms = min(expectation.ms_per_token for _, expectation in pairs)
-    ties = [pair for pair in pairs if pair[1].ms_per_token <= fastest_ms * (1 + _TIE)]
+    ties = [pair for pair in pairs if pair[1].ms_per_token <= fastest_ms * (1 + TIE)]
     return min(ties, key=lambda pair: (pair[1].target_busy_ms, pair[1].ms_per_token))[0]

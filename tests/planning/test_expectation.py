@@ -7,7 +7,7 @@ import statistics
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dsi_actors.core import Policy
@@ -15,7 +15,7 @@ from dsi_actors.planning import search
 from dsi_actors.planning.arms import ArmChoice, Arms
 from dsi_actors.planning.controller import Controller
 from dsi_actors.planning.expectation import Branching, Expectation, equation_1_servers, expect, limit
-from dsi_actors.planning.search import best_dsi, best_in_turns, best_si, with_rows
+from dsi_actors.planning.search import TIE, best_dsi, best_in_turns, best_si, with_rows
 from dsi_actors.planning.tuner import Estimates, Tuner, flat
 from dsi_actors.simulation.run import Scenario, simulate_once
 
@@ -64,6 +64,7 @@ class Fixed(Controller):
         return self._only
 
 
+@example(share=0.99999, acceptance=0.96875, sp=2, window_cost=1.125)
 @settings(max_examples=150)
 @given(
     share=st.floats(0.02, 1.5), acceptance=st.floats(0, 1), sp=st.integers(1, 8), window_cost=st.floats(1, 3),
@@ -74,7 +75,7 @@ def test_the_best_dsi_is_never_slower_than_ar_or_the_best_si(
     cost_ms = Estimates(1.0, window_cost, 8).cost_ms
     dsi = expect(best_dsi(cost_ms, share, acceptance, sp, most=7), cost_ms, share, acceptance)
     si = expect(best_si(cost_ms, share, acceptance, most=7), cost_ms, share, acceptance)
-    assert dsi.ms_per_token <= 1.0 + 1e-9
+    assert dsi.ms_per_token <= 1.0 + TIE  # of what is equally fast, what keeps servers less busy is best
     assert dsi.ms_per_token <= si.ms_per_token * 1.005
 
 

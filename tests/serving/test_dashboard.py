@@ -42,7 +42,7 @@ def test_a_generation_is_seen_as_it_happens(model: Path, tmp_path: Path) -> None
         browser.wait_for("document.getElementById('state')?.textContent === 'live'")
         browser.wait_for("document.getElementById('workers').textContent === '2'")
         assert pixels(browser, "#2e9e5b") == 0
-        browser.evaluate("document.getElementById('prompt').value = 'w5 w6 w7'")
+        browser.evaluate("document.getElementById('prompt').value = 'w9 w9 w9'")
         browser.evaluate("document.getElementById('ask').requestSubmit()")
         browser.wait_for("document.querySelectorAll('#text span').length > 60")
         browser.wait_for("document.querySelector('#list button.picked')?.textContent.includes('length')")

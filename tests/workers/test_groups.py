@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
 import random
 import threading
 from collections.abc import Iterator, Sequence
@@ -227,6 +228,11 @@ def test_bits_on_a_branch_are_those_of_a_chain(group: tuple[TorchBackend, int, s
     backend.compute([prompt_of(3)], Never())
     backend.compute([Run(3, main.tokens, PROMPT, 0, PROMPT)], Never())
     assert torch.equal(again, backend.compute([Run(3, [11], after, 0, after)], Never())[0])
+
+
+def test_a_group_leaves_the_environment_as_it_was(group: tuple[TorchBackend, int, str]) -> None:
+    """What its process starts later would inherit the network interface of the group."""
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
 
 
 def test_an_abort_at_any_part_leaves_all_ranks_ready(group: tuple[TorchBackend, int, str]) -> None:

@@ -46,8 +46,13 @@ class Collectives:
             self._group = dist.ProcessGroupNCCL(meeting, share.rank, share.degree, options)
         else:
             loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
+            chosen = "GLOO_SOCKET_IFNAME" in os.environ
             os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0] if loopback else "lo")
-            self._group = dist.ProcessGroupGloo(meeting, share.rank, share.degree, limit)
+            try:
+                self._group = dist.ProcessGroupGloo(meeting, share.rank, share.degree, limit)
+            finally:
+                if not chosen:  # what this process starts later shall not inherit it
+                    del os.environ["GLOO_SOCKET_IFNAME"]
         self.sum(torch.zeros(1, device=self._device))  # all are there, and the file has served its purpose
 
     def embed(self, ids: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
