@@ -211,7 +211,8 @@ def prompts(tmp_path: Path) -> Path:
 
 
 @pytest.mark.long
-def test_bench_exact_cost_measures_both_paths(model: Path, prompts: Path) -> None:
+def test_bench_exact_cost_measures_both_paths(tmp_path: Path, prompts: Path) -> None:
+    model = make_tiny_model(tmp_path / "divided", kv_heads=2)
     done = dsi_actors_command(
         "bench", "exact-cost", "--target", model, "--prompts", prompts, "--max-tokens", "6", "--repeats", "2", "--tp", "2",
         "--json",

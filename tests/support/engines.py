@@ -128,9 +128,12 @@ def make_byte_model(directory: Path, *, positions: int = 512) -> Path:
 
 
 def make_tiny_model(
-    directory: Path, *, words: int = 96, sliding_window: int | None = None, positions: int = 512
+    directory: Path, *, words: int = 96, sliding_window: int | None = None, positions: int = 512, kv_heads: int = 1
 ) -> Path:
-    """A random Llama (or Mistral, with a sliding window) of a few thousand weights, with a tokenizer."""
+    """A random Llama (or Mistral, with a sliding window) of a few thousand weights, with a tokenizer.
+
+    Our kernels for CPUs compute it with one KV head. With more, heads are too small for them.
+    """
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -139,7 +142,7 @@ def make_tiny_model(
 
     shape: dict[str, Any] = {
         "vocab_size": words, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": positions,
+        "num_attention_heads": 2 * kv_heads, "num_key_value_heads": kv_heads, "max_position_embeddings": positions,
     }  # fmt: skip
     torch.manual_seed(5)
     model = (
