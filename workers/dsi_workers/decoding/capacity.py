@@ -15,7 +15,7 @@ would be a little faster, because they fill more processors, but others would wa
 from __future__ import annotations
 
 CPU_PROMPT_CHUNK, GPU_PROMPT_CHUNK = 128, 512
-#: A run of more rows, alone in a forward pass, is computed by library calls as a chunk of a prompt is.
+#: A GPU computes a run of more rows, alone in a forward pass, by library calls, as a chunk of a prompt. So no window is longer.
 MOST_RUN_ROWS = 64
 #: A GPU computes chunks that are not full in multiples of this many rows: a tile of a matrix product has as many anyway.
 ROW_TILE = 128
