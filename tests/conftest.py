@@ -49,3 +49,14 @@ def forked_workers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choice, "LocalLauncher", ForkingLauncher)
         yield
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """As in a worker. With more threads, torch's operations compute what our kernels for CPUs would."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

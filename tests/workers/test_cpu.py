@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,7 @@ from torch import nn
 
 from dsi_workers.backend import Run
 from dsi_workers.checkpoints.load import load_model
-from dsi_workers.decoding.cpu import OUTPUTS, ROWS_TOGETHER, multiplies_bfloat16
+from dsi_workers.decoding.cpu import OUTPUTS, ROWS_TOGETHER, kernels, multiplies_bfloat16
 from dsi_workers.decoding.cpu.bfloat16 import narrow, wide
 from dsi_workers.decoding.cpu.decoder import CpuDecoder
 from dsi_workers.decoding.cpu.kernels import attention_of
@@ -29,12 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 WORDS, CAPACITY = 97, 512
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def random(*shape: int, seed: int = 1) -> torch.Tensor:
@@ -116,6 +110,30 @@ def test_bfloat16_is_rounded_as_torch_rounds_it() -> None:
     rounded(np.array([np.nan], np.float32), bits[:1])
     widened(bits[:1], back[:1])
     assert np.isnan(back[0])
+
+
+def test_the_exponential_is_as_right_as_it_says() -> None:
+    import numba
+
+    exponential = kernels._exp
+
+    @numba.njit(fastmath=kernels._FAST)
+    def computed(numbers: Any, out: Any) -> None:
+        for i in range(len(numbers)):
+            out[i] = exponential(numbers[i])
+
+    numbers = np.linspace(-87, 88, 100_001, dtype=np.float32)
+    found = np.empty_like(numbers)
+    computed(numbers, found)
+    errors = abs(found / np.exp(numbers.astype(np.float64)) - 1)
+    assert errors.max() < 1e-5
+    assert errors[abs(numbers) <= 4].max() < 1e-6
+
+
+def test_other_threads_run_while_a_kernel_does() -> None:
+    """A heart must beat while a long chunk of a prompt is computed."""
+    called = (kernels.before_attention, kernels.after_attention, kernels.logits_of, attention_of(4, 2, 16, False))
+    assert all(kernel.targetoptions.get("nogil") for kernel in called)
 
 
 # Attention

@@ -22,14 +22,15 @@ from dsi_workers.decoding.cpu.products import multiply
 from dsi_workers.decoding.cpu.vectors import HAS_WIDE_VECTORS, scores, weighted_sums
 
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
-#: What is called from Python, and what becomes a part of that.
-_kernel = numba.njit(fastmath=_FAST, error_model="numpy", cache=kernel_cache())
+#: What is called from Python: other threads run meanwhile, as that of heartbeats.
+_kernel = numba.njit(fastmath=_FAST, error_model="numpy", nogil=True, cache=kernel_cache())
+#: What becomes a part of a kernel.
 _part = numba.njit(fastmath=_FAST, inline="always")
 _scores_of_1, _scores_of_2, _scores_of_4 = (scores(rows) for rows in (1, 2, 4))
 _sums_of_1, _sums_of_2, _sums_of_4 = (weighted_sums(rows, 2) for rows in (1, 2, 4))
 _last_of_1 = weighted_sums(1, 1)
 _LOG2_E = np.float32(math.log2(math.e))
-#: 2^f for f in [-1/2, 1/2]: the Taylor series of exp(f ln 2). The last term is below 2e-6 of the sum, the next one below 1e-7.
+#: 2^f for f in [-1/2, 1/2]: the Taylor series of exp(f ln 2). The next term would be below 2e-7 of the sum.
 _POWER = tuple(np.float32(math.log(2) ** n / math.factorial(n)) for n in range(7))
 _C0, _C1, _C2, _C3, _C4, _C5, _C6 = _POWER
 #: exp(x) is computed for x in this range, so that its exponent fits into a float32.
@@ -39,7 +40,8 @@ _LOWEST = np.float32(np.finfo(np.float32).min)
 
 @_part
 def _exp(x):
-    """exp(x), with an error of at most 1e-6 of it. The library's function could not be computed in vectors."""
+    """exp(x), with a relative error below 1e-6 for x in [-4, 4], and below 1e-5 elsewhere. The library's function could not be
+    computed in vectors."""
     power = min(max(x, _LEAST_EXPONENT), _MOST_EXPONENT) * _LOG2_E
     whole = np.floor(power + np.float32(0.5))
     f = power - whole
