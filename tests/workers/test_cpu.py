@@ -16,6 +16,7 @@ from torch import nn
 from dsi_workers.backend import Run
 from dsi_workers.checkpoints.load import load_model
 from dsi_workers.decoding.cpu import OUTPUTS, ROWS_TOGETHER, kernels, multiplies_bfloat16
+from dsi_workers.decoding.cpu.arena import Arena
 from dsi_workers.decoding.cpu.bfloat16 import narrow, wide
 from dsi_workers.decoding.cpu.decoder import CpuDecoder
 from dsi_workers.decoding.cpu.kernels import attention_of
@@ -38,7 +39,19 @@ def random(*shape: int, seed: int = 1) -> torch.Tensor:
 def tiles_of(outputs: int, size: int, dtype: torch.dtype, *, int8: bool = False, bias: bool = False) -> TileLinear:
     linear = nn.Linear(size, outputs, bias=bias)
     linear.weight.data = random(outputs, size)
-    return TileLinear(linear.to(dtype), int8=int8)
+    return TileLinear(linear.to(dtype), Arena(), int8=int8)
+
+
+# Weights in large pages
+
+
+def test_arrays_of_an_arena_share_large_pages() -> None:
+    arena = Arena()
+    arrays = [arena.keep(np.full(size, size, np.float32)) for size in (1, 17, 1 << 18, 20 << 20)]
+    first, second, third, larger = (array.ctypes.data for array in arrays)
+    assert (first % (2 << 20), second - first, third - second) == (0, 64, 128)
+    assert larger % (2 << 20) == 0, "it has pages of its own"
+    assert all((array == len(array)).all() for array in arrays), "none lies on another"
 
 
 # Products
@@ -50,7 +63,7 @@ def tiles_of(outputs: int, size: int, dtype: torch.dtype, *, int8: bool = False,
 def test_a_product_is_that_of_torch(rows: int, outputs: int, dtype: torch.dtype) -> None:
     linear = nn.Linear(48, outputs)
     linear.weight.data, linear.bias.data = random(outputs, 48), random(outputs)
-    tiles = TileLinear(linear.to(dtype), int8=False)
+    tiles = TileLinear(linear.to(dtype), Arena(), int8=False)
     x = random(rows, 48, seed=2).to(tiles.dtype)
     expected = nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double())
     torch.testing.assert_close(tiles(x).double(), expected, rtol=1e-5, atol=1e-5)
@@ -61,7 +74,7 @@ def test_a_product_in_int8_is_near(rows: int) -> None:
     """With few rows and with many, whose inputs a processor may multiply in bfloat16."""
     linear = nn.Linear(64, 10)
     linear.weight.data = random(10, 64)
-    tiles, x = TileLinear(linear, int8=True), random(rows, 64, seed=2)
+    tiles, x = TileLinear(linear, Arena(), int8=True), random(rows, 64, seed=2)
     expected = linear(x)
     found = tiles(x.to(input_dtype(torch.int8, rows)))
     assert (found - expected).norm() < 0.02 * expected.norm()

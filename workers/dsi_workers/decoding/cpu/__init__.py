@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 #: Numbers of a vector, and outputs of a tile of weights. Inputs of a product have a multiple of LANES numbers.
 LANES, OUTPUTS = 16, 4
@@ -35,13 +36,20 @@ def kernel_cache() -> bool:
 
 def has_feature(name: str) -> bool:
     """Whether the processor for which Numba compiles has this feature, as LLVM names it."""
-    import llvmlite.binding
     import numba
 
     chosen = numba.config.CPU_FEATURES  # type: ignore[attr-defined, unused-ignore]
     if chosen is not None:
         return f"+{name}" in chosen.split(",")
-    return bool(llvmlite.binding.get_host_cpu_features().get(name, False))
+    return _host_features().get(name, False)
+
+
+@functools.cache
+def _host_features() -> Mapping[str, bool]:
+    import llvmlite.binding
+
+    features: Mapping[str, bool] = llvmlite.binding.get_host_cpu_features()
+    return features
 
 
 def multiplies_bfloat16() -> bool:

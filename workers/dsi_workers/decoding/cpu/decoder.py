@@ -16,8 +16,9 @@ from torch import nn
 
 from dsi_workers.decoding.attention import AttentionShape
 from dsi_workers.decoding.cpu import LANES, OUTPUTS, ROWS_TOGETHER
+from dsi_workers.decoding.cpu.arena import Arena, Array
 from dsi_workers.decoding.cpu.kernels import after_attention, attention_of, before_attention, logits_of
-from dsi_workers.decoding.cpu.linear import Array, TileLinear, as_array, input_dtype
+from dsi_workers.decoding.cpu.linear import TileLinear, as_array, input_dtype
 from dsi_workers.decoding.decoder import Decoder, DenseMlp, Layer
 from dsi_workers.decoding.kv_cache import SlotCache, SlotLayer
 from dsi_workers.decoding.packed import PackedBatch, Segment
@@ -46,7 +47,8 @@ class CpuDecoder:
 
     def __init__(self, decoder: Decoder, *, int8: bool) -> None:
         """The weights of the decoder's linear layers are laid out anew, in int8 or as they are."""
-        decoder.replace_linear_layers(lambda linear: TileLinear(linear, int8=int8))
+        arena = Arena()
+        decoder.replace_linear_layers(lambda linear: TileLinear(linear, arena, int8=int8))
         self._decoder = decoder
         self.dtype, self.prompt_chunk = decoder.dtype, decoder.prompt_chunk
         self._layers = [_Layer(layer, decoder) for layer in decoder.layers]

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from dsi_workers.decoding.cpu import LANES, OUTPUTS, multiplies_bfloat16
+from dsi_workers.decoding.cpu.arena import Arena, Array
 from dsi_workers.decoding.cpu.products import multiply
 from dsi_workers.decoding.quantization import EIGHT_BITS, scales_of
 
-#: float32, int8, or the bits of bfloat16 as uint16.
-Array: TypeAlias = NDArray[Any]
 #: Of inputs in bfloat16, in int8 layers: with fewer rows, converting the weights takes longer than it saves.
 _LEAST_ROWS = 16
 
@@ -22,7 +18,7 @@ _LEAST_ROWS = 16
 class TileLinear(nn.Module):
     """y = x W^T + b. W is in its own number type, or in int8 with a scale for each output. x: [rows, in_features]."""
 
-    def __init__(self, linear: nn.Linear, *, int8: bool) -> None:
+    def __init__(self, linear: nn.Linear, arena: Arena, *, int8: bool) -> None:
         super().__init__()
         weight = linear.weight.detach()
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -35,7 +31,7 @@ class TileLinear(nn.Module):
         if linear.bias is not None:
             self.bias = as_array(linear.bias.detach().float())
         #: [blocks of OUTPUTS outputs, in_features / LANES, OUTPUTS, LANES].
-        self.tiles = as_array(_in_tiles(weight))
+        self.tiles = arena.keep(as_array(_in_tiles(weight)))
         self.dtype = input_dtype(weight.dtype, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
