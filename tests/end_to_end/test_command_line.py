@@ -88,7 +88,7 @@ def test_generate_prints_one_json_object(model: Path) -> None:
     assert expected <= set(result)
 
 
-@pytest.mark.parametrize("drafter", ["self-int8", "ngram", "none", "same model", "another vocabulary"])
+@pytest.mark.parametrize("drafter", ["self-int8", "self-int4", "ngram", "none", "same model", "another vocabulary"])
 def test_compare_finds_the_three_algorithms_identical(model: Path, other_model: Path, drafter: str) -> None:
     drafter = {"same model": str(model), "another vocabulary": str(other_model)}.get(drafter, drafter)
     done = dsi_actors_command(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +18,12 @@ from torch import nn
 
 from dsi_workers.backend import Run
 from dsi_workers.checkpoints.load import load_model
-from dsi_workers.decoding.cpu import OUTPUTS, ROWS_TOGETHER, kernels, multiplies_bfloat16
+from dsi_workers.decoding.cpu import GROUP, OUTPUTS, ROWS_TOGETHER, kernels, multiplies_bfloat16
 from dsi_workers.decoding.cpu.arena import Arena
 from dsi_workers.decoding.cpu.bfloat16 import narrow, wide
 from dsi_workers.decoding.cpu.decoder import CpuDecoder
 from dsi_workers.decoding.cpu.kernels import attention_of
-from dsi_workers.decoding.cpu.linear import TileLinear, as_array, input_dtype
+from dsi_workers.decoding.cpu.linear import TileLinear, as_array, in_four_bits, input_dtype
 from dsi_workers.decoding.decoder import Decoder
 from dsi_workers.decoding.forward import Forward
 from support.engines import make_tiny_model
@@ -36,10 +39,10 @@ def random(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def tiles_of(outputs: int, size: int, dtype: torch.dtype, *, int8: bool = False, bias: bool = False) -> TileLinear:
+def tiles_of(outputs: int, size: int, dtype: torch.dtype, *, bias: bool = False) -> TileLinear:
     linear = nn.Linear(size, outputs, bias=bias)
     linear.weight.data = random(outputs, size)
-    return TileLinear(linear.to(dtype), Arena(), int8=int8)
+    return TileLinear(linear.to(dtype), Arena())
 
 
 # Weights in large pages
@@ -63,21 +66,76 @@ def test_arrays_of_an_arena_share_large_pages() -> None:
 def test_a_product_is_that_of_torch(rows: int, outputs: int, dtype: torch.dtype) -> None:
     linear = nn.Linear(48, outputs)
     linear.weight.data, linear.bias.data = random(outputs, 48), random(outputs)
-    tiles = TileLinear(linear.to(dtype), Arena(), int8=False)
+    tiles = TileLinear(linear.to(dtype), Arena())
     x = random(rows, 48, seed=2).to(tiles.dtype)
     expected = nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double())
     torch.testing.assert_close(tiles(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 16])
-def test_a_product_in_int8_is_near(rows: int) -> None:
+@pytest.mark.parametrize("rows", [1, 2, 7, 16])
+@pytest.mark.parametrize(("bits", "error"), [(8, 0.02), (4, 0.12)])
+def test_a_product_in_fewer_bits_is_near(rows: int, bits: int, error: float) -> None:
     """With few rows and with many, whose inputs a processor may multiply in bfloat16."""
     linear = nn.Linear(64, 10)
     linear.weight.data = random(10, 64)
-    tiles, x = TileLinear(linear, Arena(), int8=True), random(rows, 64, seed=2)
+    tiles, x = TileLinear(linear, Arena(), bits=bits), random(rows, 64, seed=2)
+    x[0, :GROUP] = 0
     expected = linear(x)
-    found = tiles(x.to(input_dtype(torch.int8, rows)))
-    assert (found - expected).norm() < 0.02 * expected.norm()
+    found = tiles(x.to(input_dtype(torch.int8 if bits == 8 else torch.uint8, rows)))
+    assert (found - expected).norm() < error * expected.norm()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_each_weight_in_fewer_bits_is_where_it_was(bits: int) -> None:
+    """The product of the identity is the weights, each of which is within half a step of its own."""
+    linear = nn.Linear(2 * GROUP, 6, bias=False)
+    linear.weight.data = random(6, 2 * GROUP)
+    found = TileLinear(linear, Arena(), bits=bits)(torch.eye(2 * GROUP)).T
+    steps = linear.weight.view(6, 2, GROUP).amax(2) - linear.weight.view(6, 2, GROUP).amin(2)
+    step = (steps / 15).repeat_interleave(GROUP, 1) if bits == 4 else linear.weight.abs().amax(1, True) / 127
+    assert ((found - linear.weight).abs() <= 0.6 * step).all()
+
+
+def test_weights_that_had_four_bits_come_out_as_they_were() -> None:
+    """As those of a GGUF file with Q4_1. Scales are numbers in bfloat16."""
+    numbers = torch.randint(16, (8, 3, GROUP), generator=torch.Generator().manual_seed(3))
+    numbers[:, :, 4], numbers[:, :, 20] = 0, 15
+    weight = numbers * torch.tensor(0.03125) - 0.25
+    found, scales = in_four_bits(weight.flatten(1))
+    assert torch.equal(found.view(numbers.shape).long(), numbers)
+    assert torch.equal(scales.float().view(8, 3, 2), torch.tensor([0.03125, -0.25]).expand(8, 3, 2))
+
+
+_FEATURES = """
+import numpy as np
+from dsi_workers.decoding.cpu.products import check_products, multiply
+drawn = np.random.default_rng(1)
+x, none = drawn.standard_normal((7, 64), np.float32), np.empty(0, np.float32)
+for bits, kind, shape in ((8, np.int8, (3, 4, 4, 16)), (4, np.uint8, (3, 2, 4, 16))):
+    check_products(bits)
+    tiles = drawn.integers(-127, 128, shape).astype(kind)
+    scale = np.ones(12, np.float32) if bits == 8 else drawn.integers(0x3F00, 0x3F80, (3, 2, 2, 4)).astype(np.uint16)
+    out = np.empty((7, 12), np.float32)
+    multiply(x, tiles, scale, none, out)
+    print(out.tobytes().hex())
+"""
+
+
+def test_whole_numbers_give_the_same_product_with_other_instructions() -> None:
+    """Those of this processor, those of AVX2, and without either, as on another processor: sums of whole numbers are exact."""
+
+    def computed(**settings: str) -> list[str]:
+        variables = {name: value for name, value in os.environ.items() if not name.startswith("NUMBA_")}
+        words = [sys.executable, "-c", _FEATURES]
+        done = subprocess.run(words, env={**variables, **settings}, capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    found = computed()
+    assert len(found) == 2
+    if platform.machine() in ("x86_64", "AMD64"):
+        assert computed(NUMBA_CPU_NAME="x86-64", NUMBA_CPU_FEATURES="+sse2") == found
+        if "avx2" in Path("/proc/cpuinfo").read_text().split():
+            assert computed(NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES="+avx,+avx2,+fma") == found
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -149,7 +149,7 @@ def test_int8_reaches_the_experts(tmp_path: Path) -> None:
     assert experts
     assert not any(isinstance(layer, nn.Linear) for expert in experts for layer in expert.modules())
     weights = {"model.layers.0.mlp.experts.gate_up_proj": ("BF16", (4, 32, 96))}
-    assert sizes.weight_bytes(weights, 2, int8=True) == 4 * 32 * 96 + 4 * 96 * 2
+    assert sizes.weight_bytes(weights, 2, bits=8) == 4 * 32 * 96 + 4 * 96 * 2
     forward([Run(0, [3, 1, 4], 0, 3, 0)], rows=3, logit_rows=3)
 
 

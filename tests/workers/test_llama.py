@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 
 from dsi_workers.backend import Run
@@ -83,6 +84,25 @@ def test_settings_and_weights_are_in_the_fingerprint(load: Callable[..., ModelEn
     others = [load(threads=2), load(quantization="q8_0"), load(flash_attention=False)]
     assert len({once, *(engine.info.fingerprint for engine in others)}) == 4
     assert load("drafter").info.fingerprint == 0
+
+
+@llama
+def test_a_copy_in_fewer_bits_is_written_of_wider_weights_only(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    from dsi_workers.llama.files import gguf_file
+
+    file = write(tmp_path / "tiny.gguf", made())
+
+    def kind(source: Path, quantization: str) -> int:
+        found = gguf_file(str(source), quantization, 1)
+        return int(gguf.GGUFReader(found).fields["general.file_type"].contents())
+
+    kinds = gguf.LlamaFileType
+    assert kind(file, "int8") == kinds.MOSTLY_Q8_0
+    assert kind(file, "int4") == kinds.MOSTLY_Q4_1
+    wide, narrow = (gguf_file(str(file), name, 1) for name in ("q8_0", "q4_0"))
+    assert (kind(wide, "int8"), kind(wide, "int4")) == (kinds.MOSTLY_Q8_0, kinds.MOSTLY_Q4_1)
+    assert kind(narrow, "int8") == kind(narrow, "int4") == kinds.MOSTLY_Q4_0
 
 
 @llama

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from dsi_workers.checkpoints import sizes
 from dsi_workers.decoding.capacity import slot_positions
+from dsi_workers.decoding.cpu.arena import Arena
+from dsi_workers.decoding.cpu.linear import TileLinear
 from dsi_workers.decoding.kv_cache import SlotCache
 from dsi_workers.decoding.quantization import Int8Linear
 from dsi_workers.engine import EngineError
@@ -79,7 +81,22 @@ def test_int8_counts_what_its_layers_hold(tiny_model: Path, tied: bool) -> None:
             linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
             linear.weight.data = weight
             expected += sum(buffer.nbytes for buffer in Int8Linear(linear).buffers())
-    assert sizes.weight_bytes(tensors, 2, int8=True) == expected
+    assert sizes.weight_bytes(tensors, 2, bits=8) == expected
+
+
+@pytest.mark.usefixtures("one_torch_thread")
+def test_int4_counts_what_its_layers_hold(tiny_model: Path) -> None:
+    weights = load_file(tiny_model / "model.safetensors")
+    expected = 0
+    for name, weight in weights.items():
+        if weight.dim() < 2 or "embed_tokens" in name:
+            expected += weight.bfloat16().nbytes
+        else:
+            linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            linear.weight.data = weight
+            tiles = TileLinear(linear, Arena(), bits=4)
+            expected += tiles.tiles.nbytes + tiles.scale.nbytes
+    assert sizes.weight_bytes(dict(read_tensors(tiny_model)), 2, bits=4) == expected
 
 
 def test_the_cache_is_what_is_allocated(tiny_model: Path) -> None:
@@ -252,11 +269,11 @@ def test_options_that_mean_nothing_are_refused(tiny_model: Path, name: str, valu
 def test_a_long_context_counts_the_chunk_of_a_prompt(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU needs beside weights and KV cache: activations, and masks where torch's operations compute."""
     config = json.loads((tiny_model / "config.json").read_text())
-    more: dict[str, Any] = {"number_bytes": 2, "int8": False}
+    more: dict[str, Any] = {"number_bytes": 2, "quantized": False}
     short, long = (sizes.prompt_bytes(config, rows=512, positions=count, **more) for count in (2560, 33280))
     group = config["num_attention_heads"] // config["num_key_value_heads"]
     assert long - short == 512 * (33280 - 2560) * (1 + 2 * group)
-    whole = sizes.prompt_bytes(config, rows=512, positions=2560, number_bytes=2, int8=True) - short
+    whole = sizes.prompt_bytes(config, rows=512, positions=2560, number_bytes=2, quantized=True) - short
     assert whole == 2 * 2 * config["intermediate_size"] * config["hidden_size"], "gate and up as bfloat16"
     weights = sizes.weight_bytes(read_tensors(tiny_model), 2)
     positions = slot_positions(512, 512)

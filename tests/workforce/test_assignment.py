@@ -111,6 +111,13 @@ def test_workers_that_share_a_gpu_are_told_to_share_its_memory() -> None:
     assert options("target", "cuda:0", given=elsewhere) == {}, "who starts those workers knows what they share"
 
 
+def test_a_copy_of_the_target_has_its_weights_in_fewer_bits() -> None:
+    for kind, quantization in (("self-int8", "int8"), ("self-int4", "int4"), ("ngram+self-int4", "int4")):
+        assigned = assign(Config(target="T", drafter=kind), hello(kind, role="drafter"), targets=1, kinds=())
+        assert isinstance(assigned, Assignment)
+        assert (assigned.model, assigned.options["quantization"]) == ("T", quantization)
+
+
 def test_only_what_computes_keeps_a_device_busy() -> None:
     for model, computes in (("self-int8", True), ("ngram", False), ("random", False), ("other", True)):
         assigned = assign(

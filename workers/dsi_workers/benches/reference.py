@@ -31,7 +31,7 @@ from dsi_workers.benches.requests import read_requests
 from dsi_workers.checkpoints.library import read_config
 from dsi_workers.checkpoints.load import keep_layers
 from dsi_workers.decoding.packing import replace_linear_layers
-from dsi_workers.decoding.quantization import int8_dtype, quantize_int8
+from dsi_workers.decoding.quantization import quantize_int8, quantized_dtype
 from dsi_workers.engine import EngineError
 from dsi_workers.models.files import ModelError
 from dsi_workers.models.resolve import resolve_model
@@ -61,8 +61,8 @@ class Reference:
         self._device = device
         self._target = self._load(model, _DTYPES[dtype])
         self._drafter: Any = None
-        if drafter == "self-int8":
-            self._drafter = self._load(model, int8_dtype(device), layers)
+        if drafter in ("self-int8", "self-int4"):  # torch has no products of 4 bits for CPUs that take any layer
+            self._drafter = self._load(model, quantized_dtype(device), layers)
             replace_linear_layers(self._drafter, quantize_int8)
         elif drafter:
             self._drafter = self._load(drafter, _DTYPES[dtype], layers)

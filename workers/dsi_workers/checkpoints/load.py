@@ -20,7 +20,7 @@ from dsi_workers.decoding.capacity import GPU_PROMPT_CHUNK
 from dsi_workers.decoding.decoder import Decoder
 from dsi_workers.decoding.forward import ComputesLogits, Forward
 from dsi_workers.decoding.packing import pack
-from dsi_workers.decoding.quantization import int8_dtype, quantize_int8
+from dsi_workers.decoding.quantization import BITS, quantize_int8, quantized_dtype
 from dsi_workers.decoding.ranks import Ranks
 from dsi_workers.decoding.share import Share
 from dsi_workers.engine import EngineError
@@ -98,17 +98,22 @@ def load_model(
 
     Raises EngineError and ModelError.
     """
-    int8 = quantization == "int8"
     number_type = number_type_of(dtype, quantization, device)
+    bits = BITS[quantization]
 
     def convert(linear: nn.Linear) -> nn.Module:
-        return quantize_int8(linear) if int8 else pack(linear, rows)
+        if bits == 4:
+            raise EngineError(
+                f"{reference} cannot be computed in int4 here: only the kernels for CPUs do, for dense models on one thread: "
+                "choose int8"
+            )
+        return quantize_int8(linear) if bits else pack(linear, rows)
 
     def finish(decoder: Decoder) -> ComputesLogits:
         """Lay out the weights of our own layers for the kernels that shall compute with them."""
-        for_cpu = _kernels_for_cpu(decoder) if kernels else None
+        for_cpu = _kernels_for_cpu(decoder, bits) if kernels else None
         if for_cpu is not None:
-            return for_cpu(decoder, int8=int8)
+            return for_cpu(decoder, bits=bits)
         decoder.replace_linear_layers(convert)
         if exact:
             _choose_block_rows(decoder)
@@ -138,15 +143,15 @@ def load_model(
     return loaded
 
 
-def _kernels_for_cpu(decoder: Decoder) -> type[CpuDecoder] | None:
+def _kernels_for_cpu(decoder: Decoder, bits: int | None) -> type[CpuDecoder] | None:
     """The class of decoders with our own CPU kernels, or None where they do not work or would not pay."""
     try:
         from dsi_workers.decoding.cpu.decoder import CpuDecoder, can_compute
         from dsi_workers.decoding.cpu.products import check_products
 
-        if not can_compute(decoder):
+        if not can_compute(decoder, bits):
             return None
-        check_products()
+        check_products(bits)
     except Exception as error:  # Numba is missing, or cannot compile for this processor
         reason = f"{type(error).__name__}: {error}"[:300]
         log.warning("the CPU kernels do not work here: forward passes take twice as long", reason=reason)
@@ -236,9 +241,9 @@ def keep_layers(config: Any, layers: OptionValue | None, reference: str) -> None
 
 def number_type_of(dtype: str, quantization: str, device: torch.device) -> torch.dtype:
     """The number type of weights that are not quantized, of keys and of values. Raises EngineError."""
-    if quantization not in ("none", "int8"):
-        raise EngineError(f"unknown quantization {quantization!r}: choose auto, none or int8")
-    return int8_dtype(device) if quantization == "int8" else _dtype(dtype, device)
+    if quantization not in BITS:
+        raise EngineError(f"unknown quantization {quantization!r}: choose auto, none, int8 or int4")
+    return _dtype(dtype, device) if BITS[quantization] is None else quantized_dtype(device)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -130,13 +130,14 @@ def loading_bytes(tensors: Tensors, number_bytes: int) -> int:
     return sum(math.prod(shape) * number_bytes for _, shape in _weights(tensors))
 
 
-def weight_bytes(tensors: Tensors, number_bytes: int, *, int8: bool = False) -> int:
-    """Bytes of all weights in use. With `int8` the matrices of products take a byte a weight and one number a row;
-    embeddings and norms stay in the number type. A tied output matrix is then a copy of its own, in int8."""
-    if not int8:
+def weight_bytes(tensors: Tensors, number_bytes: int, *, bits: int | None = None) -> int:
+    """Bytes of all weights in use. The matrices of products may be quantized, in 8 or 4 `bits` a weight: with 8 there is one
+    number a row, and with 4 a byte for each eight weights. Embeddings and norms stay in the number type. A tied output matrix is
+    then a copy of its own."""
+    if bits is None:
         return loading_bytes(tensors, number_bytes)
     tied = "lm_head.weight" not in tensors
-    return sum(_int8_bytes(name, shape, number_bytes, tied) for name, shape in _weights(tensors))
+    return sum(_quantized_bytes(name, shape, number_bytes, tied, bits) for name, shape in _weights(tensors))
 
 
 def _weights(tensors: Tensors) -> Iterator[tuple[str, Sequence[int]]]:
@@ -148,11 +149,11 @@ def _weights(tensors: Tensors) -> Iterator[tuple[str, Sequence[int]]]:
             yield name, (*shape[:-2], 2 * math.prod(shape[-2:]))
 
 
-def _int8_bytes(name: str, shape: Sequence[int], number_bytes: int, tied: bool) -> int:
+def _quantized_bytes(name: str, shape: Sequence[int], number_bytes: int, tied: bool, bits: int) -> int:
     whole = math.prod(shape) * number_bytes
     # Three dimensions: experts, whose matrices lie either way round.
     rows = shape[0] * (max(shape[1:]) if len(shape) == 3 else 1) if shape else 0
-    quantized = math.prod(shape) + rows * number_bytes
+    quantized = math.prod(shape) + rows * number_bytes if bits == 8 else math.prod(shape) * 5 // 8
     if name.endswith("embed_tokens.weight"):
         return whole + quantized if tied else whole
     return quantized if len(shape) in (2, 3) else whole
@@ -179,7 +180,7 @@ def buffer_bytes(config: Mapping[str, Any], *, positions: int, number_bytes: int
     return MOST_ROWS * (number_bytes * numbers + partial) + 2 * positions * head_dim * number_bytes
 
 
-def prompt_bytes(config: Mapping[str, Any], *, rows: int, positions: int, number_bytes: int, int8: bool) -> int:
+def prompt_bytes(config: Mapping[str, Any], *, rows: int, positions: int, number_bytes: int, quantized: bool) -> int:
     """Bytes that a chunk of `rows` positions of a prompt takes on a GPU while it is computed, in a slot of `positions` positions.
 
     It grows with the slot only where torch's operations compute instead of our kernels: these need masks of all that may be read.
@@ -190,8 +191,8 @@ def prompt_bytes(config: Mapping[str, Any], *, rows: int, positions: int, number
     mask = positions * (1 + (heads // kv_heads if kv_heads else 1) * number_bytes) + _mixture_row_bytes(
         config, number_bytes
     )
-    # Weights in int8 become numbers of the other type for each product, the largest of which is that of gate and up.
-    whole = 2 * inner * hidden * number_bytes if int8 else 0
+    # Quantized weights become numbers of the other type for each product, the largest of which is that of gate and up.
+    whole = 2 * inner * hidden * number_bytes if quantized else 0
     return rows * (activations * number_bytes + mask) + _LOGIT_ROWS * words * number_bytes + whole + _WORKSPACE_BYTES
 
 
@@ -218,8 +219,8 @@ class Needs:
     prompt_chunk: int
     #: A GPU also needs buffers and a chunk of a prompt. On a CPU these are part of the margin.
     gpu: bool
-    #: Whether the weights are in int8.
-    int8: bool = False
+    #: Of a quantized weight.
+    bits: int | None = None
 
     @property
     def limit(self) -> int | None:
@@ -240,7 +241,7 @@ class Needs:
         """Bytes of a chunk of a prompt."""
         rows, positions = self.prompt_chunk, slot_positions(max_length, self.prompt_chunk)
         more = {"positions": positions, "number_bytes": self.number_bytes}
-        return prompt_bytes(self.config, rows=rows, int8=self.int8, **more) if self.gpu else 0
+        return prompt_bytes(self.config, rows=rows, quantized=self.bits is not None, **more) if self.gpu else 0
 
     def total(self, slots: int, max_length: int) -> float:
         """Bytes of everything."""
@@ -317,7 +318,7 @@ def table() -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     for name, shape in SHAPES.items():
         needs, weights = _target_on_a_gpu(shape)
-        int8 = weight_bytes(shape.tensors(), 2, int8=True)
+        int8 = weight_bytes(shape.tensors(), 2, bits=8)
         found = [needs.cache(8, length) for length in (2048, 32768)]
         found_total = [needs.total(8, length) for length in (2048, 32768)]
         yield f"| {name} | {' | '.join(map(gib, (weights, int8, *found, *found_total)))} |"

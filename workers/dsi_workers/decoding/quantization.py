@@ -1,5 +1,7 @@
 """Linear layers with int8 weights, for drafters. The drafter may be the target's own model, so nothing is downloaded.
 
+Weights of 8 and of 4 bits that are computed by the kernels for CPUs are laid out elsewhere (cpu/linear.py).
+
 Each output row of a weight has one scale. On a CPU with fbgemm, inputs are rounded to int8 as well, in each call. That makes
 products faster and less precise. Elsewhere inputs stay in bfloat16.
 """
@@ -14,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+#: How weights may be quantized, and the bits of a weight; None: as they are.
+BITS = {"none": None, "int8": 8, "int4": 4}
 #: The most rows of a drafting step: the next token, and guesses that are checked with it. Prompts have more rows.
 _FEW_ROWS = 8
 #: Avoids a division by zero.
@@ -105,8 +109,8 @@ def _int16_sums_saturate() -> bool:
     return bool((sums < 0.9 * 64).any())
 
 
-def int8_dtype(device: torch.device) -> torch.dtype:
-    """The number type of inputs of int8 layers on this device."""
+def quantized_dtype(device: torch.device) -> torch.dtype:
+    """The number type of inputs of quantized layers on this device."""
     return torch.float32 if _rounds_inputs(device) else torch.bfloat16
 
 

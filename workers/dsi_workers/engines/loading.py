@@ -41,8 +41,8 @@ _BRANCH_SLOTS = 2 * 7
 def load_model_engine(model: str, *, device: str, drafter: bool, options: Mapping[str, OptionValue]) -> ModelEngine:
     """Load a model and return its engine, warmed up.
 
-    Options: dtype (auto, float32, bfloat16, float16); quantization (none, int8, or auto, which is int8 for a drafter on a CPU,
-    where nothing is faster); window, max_length, slots, threads (whole numbers); memory_share (of a GPU's memory, the part that
+    Options: dtype (auto, float32, bfloat16, float16); quantization (none, int8, int4, or auto, which is int8 for a drafter on a
+    CPU); window, max_length, slots, threads (whole numbers); memory_share (of a GPU's memory, the part that
     is used where slots or max_length is missing: see memory.py); kernels (false: passes are computed by torch's own
     operations, whose bits differ from those of our kernels); calibrate (false: latencies are not measured); adapter (the
     directory of a LoRA adapter to merge into the model). For a drafter also: lookup (true: it checks guesses of prompt lookup
@@ -137,7 +137,7 @@ def _refuse_mixed(devices: Sequence[str], on: torch.device) -> None:
 
 
 def _quantization(options: Mapping[str, OptionValue], device: torch.device, *, exact: bool) -> str:
-    """int8 or none. `exact`: for a target."""
+    """none, int8 or int4. `exact`: for a target."""
     name = str(options.get("quantization", "auto"))
     return name if name != "auto" else "int8" if not exact and device.type == "cpu" else "none"
 

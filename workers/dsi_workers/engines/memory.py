@@ -20,6 +20,7 @@ from dsi_workers.checkpoints.sizes import (
     weight_bytes,
 )
 from dsi_workers.decoding.device import free_bytes, total_bytes
+from dsi_workers.decoding.quantization import BITS
 from dsi_workers.engine import EngineError
 from dsi_workers.models.files import read_json
 from dsi_workers.models.headers import read_tensors
@@ -42,15 +43,15 @@ def fit_into_memory(
     divided among so many, of which each GPU needs its part only; CPUs share their memory. `branch_slots`: those of a
     drafter's branches. `prompt_chunk`: positions of a chunk of a prompt.
     """
-    number_bytes, int8 = number_type_of(dtype, quantization, device).itemsize, quantization == "int8"
+    number_bytes, bits = number_type_of(dtype, quantization, device).itemsize, BITS[quantization]
     tensors, config = read_tensors(directory), text_config(read_json(directory / "config.json"))
     if type(layers) is int:
         config = {**config, "num_hidden_layers": min(layers, config.get("num_hidden_layers", layers))}
     if device.type == "cuda":
         tensors, config = of_first_rank(tensors, config, devices)
-    weights = weight_bytes(of_first_layers(tensors, layers), number_bytes, int8=int8)
+    weights = weight_bytes(of_first_layers(tensors, layers), number_bytes, bits=bits)
     margin, free, gpu = MARGIN * weights, free_bytes(device), device.type == "cuda"
-    needs = Needs(config, weights + margin, number_bytes, branch_slots, prompt_chunk, gpu=gpu, int8=int8)
+    needs = Needs(config, weights + margin, number_bytes, branch_slots, prompt_chunk, gpu=gpu, bits=bits)
     if gpu:
         slots, max_length = needs.on_a_gpu(min(free, share * total_bytes(device)), slots, max_length)
     else:

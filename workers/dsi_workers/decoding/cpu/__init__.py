@@ -7,6 +7,10 @@ from collections.abc import Mapping
 
 #: Numbers of a vector, and outputs of a tile of weights. Inputs of a product have a multiple of LANES numbers.
 LANES, OUTPUTS = 16, 4
+#: Inputs that have one scale where they are rounded to 8 bits, as weights of 4 bits do.
+GROUP = 32
+#: Products of whole numbers that become one sum of 32 bits.
+SUMMED = 4
 #: Rows that attention computes together: it reads keys and values once for all of them.
 ROWS_TOGETHER = 8
 

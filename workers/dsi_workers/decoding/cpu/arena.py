@@ -1,8 +1,8 @@
 """Memory for weights, in large pages.
 
 From these a core reads faster than from small ones: it fetches ahead beyond the end of a page, and looks up fewer addresses. (On
-a Zen 4: 34 GB/s in place of 26.) The system gives large pages to what is large and asks for them, as numpy does from 4 MiB on. The weights of one
-layer may be smaller, so many of them share one array.
+a Zen 4: 34 GB/s in place of 26.) The system gives large pages to what is large and asks for them, as numpy does from 4 MiB on.
+The weights of one layer may be smaller, so many of them share one array.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-#: float32, int8, or the bits of bfloat16 as uint16.
+#: float32, whole numbers of 8 bits, or the bits of bfloat16 as uint16.
 Array: TypeAlias = NDArray[Any]
 #: Of an array that many share. What is not used of it takes no memory.
 _SHARED_BYTES = 64 << 20

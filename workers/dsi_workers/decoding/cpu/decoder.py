@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dsi_workers.decoding.attention import AttentionShape
-from dsi_workers.decoding.cpu import LANES, OUTPUTS, ROWS_TOGETHER
+from dsi_workers.decoding.cpu import GROUP, LANES, OUTPUTS, ROWS_TOGETHER
 from dsi_workers.decoding.cpu.arena import Arena, Array
 from dsi_workers.decoding.cpu.kernels import after_attention, attention_of, before_attention, logits_of
 from dsi_workers.decoding.cpu.linear import TileLinear, as_array, input_dtype
@@ -26,14 +26,15 @@ from dsi_workers.decoding.packed import PackedBatch, Segment
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def can_compute(decoder: Decoder) -> bool:
-    """Whether a CpuDecoder can compute what this decoder computes."""
+def can_compute(decoder: Decoder, bits: int | None = None) -> bool:
+    """Whether a CpuDecoder can compute what this decoder computes, with weights of so many bits."""
+    inputs = GROUP if bits else LANES
     return (
         decoder.device.type == "cpu"
         and decoder.dtype in _DTYPES
         and decoder.is_whole
         and all(isinstance(layer.mlp, DenseMlp) for layer in decoder.layers)
-        and all(linear.in_features % LANES == 0 for linear in decoder.linear_layers())
+        and all(linear.in_features % inputs == 0 for linear in decoder.linear_layers())
         and decoder.dim % LANES == 0
         and torch.get_num_threads() == 1
     )
@@ -45,10 +46,10 @@ class CpuDecoder:
     recorded_rows: Sequence[int] = ()
     batch_invariant = True
 
-    def __init__(self, decoder: Decoder, *, int8: bool) -> None:
-        """The weights of the decoder's linear layers are laid out anew, in int8 or as they are."""
+    def __init__(self, decoder: Decoder, *, bits: int | None = None) -> None:
+        """The weights of the decoder's linear layers are laid out anew, in whole numbers of 8 or 4 bits or as they are."""
         arena = Arena()
-        decoder.replace_linear_layers(lambda linear: TileLinear(linear, arena, int8=int8))
+        decoder.replace_linear_layers(lambda linear: TileLinear(linear, arena, bits=bits))
         self._decoder = decoder
         self.dtype, self.prompt_chunk = decoder.dtype, decoder.prompt_chunk
         self._layers = [_Layer(layer, decoder) for layer in decoder.layers]
@@ -59,7 +60,7 @@ class CpuDecoder:
         #: [positions, dim] in float32.
         self._cos, self._sin = (as_array(table.float()) for table in (decoder.cos, decoder.sin))
         self._epsilon, self._scaling = np.float32(decoder.epsilon), np.float32(decoder.scaling)
-        self._weights = torch.int8 if int8 else decoder.dtype
+        self._weights = decoder.dtype if bits is None else torch.int8 if bits == 8 else torch.uint8
         #: By the number type of inputs of linear layers.
         self._rooms: dict[torch.dtype, list[Array]] = {}
         self._cache: SlotCache | None = None

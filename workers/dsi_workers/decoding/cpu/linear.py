@@ -6,32 +6,39 @@ import numpy as np
 import torch
 from torch import nn
 
-from dsi_workers.decoding.cpu import LANES, OUTPUTS, multiplies_bfloat16
+from dsi_workers.decoding.cpu import GROUP, LANES, OUTPUTS, multiplies_bfloat16
 from dsi_workers.decoding.cpu.arena import Arena, Array
 from dsi_workers.decoding.cpu.products import multiply
 from dsi_workers.decoding.quantization import EIGHT_BITS, scales_of
 
-#: Of inputs in bfloat16, in int8 layers: with fewer rows, converting the weights takes longer than it saves.
+#: Of inputs in bfloat16, with weights of 8 or 4 bits: with fewer rows, converting the weights takes longer than it saves.
 _LEAST_ROWS = 16
+_MOST_OF_FOUR_BITS = 15
 
 
 class TileLinear(nn.Module):
-    """y = x W^T + b. W is in its own number type, or in int8 with a scale for each output. x: [rows, in_features]."""
+    """y = x W^T + b. x: [rows, in_features]. W is in its own number type, or in whole numbers of 8 or 4 bits (`bits`)."""
 
-    def __init__(self, linear: nn.Linear, arena: Arena, *, int8: bool) -> None:
+    def __init__(self, linear: nn.Linear, arena: Arena, *, bits: int | None = None) -> None:
         super().__init__()
         weight = linear.weight.detach()
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        #: Of 8 bits: float32, [outputs]. Of 4 bits: [blocks, in_features / GROUP, 2, OUTPUTS], the bits of bfloat16: what the
+        #: numbers of a group are multiplied by, and what is added to each. Else empty.
+        self.scale = np.empty(0, np.float32)
         #: float32, [outputs], or empty.
-        self.scale = self.bias = np.empty(0, np.float32)
-        if int8:
+        self.bias = self.scale if linear.bias is None else as_array(linear.bias.detach().float())
+        if bits == 4:
+            weight, scales = in_four_bits(weight.float())
+            self.scale = arena.keep(as_array(_in_tiles(scales, 1).view(-1, self.in_features // GROUP, 2, OUTPUTS)))
+            weight = weight.view(len(weight), -1, 2, LANES)
+            weight = (weight[:, :, 0] + 16 * weight[:, :, 1]).flatten(1)
+        elif bits == 8:
             scale = scales_of(weight.float(), EIGHT_BITS)
             weight = (weight.float() / scale[:, None]).round_().to(torch.int8)
             self.scale = as_array(scale)
-        if linear.bias is not None:
-            self.bias = as_array(linear.bias.detach().float())
-        #: [blocks of OUTPUTS outputs, in_features / LANES, OUTPUTS, LANES].
-        self.tiles = arena.keep(as_array(_in_tiles(weight)))
+        #: [blocks of OUTPUTS outputs, in_features / LANES, OUTPUTS, LANES]. Of 4 bits: half as many, each with two numbers.
+        self.tiles = arena.keep(as_array(_in_tiles(weight, LANES)))
         self.dtype = input_dtype(weight.dtype, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -42,11 +49,25 @@ class TileLinear(nn.Module):
 
 
 def input_dtype(weights: torch.dtype, rows: int) -> torch.dtype:
-    """The number type of the inputs of products with such weights, for this number of rows. It depends on the rows for int8 only,
-    and so only in drafters."""
+    """The number type of the inputs of products with such weights, for this number of rows. It depends on the rows for whole
+    numbers only, and so only in drafters."""
     if weights is torch.float32 or not multiplies_bfloat16():
         return torch.float32
-    return torch.float32 if weights is torch.int8 and rows < _LEAST_ROWS else torch.bfloat16
+    return torch.float32 if weights in (torch.int8, torch.uint8) and rows < _LEAST_ROWS else torch.bfloat16
+
+
+def in_four_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight [outputs, inputs] as whole numbers of 4 bits, as uint8, and [outputs, 2 groups]: for each GROUP of inputs what
+    they are multiplied by, and what is added to each, in bfloat16.
+
+    The least and the largest weight of a group become 0 and 15. So weights that had 4 bits in such groups (Q4_1 of llama.cpp)
+    come out as they were.
+    """
+    groups = weight.view(len(weight), -1, GROUP)
+    low = groups.amin(2).to(torch.bfloat16)
+    scale = ((groups.amax(2) - low) / _MOST_OF_FOUR_BITS).to(torch.bfloat16)
+    numbers = ((groups - low[:, :, None]) / scale.clamp_min(1e-20)[:, :, None]).round_().clamp_(0, _MOST_OF_FOUR_BITS)
+    return numbers.to(torch.uint8).flatten(1), torch.stack((scale, low), dim=2).flatten(1)
 
 
 def as_array(tensor: torch.Tensor) -> Array:
@@ -55,10 +76,10 @@ def as_array(tensor: torch.Tensor) -> Array:
     return found
 
 
-def _in_tiles(weight: torch.Tensor) -> torch.Tensor:
-    """The weight [outputs, size] in tiles. Outputs that fill the last block have weight 0."""
-    outputs, size = weight.shape
+def _in_tiles(numbers: torch.Tensor, lanes: int) -> torch.Tensor:
+    """[outputs, size] in tiles of OUTPUTS outputs and so many lanes. Outputs that fill the last block have zeros."""
+    outputs, size = numbers.shape
     missing = -outputs % OUTPUTS
     if missing:
-        weight = torch.cat((weight, weight.new_zeros(missing, size)))
-    return weight.view(-1, OUTPUTS, size // LANES, LANES).transpose(1, 2).contiguous()
+        numbers = torch.cat((numbers, numbers.new_zeros(missing, size)))
+    return numbers.view(-1, OUTPUTS, size // lanes, lanes).transpose(1, 2).contiguous()

@@ -5,7 +5,7 @@ depend on the other rows. The instructions are written out, because a compiler w
 rows. Where a processor has shorter vectors, LLVM makes two or four instructions of one.
 
 Weights are read in the order in which they lie in memory, and fetched ahead: a core then reads them as fast as it can read at
-all. Weights, keys and values may be float32, bfloat16 (as uint16) or int8, and are converted on their way.
+all. Weights, keys and values may be float32 or bfloat16 (as uint16), which is converted on its way.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from dsi_workers.decoding.cpu import LANES, OUTPUTS, has_feature
+from dsi_workers.decoding.cpu import instructions as emit
 
-_INT32, _FLOAT32 = ir.IntType(32), ir.FloatType()
-_BYTES = ir.IntType(8).as_pointer()
-_VECTOR = ir.VectorType(_FLOAT32, LANES)
+_VECTOR = ir.VectorType(emit.FLOAT32, LANES)
 #: A vector of LANES numbers fits into one register, of which there are 32 (AVX-512).
 HAS_WIDE_VECTORS = has_feature("avx512f")
 #: How far ahead weights are fetched, by the number of rows: more rows take longer, and memory has more time. Measured on a Zen 4.
@@ -61,7 +60,7 @@ def products(rows, *, in_parts=False):
         given, kind = x.dtype, tiles.dtype
 
         def generate(context, builder, signature, arguments):
-            x, tiles, out = (_array(context, builder, signature, arguments, place) for place in (0, 2, 4))
+            x, tiles, out = (emit.array_of(context, builder, signature, arguments, place) for place in (0, 2, 4))
             row, block, column = (arguments[place] for place in (1, 3, 5))
             index, size = row.type, x.shape[1]
             tile = builder.gep(tiles.data, [builder.mul(builder.mul(block, size), index(OUTPUTS))])
@@ -73,7 +72,7 @@ def products(rows, *, in_parts=False):
                 """The inputs and the weights of a step."""
                 weights = builder.gep(tile, [builder.mul(place, index(OUTPUTS))])
                 if fetch:
-                    _fetch(builder, weights, _AHEAD_BYTES[rows], OUTPUTS * LANES * kind.bitwidth // 8)
+                    emit.fetch(builder, weights, _AHEAD_BYTES[rows], OUTPUTS * LANES * kind.bitwidth // 8)
                 return [builder.gep(first, [place]) for first in inputs], weights
 
             def in_bfloat16(place, totals):
@@ -85,27 +84,27 @@ def products(rows, *, in_parts=False):
                 def step(place, totals):
                     given, weights = at(place, fetch=0 in outputs and not begin)
                     firsts = [builder.gep(weights, [index(LANES * output + begin)]) for output in outputs]
-                    wide = [_wide(builder, first, kind, lanes) for first in firsts]
-                    x = [_load(builder, builder.gep(first, [index(begin)]), lanes) for first in given]
-                    return _added(builder, x, wide, totals)
+                    wide = [emit.wide(builder, first, kind, lanes) for first in firsts]
+                    x = [emit.load(builder, builder.gep(first, [index(begin)]), lanes) for first in given]
+                    return emit.added(builder, x, wide, totals)
 
-                return _loop(builder, index(0), size, LANES, rows * len(outputs), step, lanes)
+                return emit.loop(builder, index(0), size, LANES, rows * len(outputs), step, lanes)
 
             if given == types.uint16:
-                totals = _loop(builder, index(0), size, LANES, rows * OUTPUTS // 2, in_bfloat16, LANES)
-                sums = _sums(builder, totals, LANES // 2)
+                totals = emit.loop(builder, index(0), size, LANES, rows * OUTPUTS // 2, in_bfloat16, LANES)
+                sums = emit.sums(builder, totals, LANES // 2)
             elif not in_parts:
-                sums = _sums(builder, in_float32(range(OUTPUTS), 0, LANES), LANES)
+                sums = emit.sums(builder, in_float32(range(OUTPUTS), 0, LANES), LANES)
             else:
                 found = []
                 for outputs in (range(OUTPUTS // 2), range(OUTPUTS // 2, OUTPUTS)):
                     low, high = (in_float32(outputs, begin, LANES // 2) for begin in (0, LANES // 2))
                     found.append([builder.fadd(*halves) for halves in zip(low, high, strict=True)])
                 pairs = [vectors[2 * number : 2 * number + 2] for number in range(rows) for vectors in found]
-                sums = _sums(builder, [vector for pair in pairs for vector in pair], LANES // 2)
-            _store(builder, sums, out, row, column)
+                sums = emit.sums(builder, [vector for pair in pairs for vector in pair], LANES // 2)
+            emit.store(builder, sums, out, row, column)
 
-        return types.void(x, row, tiles, block, out, column), _without_result(generate)
+        return types.void(x, row, tiles, block, out, column), emit.without_result(generate)
 
     return of_rows
 
@@ -122,7 +121,7 @@ def scores(rows):
         kind = keys.dtype
 
         def generate(context, builder, signature, arguments):
-            queries, keys, out = (_array(context, builder, signature, arguments, place) for place in (0, 2, 4))
+            queries, keys, out = (emit.array_of(context, builder, signature, arguments, place) for place in (0, 2, 4))
             row, position = arguments[1], arguments[3]
             index, dim = row.type, queries.shape[1]
             inputs = [
@@ -134,14 +133,14 @@ def scores(rows):
             ]
 
             def step(place, totals):
-                wide = [_wide(builder, builder.gep(first, [place]), kind) for first in firsts]
-                given = [_load(builder, builder.gep(first, [place]), LANES) for first in inputs]
-                return _added(builder, given, wide, totals)
+                wide = [emit.wide(builder, builder.gep(first, [place]), kind) for first in firsts]
+                given = [emit.load(builder, builder.gep(first, [place]), LANES) for first in inputs]
+                return emit.added(builder, given, wide, totals)
 
-            totals = _loop(builder, index(0), dim, LANES, rows * OUTPUTS, step, LANES)
-            _store(builder, _sums(builder, totals, LANES), out, row, position)
+            totals = emit.loop(builder, index(0), dim, LANES, rows * OUTPUTS, step, LANES)
+            emit.store(builder, emit.sums(builder, totals, LANES), out, row, position)
 
-        return types.void(queries, row, keys, position, out), _without_result(generate)
+        return types.void(queries, row, keys, position, out), emit.without_result(generate)
 
     return of_rows
 
@@ -158,7 +157,7 @@ def weighted_sums(rows, vectors):
         kind = values.dtype
 
         def generate(context, builder, signature, arguments):
-            weights, values, out = (_array(context, builder, signature, arguments, place) for place in (0, 2, 6))
+            weights, values, out = (emit.array_of(context, builder, signature, arguments, place) for place in (0, 2, 6))
             row, begin, end, first = (arguments[place] for place in (1, 3, 4, 5))
             index = row.type
             of_rows = [
@@ -168,11 +167,11 @@ def weighted_sums(rows, vectors):
 
             def step(position, totals):
                 value = builder.gep(values.data, [builder.add(builder.mul(position, values.shape[1]), first)])
-                wide = [_wide(builder, builder.gep(value, [index(LANES * part)]), kind) for part in range(vectors)]
-                given = [_same(builder, builder.load(builder.gep(of_row, [position]))) for of_row in of_rows]
-                return _added(builder, given, wide, totals)
+                wide = [emit.wide(builder, builder.gep(value, [index(LANES * part)]), kind) for part in range(vectors)]
+                given = [emit.same(builder, builder.load(builder.gep(of_row, [position]))) for of_row in of_rows]
+                return emit.added(builder, given, wide, totals)
 
-            totals = _loop(builder, begin, end, 1, rows * vectors, step, LANES)
+            totals = emit.loop(builder, begin, end, 1, rows * vectors, step, LANES)
             for number, total in enumerate(totals):
                 to, part = divmod(number, vectors)
                 at = builder.add(
@@ -181,139 +180,22 @@ def weighted_sums(rows, vectors):
                 place = builder.bitcast(builder.gep(out.data, [at]), _VECTOR.as_pointer())
                 builder.store(total, place).align = 4
 
-        return types.void(weights, row, values, begin, end, first, out), _without_result(generate)
+        return types.void(weights, row, values, begin, end, first, out), emit.without_result(generate)
 
     return of_rows
 
 
-class _Array:
-    """The memory of an argument that is an array."""
-
-    def __init__(self, data, shape):
-        self.data, self.shape = data, shape
-
-
-def _array(context, builder, signature, arguments, place):
-    array = context.make_array(signature.args[place])(context, builder, arguments[place])
-    return _Array(array.data, cgutils.unpack_tuple(builder, array.shape))
-
-
-def _without_result(generate):
-    def code(context, builder, signature, arguments):
-        generate(context, builder, signature, arguments)
-        return context.get_dummy_value()
-
-    return code
-
-
-def _loop(builder, begin, end, step, count, body, lanes):
-    """Call the body for each place in range(begin, end, step), of which there is one at least. It gets `count` vectors of this
-    length, at first zeros, and returns the next ones. Returns the last ones."""
-    kind = ir.VectorType(_FLOAT32, lanes)
-    before, loop, after = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("after")
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    place = builder.phi(begin.type)
-    vectors = [builder.phi(kind) for _ in range(count)]
-    following = body(place, vectors)
-    next_place = builder.add(place, begin.type(step))
-    place.add_incoming(begin, before)
-    place.add_incoming(next_place, loop)
-    for vector, new in zip(vectors, following, strict=True):
-        vector.add_incoming(ir.Constant(kind, [0.0] * lanes), before)
-        vector.add_incoming(new, loop)
-    builder.cbranch(builder.icmp_signed("<", next_place, end), loop, after)
-    builder.position_at_end(after)
-    return following
-
-
 def _in_bfloat16(builder, inputs, weights, totals):
     """The next totals: one for each input and two outputs, of which one half is for the first and one for the second."""
-    both = [builder.gep(weights, [_INT32(2 * LANES * pair)]) for pair in range(OUTPUTS // 2)]
-    pairs = [builder.bitcast(_load(builder, first, 2 * LANES), _PAIRS) for first in both]
+    both = [builder.gep(weights, [emit.INT32(2 * LANES * pair)]) for pair in range(OUTPUTS // 2)]
+    pairs = [builder.bitcast(emit.load(builder, first, 2 * LANES), _PAIRS) for first in both]
     multiply = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(_VECTOR, [_VECTOR, _PAIRS, _PAIRS]), _BFLOAT16_PRODUCTS
     )
     found = []
     for number, first in enumerate(inputs):
-        once = _load(builder, first, LANES)
-        given = builder.bitcast(_picked(builder, once, once, [*range(LANES)] * 2), _PAIRS)
+        once = emit.load(builder, first, LANES)
+        given = builder.bitcast(emit.picked(builder, once, once, [*range(LANES)] * 2), _PAIRS)
         for pair, weight in enumerate(pairs):
             found.append(builder.call(multiply, [totals[number * len(pairs) + pair], weight, given]))
     return found
-
-
-def _added(builder, given, wide, totals):
-    """The next totals: total + given * wide for each of both."""
-    kind = wide[0].type
-    multiply = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(kind, [kind] * 3), f"llvm.fma.v{kind.count}f32"
-    )
-    pairs = [(left, right) for left in given for right in wide]
-    return [builder.call(multiply, [left, right, total]) for (left, right), total in zip(pairs, totals, strict=True)]
-
-
-def _load(builder, pointer, count):
-    """A vector of `count` numbers."""
-    vector = ir.VectorType(pointer.type.pointee, count)
-    loaded = builder.load(builder.bitcast(pointer, vector.as_pointer()))
-    loaded.align = 1
-    return loaded
-
-
-def _wide(builder, pointer, kind, count=LANES):
-    """A vector of `count` numbers, in float32."""
-    loaded, whole = _load(builder, pointer, count), ir.VectorType(_INT32, count)
-    number = ir.VectorType(_FLOAT32, count)
-    if kind == types.uint16:
-        return builder.bitcast(builder.shl(builder.zext(loaded, whole), ir.Constant(whole, [16] * count)), number)
-    return builder.sitofp(builder.sext(loaded, whole), number) if kind == types.int8 else loaded
-
-
-def _same(builder, number):
-    """A vector of one number."""
-    one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), number, _INT32(0))
-    return _picked(builder, one, one, [0] * LANES)
-
-
-def _store(builder, sums, out, row, column):
-    """out[row:, column : column + OUTPUTS] = the sums: OUTPUTS for each row."""
-    index, to = row.type, 0
-    for vector in sums:
-        for begin in range(0, vector.type.count, OUTPUTS):
-            at = builder.add(builder.mul(builder.add(row, index(to)), out.shape[1]), column)
-            part = _picked(builder, vector, vector, range(begin, begin + OUTPUTS))
-            builder.store(part, builder.bitcast(builder.gep(out.data, [at]), part.type.as_pointer())).align = 4
-            to += 1
-
-
-def _fetch(builder, pointer, ahead, length):
-    """Ask for the `length` bytes from `ahead` bytes after `pointer` on. Asking for what lies behind the array does no harm."""
-    fetch = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(ir.VoidType(), [_BYTES] + [_INT32] * 3), "llvm.prefetch.p0"
-    )
-    begin = builder.bitcast(pointer, _BYTES)
-    for offset in range(ahead, ahead + length, 64):
-        builder.call(fetch, [builder.gep(begin, [_INT32(offset)]), _INT32(0), _INT32(3), _INT32(1)])
-
-
-def _sums(builder, vectors, lanes):
-    """The sums of each `lanes` numbers of the vectors, in vectors. Halves are added until one number is left of each sum, and two
-    vectors share each addition."""
-    while lanes > 1:
-        half, added = lanes // 2, []
-        for number in range(0, len(vectors), 2):
-            one, *more = vectors[number : number + 2]
-            count = sum(vector.type.count for vector in (one, *more)) // lanes
-            low, high = (
-                [sum_ * lanes + begin + lane for sum_ in range(count) for lane in range(half)] for begin in (0, half)
-            )
-            other = more[0] if more else one
-            added.append(builder.fadd(_picked(builder, one, other, low), _picked(builder, one, other, high)))
-        vectors, lanes = added, half
-    return vectors
-
-
-def _picked(builder, one, other, lanes):
-    """A vector of these lanes of two vectors."""
-    return builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(_INT32, len(lanes)), list(lanes)))
