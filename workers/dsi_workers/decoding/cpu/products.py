@@ -12,13 +12,13 @@ from dsi_workers.decoding.cpu.bfloat16 import bits_of_float, narrow, wide
 from dsi_workers.decoding.cpu.vectors import HAS_WIDE_VECTORS, products
 from dsi_workers.decoding.cpu.whole_vectors import whole_products
 
-_products_of_1, _products_of_2, _products_of_4, _products_of_8 = (products(rows) for rows in (1, 2, 4, 8))
-_parts_of_4 = products(4, in_parts=True)
+_of_1, _of_2, _of_4, _of_8 = (products(rows) for rows in (1, 2, 4, 8))
+_parts_of_3, _parts_of_4, _parts_of_6 = (products(rows, in_parts=True) for rows in (3, 4, 6))
 _whole_of_1, _whole_of_2, _whole_of_4 = (whole_products(rows) for rows in (1, 2, 4))
-#: The fewest rows for which parts pay.
-_LEAST_IN_PARTS = 16
-#: Rows that are multiplied by all weights before the next rows are: so many that they stay in a core's own cache.
-_MOST_BYTES = 1 << 19
+#: The fewest rows for which parts pay: with weights in bfloat16, and in float32, which come from memory half as fast.
+_LEAST_IN_PARTS, _LEAST_IN_PARTS_OF_FLOAT32 = 3, 12
+#: Weights that are multiplied by all rows before the next weights are: so many that they stay in a core's own cache.
+_TOGETHER_BYTES = 1 << 18
 #: The largest number of 8 bits.
 _LARGEST = np.float32(127)
 
@@ -73,13 +73,14 @@ def _multiply_tiles_of(x, tiles, scale, out):
 
     def by_numbers(x, tiles, scale, out):
         rows, outputs = out.shape
-        whole, together = outputs // OUTPUTS, max(8, _MOST_BYTES // (x.shape[1] * x.itemsize) // 8 * 8)
-        for begin in range(0, rows, together):
-            for block in range(whole):
-                _multiply_block(x, begin, min(rows, begin + together), tiles, scale, block, out, block * OUTPUTS)
+        whole, together = outputs // OUTPUTS, _blocks_together(tiles)
+        for begin in range(0, whole, together):
+            found, first = _in_bfloat16(tiles, scale, begin)
+            _multiply_blocks(x, found, first, min(together, whole - begin), out, begin * OUTPUTS)
         if whole < len(tiles):  # the last block has fewer outputs
             last = np.empty((rows, OUTPUTS), np.float32)
-            _multiply_block(x, 0, rows, tiles, scale, whole, last, 0)
+            found, first = _in_bfloat16(tiles, scale, whole)
+            _multiply_blocks(x, found, first, 1, last, 0)
             out[:, whole * OUTPUTS :] = last[:, : outputs - whole * OUTPUTS]
 
     return by_numbers
@@ -137,22 +138,15 @@ def _rounded(x):
     return numbers, factors, sums
 
 
-def _eights(x, row, end, tiles, block, out, column):
-    """Rows from `row` on, eight at a time. Returns the next row. In float32 four rows fill the registers."""
+def _blocks_together(tiles):
+    """Blocks that are multiplied by all rows before the next ones are. Whole numbers are converted block by block."""
 
 
-@overload(_eights)
-def _eights_of(x, row, end, tiles, block, out, column):
-    if x.dtype != types.uint16:
-        return lambda x, row, end, tiles, block, out, column: row
-
-    def eights(x, row, end, tiles, block, out, column):
-        while row + 8 <= end:
-            _products_of_8(x, row, tiles, block, out, column)
-            row += 8
-        return row
-
-    return eights
+@overload(_blocks_together)
+def _blocks_together_of(tiles):
+    if tiles.dtype in (types.int8, types.uint8):
+        return lambda tiles: 1
+    return lambda tiles: max(1, _TOGETHER_BYTES // (tiles[0].size * tiles.itemsize))
 
 
 def _in_bfloat16(tiles, scale, block):
@@ -189,22 +183,74 @@ def _in_bfloat16_of(tiles, scale, block):
     return lambda tiles, scale, block: (tiles, block)
 
 
-@_part
-def _multiply_block(x, begin, end, tiles, scale, block, out, column):
-    """The rows [begin, end) of a block's outputs, the first of which is `column`."""
-    tiles, block = _in_bfloat16(tiles, scale, block)
-    row = _eights(x, begin, end, tiles, block, out, column)
-    while not HAS_WIDE_VECTORS and end - begin >= _LEAST_IN_PARTS and row + 4 <= end:
-        _parts_of_4(x, row, tiles, block, out, column)
-        row += 4
-    while row + 4 <= end:
-        _products_of_4(x, row, tiles, block, out, column)
-        row += 4
-    if row + 2 <= end:
-        _products_of_2(x, row, tiles, block, out, column)
+def _by_blocks(rows):
+    """Return the function that multiplies the rows [row, row + n) by `count` blocks, the first of which has the outputs from
+    `column` on. `rows`: the innermost loop, for n rows."""
+
+    @_part
+    def multiply_by_blocks(x, row, tiles, first, count, out, column):
+        for number in range(count):
+            rows(x, row, tiles, first + number, out, column + number * OUTPUTS)
+
+    return multiply_by_blocks
+
+
+_rows_of_1, _rows_of_2, _rows_of_4, _rows_of_8 = (_by_blocks(rows) for rows in (_of_1, _of_2, _of_4, _of_8))
+_narrow_of_3, _narrow_of_4, _narrow_of_6 = (_by_blocks(rows) for rows in (_parts_of_3, _parts_of_4, _parts_of_6))
+
+
+@_kernel
+def _multiply_blocks(x, tiles, first, count, out, column):
+    """All rows by `count` blocks: as many rows at once as there are registers for."""
+    row, rows = _many(x, tiles, first, count, out, column), len(x)
+    if row + 2 <= rows:
+        _rows_of_2(x, row, tiles, first, count, out, column)
         row += 2
-    if row < end:
-        _products_of_1(x, row, tiles, block, out, column)
+    if row < rows:
+        _rows_of_1(x, row, tiles, first, count, out, column)
+
+
+def _many(x, tiles, first, count, out, column):
+    """Rows from the first one on, several at a time. Returns the next row, after which at most three are left."""
+
+
+@overload(_many)
+def _many_of(x, tiles, first, count, out, column):
+    if not HAS_WIDE_VECTORS and x.dtype == types.float32:
+        least = _LEAST_IN_PARTS_OF_FLOAT32 if tiles.dtype == types.float32 else _LEAST_IN_PARTS
+
+        def narrow_vectors(x, tiles, first, count, out, column):
+            row, rows = 0, len(x)
+            if rows < least:
+                while row + 4 <= rows:
+                    _rows_of_2(x, row, tiles, first, count, out, column)
+                    row += 2
+                return row
+            while row + 6 <= rows:
+                _narrow_of_6(x, row, tiles, first, count, out, column)
+                row += 6
+            if row + 4 <= rows:
+                _narrow_of_4(x, row, tiles, first, count, out, column)
+                row += 4
+            if row + 3 <= rows:
+                _narrow_of_3(x, row, tiles, first, count, out, column)
+                row += 3
+            return row
+
+        return narrow_vectors
+    most = 8 if x.dtype == types.uint16 else 4  # in float32 four fill the registers
+
+    def wide_vectors(x, tiles, first, count, out, column):
+        row, rows = 0, len(x)
+        while most == 8 and row + 8 <= rows:
+            _rows_of_8(x, row, tiles, first, count, out, column)
+            row += 8
+        while row + 4 <= rows:
+            _rows_of_4(x, row, tiles, first, count, out, column)
+            row += 4
+        return row
+
+    return wide_vectors
 
 
 def check_products(bits: int | None = None) -> None:

@@ -22,7 +22,7 @@ _VECTOR = ir.VectorType(emit.FLOAT32, LANES)
 #: A vector of LANES numbers fits into one register, of which there are 32 (AVX-512).
 HAS_WIDE_VECTORS = has_feature("avx512f")
 #: How far ahead weights are fetched, by the number of rows: more rows take longer, and memory has more time. Measured on a Zen 4.
-_AHEAD_BYTES = {1: 512, 2: 512, 4: 4096, 8: 4096}
+_AHEAD_BYTES = {1: 512, 2: 512, 3: 4096, 4: 4096, 6: 4096, 8: 4096}
 #: Sums of two products of bfloat16 each, added to float32 (AVX512_BF16).
 _BFLOAT16_PRODUCTS = "llvm.x86.avx512bf16.dpbf16ps.512"
 
@@ -62,17 +62,20 @@ def products(rows, *, in_parts=False):
         def generate(context, builder, signature, arguments):
             x, tiles, out = (emit.array_of(context, builder, signature, arguments, place) for place in (0, 2, 4))
             row, block, column = (arguments[place] for place in (1, 3, 5))
-            index, size = row.type, x.shape[1]
+            index, size, tile_bytes = row.type, x.shape[1], OUTPUTS * LANES * kind.bitwidth // 8
             tile = builder.gep(tiles.data, [builder.mul(builder.mul(block, size), index(OUTPUTS))])
             inputs = [
                 builder.gep(x.data, [builder.mul(builder.add(row, index(number)), size)]) for number in range(rows)
             ]
 
-            def at(place, fetch=True):
+            def at(place, part=None):
                 """The inputs and the weights of a step."""
                 weights = builder.gep(tile, [builder.mul(place, index(OUTPUTS))])
-                if fetch:
-                    emit.fetch(builder, weights, _AHEAD_BYTES[rows], OUTPUTS * LANES * kind.bitwidth // 8)
+                if part is None:
+                    emit.fetch(builder, weights, _AHEAD_BYTES[rows], tile_bytes)
+                else:  # memory has the time of all four parts: each fetches a quarter of the next block
+                    following = builder.add(builder.mul(size, index(OUTPUTS + part)), place)
+                    emit.fetch(builder, builder.gep(tile, [following]), 0, tile_bytes // OUTPUTS)
                 return [builder.gep(first, [place]) for first in inputs], weights
 
             def in_bfloat16(place, totals):
@@ -80,9 +83,10 @@ def products(rows, *, in_parts=False):
 
             def in_float32(outputs, begin, lanes):
                 """The part of a step for some outputs, and for the lanes [begin, begin + lanes)."""
+                part = outputs[0] + begin // lanes if in_parts else None
 
                 def step(place, totals):
-                    given, weights = at(place, fetch=0 in outputs and not begin)
+                    given, weights = at(place, part)
                     firsts = [builder.gep(weights, [index(LANES * output + begin)]) for output in outputs]
                     wide = [emit.wide(builder, first, kind, lanes) for first in firsts]
                     x = [emit.load(builder, builder.gep(first, [index(begin)]), lanes) for first in given]
