@@ -26,6 +26,26 @@ class Account:
         self._drafter_ms: deque[float] = deque(maxlen=_TRACED)
         self._accepted: deque[bool] = deque(maxlen=_TRACED)
 
+        #: Verifications in flight, and for how long there was one.
+        self._verifying = 0
+        self._verified_s = self._verifying_since_s = 0.0
+
+    def verification_began(self) -> None:
+        if not self._verifying:
+            self._verifying_since_s = time.perf_counter()
+        self._verifying += 1
+
+    def verification_ended(self) -> None:
+        self._verifying -= 1
+        if not self._verifying:
+            self._verified_s += time.perf_counter() - self._verifying_since_s
+
+    @property
+    def verified_ms(self) -> float:
+        """For how long something has been verified so far."""
+        running_s = time.perf_counter() - self._verifying_since_s if self._verifying else 0.0
+        return (self._verified_s + running_s) * 1e3
+
     def begin(self) -> None:
         self._begun_s = time.perf_counter()
 

@@ -107,16 +107,25 @@ class Answers:
         return _refused(worker, reply)
 
     def drafted(
-        self, request: Draft, worker: WorkerHandle, block: Drafted, waited_ms: float, *, in_use: bool
+        self,
+        request: Draft,
+        worker: WorkerHandle,
+        block: Drafted,
+        waited_ms: float,
+        *,
+        in_use: bool,
+        verified_ms: float,
     ) -> Meaning:
         """A block of drafts, the last one or not. `waited_ms`: since it was asked, or the block before. `in_use`: the drafter
-        is the one that is planned with: it was not exchanged for another one meanwhile, and leads if there are several."""
+        is the one that is planned with: it was not exchanged for another one meanwhile, and leads if there are several.
+        `verified_ms`: how much of that time something was verified."""
         steps = _steps(block)
         self._account.drafting(block.busy_us, len(block.tokens))
         if (
             in_use and len(request.tokens) <= 1 and block.busy_us
         ):  # else it read more than it drafted, or knew it before
-            self._tuner.drafted(steps, waited_ms if worker.sharers > 1 else block.busy_us / 1e3)
+            took_ms = waited_ms if worker.sharers > 1 else block.busy_us / 1e3
+            self._tuner.drafted(steps, took_ms, beside=min(1.0, verified_ms / waited_ms) if waited_ms > 0 else 1.0)
         if block.parents and len(block.parents) != len(block.tokens):
             return Misbehaved(worker, f"{len(block.tokens)} drafts with {len(block.parents)} parents")
         if max(block.tokens) >= self._vocabulary_size:

@@ -338,22 +338,31 @@ class Generation(Actor[GenerationMessage]):
             nonlocal asked_s
             waited_ms = (time.perf_counter() - asked_s) * 1e3
             asked_s += waited_ms / 1e3
-            self._pending -= not (isinstance(reply, Verified) and reply.more)
+            ends = not (isinstance(reply, Verified) and reply.more)
+            self._pending -= ends
+            if ends:
+                self._account.verification_ended()
             self.deliver(self._answers.to_verify(request, worker, reply, waited_ms))
 
         self._pending += 1
+        self._account.verification_began()
         worker.verify(request, on_reply)
 
     def _draft(self, request: Draft, lent: LentDrafter) -> None:
         worker = lent.worker
-        asked_s = time.perf_counter()
+        asked_s, verified_ms = time.perf_counter(), self._account.verified_ms
 
         def on_drafted(block: Drafted) -> None:
-            now_s = time.perf_counter()
+            nonlocal verified_ms
+            now_s, before_ms = time.perf_counter(), verified_ms
             waited_ms = (now_s - max(asked_s, lent.heard_s)) * 1e3
-            lent.heard_s = now_s
+            lent.heard_s, verified_ms = now_s, self._account.verified_ms
             in_use = lent is self._drafters.leader
-            self.deliver(self._answers.drafted(request, worker, block, waited_ms, in_use=in_use))
+            self.deliver(
+                self._answers.drafted(
+                    request, worker, block, waited_ms, in_use=in_use, verified_ms=verified_ms - before_ms
+                )
+            )
 
         def on_reply(reply: Reply | None) -> None:
             self._pending -= 1

@@ -84,9 +84,16 @@ def limit(target_ms: float, drafter_ms: float, acceptance: float, alternatives: 
 
 
 def expect(
-    policy: Policy, cost_ms: CostMs, drafter_ms: float, acceptance: float, branching: Branching = CHAIN
+    policy: Policy,
+    cost_ms: CostMs,
+    drafter_ms: float,
+    acceptance: float,
+    branching: Branching = CHAIN,
+    *,
+    alone: float = 1.0,
 ) -> Expectation:
-    """Of any policy."""
+    """Of any policy. Latencies are those of a drafter and a target that compute at the same time, if the policy lets them.
+    `alone`: how long a step of the drafter takes while nothing is verified, as a share of `drafter_ms`."""
     if policy.max_ahead == 0:
         return Expectation(cost_ms(1), 1.0, cost_ms(1), 0.0)
     if policy.span == 0:
@@ -94,7 +101,7 @@ def expect(
     drafter_ms = branching.drafter_ms(policy, drafter_ms)
     if policy.algorithm == "si" or policy.first_wait == policy.max_ahead:  # nothing is drafted during a verification
         return _expect_si(policy, cost_ms, drafter_ms, acceptance, branching.alternatives)
-    return _expect_dsi(policy, cost_ms, drafter_ms, acceptance, branching.alternatives)
+    return _expect_dsi(policy, cost_ms, drafter_ms, acceptance, branching.alternatives, alone)
 
 
 def _expect_si(
@@ -130,10 +137,13 @@ class _Cycle:
     Hundreds of walks are taken for one plan, while a generation waits: hence no helpers in its loop.
     """
 
-    def __init__(self, policy: Policy, cost_ms: CostMs, drafter_ms: float) -> None:
+    def __init__(self, policy: Policy, cost_ms: CostMs, drafter_ms: float, alone: float) -> None:
         self._policy = policy
         self._cost_ms = cost_ms
         self._drafter_ms = max(drafter_ms, 1e-6)
+        self._alone = alone
+        #: Drafts made, and parts of one.
+        self._drafting = 0.0
         #: The last input that each idle server has read. Which of them reads next: the one that has read most.
         self._idle = [-1] * policy.sp
         #: (end, covers inputs up to), in order of the ends.
@@ -154,7 +164,8 @@ class _Cycle:
                 if self._idle:
                     arrival = self._next_arrival()
             if live and live[0][0] <= arrival:
-                self.now_ms, covers = live.pop(0)
+                self._draft_until(live[0][0])
+                _, covers = live.pop(0)
                 self._idle.append(covers)
                 self._committed = max(self._committed, covers + 1)
                 for outrun in [each for each in live if each[1] < self._committed]:  # they can yield nothing more
@@ -162,7 +173,7 @@ class _Cycle:
                     self._busy_ms -= outrun[0] - self.now_ms
                     self._idle.append(outrun[1])
                 return self._committed, self.now_ms
-            self.now_ms = arrival
+            self._draft_until(arrival)
 
     def busy_until_now_ms(self) -> float:
         """Device time spent: what still runs now is cancelled."""
@@ -170,7 +181,19 @@ class _Cycle:
 
     def made(self) -> int:
         """Drafts that the drafter has made by now."""
-        return max(0, int(self.now_ms / self._drafter_ms - _LATE + 1e-9))
+        return max(0, int(self._drafting - _LATE + 1e-9))
+
+    @property
+    def _step_ms(self) -> float:
+        return self._drafter_ms if self._live else self._drafter_ms * self._alone
+
+    def _draft_until(self, now_ms: float) -> None:
+        self._drafting += (now_ms - self.now_ms) / self._step_ms
+        self.now_ms = now_ms
+
+    def _time_of(self, drafts: int) -> float:
+        """When so many drafts are there, if nothing begins or ends until then."""
+        return self.now_ms + (drafts + _LATE - self._drafting) * self._step_ms
 
     def _start_what_is_due(self) -> None:
         policy, live, known = self._policy, self._live, self._committed
@@ -201,10 +224,10 @@ class _Cycle:
         wait, block = self._policy.first_wait, self._policy.lookahead
         made = self.made()
         if wait and made < wait:
-            return (wait + _LATE) * self._drafter_ms
+            return self._time_of(wait)
         if made - self._committed > 2 * self._policy.max_ahead and self._live:
             return math.inf  # the drafter has stopped until something is committed
-        return (wait + ((made - wait) // block + 1) * block + _LATE) * self._drafter_ms
+        return self._time_of(wait + ((made - wait) // block + 1) * block)
 
 
 class _Survival:
@@ -246,9 +269,9 @@ class _Survival:
 
 
 def _expect_dsi(
-    policy: Policy, cost_ms: CostMs, drafter_ms: float, acceptance: float, alternatives: float
+    policy: Policy, cost_ms: CostMs, drafter_ms: float, acceptance: float, alternatives: float, alone: float
 ) -> Expectation:
-    cycle = _Cycle(policy, cost_ms, drafter_ms)
+    cycle = _Cycle(policy, cost_ms, drafter_ms, alone)
     survival = _Survival(policy, acceptance, alternatives)
     known = 0
     survived = 1.0  # the chance that the cycle has not ended with the first `known` tokens

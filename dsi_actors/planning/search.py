@@ -16,6 +16,8 @@ TIE = 0.002
 _MOST_ROUNDS = 4
 #: Blocks of drafts in the time of one target forward, if it has not more servers than half as many.
 _MOST_BLOCKS = 32
+#: Drafts in a block where drafter and target slow one another down.
+_COARSEST_BESIDE = 8
 _CANDIDATES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 #: Rows of a drafting step that are considered. Of trees that are equally fast to within the tie, the one with the fewest wins.
 _ROWS = (2, 4, 8, 16)
@@ -44,12 +46,15 @@ def best_dsi(
     *,
     most: int = MAX_LOOKAHEAD,
     queued: int | None = None,
+    alone: float = 1.0,
 ) -> Policy:
     """The wait after a rejection, the stagger between verifications and the rows of a tree that make DSI fastest.
 
     The family contains AR (span 0), SI itself (`best_in_turns`), and SI that drafts on while it verifies (wait and span of k).
     Where servers are shared, a verification waits for the forward of others to end, in which time `queued` tokens are drafted:
     so many are waited for, since that costs nothing, and no more, since who is not in the next forward waits for the one after.
+
+    Where drafter and target slow one another down (`alone` below 1: see expectation.py) it may pay to verify less often.
     """
     target_ms = cost_ms(1)
     if (
@@ -60,7 +65,8 @@ def best_dsi(
     waits = [wait for wait in _CANDIDATES if wait <= min(most, in_time)]
     if queued is not None:
         waits = [max(wait for wait in waits if wait <= queued)]
-    lookaheads = [k for k in _CANDIDATES[1:] if k <= min(most, max(1, in_time if sp > 1 else in_time // 4))]
+    coarsest = max(in_time if sp > 1 else in_time // 4, 1 if alone == 1 else _COARSEST_BESIDE)
+    lookaheads = [k for k in _CANDIDATES[1:] if k <= min(most, coarsest)]
     if (
         queued is not None
     ):  # four messages of drafts in each forward are enough: more would keep the orchestrator busy for nothing
@@ -79,7 +85,7 @@ def best_dsi(
         ahead = drafts_ahead(target_ms, drafter_ms, k, wait)
         return with_rows(Policy.distributed(k, sp, min(wait, span), max_ahead=ahead, span=span), rows)
 
-    expected = functools.cache(lambda policy: expect(policy, cost_ms, drafter_ms, acceptance, branching))
+    expected = functools.cache(lambda policy: expect(policy, cost_ms, drafter_ms, acceptance, branching, alone=alone))
 
     def fastest(best: Policy, rows: int, among: Callable[[list[int], int], list[int]]) -> Policy:
         """One setting at a time, until nothing gets better: they hardly depend on one another. `among`: those of all values that

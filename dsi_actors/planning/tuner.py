@@ -39,6 +39,9 @@ _ROW_STEP = 0.05
 _RATIO_STEP = 1.1
 #: Drafter and targets slow one another down if verifications take at least this many times as long as in plain decoding.
 _SLOWED = 1.1
+#: More is not because of the other one.
+_MOST_SLOWED = 3.0
+_ALONE_STEP = 0.05
 
 
 @dataclass(slots=True)
@@ -235,13 +238,23 @@ class Tuner:
         In turns they are not slowed down. Infinity if the factor is below `_SLOWED`, or not measured.
         """
         known = self.estimates
-        if known.sharers > 1 or min(known.calibrated_ms, known.drafter_ms) <= 0:
-            return math.inf
-        slowed = known.target_ms / known.calibrated_ms
-        if slowed < _SLOWED:
+        if known.drafter_ms <= 0 or self._alone == 1:
             return math.inf
         policy = self._planned("si", 1)
-        return expect(policy, known.cost_ms, known.drafter_ms, known.acceptance, self._branching).ms_per_token / slowed
+        return (
+            expect(policy, known.cost_ms, known.drafter_ms, known.acceptance, self._branching).ms_per_token
+            * self._alone
+        )
+
+    @property
+    def _alone(self) -> float:
+        """How long target or drafter takes while the other one rests, as a share of how long it takes beside it. Both are assumed
+        to be slowed down by the same factor: that by which verifications take longer than in plain decoding."""
+        known = self.estimates
+        if known.sharers > 1 or min(known.calibrated_ms, known.target_ms) <= 0:
+            return 1.0
+        slowed = known.target_ms / known.calibrated_ms
+        return 1.0 if slowed < _SLOWED else 1 / min(slowed, _MOST_SLOWED)
 
     def verified(
         self, positions: int, took_ms: float, *, branches: int = 0, sharers: int = 1, waited_ms: float = 0.0
@@ -274,8 +287,11 @@ class Tuner:
         known.accepted += (ASSUMED_ACCEPTANCE * _PRIOR_WEIGHT - known.accepted) * share
         known.judged += (_PRIOR_WEIGHT - known.judged) * share
 
-    def drafted(self, tokens: int, took_ms: float) -> None:
+    def drafted(self, tokens: int, took_ms: float, *, beside: float = 1.0) -> None:
+        """`beside`: the share of this time in which something was verified. What counts is how long it would have taken beside
+        verifications."""
         known, took_ms = self.estimates, max(_LEAST_MS * tokens, took_ms)
+        took_ms /= beside + (1 - beside) * self._alone
         self._drafted = min(self._drafted + tokens, max(_DRAFTED, tokens))
         known.drafter_ms += (took_ms / max(1, tokens) - known.drafter_ms) * tokens / max(1.0, self._drafted)
 
@@ -353,6 +369,7 @@ class Tuner:
                 _stepped(branching.alternatives, _ALTERNATIVES_STEP), branching.rows,
                 _stepped(branching.row_share, _ROW_STEP),
             ),
+            _stepped(self._alone, _ALONE_STEP),
         )  # fmt: skip
 
     @property
@@ -390,7 +407,7 @@ def _rounded(ratio: float) -> float:
 @functools.lru_cache(maxsize=1024)
 def _planned(
     algorithm: str, sp: int, window: int, target: float, full_window: float, acceptance: float, queued: int | None,
-    overlaps: bool, branching: Branching,
+    overlaps: bool, branching: Branching, alone: float,
 ) -> Policy:  # fmt: skip
     """Latencies in units of the drafter's: the policy depends on nothing else."""
     cost_ms = Estimates(target, full_window, window).cost_ms
@@ -399,4 +416,4 @@ def _planned(
         return best_si(cost_ms, 1.0, acceptance, branching, most=most)
     if not overlaps:
         return best_in_turns(cost_ms, 1.0, acceptance, sp, branching, most=most)
-    return best_dsi(cost_ms, 1.0, acceptance, sp, branching, most=most, queued=queued)
+    return best_dsi(cost_ms, 1.0, acceptance, sp, branching, most=most, queued=queued, alone=alone)

@@ -170,6 +170,27 @@ def test_the_limit_of_a_tree_is_what_the_core_does_with_enough_servers(
     assert abs(found - expected) <= 0.02 * expected + 2 * error
 
 
+def test_a_drafter_is_faster_while_nothing_is_verified() -> None:
+    """Blocks of four, each verified in the time of two drafts; the other two take half as long if they are drafted alone. Nothing
+    is rejected, so three quarters of a draft's time for each token, and one without that."""
+    policy = Policy.distributed(4, 1, max_ahead=64)
+    for alone, each in ((0.5, 0.75), (1.0, 1.0)):
+        expected = expect(policy, flat(20.0), 10.0, 1.0, alone=alone)
+        assert expected.ms_per_token == pytest.approx(10.0 * each, rel=0.01)
+    always = expect(Policy.distributed(1, 4, max_ahead=64), flat(20.0), 10.0, 1.0, alone=0.5)
+    assert always.ms_per_token == pytest.approx(10.0, rel=0.05), "something is verified all the time"
+
+
+def test_where_both_slow_one_another_down_less_is_verified_at_once_and_more_together() -> None:
+    """SmolLM2 and its copy in 4 bits on two cores: both take a third less if the other one rests."""
+    cost_ms = Estimates(13.2, 20.3, 8).cost_ms
+    beside, alone = (best_dsi(cost_ms, 6.35, 0.96, 1, most=7, alone=share) for share in (1.0, 0.67))
+    assert beside.lookahead == 1
+    assert alone.lookahead > 2
+    old, new = (expect(policy, cost_ms, 6.35, 0.96, alone=0.67).ms_per_token for policy in (beside, alone))
+    assert new < 0.95 * old
+
+
 def test_without_alternatives_the_limit_is_that_of_a_chain() -> None:
     assert limit(20.0, 2.0, 0.75) == pytest.approx(0.75 * 2 + 0.25 * 20)
     assert limit(2.0, 20.0, 0.75) == 2.0, "a slow drafter is of no use"
@@ -182,7 +203,7 @@ def test_a_plan_takes_few_walks(
     """A plan is made in the event loop, while a generation runs. Plans of trees took 500 expectations and 10 to 110 ms."""
     asked: dict[tuple[str, bool], int] = {}
 
-    def counted(policy: Policy, *known: Any) -> Expectation:
+    def counted(policy: Policy, *known: Any, alone: float = 1.0) -> Expectation:
         kind = ("turns" if policy.first_wait == policy.max_ahead else "walk", policy.rows > 1)
         asked[kind] = asked.get(kind, 0) + 1
         return expect(policy, *known)

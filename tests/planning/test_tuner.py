@@ -40,6 +40,26 @@ def test_it_follows_a_drafter_that_becomes_slow() -> None:
     assert tuner.choose().first_wait == 0, "as plain decoding: no draft comes in time"
 
 
+def slowed(calibrated_ms: float) -> Tuner:
+    """A pair whose verifications take 13.2 ms beside the drafter."""
+    known = Estimates(13.2, 20.3, 8, 6.35, calibrated_ms, accepted=96, judged=100)
+    return Tuner("dsi", 1, None, known)
+
+
+def test_it_verifies_less_often_where_drafter_and_target_slow_each_other_down() -> None:
+    assert slowed(13.0).choose().lookahead == 1
+    assert slowed(9.3).choose().lookahead > 2
+
+
+def test_what_was_drafted_while_nothing_was_verified_would_have_taken_longer_beside_that() -> None:
+    tuner = slowed(9.9)  # three quarters of 13.2
+    for _ in range(400):
+        tuner.drafted(1, 3.0, beside=0.0)
+        tuner.drafted(1, 4.0, beside=1.0)
+        tuner.drafted(1, 3.5, beside=0.5)
+    assert tuner.estimates.drafter_ms == pytest.approx(4.0)
+
+
 def test_what_is_fixed_stays() -> None:
     tuner = Tuner("dsi", 2, 3, Estimates(20, 20, 32, 1))
     assert tuner.choose().lookahead == 3
