@@ -257,7 +257,7 @@ def _hint(config: Config) -> str | None:
     """What would be faster on this machine."""
     drafters = [drafter for drafter in config.drafters if drafter != NGRAM]
     workers = config.local_servers + min(1, len(drafters))
-    return faster_here(config.engine, config.target, config.devices, workers=workers)
+    return faster_here(config.engine, config.target, config.devices, workers=workers, options=config.target_options)
 
 
 def _calibration(known: Estimates) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 
 from dsi_actors.errors import ConfigError
 from dsi_actors.host.devices import cores, device_name, local_devices
 from dsi_actors.host.requirements import is_installed
+from dsi_protocol import OptionValue
 
 _OURS = ("transformers", "llama-cpp")
 _INSTALL = "pip install 'dsi-actors[llama-cpp]'"
@@ -32,14 +34,23 @@ def fastest_engine(target: str, devices: Sequence[str], *, elsewhere: bool) -> t
     return "llama-cpp", "the model is a GGUF file, and on a CPU llama.cpp reads fewer bytes for each token"
 
 
-def faster_here(engine: str, target: str, devices: Sequence[str], *, workers: int) -> str | None:
+def faster_here(
+    engine: str, target: str, devices: Sequence[str], *, workers: int, options: Mapping[str, OptionValue] | None = None
+) -> str | None:
     """What would make answers come faster on this machine, in one line. None: nothing that is known.
 
-    `workers`: how many compute at the same time.
+    `workers`: how many compute at the same time. `options`: of the target's engine.
     """
     if engine not in _OURS or not _on_cpu(devices):
         return None
-    found = []
+    found, options = [], options or {}
+    if (
+        engine == "transformers"
+        and options.get("dtype", "auto") in ("auto", "float32")
+        and options.get("threads", 1) == 1
+        and find_spec("numba") is not None
+    ):  # where our kernels compute: torch's operations may be slower in bfloat16
+        found.append("--set target.dtype=bfloat16, in which half as many bytes are read")
     if engine == "transformers" and _is_gguf(target) and target != _SMALL:
         install = "" if is_installed("llama-cpp") else f" ({_INSTALL})"
         found.append(f"--engine llama-cpp{install}")

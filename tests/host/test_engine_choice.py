@@ -7,6 +7,7 @@ import pytest
 from dsi_actors.config import DEFAULT_TARGET
 from dsi_actors.host import engine_choice
 from dsi_actors.host.engine_choice import faster_here, fastest_engine
+from dsi_protocol import OptionValue
 
 
 @pytest.fixture(params=[True, False], ids=["installed", "not installed"])
@@ -46,7 +47,20 @@ def test_what_would_be_faster(installed: bool, monkeypatch: pytest.MonkeyPatch) 
     assert "2 cores, one for each worker: here is 1" in hint
     assert ("pip install" in hint) is not installed
     monkeypatch.setattr(engine_choice, "cores", lambda: 8)
-    assert faster_here("transformers", DEFAULT_TARGET, ["cpu"], workers=2) is None
+    wide = {"dtype": "bfloat16"}
+    assert faster_here("transformers", DEFAULT_TARGET, ["cpu"], workers=2, options=wide) is None
     assert faster_here("llama-cpp", "model.gguf", ["cpu"], workers=2) is None
     assert faster_here("transformers", "model.gguf", ["0"], workers=2) is None
     assert faster_here("timed", "model.gguf", ["cpu"], workers=2) is None
+
+
+def test_weights_in_bfloat16_would_be_faster_where_our_kernels_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hint(**options: OptionValue) -> str:
+        return faster_here("transformers", DEFAULT_TARGET, ["cpu"], workers=2, options=options) or ""
+
+    assert "--set target.dtype=bfloat16" in hint()
+    assert "--set target.dtype=bfloat16" in hint(dtype="float32")
+    assert "bfloat16" not in hint(dtype="float16")
+    assert "bfloat16" not in hint(threads=2)
+    monkeypatch.setattr(engine_choice, "find_spec", lambda name: None)
+    assert "bfloat16" not in hint()
