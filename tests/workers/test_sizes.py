@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,36 +68,36 @@ def test_tied_embeddings_count_once(tmp_path: Path, tiny_model: Path) -> None:
     assert sizes.weight_bytes(read_tensors(tmp_path), 4) == bytes_of(weights)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_int8_counts_what_its_layers_hold(tiny_model: Path, tied: bool) -> None:
-    weights = load_file(tiny_model / "model.safetensors")
-    tensors = dict(read_tensors(tiny_model))
-    if tied:
-        del tensors["lm_head.weight"]  # the product by the embedding has a copy in int8
-    expected = 0
+def held_bytes(weights: dict[str, torch.Tensor], of_layer: Callable[[torch.nn.Linear], int]) -> int:
+    """Of all weights, where the matrices of products are in layers that hold so many."""
+    total = 0
     for name, weight in weights.items():
         if weight.dim() < 2 or "embed_tokens" in name:
-            expected += weight.bfloat16().nbytes
+            total += weight.bfloat16().nbytes
         else:
             linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
             linear.weight.data = weight
-            expected += sum(buffer.nbytes for buffer in Int8Linear(linear).buffers())
-    assert sizes.weight_bytes(tensors, 2, bits=8) == expected
+            total += of_layer(linear)
+    return total
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_int8_counts_what_its_layers_hold(tiny_model: Path, tied: bool) -> None:
+    weights, tensors = load_file(tiny_model / "model.safetensors"), dict(read_tensors(tiny_model))
+    if tied:
+        del tensors["lm_head.weight"]  # the product by the embedding has a copy in int8
+    held = held_bytes(weights, lambda linear: sum(buffer.nbytes for buffer in Int8Linear(linear).buffers()))
+    assert sizes.weight_bytes(tensors, 2, bits=8) == held
 
 
 @pytest.mark.usefixtures("one_torch_thread")
 def test_int4_counts_what_its_layers_hold(tiny_model: Path) -> None:
-    weights = load_file(tiny_model / "model.safetensors")
-    expected = 0
-    for name, weight in weights.items():
-        if weight.dim() < 2 or "embed_tokens" in name:
-            expected += weight.bfloat16().nbytes
-        else:
-            linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-            linear.weight.data = weight
-            tiles = TileLinear(linear, Arena(), bits=4)
-            expected += tiles.tiles.nbytes + tiles.scale.nbytes
-    assert sizes.weight_bytes(dict(read_tensors(tiny_model)), 2, bits=4) == expected
+    def of_layer(linear: torch.nn.Linear) -> int:
+        layer = TileLinear(linear, Arena(), bits=4)
+        return int(layer.tiles.nbytes + layer.scale.nbytes)
+
+    held = held_bytes(load_file(tiny_model / "model.safetensors"), of_layer)
+    assert sizes.weight_bytes(dict(read_tensors(tiny_model)), 2, bits=4) == held
 
 
 def test_the_cache_is_what_is_allocated(tiny_model: Path) -> None:
