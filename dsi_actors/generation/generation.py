@@ -350,18 +350,16 @@ class Generation(Actor[GenerationMessage]):
 
     def _draft(self, request: Draft, lent: LentDrafter) -> None:
         worker = lent.worker
-        asked_s, verified_ms = time.perf_counter(), self._account.verified_ms
+        asked_s, asked_verified_ms = time.perf_counter(), self._account.verified_ms
 
         def on_drafted(block: Drafted) -> None:
-            nonlocal verified_ms
-            now_s, before_ms = time.perf_counter(), verified_ms
+            now_s, now_verified_ms = time.perf_counter(), self._account.verified_ms
             waited_ms = (now_s - max(asked_s, lent.heard_s)) * 1e3
-            lent.heard_s, verified_ms = now_s, self._account.verified_ms
+            verified_ms = now_verified_ms - max(asked_verified_ms, lent.heard_verified_ms)
+            lent.heard_s, lent.heard_verified_ms = now_s, now_verified_ms
             in_use = lent is self._drafters.leader
             self.deliver(
-                self._answers.drafted(
-                    request, worker, block, waited_ms, in_use=in_use, verified_ms=verified_ms - before_ms
-                )
+                self._answers.drafted(request, worker, block, waited_ms, in_use=in_use, verified_ms=verified_ms)
             )
 
         def on_reply(reply: Reply | None) -> None:

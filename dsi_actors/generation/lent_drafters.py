@@ -21,6 +21,8 @@ class LentDrafter:
     cancelled_to: int = 0
     #: When it sent its last block of drafts, in seconds of time.perf_counter.
     heard_s: float = 0.0
+    #: For how long its generation had verified something by then.
+    heard_verified_ms: float = 0.0
 
     def asked(self, action: StartDraft) -> None:
         self.last_attempt = action.attempt

@@ -49,8 +49,8 @@ def faster_here(
         and options.get("dtype", "auto") in ("auto", "float32")
         and options.get("threads", 1) == 1
         and find_spec("numba") is not None
-    ):  # where our kernels compute: torch's operations may be slower in bfloat16
-        found.append("--set target.dtype=bfloat16, in which half as many bytes are read")
+    ):  # where our kernels may compute: torch's operations can be slower in bfloat16
+        found.append("--set target.dtype=bfloat16, in which half as many bytes of a dense model are read")
     if engine == "transformers" and _is_gguf(target) and target != _SMALL:
         install = "" if is_installed("llama-cpp") else f" ({_INSTALL})"
         found.append(f"--engine llama-cpp{install}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
@@ -99,6 +100,36 @@ async def test_what_a_drafter_that_was_sent_away_still_owes_is_not_its_fault(cod
         generation.stop()
         await task
     assert (drafter.faults, useless) == (0, [])
+
+
+async def test_a_block_counts_as_verified_beside_only_since_the_block_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two requests for drafts go out at once. While the first one is answered something is verified, and then nothing is."""
+    now_s = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now_s)
+    shares: list[float] = []
+    monkeypatch.setattr(Tuner, "drafted", lambda self, tokens, took_ms, *, beside: shares.append(beside))
+    drafter = Lent(3, "drafter")
+    controller = Controller.with_one_drafter("dsi", 1, None, Estimates(40.0, 40.0, 8, drafter_ms=2.0))
+    generation = Generation(
+        1, GenerationCore((1, 2), policy=controller.begin(), max_tokens=400), Scheduler(), controller, NOTHING_KNOWN,
+        vocabulary_size=1000, sampling=Sampling(max_tokens=400), correlation="g", first_target_wait_s=3600.0,
+        target_wait_s=3600.0, on_tokens=lambda tokens: None, on_end=lambda error: None,
+    )  # fmt: skip
+    task = asyncio.create_task(generation.run())
+    await asyncio.sleep(0)
+    generation._account.verification_began()
+    generation.receive(Granted(drafter.worker))
+    first, second = (message for message in drafter.sent if isinstance(message, Draft))
+    now_s = 1.0
+    generation._account.verification_ended()
+    drafter.worker.on_reply(Drafted(1, first.attempt, first.start, (5,) * first.count, True, 100))
+    for at_s in (2.0, 3.0):
+        now_s = at_s
+        block = Drafted(1, second.attempt, second.start + int(at_s) - 2, (5,), False, 100)
+        drafter.worker.on_reply(block)
+    assert shares == [0.0, 0.0], "the first one read the prompt, too, and does not count"
+    generation.stop()
+    await task
 
 
 async def test_an_exception_at_the_start_ends_the_generation_with_that_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,14 +96,15 @@ def test_each_weight_in_fewer_bits_is_where_it_was(bits: int) -> None:
     assert ((found - linear.weight).abs() <= 0.6 * step).all()
 
 
-def test_weights_that_had_four_bits_come_out_as_they_were() -> None:
-    """As those of a GGUF file with Q4_1. Scales are numbers in bfloat16."""
+def test_numbers_of_four_bits_are_found_again() -> None:
+    """As those of a GGUF file with Q4_1, whose scales are in float16. Ours are in bfloat16."""
     numbers = torch.randint(16, (8, 3, GROUP), generator=torch.Generator().manual_seed(3))
     numbers[:, :, 4], numbers[:, :, 20] = 0, 15
-    weight = numbers * torch.tensor(0.03125) - 0.25
-    found, scales = in_four_bits(weight.flatten(1))
+    scale = random(8, 3).abs().add(0.1).half().float()
+    low = (-7.7 * scale).half().float()
+    found, scales = in_four_bits((numbers * scale[:, :, None] + low[:, :, None]).flatten(1))
     assert torch.equal(found.view(numbers.shape).long(), numbers)
-    assert torch.equal(scales.float().view(8, 3, 2), torch.tensor([0.03125, -0.25]).expand(8, 3, 2))
+    torch.testing.assert_close(scales.float().view(8, 3, 2), torch.stack((scale, low), 2), rtol=2**-7, atol=0)
 
 
 _FEATURES = """

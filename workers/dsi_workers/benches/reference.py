@@ -61,7 +61,7 @@ class Reference:
         self._device = device
         self._target = self._load(model, _DTYPES[dtype])
         self._drafter: Any = None
-        if drafter in ("self-int8", "self-int4"):  # torch has no products of 4 bits for CPUs that take any layer
+        if drafter in ("self-int8", "self-int4"):  # instead of a copy in 4 bits, too
             self._drafter = self._load(model, quantized_dtype(device), layers)
             replace_linear_layers(self._drafter, quantize_int8)
         elif drafter:

@@ -60,8 +60,8 @@ def in_four_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The weight [outputs, inputs] as whole numbers of 4 bits, as uint8, and [outputs, 2 groups]: for each GROUP of inputs what
     they are multiplied by, and what is added to each, in bfloat16.
 
-    The least and the largest weight of a group become 0 and 15. So weights that had 4 bits in such groups (Q4_1 of llama.cpp)
-    come out as they were.
+    The least and the largest weight of a group become 0 and 15. So if the weights had 4 bits in such groups (Q4_1 of llama.cpp),
+    the numbers of a group that has both are found again. Only its scales are rounded, to bfloat16.
     """
     groups = weight.view(len(weight), -1, GROUP)
     low = groups.amin(2).to(torch.bfloat16)

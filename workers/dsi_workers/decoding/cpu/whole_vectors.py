@@ -1,7 +1,7 @@
 """The innermost loops of products with weights of 8 or 4 bits: whole numbers are multiplied, a group of inputs at a time.
 
-To convert each weight to float32 would take longer than to read it. So the inputs are rounded to 8 bits, with one scale for each
-GROUP of them, and a processor multiplies 32 or 64 such numbers with one instruction (AVX-VNNI, AVX512_VNNI) or with three (AVX2).
+This takes less time than to convert each weight to float32. The inputs are rounded to 8 bits, with one scale for each GROUP of
+them, and a processor multiplies 32 or 64 such numbers with one instruction (AVX-VNNI, AVX512_VNNI) or with three (AVX2).
 Sums of whole numbers are exact, so they do not depend on the instructions.
 """
 
