@@ -11,6 +11,7 @@ import pytest
 
 from dsi_actors.cli import status
 from dsi_actors.errors import ConfigError
+from support.connections import listening
 from support.patience import patience
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
@@ -29,14 +30,12 @@ async def service(*pieces: bytes, hold: bool = False) -> AsyncIterator[str]:
             await asyncio.sleep(0)
         if hold:
             await over.wait()
-        writer.close()
 
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
-    try:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    finally:
-        over.set()
-        server.close()
+    async with listening(answer) as address:
+        try:
+            yield f"http://{address}"
+        finally:
+            over.set()
 
 
 async def states(url: str) -> list[Any]:
@@ -94,10 +93,8 @@ async def test_a_key_goes_where_it_belongs() -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         heard.append(await reader.readuntil(b"\r\n\r\n"))
         writer.write(HEAD + b'data: {"a": 1}\n\n')
-        writer.close()
 
-    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server, patience():
-        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
-        assert [state async for state in status.follow(url, "sk-1")] == [{"a": 1}]
+    async with listening(answer) as address, patience():
+        assert [state async for state in status.follow(f"http://{address}/", "sk-1")] == [{"a": 1}]
     assert heard[0].startswith(b"GET /dashboard/events HTTP/1.1\r\n")
     assert b"\r\nauthorization: bearer sk-1\r\n" in heard[0].lower()

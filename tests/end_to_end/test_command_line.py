@@ -468,7 +468,7 @@ def test_logprobs_are_the_targets_own(model: Path) -> None:
 def test_the_terminal_shows_text_marks_and_table(model: Path) -> None:
     done = dsi_actors_command("generate", PROMPT, "--target", model, "--gpu", "cpu", "--max-tokens", "10", "--compare")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^[●○]{10}$", done.stdout, re.MULTILINE)
+    assert re.search(r"^[●◆○]{10}$", done.stdout, re.MULTILINE)
     assert re.search(r"AR .*\n.* SI .*\n.* DSI ", done.stdout)
     assert "The three outputs are the same, token for token." in done.stdout
 

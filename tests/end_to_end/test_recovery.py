@@ -20,6 +20,7 @@ from dsi_actors.supervision.supervisor import SupervisorMessage, WorkerSuperviso
 from dsi_actors.workforce.worker_handle import WorkerHandle
 from dsi_actors.workforce.workforce import Workforce
 from dsi_protocol import Draft, Goodbye, Verify
+from support.connections import Relay, listening
 from support.patience import limit_s, patience, slowness, until
 from support.timed import PROMPT, gone, plain_decoding, start_worker, text_of, timed_config, workers
 
@@ -205,27 +206,9 @@ async def test_a_connection_that_breaks_costs_a_moment_and_no_worker(monkeypatch
     monkeypatch.setattr("dsi_actors.workforce.members._RECONNECT_S", 600.0)  # it comes back in time, however slowly
     config = timed_config(listen="tcp://127.0.0.1:*", silence_ms=detection_ms(), drafter=None)
     async with dsi_actors.Orchestrator(config) as orchestrator:
-        host, port = orchestrator.endpoint.removeprefix("tcp://").rsplit(":", 1)
-        writers: list[asyncio.StreamWriter] = []
-        interrupted = False
-
-        async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            if interrupted:
-                writer.transport.abort()
-                return
-            there_reader, there_writer = await asyncio.open_connection(host, int(port))
-            writers.extend([writer, there_writer])
-
-            async def carry(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-                with contextlib.suppress(ConnectionError):
-                    while words := await source.read(4096):
-                        sink.write(words)
-                sink.close()
-
-            await asyncio.gather(carry(reader, there_writer), carry(there_reader, writer))
-
-        async with await asyncio.start_server(relay, "127.0.0.1", 0) as server:
-            with workers(f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}", ["--role", "target"]):
+        relay = Relay(orchestrator.endpoint.removeprefix("tcp://"))
+        async with listening(relay.answer) as relayed:
+            with workers(f"tcp://{relayed}", ["--role", "target"]):
                 assert await orchestrator.wait_for_workers(targets=1, drafters=0, timeout_s=limit_s())
                 [before] = orchestrator.workers
                 text: list[int] = []
@@ -233,13 +216,10 @@ async def test_a_connection_that_breaks_costs_a_moment_and_no_worker(monkeypatch
                     async for tokens in orchestrator.generate(PROMPT, dsi_actors.Sampling(max_tokens=200)):
                         text.extend(tokens)
                         if len(text) in (30, 100):
-                            for writer in writers:
-                                writer.transport.abort()
-                            writers.clear()
+                            relay.cut()
                 assert text == plain_decoding(PROMPT, 200)
-                interrupted = True
-                for writer in writers:
-                    writer.transport.abort()
+                relay.interrupted = True
+                relay.cut()
                 assert orchestrator._root is not None
                 [member] = orchestrator._root.workforce._members
 
@@ -248,10 +228,9 @@ async def test_a_connection_that_breaks_costs_a_moment_and_no_worker(monkeypatch
                     return member.unreachable_s is not None
 
                 await until(is_unreachable)
-                interrupted = False
+                relay.interrupted = False
                 await until(lambda: member.unreachable_s is None)
                 assert orchestrator.workers == [before], "also one that is idle"
-            server.close()
 
 
 async def test_a_process_that_cannot_be_made_is_tried_again(

@@ -16,6 +16,7 @@ import pytest
 import dsi_actors
 from dsi_actors.keys import Keyring, load_worker_key, new_keys, revoke
 from support.command import dsi_actors_command
+from support.connections import Relay, leave, listening
 from support.patience import limit_s, patience, slowness, until
 from support.strangers import giant_frame, half_a_handshake, strange_frames
 from support.timed import PROMPT, plain_decoding, start_worker, text_of, timed_config, workers
@@ -74,34 +75,17 @@ async def test_a_worker_without_the_right_key_is_turned_away(
 
 
 async def test_a_handshake_that_was_listened_to_opens_nothing(guarded: dsi_actors.Orchestrator, keys: Path) -> None:
-    host, port = guarded.endpoint.removeprefix("tcp://").rsplit(":", 1)
-    connections: list[bytearray] = []
-
-    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there_reader, there_writer = await asyncio.open_connection(host, int(port))
-        connections.append(bytearray())
-        said = connections[-1]
-
-        async def carry(source: asyncio.StreamReader, sink: asyncio.StreamWriter, keep: bool) -> None:
-            while words := await source.read(4096):
-                if keep:
-                    said.extend(words)
-                sink.write(words)
-            sink.close()
-
-        await asyncio.gather(carry(reader, there_writer, True), carry(there_reader, writer, False))
-
-    async with await asyncio.start_server(relay, "127.0.0.1", 0) as server:
-        listened_to = f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    relay = Relay(guarded.endpoint.removeprefix("tcp://"))
+    async with listening(relay.answer) as listened_to:
         new_keys(keys, ["four"])
-        with workers(listened_to, ["--role", "target", "--key", str(keys / "workers" / "four.key")]):
+        with workers(f"tcp://{listened_to}", ["--role", "target", "--key", str(keys / "workers" / "four.key")]):
             assert await guarded.wait_for_workers(targets=3, drafters=1, timeout_s=limit_s())
-            before = bytes(connections[0])
-        server.close()
+            before = bytes(relay.heard[0])
     assert len(before) > 500, "greeting, hello, initiate, and messages"
     root = guarded._root
     assert root is not None
     members = len(root.workforce.workers)
+    host, port = relay.there.rsplit(":", 1)
     for replayed in (before, before[:300]):
         reader, writer = await asyncio.open_connection(host, int(port))
         async with patience():
@@ -110,7 +94,7 @@ async def test_a_handshake_that_was_listened_to_opens_nothing(guarded: dsi_actor
             with suppress(ConnectionResetError):
                 while more := await reader.read(100_000):
                     answer += more
-        writer.close()
+        await leave(writer)
         assert 1 < len(answer) < 400, "a greeting and a cookie, nothing that was meant for the worker"
     assert len(root.workforce.workers) <= members
 
