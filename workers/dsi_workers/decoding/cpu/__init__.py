@@ -5,8 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 
-#: Numbers of a vector, and outputs of a tile of weights. Inputs of a product have a multiple of LANES numbers.
-LANES, OUTPUTS = 16, 4
+#: Numbers of a vector. Inputs of a product have a multiple of so many.
+LANES = 16
+#: Outputs of a tile of weights, and vectors that have a lane for each of them.
+OUTPUTS, VECTORS = 32, 2
+#: Inputs whose products are added up before they are added to those of other inputs: a sum of many numbers is less exact. So many
+#: weights of a tile stay in a core's fastest cache.
+INPUTS = 192
+#: Positions for which attention computes scores together.
+POSITIONS = 4
 #: Inputs that have one scale where they are rounded to 8 bits, as weights of 4 bits do.
 GROUP = 32
 #: Products of whole numbers that become one sum of 32 bits.

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dsi_workers.decoding.attention import AttentionShape
-from dsi_workers.decoding.cpu import GROUP, LANES, OUTPUTS, ROWS_TOGETHER
+from dsi_workers.decoding.cpu import GROUP, LANES, POSITIONS, ROWS_TOGETHER
 from dsi_workers.decoding.cpu.arena import Arena, Array
 from dsi_workers.decoding.cpu.kernels import after_attention, attention_of, before_attention, logits_of
 from dsi_workers.decoding.cpu.linear import TileLinear, as_array, input_dtype
@@ -60,9 +60,8 @@ class CpuDecoder:
         #: [positions, dim] in float32.
         self._cos, self._sin = (as_array(table.float()) for table in (decoder.cos, decoder.sin))
         self._epsilon, self._scaling = np.float32(decoder.epsilon), np.float32(decoder.scaling)
-        self._weights = decoder.dtype if bits is None else torch.int8 if bits == 8 else torch.uint8
-        #: By the number type of inputs of linear layers.
-        self._rooms: dict[torch.dtype, list[Array]] = {}
+        self._input_dtype = input_dtype(decoder.dtype if bits is None else torch.int8)
+        self._room: list[Array] = []
         self._cache: SlotCache | None = None
         #: Of each layer, the keys and values of each slot: [kv_heads, capacity, dim].
         self._slots: list[list[tuple[Array, Array]]] = []
@@ -124,8 +123,8 @@ class CpuDecoder:
 
     def _compile(self) -> None:
         """Compute a pass of each kind, so that no user waits until kernels are compiled."""
-        cache = SlotCache(len(self._layers), slots=1, capacity=4 * OUTPUTS)
-        for rows in (1, 4 * OUTPUTS):
+        cache = SlotCache(len(self._layers), slots=1, capacity=4 * POSITIONS)
+        for rows in (1, 4 * POSITIONS):
             cache.segments = [Segment(0, 0, rows, rows)]
             self(PackedBatch([0] * rows, range(rows), cache.segments, [0], range(rows)), cache, lambda: None)
 
@@ -139,11 +138,10 @@ class CpuDecoder:
 
     def _room_for(self, rows: int) -> list[Array]:
         """Where a pass of so many rows keeps what is between its products: x, added, normed, qkv, read, gate_up, activated."""
-        dtype = input_dtype(self._weights, rows)
-        room = self._rooms.get(dtype)
-        if room is None or rows > len(room[0]):
+        if not self._room or rows > len(self._room[0]):
+            dtype = self._input_dtype
             qkv, output, gate_up, down, _ = self._decoder.linear_layers()
-            room = self._rooms[dtype] = [
+            self._room = [
                 as_array(torch.zeros(rows, size, dtype=kind))
                 for size, kind in (
                     (qkv.in_features, torch.float32), (qkv.in_features, torch.float32), (qkv.in_features, dtype),
@@ -151,7 +149,7 @@ class CpuDecoder:
                     (down.in_features, dtype),
                 )
             ]  # fmt: skip
-        return [array[:rows] for array in room]
+        return [array[:rows] for array in self._room]
 
 
 class _Layer:

@@ -6,10 +6,26 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from dsi_workers.decoding.cpu import LANES, OUTPUTS
+from dsi_workers.decoding.cpu import LANES, OUTPUTS, POSITIONS
 
 INT32, FLOAT32 = ir.IntType(32), ir.FloatType()
 _BYTES = ir.IntType(8).as_pointer()
+
+
+class _BFloat16(ir.Type):
+    """LLVM's bfloat, which llvmlite does not name."""
+
+    def _to_string(self):
+        return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, _BFloat16)
+
+    def __hash__(self):
+        return hash(_BFloat16)
+
+
+PAIRS = ir.VectorType(_BFloat16(), 2 * LANES)
 
 
 class _Array:
@@ -80,20 +96,46 @@ def wide(builder, pointer, kind, count=LANES):
     return loaded
 
 
+def two(builder, pointer, kind):
+    """The weights of a vector of outputs for two inputs, in float32."""
+    if kind != types.uint16:
+        return load(builder, pointer, LANES), load(builder, builder.gep(pointer, [INT32(OUTPUTS)]), LANES)
+    whole = ir.VectorType(INT32, LANES)
+    pairs = load(builder, builder.bitcast(pointer, INT32.as_pointer()), LANES)
+    lower = builder.shl(pairs, ir.Constant(whole, [16] * LANES))
+    higher = builder.and_(pairs, ir.Constant(whole, [0xFFFF0000] * LANES))
+    return [builder.bitcast(bits, ir.VectorType(FLOAT32, LANES)) for bits in (lower, higher)]
+
+
 def same(builder, number, lanes=LANES):
     """A vector of one number."""
-    one = builder.insert_element(ir.Constant(ir.VectorType(FLOAT32, lanes), ir.Undefined), number, INT32(0))
+    one = builder.insert_element(ir.Constant(ir.VectorType(number.type, lanes), ir.Undefined), number, INT32(0))
     return picked(builder, one, one, [0] * lanes)
 
 
-def store(builder, sums, out, row, column):
-    """out[row:, column : column + OUTPUTS] = the sums: OUTPUTS for each row."""
+def place_in(builder, array, row, column):
+    """Where a number of a matrix is."""
+    return builder.gep(array.data, [builder.add(builder.mul(row, array.shape[1]), column)])
+
+
+def store(builder, vector, pointer):
+    """Write the numbers of a vector from here on."""
+    builder.store(vector, builder.bitcast(pointer, vector.type.as_pointer())).align = 1
+
+
+def add_to(builder, vector, out, row, column):
+    """out[row, column:] += the numbers of a vector."""
+    pointer = place_in(builder, out, row, column)
+    store(builder, builder.fadd(load(builder, pointer, vector.type.count), vector), pointer)
+
+
+def store_scores(builder, sums, out, row, column):
+    """out[row:, column : column + POSITIONS] = the sums: POSITIONS for each row."""
     index, to = row.type, 0
     for vector in sums:
-        for begin in range(0, vector.type.count, OUTPUTS):
-            at = builder.add(builder.mul(builder.add(row, index(to)), out.shape[1]), column)
-            part = picked(builder, vector, vector, range(begin, begin + OUTPUTS))
-            builder.store(part, builder.bitcast(builder.gep(out.data, [at]), part.type.as_pointer())).align = 4
+        for begin in range(0, vector.type.count, POSITIONS):
+            part = picked(builder, vector, vector, range(begin, begin + POSITIONS))
+            store(builder, part, place_in(builder, out, builder.add(row, index(to)), column))
             to += 1
 
 

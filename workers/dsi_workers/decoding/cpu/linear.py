@@ -6,13 +6,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from dsi_workers.decoding.cpu import GROUP, LANES, OUTPUTS, multiplies_bfloat16
+from dsi_workers.decoding.cpu import GROUP, OUTPUTS, SUMMED, multiplies_bfloat16
 from dsi_workers.decoding.cpu.arena import Arena, Array
 from dsi_workers.decoding.cpu.products import multiply
 from dsi_workers.decoding.quantization import EIGHT_BITS, scales_of
 
-#: Of inputs in bfloat16, with weights of 8 or 4 bits: with fewer rows, converting the weights takes longer than it saves.
-_LEAST_ROWS = 16
 _MOST_OF_FOUR_BITS = 15
 
 
@@ -23,7 +21,7 @@ class TileLinear(nn.Module):
         super().__init__()
         weight = linear.weight.detach()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        #: Of 8 bits: float32, [outputs]. Of 4 bits: [blocks, in_features / GROUP, 2, OUTPUTS], the bits of bfloat16: what the
+        #: Of 8 bits: float32, [outputs]. Of 4 bits: [tiles, in_features / GROUP, 2, OUTPUTS], the bits of bfloat16: what the
         #: numbers of a group are multiplied by, and what is added to each. Else empty.
         self.scale = np.empty(0, np.float32)
         #: float32, [outputs], or empty.
@@ -31,15 +29,19 @@ class TileLinear(nn.Module):
         if bits == 4:
             weight, scales = in_four_bits(weight.float())
             self.scale = arena.keep(as_array(_in_tiles(scales, 1).view(-1, self.in_features // GROUP, 2, OUTPUTS)))
-            weight = weight.view(len(weight), -1, 2, LANES)
-            weight = (weight[:, :, 0] + 16 * weight[:, :, 1]).flatten(1)
+            halves = weight.view(len(weight), -1, 2, GROUP // 2)
+            weight = (halves[:, :, 0] + 16 * halves[:, :, 1]).flatten(1)
         elif bits == 8:
             scale = scales_of(weight.float(), EIGHT_BITS)
             weight = (weight.float() / scale[:, None]).round_().to(torch.int8)
             self.scale = as_array(scale)
-        #: [blocks of OUTPUTS outputs, in_features / LANES, OUTPUTS, LANES]. Of 4 bits: half as many, each with two numbers.
-        self.tiles = arena.keep(as_array(_in_tiles(weight, LANES)))
-        self.dtype = input_dtype(weight.dtype, 1)
+        #: [tiles of OUTPUTS outputs, in_features / n, OUTPUTS, n]: the weights of n inputs lie beside each other. n is 1 for
+        #: float32, 2 for bfloat16 and SUMMED for whole numbers. Of 4 bits there are half as many, each with a weight of the first
+        #: half of a group in its lower bits, and one of the second half in the higher ones.
+        self.tiles = arena.keep(
+            as_array(_in_tiles(weight, {torch.float32: 1, torch.bfloat16: 2}.get(weight.dtype, SUMMED)))
+        )
+        self.dtype = input_dtype(weight.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y, in float32. x: in `dtype`."""
@@ -48,12 +50,9 @@ class TileLinear(nn.Module):
         return y
 
 
-def input_dtype(weights: torch.dtype, rows: int) -> torch.dtype:
-    """The number type of the inputs of products with such weights, for this number of rows. It depends on the rows for whole
-    numbers only, and so only in drafters."""
-    if weights is torch.float32 or not multiplies_bfloat16():
-        return torch.float32
-    return torch.float32 if weights in (torch.int8, torch.uint8) and rows < _LEAST_ROWS else torch.bfloat16
+def input_dtype(weights: torch.dtype) -> torch.dtype:
+    """The number type of the inputs of products with such weights."""
+    return torch.bfloat16 if weights is torch.bfloat16 and multiplies_bfloat16() else torch.float32
 
 
 def in_four_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,10 +75,10 @@ def as_array(tensor: torch.Tensor) -> Array:
     return found
 
 
-def _in_tiles(numbers: torch.Tensor, lanes: int) -> torch.Tensor:
-    """[outputs, size] in tiles of OUTPUTS outputs and so many lanes. Outputs that fill the last block have zeros."""
+def _in_tiles(numbers: torch.Tensor, beside: int) -> torch.Tensor:
+    """[outputs, size] as [tiles, size / beside, OUTPUTS, beside]. Outputs that fill the last tile have zeros."""
     outputs, size = numbers.shape
     missing = -outputs % OUTPUTS
     if missing:
         numbers = torch.cat((numbers, numbers.new_zeros(missing, size)))
-    return numbers.view(-1, OUTPUTS, size // lanes, lanes).transpose(1, 2).contiguous()
+    return numbers.view(-1, OUTPUTS, size // beside, beside).transpose(1, 2).contiguous()

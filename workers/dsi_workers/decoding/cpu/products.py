@@ -7,18 +7,16 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from dsi_workers.decoding.cpu import GROUP, LANES, OUTPUTS, SUMMED, kernel_cache
-from dsi_workers.decoding.cpu.bfloat16 import bits_of_float, narrow, wide
+from dsi_workers.decoding.cpu import GROUP, INPUTS, OUTPUTS, SUMMED, VECTORS, kernel_cache
 from dsi_workers.decoding.cpu.vectors import HAS_WIDE_VECTORS, products
 from dsi_workers.decoding.cpu.whole_vectors import whole_products
 
-_of_1, _of_2, _of_4, _of_8 = (products(rows) for rows in (1, 2, 4, 8))
-_parts_of_3, _parts_of_4, _parts_of_6 = (products(rows, in_parts=True) for rows in (3, 4, 6))
-_whole_of_1, _whole_of_2, _whole_of_4 = (whole_products(rows) for rows in (1, 2, 4))
-#: The fewest rows for which parts pay: with weights in bfloat16, and in float32, which come from memory half as fast.
-_LEAST_IN_PARTS, _LEAST_IN_PARTS_OF_FLOAT32 = 3, 12
+#: The most rows that are multiplied at once by a tile, and by half of a tile: there are registers for so many sums. With whole
+#: numbers there are two sums for each output.
+_ROWS, _ROWS_OF_HALF = (8, 0) if HAS_WIDE_VECTORS else (2, 6)
+_WHOLE_ROWS, _WHOLE_ROWS_OF_HALF = (4, 0) if HAS_WIDE_VECTORS else (2, 4)
 #: Weights that are multiplied by all rows before the next weights are: so many that they stay in a core's own cache.
-_TOGETHER_BYTES = 1 << 18
+_CACHED_BYTES = 1 << 18
 #: The largest number of 8 bits.
 _LARGEST = np.float32(127)
 
@@ -62,63 +60,148 @@ def _scale_outputs_of(scale, out):
     return scaled
 
 
+@_part
 def _multiply_tiles(x, tiles, scale, out):
     """out = x W^T, but for scales of outputs."""
-
-
-@overload(_multiply_tiles)
-def _multiply_tiles_of(x, tiles, scale, out):
-    if tiles.dtype in (types.int8, types.uint8) and x.dtype == types.float32:
-        return _multiply_rounded
-
-    def by_numbers(x, tiles, scale, out):
-        rows, outputs = out.shape
-        whole, together = outputs // OUTPUTS, _blocks_together(tiles)
-        for begin in range(0, whole, together):
-            found, first = _in_bfloat16(tiles, scale, begin)
-            _multiply_blocks(x, found, first, min(together, whole - begin), out, begin * OUTPUTS)
-        if whole < len(tiles):  # the last block has fewer outputs
-            last = np.empty((rows, OUTPUTS), np.float32)
-            found, first = _in_bfloat16(tiles, scale, whole)
-            _multiply_blocks(x, found, first, 1, last, 0)
-            out[:, whole * OUTPUTS :] = last[:, : outputs - whole * OUTPUTS]
-
-    return by_numbers
-
-
-def _multiply_rounded(x, tiles, scale, out):
-    """The same with weights of 8 or 4 bits: the inputs are rounded to 8 bits."""
     rows, outputs = out.shape
-    whole = outputs // OUTPUTS
-    numbers, factors, sums = _rounded(x)
-    for block in range(whole):
-        _multiply_whole_block(numbers, factors, sums, tiles, scale, block, out, block * OUTPUTS)
-    if whole < len(tiles):
-        last = np.empty((rows, OUTPUTS), np.float32)
-        _multiply_whole_block(numbers, factors, sums, tiles, scale, whole, last, 0)
+    given, whole = _as_multiplied(x, tiles), outputs // OUTPUTS
+    cached = max(1, _CACHED_BYTES // (tiles[0].size * tiles.itemsize))
+    out[:] = 0
+    for begin in range(0, whole, cached):
+        _add_products(given, tiles, scale, begin, min(cached, whole - begin), out, begin * OUTPUTS)
+    if whole < len(tiles):  # the last tile has fewer outputs
+        last = np.zeros((rows, OUTPUTS), np.float32)
+        _add_products(given, tiles, scale, whole, 1, last, 0)
         out[:, whole * OUTPUTS :] = last[:, : outputs - whole * OUTPUTS]
 
 
-@_part
-def _multiply_whole_block(numbers, factors, sums, tiles, scale, block, out, column):
-    """The outputs of a block, the first of which is `column`."""
-    row, rows = 0, len(numbers)
-    while row + 4 <= rows:
-        _whole_of_4(numbers, factors, sums, row, tiles, scale, block, out, column)
-        row += 4
-    if row + 2 <= rows:
-        _whole_of_2(numbers, factors, sums, row, tiles, scale, block, out, column)
-        row += 2
-    if row < rows:
-        _whole_of_1(numbers, factors, sums, row, tiles, scale, block, out, column)
+def _as_multiplied(x, tiles):
+    """The arrays that are multiplied with such weights: x itself, or what `_rounded` makes of it."""
+
+
+@overload(_as_multiplied)
+def _as_multiplied_by(x, tiles):
+    return (lambda x, tiles: _rounded(x)) if _are_whole(tiles) else (lambda x, tiles: (x,))
+
+
+def _are_whole(tiles):
+    return tiles.dtype in (types.int8, types.uint8)
+
+
+@_kernel
+def _add_products(given, tiles, scale, first, count, out, column):
+    """out[:, column : column + count OUTPUTS] += the products of all rows with `count` tiles."""
+    row, rows, most = 0, len(given[0]), _most_rows(tiles)
+    while row < rows:
+        parts = -(-(rows - row) // most)  # as equal as can be
+        together = -(-(rows - row) // parts)
+        _add_of_rows(together, given, row, tiles, scale, first, count, out, column)
+        row += together
+
+
+def _most_rows(tiles):
+    """How many rows can be multiplied at once with such weights."""
+
+
+@overload(_most_rows)
+def _most_rows_by(tiles):
+    most = max(_WHOLE_ROWS, _WHOLE_ROWS_OF_HALF) if _are_whole(tiles) else max(_ROWS, _ROWS_OF_HALF)
+    return lambda tiles: most
+
+
+def _add_of_rows(together, given, row, tiles, scale, first, count, out, column):
+    """out[row : row + together, column : ...] += the products of these rows."""
+
+
+@overload(_add_of_rows)
+def _add_of_rows_by(together, given, row, tiles, scale, first, count, out, column):
+    add = _add_of_whole_rows if _are_whole(tiles) else _add_of_number_rows
+
+    def added(together, given, row, tiles, scale, first, count, out, column):
+        add(together, given, row, tiles, scale, first, count, out, column)
+
+    return added
+
+
+def _by_rows(make, of_tile, of_half):
+    """Return the function that multiplies rows by tiles.
+
+    make(rows, vectors): the function that multiplies so many rows by these vectors of a tile. of_tile, of_half: the most rows for
+    all vectors, and for half of them.
+    """
+    choose = None
+    for rows in range(1, max(of_tile, of_half) + 1):
+        parts = [range(VECTORS)] if rows <= of_tile else [range(VECTORS // 2), range(VECTORS // 2, VECTORS)]
+        choose = _or_fewer(rows, _by_tiles([make(rows, part) for part in parts]), choose)
+    return choose
+
+
+def _or_fewer(rows, multiply_them, fewer):
+    """Return the function that multiplies so many rows, or leaves fewer ones to the function `fewer`."""
+    if fewer is None:
+
+        @_part
+        def only(together, given, row, tiles, scale, first, count, out, column):
+            multiply_them(given, row, tiles, scale, first, count, out, column)
+
+        return only
+
+    @_part
+    def choose(together, given, row, tiles, scale, first, count, out, column):
+        if together == rows:
+            multiply_them(given, row, tiles, scale, first, count, out, column)
+        else:
+            fewer(together, given, row, tiles, scale, first, count, out, column)
+
+    return choose
+
+
+def _by_tiles(parts):
+    """Return the function that multiplies rows by `count` tiles, each in these parts."""
+    first_part, last_part = parts[0], parts[-1]
+    in_parts = len(parts) > 1
+
+    @_part
+    def multiply_them(given, row, tiles, scale, first, count, out, column):
+        size = given[0].shape[1]
+        for number in range(count):
+            for begin in range(0, size, INPUTS):
+                end = min(begin + INPUTS, size)
+                first_part(given, row, begin, end, tiles, scale, first + number, out, column + number * OUTPUTS)
+                if in_parts:
+                    last_part(given, row, begin, end, tiles, scale, first + number, out, column + number * OUTPUTS)
+
+    return multiply_them
+
+
+def _of_numbers(rows, vectors):
+    of_rows = products(rows, vectors)
+    return _part(
+        lambda given, row, begin, end, tiles, scale, tile, out, column: of_rows(
+            given[0], row, begin, end, tiles, tile, out, column
+        )
+    )
+
+
+def _of_whole_numbers(rows, vectors):
+    of_rows = whole_products(rows, vectors)
+    return _part(
+        lambda given, row, begin, end, tiles, scale, tile, out, column: of_rows(
+            given[0], given[1], given[2], row, begin, end, tiles, scale, tile, out, column
+        )
+    )
+
+
+_add_of_number_rows = _by_rows(_of_numbers, _ROWS, _ROWS_OF_HALF)
+_add_of_whole_rows = _by_rows(_of_whole_numbers, _WHOLE_ROWS, _WHOLE_ROWS_OF_HALF)
 
 
 @numba.njit(error_model="numpy", fastmath={"nnan", "ninf", "nsz", "reassoc"}, cache=kernel_cache())
 def _rounded(x):
-    """x in int8, the factor of each group, and its sums, as whole_vectors.py takes them."""
+    """x in int8, the factor and the sum of each group, as whole_vectors.py takes them."""
     rows, groups = len(x), x.shape[1] // GROUP
     numbers, factors = np.empty(x.shape, np.int8), np.empty((rows, groups), np.float32)
-    sums = np.empty((rows, groups, SUMMED), np.float32)
+    sums = np.empty((rows, groups), np.int32)
     for row in range(rows):
         for group in range(groups):
             begin, largest = group * GROUP, np.float32(0)
@@ -128,129 +211,11 @@ def _rounded(x):
             inverse = _LARGEST / largest if largest > 0 else np.float32(0)
             for i in range(GROUP):
                 numbers[row, begin + i] = np.int8(np.rint(x[row, begin + i] * inverse))
-            for lane in range(SUMMED):
-                total = np.int32(0)
-                for half in range(begin + lane * SUMMED, begin + GROUP, LANES):
-                    for i in range(half, half + SUMMED):
-                        total += np.int32(numbers[row, i])
-                sums[row, group, lane] = np.float32(total) * factor
-            factors[row, group] = factor
+            total = np.int32(0)
+            for i in range(GROUP):
+                total += np.int32(numbers[row, begin + i])
+            factors[row, group], sums[row, group] = factor, total
     return numbers, factors, sums
-
-
-def _blocks_together(tiles):
-    """Blocks that are multiplied by all rows before the next ones are. Whole numbers are converted block by block."""
-
-
-@overload(_blocks_together)
-def _blocks_together_of(tiles):
-    if tiles.dtype in (types.int8, types.uint8):
-        return lambda tiles: 1
-    return lambda tiles: max(1, _TOGETHER_BYTES // (tiles[0].size * tiles.itemsize))
-
-
-def _in_bfloat16(tiles, scale, block):
-    """The tiles and the number of a block as an x in bfloat16 is multiplied with them: whole numbers become bfloat16."""
-
-
-@overload(_in_bfloat16)
-def _in_bfloat16_of(tiles, scale, block):
-    if tiles.dtype == types.int8:  # each has an exact one
-
-        def of_8_bits(tiles, scale, block):
-            found = np.empty((1, *tiles.shape[1:]), np.uint16)
-            numbers, narrowed = tiles[block].reshape(-1), found.reshape(-1)
-            for i in range(len(numbers)):
-                narrowed[i] = bits_of_float(np.float32(numbers[i])) >> np.uint32(16)
-            return found, 0
-
-        return of_8_bits
-    if tiles.dtype == types.uint8:
-
-        def of_4_bits(tiles, scale, block):
-            groups = tiles.shape[1]
-            found = np.empty((1, 2 * groups, OUTPUTS, LANES), np.uint16)
-            for group in range(groups):
-                for output in range(OUTPUTS):
-                    factor, low = wide(scale[block, group, 0, output]), wide(scale[block, group, 1, output])
-                    for lane in range(LANES):
-                        both = tiles[block, group, output, lane]
-                        found[0, 2 * group, output, lane] = narrow(np.float32(both & 15) * factor + low, found)
-                        found[0, 2 * group + 1, output, lane] = narrow(np.float32(both >> 4) * factor + low, found)
-            return found, 0
-
-        return of_4_bits
-    return lambda tiles, scale, block: (tiles, block)
-
-
-def _by_blocks(rows):
-    """Return the function that multiplies the rows [row, row + n) by `count` blocks, the first of which has the outputs from
-    `column` on. `rows`: the innermost loop, for n rows."""
-
-    @_part
-    def multiply_by_blocks(x, row, tiles, first, count, out, column):
-        for number in range(count):
-            rows(x, row, tiles, first + number, out, column + number * OUTPUTS)
-
-    return multiply_by_blocks
-
-
-_rows_of_1, _rows_of_2, _rows_of_4, _rows_of_8 = (_by_blocks(rows) for rows in (_of_1, _of_2, _of_4, _of_8))
-_narrow_of_3, _narrow_of_4, _narrow_of_6 = (_by_blocks(rows) for rows in (_parts_of_3, _parts_of_4, _parts_of_6))
-
-
-@_kernel
-def _multiply_blocks(x, tiles, first, count, out, column):
-    """All rows by `count` blocks: as many rows at once as there are registers for."""
-    row, rows = _many(x, tiles, first, count, out, column), len(x)
-    if row + 2 <= rows:
-        _rows_of_2(x, row, tiles, first, count, out, column)
-        row += 2
-    if row < rows:
-        _rows_of_1(x, row, tiles, first, count, out, column)
-
-
-def _many(x, tiles, first, count, out, column):
-    """Rows from the first one on, several at a time. Returns the next row, after which at most three are left."""
-
-
-@overload(_many)
-def _many_of(x, tiles, first, count, out, column):
-    if not HAS_WIDE_VECTORS and x.dtype == types.float32:
-        least = _LEAST_IN_PARTS_OF_FLOAT32 if tiles.dtype == types.float32 else _LEAST_IN_PARTS
-
-        def narrow_vectors(x, tiles, first, count, out, column):
-            row, rows = 0, len(x)
-            if rows < least:
-                while row + 4 <= rows:
-                    _rows_of_2(x, row, tiles, first, count, out, column)
-                    row += 2
-                return row
-            while row + 6 <= rows:
-                _narrow_of_6(x, row, tiles, first, count, out, column)
-                row += 6
-            if row + 4 <= rows:
-                _narrow_of_4(x, row, tiles, first, count, out, column)
-                row += 4
-            if row + 3 <= rows:
-                _narrow_of_3(x, row, tiles, first, count, out, column)
-                row += 3
-            return row
-
-        return narrow_vectors
-    most = 8 if x.dtype == types.uint16 else 4  # in float32 four fill the registers
-
-    def wide_vectors(x, tiles, first, count, out, column):
-        row, rows = 0, len(x)
-        while most == 8 and row + 8 <= rows:
-            _rows_of_8(x, row, tiles, first, count, out, column)
-            row += 8
-        while row + 4 <= rows:
-            _rows_of_4(x, row, tiles, first, count, out, column)
-            row += 4
-        return row
-
-    return wide_vectors
 
 
 def check_products(bits: int | None = None) -> None:
@@ -258,9 +223,12 @@ def check_products(bits: int | None = None) -> None:
     ArithmeticError if it is wrong."""
     x = np.tile(np.arange(3, 128, 4, dtype=np.float32), (5, 1))  # what is rounded to itself: one group
     weights, none = np.arange(OUTPUTS * GROUP).reshape(OUTPUTS, GROUP) % 16, np.empty(0, np.float32)
-    tiles, scale = weights.reshape(1, OUTPUTS, 2, LANES).swapaxes(1, 2), none
+    numbers, scale = weights, none
     if bits == 4:  # times 1, plus 0
-        tiles, scale = tiles[:, :1] + 16 * tiles[:, 1:], np.array([[[[0x3F80] * OUTPUTS, [0] * OUTPUTS]]], np.uint16)
+        numbers = weights[:, : GROUP // 2] + 16 * weights[:, GROUP // 2 :]
+        scale = np.array([[[[0x3F80] * OUTPUTS, [0] * OUTPUTS]]], np.uint16)
+    beside = 1 if bits is None else SUMMED
+    tiles = numbers.reshape(1, OUTPUTS, -1, beside).swapaxes(1, 2)
     kind = {None: np.float32, 8: np.int8, 4: np.uint8}[bits]
     found = np.empty((5, OUTPUTS), np.float32)
     multiply(x, np.ascontiguousarray(tiles.astype(kind)), scale, none, found)

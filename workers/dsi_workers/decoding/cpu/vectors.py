@@ -15,110 +15,91 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from dsi_workers.decoding.cpu import LANES, OUTPUTS, has_feature
+from dsi_workers.decoding.cpu import INPUTS, LANES, OUTPUTS, POSITIONS, VECTORS, has_feature
 from dsi_workers.decoding.cpu import instructions as emit
 
-_VECTOR = ir.VectorType(emit.FLOAT32, LANES)
 #: A vector of LANES numbers fits into one register, of which there are 32 (AVX-512).
 HAS_WIDE_VECTORS = has_feature("avx512f")
-#: How far ahead weights are fetched, by the number of rows: more rows take longer, and memory has more time. Measured on a Zen 4.
-_AHEAD_BYTES = {1: 512, 2: 512, 3: 4096, 4: 4096, 6: 4096, 8: 4096}
+#: How far ahead weights are fetched. Measured on a Zen 4. (A part of a tile fetches the weights that it takes of the next INPUTS:
+#: memory then has the time of all parts.)
+_AHEAD_BYTES = 2048
 #: Sums of two products of bfloat16 each, added to float32 (AVX512_BF16).
 _BFLOAT16_PRODUCTS = "llvm.x86.avx512bf16.dpbf16ps.512"
 
 
-class _BFloat16(ir.Type):
-    """LLVM's bfloat, which llvmlite does not name."""
-
-    def _to_string(self):
-        return "bfloat"
-
-    def __eq__(self, other):
-        return isinstance(other, _BFloat16)
-
-    def __hash__(self):
-        return hash(_BFloat16)
-
-
-_PAIRS = ir.VectorType(_BFloat16(), 2 * LANES)
-
-
-def products(rows, *, in_parts=False):
-    """Return the function that computes `rows` times OUTPUTS sums of products.
-
-    `in_parts`: a quarter of the sums at a time, for processors with sixteen registers of half a vector (AVX2). The weights are
-    then read four times. That pays only if they were read for other rows just before.
-    """
+def products(rows, vectors):
+    """Return the function that adds the products of `rows` rows with a tile of weights. `vectors`: only for the outputs of
+    these."""
 
     @intrinsic
-    def of_rows(context, x, row, tiles, block, out, column):
-        """out[row : row + rows, column : column + OUTPUTS] = the products of these rows of x with the weights of the block.
+    def of_rows(context, x, row, begin, end, tiles, tile, out, column):
+        """out[row : row + rows, column : column + OUTPUTS] += the products of the inputs [begin, end) of these rows with the
+        weights of the tile.
 
-        x: [any, size]. tiles: [blocks, size / LANES, OUTPUTS, LANES]. out: [any, width] in float32. All are contiguous. If x is
-        in bfloat16, the weights must be, too, and the processor must multiply these.
+        Each output has a lane of its own, and its products are added in the order of the inputs.
+
+        x: [any, size]. tiles: as linear.py lays them out, in float32 or bfloat16. out: [any, width] in float32. All are
+        contiguous, and begin and end are even. If x is in bfloat16, the weights must be, too, and the processor must multiply
+        these.
         """
         given, kind = x.dtype, tiles.dtype
 
         def generate(context, builder, signature, arguments):
-            x, tiles, out = (emit.array_of(context, builder, signature, arguments, place) for place in (0, 2, 4))
-            row, block, column = (arguments[place] for place in (1, 3, 5))
-            index, size, tile_bytes = row.type, x.shape[1], OUTPUTS * LANES * kind.bitwidth // 8
-            tile = builder.gep(tiles.data, [builder.mul(builder.mul(block, size), index(OUTPUTS))])
+            x, tiles, out = (emit.array_of(context, builder, signature, arguments, place) for place in (0, 4, 6))
+            row, begin, end, tile, column = (arguments[place] for place in (1, 2, 3, 5, 7))
+            index, size = row.type, x.shape[1]
             inputs = [
                 builder.gep(x.data, [builder.mul(builder.add(row, index(number)), size)]) for number in range(rows)
             ]
+            tile_size = builder.mul(size, index(OUTPUTS))
+            first = builder.gep(tiles.data, [builder.mul(tile, tile_size)])
+            beside, vector_bytes = 32 // kind.bitwidth, 2 * LANES * kind.bitwidth // 8
 
-            def at(place, part=None):
-                """The inputs and the weights of a step."""
-                weights = builder.gep(tile, [builder.mul(place, index(OUTPUTS))])
-                if part is None:
-                    emit.fetch(builder, weights, _AHEAD_BYTES[rows], tile_bytes)
-                else:  # memory has the time of all four parts: each fetches a quarter of the next block
-                    following = builder.add(builder.mul(size, index(OUTPUTS + part)), place)
-                    emit.fetch(builder, builder.gep(tile, [following]), 0, tile_bytes // OUTPUTS)
-                return [builder.gep(first, [place]) for first in inputs], weights
+            def fetch(place):
+                """Fetch ahead. A part of a tile fetches its share of the next INPUTS, since memory has the time of all parts."""
+                ahead, share = builder.mul(place, index(OUTPUTS)), len(vectors) * vector_bytes
+                if len(vectors) == VECTORS:
+                    return emit.fetch(builder, builder.gep(first, [ahead]), _AHEAD_BYTES, share)
+                of_parts_before = vectors[0] * LANES * INPUTS
+                ahead = builder.mul(builder.add(begin, index(INPUTS)), index(OUTPUTS))
+                ahead = builder.add(ahead, builder.mul(builder.sub(place, begin), index(len(vectors) * LANES)))
+                return emit.fetch(builder, builder.gep(first, [builder.add(ahead, index(of_parts_before))]), 0, share)
 
-            def in_bfloat16(place, totals):
-                return _in_bfloat16(builder, *at(place), totals)
+            def weights_of(vector, place):
+                at = builder.add(builder.mul(place, index(OUTPUTS)), index(LANES * beside * vector))
+                return builder.gep(first, [at])
 
-            def in_float32(outputs, begin, lanes):
-                """The part of a step for some outputs, and for the lanes [begin, begin + lanes)."""
-                part = outputs[0] + begin // lanes if in_parts else None
+            def step(place, totals):
+                """Two inputs."""
+                fetch(place)
+                weights = [weights_of(vector, place) for vector in vectors]
+                from_here = [builder.gep(first, [place]) for first in inputs]
+                if given == types.uint16:
+                    return _in_bfloat16(builder, from_here, weights, totals)
+                both = [emit.two(builder, each, kind) for each in weights]
+                for number in range(2):
+                    one = [builder.load(builder.gep(first, [index(number)])) for first in from_here]
+                    x = [emit.same(builder, each) for each in one]
+                    totals = emit.added(builder, x, [of_both[number] for of_both in both], totals)
+                return totals
 
-                def step(place, totals):
-                    given, weights = at(place, part)
-                    firsts = [builder.gep(weights, [index(LANES * output + begin)]) for output in outputs]
-                    wide = [emit.wide(builder, first, kind, lanes) for first in firsts]
-                    x = [emit.load(builder, builder.gep(first, [index(begin)]), lanes) for first in given]
-                    return emit.added(builder, x, wide, totals)
+            totals = emit.loop(builder, begin, end, 2, rows * len(vectors), step, LANES)
+            for number, total in enumerate(totals):
+                to, part = divmod(number, len(vectors))
+                at = builder.add(row, index(to)), builder.add(column, index(LANES * vectors[part]))
+                emit.add_to(builder, total, out, *at)
 
-                return emit.loop(builder, index(0), size, LANES, rows * len(outputs), step, lanes)
-
-            if given == types.uint16:
-                totals = emit.loop(builder, index(0), size, LANES, rows * OUTPUTS // 2, in_bfloat16, LANES)
-                sums = emit.sums(builder, totals, LANES // 2)
-            elif not in_parts:
-                sums = emit.sums(builder, in_float32(range(OUTPUTS), 0, LANES), LANES)
-            else:
-                found = []
-                for outputs in (range(OUTPUTS // 2), range(OUTPUTS // 2, OUTPUTS)):
-                    low, high = (in_float32(outputs, begin, LANES // 2) for begin in (0, LANES // 2))
-                    found.append([builder.fadd(*halves) for halves in zip(low, high, strict=True)])
-                pairs = [vectors[2 * number : 2 * number + 2] for number in range(rows) for vectors in found]
-                sums = emit.sums(builder, [vector for pair in pairs for vector in pair], LANES // 2)
-            emit.store(builder, sums, out, row, column)
-
-        return types.void(x, row, tiles, block, out, column), emit.without_result(generate)
+        return types.void(x, row, begin, end, tiles, tile, out, column), emit.without_result(generate)
 
     return of_rows
 
 
 def scores(rows):
-    """Return the function that computes the scores of `rows` queries for OUTPUTS positions."""
+    """Return the function that computes the scores of `rows` queries for POSITIONS positions."""
 
     @intrinsic
     def of_rows(context, queries, row, keys, position, out):
-        """out[row : row + rows, position : position + OUTPUTS] = the products of these queries and keys.
+        """out[row : row + rows, position : position + POSITIONS] = the products of these queries and keys.
 
         queries: [any, dim] in float32. keys: [positions, dim]. out: [any, positions] in float32. All are contiguous.
         """
@@ -133,7 +114,7 @@ def scores(rows):
             ]
             firsts = [
                 builder.gep(keys.data, [builder.mul(builder.add(position, index(number)), dim)])
-                for number in range(OUTPUTS)
+                for number in range(POSITIONS)
             ]
 
             def step(place, totals):
@@ -141,8 +122,8 @@ def scores(rows):
                 given = [emit.load(builder, builder.gep(first, [place]), LANES) for first in inputs]
                 return emit.added(builder, given, wide, totals)
 
-            totals = emit.loop(builder, index(0), dim, LANES, rows * OUTPUTS, step, LANES)
-            emit.store(builder, emit.sums(builder, totals, LANES), out, row, position)
+            totals = emit.loop(builder, index(0), dim, LANES, rows * POSITIONS, step, LANES)
+            emit.store_scores(builder, emit.sums(builder, totals, LANES), out, row, position)
 
         return types.void(queries, row, keys, position, out), emit.without_result(generate)
 
@@ -178,11 +159,8 @@ def weighted_sums(rows, vectors):
             totals = emit.loop(builder, begin, end, 1, rows * vectors, step, LANES)
             for number, total in enumerate(totals):
                 to, part = divmod(number, vectors)
-                at = builder.add(
-                    builder.mul(builder.add(row, index(to)), out.shape[1]), builder.add(first, index(LANES * part))
-                )
-                place = builder.bitcast(builder.gep(out.data, [at]), _VECTOR.as_pointer())
-                builder.store(total, place).align = 4
+                at = builder.add(row, index(to)), builder.add(first, index(LANES * part))
+                emit.store(builder, total, emit.place_in(builder, out, *at))
 
         return types.void(weights, row, values, begin, end, first, out), emit.without_result(generate)
 
@@ -190,16 +168,14 @@ def weighted_sums(rows, vectors):
 
 
 def _in_bfloat16(builder, inputs, weights, totals):
-    """The next totals: one for each input and two outputs, of which one half is for the first and one for the second."""
-    both = [builder.gep(weights, [emit.INT32(2 * LANES * pair)]) for pair in range(OUTPUTS // 2)]
-    pairs = [builder.bitcast(emit.load(builder, first, 2 * LANES), _PAIRS) for first in both]
+    """The next totals, of two products more."""
     multiply = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(_VECTOR, [_VECTOR, _PAIRS, _PAIRS]), _BFLOAT16_PRODUCTS
+        builder.module, ir.FunctionType(totals[0].type, [totals[0].type, emit.PAIRS, emit.PAIRS]), _BFLOAT16_PRODUCTS
     )
-    found = []
-    for number, first in enumerate(inputs):
-        once = emit.load(builder, first, LANES)
-        given = builder.bitcast(emit.picked(builder, once, once, [*range(LANES)] * 2), _PAIRS)
-        for pair, weight in enumerate(pairs):
-            found.append(builder.call(multiply, [totals[number * len(pairs) + pair], weight, given]))
-    return found
+    both = [builder.bitcast(emit.load(builder, first, 2 * LANES), emit.PAIRS) for first in weights]
+    given = []
+    for first in inputs:
+        pair = builder.load(builder.bitcast(first, emit.INT32.as_pointer()))
+        given.append(builder.bitcast(emit.same(builder, pair), emit.PAIRS))
+    pairs = [(x, weight) for x in given for weight in both]
+    return [builder.call(multiply, [total, weight, x]) for (x, weight), total in zip(pairs, totals, strict=True)]

@@ -14,134 +14,161 @@ from numba.extending import intrinsic
 
 from dsi_workers.decoding.cpu import GROUP, LANES, OUTPUTS, SUMMED, has_feature
 from dsi_workers.decoding.cpu import instructions as emit
+from dsi_workers.decoding.cpu.vectors import HAS_WIDE_VECTORS
 
-#: Numbers that one instruction multiplies, and vectors of them in a tile of LANES inputs.
+#: Numbers that one instruction multiplies, and the sums of products that it gives: one for each output.
 _NUMBERS = 64 if has_feature("avx512vnni") else 32
-_PARTS = LANES * OUTPUTS // _NUMBERS
-#: Outputs of such a vector, and sums of products.
-_OUTPUTS, _SUMS = OUTPUTS // _PARTS, _NUMBERS // SUMMED
+_SUMS = _NUMBERS // SUMMED
+#: Vectors of weights of a group and a part: each has SUMMED inputs.
+_STEPS = GROUP // SUMMED
 _HAS_VNNI, _HAS_AVX2 = has_feature("avx512vnni") or has_feature("avxvnni"), has_feature("avx2")
-#: How far ahead weights are fetched. Measured on a Zen 4.
-_AHEAD_BYTES = 3072
+#: How far ahead weights are fetched. Measured on a Zen 4, which fetches those of 8 bits sooner by itself if it has AVX-512.
+_AHEAD_BYTES = 4096
+#: Numbers with the signs of others, or 0 where these are 0. (AVX2)
+_SIGN = "llvm.x86.avx2.psign.b"
+_NO = ir.Constant(ir.IntType(1), 0)
+_KIND = ir.VectorType(ir.IntType(8), _NUMBERS)
+_PAIRS, _WHOLE = ir.VectorType(ir.IntType(16), _NUMBERS // 2), ir.VectorType(emit.INT32, _SUMS)
 
 
-def whole_products(rows):
-    """Return the function that computes `rows` times OUTPUTS sums of products, with weights of 8 or of 4 bits."""
+def whole_products(rows, vectors):
+    """Return the function that multiplies `rows` rows by a tile of weights of 8 or of 4 bits. `vectors`: only for the outputs of
+    these."""
+    parts = [part for part in range(OUTPUTS // _SUMS) if part * _SUMS // LANES in vectors]
 
     @intrinsic
-    def of_rows(context, x, factors, sums, row, tiles, scales, block, out, column):
-        """out[row : row + rows, column : column + OUTPUTS] = the products of these rows of x with the weights of the block.
+    def of_rows(context, x, factors, sums, row, begin, end, tiles, scales, tile, out, column):
+        """out[row : row + rows, column : column + OUTPUTS] += the products of the inputs [begin, end) of these rows with the
+        weights of the tile.
 
         x: [any, size] in int8, within [-127, 127]. factors: [any, size / GROUP], what the numbers of a group are multiplied by.
-        sums: [any, size / GROUP, SUMMED], of the inputs of a group, times the factor; for 4 bits only. out: [any, width]. These
-        three are in float32. All arrays are contiguous.
-
-        8 bits: tiles: [blocks, size / LANES, OUTPUTS, LANES] in int8, within [-127, 127].
-        4 bits: tiles: [blocks, size / GROUP, OUTPUTS, LANES] in uint8: the first half of a group in the lower bits, the second
-        in the higher ones. scales: [blocks, size / GROUP, 2, OUTPUTS], the bits of bfloat16: what the numbers of a group are
-        multiplied by, and what is added to each.
+        sums: [any, size / GROUP] in int32, of the numbers of a group. out: [any, width]. factors and out are in float32. tiles,
+        scales: as linear.py lays them out; scales are taken for 4 bits only. All arrays are contiguous.
         """
         bits = 8 if tiles.dtype == types.int8 else 4
         group_bytes = GROUP * OUTPUTS * bits // 8
 
         def generate(context, builder, signature, arguments):
             x, factors, sums, tiles, scales, out = (
-                emit.array_of(context, builder, signature, arguments, place) for place in (0, 1, 2, 4, 5, 7)
+                emit.array_of(context, builder, signature, arguments, place) for place in (0, 1, 2, 6, 7, 9)
             )
-            row, block, column = (arguments[place] for place in (3, 6, 8))
+            row, begin, end, tile, column = (arguments[place] for place in (3, 4, 5, 8, 10))
             index, groups = row.type, factors.shape[1]
-            before = builder.mul(block, groups)
+            first = builder.mul(tile, groups)
 
             def step(group, totals):
-                number = builder.add(before, group)
-                weights = builder.gep(tiles.data, [builder.mul(number, index(group_bytes))])
-                emit.fetch(builder, weights, _AHEAD_BYTES, group_bytes)
-                halves = _halves(builder, weights, bits)
-                scale, low = _scales(builder, scales, number) if bits == 4 else (None, None)
-                found = []
-                for to in range(rows):
-                    at = builder.add(builder.mul(builder.add(row, index(to)), groups), group)
-                    first = builder.gep(x.data, [builder.mul(at, index(GROUP))])
-                    given = [
-                        emit.load(builder, builder.gep(first, [index(begin)]), LANES)
-                        for begin in range(0, GROUP, LANES)
-                    ]
-                    factor = emit.same(builder, builder.load(builder.gep(factors.data, [at])), _SUMS)
-                    for part in range(_PARTS):
-                        total = totals[to * _PARTS + part]
-                        product = _product(builder, given, [half[part] for half in halves], signed=bits == 8)
-                        if bits == 4:
-                            product = builder.fmul(product, _spread(builder, scale, part))
-                            of_inputs = emit.load(
-                                builder, builder.gep(sums.data, [builder.mul(at, index(SUMMED))]), SUMMED
-                            )
-                            of_inputs = emit.picked(builder, of_inputs, of_inputs, [*range(SUMMED)] * _OUTPUTS)
-                            (total,) = emit.added(builder, [of_inputs], [_spread(builder, low, part)], [total])
-                        found += emit.added(builder, [product], [factor], [total])
+                number = builder.add(first, group)
+                from_here = builder.gep(tiles.data, [builder.mul(number, index(group_bytes))])
+                if 0 in vectors and (bits == 4 or not HAS_WIDE_VECTORS):
+                    emit.fetch(builder, from_here, _AHEAD_BYTES, group_bytes)
+                weights = [_weights(builder, from_here, part, bits) for part in parts]
+                scaling = [_scales(builder, scales, number, part) if bits == 4 else None for part in parts]
+                of_rows = [builder.add(builder.mul(builder.add(row, index(to)), groups), group) for to in range(rows)]
+                given = [_inputs(builder, builder.gep(x.data, [builder.mul(at, index(GROUP))])) for at in of_rows]
+                factor = [builder.load(builder.gep(factors.data, [at])) for at in of_rows]
+                total = [builder.load(builder.gep(sums.data, [at])) for at in of_rows]
+                found = list(totals)
+                for place, (of_part, scale) in enumerate(zip(weights, scaling, strict=True)):
+                    for to, product in enumerate(_products(builder, given, total, of_part, signed=bits == 8)):
+                        at = to * len(parts) + place
+                        if scale is not None:
+                            product = builder.fmul(product, scale[0])
+                            of_inputs = builder.fmul(builder.sitofp(total[to], emit.FLOAT32), factor[to])
+                            of_inputs = [emit.same(builder, of_inputs, _SUMS)]
+                            (found[at],) = emit.added(builder, of_inputs, [scale[1]], [found[at]])
+                        of_row = [emit.same(builder, factor[to], _SUMS)]
+                        (found[at],) = emit.added(builder, of_row, [product], [found[at]])
                 return found
 
-            totals = emit.loop(builder, index(0), groups, 1, rows * _PARTS, step, _SUMS)
-            emit.store(builder, emit.sums(builder, totals, SUMMED), out, row, column)
+            group = index(GROUP)
+            totals = emit.loop(
+                builder, builder.sdiv(begin, group), builder.sdiv(end, group), 1, rows * len(parts), step, _SUMS
+            )
+            for place, total in enumerate(totals):
+                to, part = divmod(place, len(parts))
+                at = builder.add(row, index(to)), builder.add(column, index(parts[part] * _SUMS))
+                emit.add_to(builder, total, out, *at)
 
-        return types.void(x, factors, sums, row, tiles, scales, block, out, column), emit.without_result(generate)
+        return types.void(x, factors, sums, row, begin, end, tiles, scales, tile, out, column), emit.without_result(
+            generate
+        )
 
     return of_rows
 
 
-def _halves(builder, weights, bits):
-    """The weights for both halves of a group of inputs, each in _PARTS vectors."""
-    tile = OUTPUTS * LANES
+def _inputs(builder, pointer):
+    """The inputs of a group, SUMMED in each vector, as often as there are outputs."""
+    words = builder.bitcast(pointer, emit.INT32.as_pointer())
+    loaded = [builder.load(builder.gep(words, [emit.INT32(step)])) for step in range(_STEPS)]
+    return [builder.bitcast(emit.same(builder, word, _SUMS), _KIND) for word in loaded]
+
+
+def _weights(builder, pointer, part, bits):
+    """The weights of a group for the outputs of a part: a vector for each step."""
     loaded = [
-        emit.load(builder, builder.gep(weights, [emit.INT32(begin)]), _NUMBERS)
-        for begin in range(0, tile if bits == 4 else 2 * tile, _NUMBERS)
+        emit.load(builder, builder.gep(pointer, [emit.INT32(SUMMED * OUTPUTS * step + _NUMBERS * part)]), _NUMBERS)
+        for step in range(_STEPS * bits // 8)
     ]
     if bits == 8:
-        return loaded[:_PARTS], loaded[_PARTS:]
-    lower, four = (ir.Constant(loaded[0].type, [number] * _NUMBERS) for number in (15, 4))
-    return [builder.and_(both, lower) for both in loaded], [builder.lshr(both, four) for both in loaded]
+        return loaded
+    lower, four = (ir.Constant(_KIND, [number] * _NUMBERS) for number in (15, 4))
+    return [builder.and_(both, lower) for both in loaded] + [builder.lshr(both, four) for both in loaded]
 
 
-def _scales(builder, scales, number):
-    """What a group's weights of 4 bits are multiplied by, and what is added to each: one for each output."""
+def _scales(builder, scales, number, part):
+    """What a group's weights of 4 bits are multiplied by, and what is added to each: one for each output of a part."""
     first = builder.gep(scales.data, [builder.mul(number, number.type(2 * OUTPUTS))])
     return [
-        emit.wide(builder, builder.gep(first, [number.type(begin)]), types.uint16, OUTPUTS) for begin in (0, OUTPUTS)
+        emit.wide(builder, builder.gep(first, [number.type(begin + _SUMS * part)]), types.uint16, _SUMS)
+        for begin in (0, OUTPUTS)
     ]
 
 
-def _spread(builder, of_outputs, part):
-    """A number for each output, as a vector of numbers for each sum."""
-    return emit.picked(builder, of_outputs, of_outputs, [part * _OUTPUTS + lane // SUMMED for lane in range(_SUMS)])
-
-
-def _product(builder, given, halves, *, signed):
-    """The sums of each SUMMED products of both halves of a group, as numbers in float32."""
-    total = ir.Constant(ir.VectorType(emit.INT32, _SUMS), [0] * _SUMS)
-    for x, weights in zip(given, halves, strict=True):
-        total = _with_products(builder, total, weights, emit.picked(builder, x, x, [*range(LANES)] * _OUTPUTS), signed)
-    return builder.sitofp(total, ir.VectorType(emit.FLOAT32, _SUMS))
+def _products(builder, given, sums, weights, *, signed):
+    """For each row, the sums of products of a group, as numbers in float32. sums: of the inputs. Weights that are not `signed`
+    are below 16."""
+    in_pairs = _HAS_AVX2 and not _HAS_VNNI and not signed  # 8 steps of two products below 16 times 128 fit into 16 bits
+    kind = _PAIRS if in_pairs else _WHOLE
+    totals = [ir.Constant(kind, [0] * kind.count) for _ in given]
+    if signed and _HAS_VNNI:  # one factor of the instruction has no sign: the weights are computed with 128 more
+        weights = [builder.xor(each, ir.Constant(_KIND, [-128] * _NUMBERS)) for each in weights]
+        totals = [emit.same(builder, builder.mul(total, emit.INT32(-128)), _SUMS) for total in sums]
+    for step, of_step in enumerate(weights):
+        for row, x in enumerate(given):
+            if in_pairs:
+                totals[row] = builder.add(totals[row], _sums_of_two(builder, of_step, x[step]))
+            else:
+                totals[row] = _with_products(builder, totals[row], of_step, x[step], signed)
+    if in_pairs:
+        totals = [_sums_of_pairs(builder, total) for total in totals]
+    return [builder.sitofp(total, ir.VectorType(emit.FLOAT32, _SUMS)) for total in totals]
 
 
 def _with_products(builder, total, weights, x, signed):
-    """total + the sums of each SUMMED products. Weights that are not `signed` are below 128."""
-    if signed:  # one factor of the instructions has no sign
-        none = ir.Constant(weights.type, [0] * _NUMBERS)
-        negative = builder.icmp_signed("<", weights, none)
-        x = builder.select(negative, builder.sub(none, x), x)
-        weights = builder.select(negative, builder.sub(none, weights), weights)
+    """total + the sums of each SUMMED products."""
     if _HAS_VNNI:
         name = f"llvm.x86.avx512.vpdpbusd.{8 * _NUMBERS}"
-        return _call(builder, name, total.type, total, *(builder.bitcast(each, total.type) for each in (weights, x)))
+        return _call(builder, name, _WHOLE, total, *(builder.bitcast(each, _WHOLE) for each in (weights, x)))
     if _HAS_AVX2:
-        pairs = ir.VectorType(ir.IntType(16), _NUMBERS // 2)
-        found = _call(builder, "llvm.x86.avx2.pmadd.ub.sw", pairs, weights, x)
-        ones = ir.Constant(pairs, [1] * (_NUMBERS // 2))
-        return builder.add(total, _call(builder, "llvm.x86.avx2.pmadd.wd", total.type, found, ones))
+        if signed:  # sums of two products with 128 more would not fit into 16 bits
+            weights, x = _call(builder, "llvm.abs.v32i8", _KIND, weights, _NO), _call(builder, _SIGN, _KIND, x, weights)
+        return builder.add(total, _sums_of_pairs(builder, _sums_of_two(builder, weights, x)))
     whole = ir.VectorType(emit.INT32, _NUMBERS)
-    products = builder.mul(builder.zext(weights, whole), builder.sext(x, whole))
+    extend = builder.sext if signed else builder.zext
+    products = builder.mul(extend(weights, whole), builder.sext(x, whole))
     for lane in range(SUMMED):
         total = builder.add(total, emit.picked(builder, products, products, range(lane, _NUMBERS, SUMMED)))
     return total
+
+
+def _sums_of_two(builder, weights, x):
+    """Sums of two products each, in 16 bits. (AVX2)"""
+    return _call(builder, "llvm.x86.avx2.pmadd.ub.sw", _PAIRS, weights, x)
+
+
+def _sums_of_pairs(builder, pairs):
+    """Sums of two numbers of 16 bits each, in 32 bits. (AVX2)"""
+    return _call(builder, "llvm.x86.avx2.pmadd.wd", _WHOLE, pairs, ir.Constant(_PAIRS, [1] * _PAIRS.count))
 
 
 def _call(builder, name, kind, *arguments):
