@@ -19,7 +19,7 @@ async def leave(writer: asyncio.StreamWriter) -> None:
 
 @asynccontextmanager
 async def listening(answer: Answer) -> AsyncIterator[str]:
-    """The address, as HOST:PORT, of a server that answers so. At the end each connection is cut and each answer over."""
+    """Serve connections with `answer`. Yields the address as HOST:PORT. At the end each connection is cut, each answer over."""
     answers: dict[asyncio.Task[None] | None, asyncio.StreamWriter] = {}
 
     async def answer_and_leave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -42,16 +42,16 @@ async def listening(answer: Answer) -> AsyncIterator[str]:
 
 @dataclass(slots=True)
 class Relay:
-    """Carries what two ends say to each other, and hears it."""
+    """Carries what two ends say to each other, and records what the connecting end says."""
 
     there: str
-    """Where it connects for each connection that it accepts, as HOST:PORT."""
+    """The address that the relay connects to, as HOST:PORT, once for each connection that it accepts."""
     heard: list[bytearray] = field(default_factory=list)
-    """What those who connected have said, one per connection."""
+    """What the connecting end has said, one per connection."""
     interrupted: bool = False
     """Whether new connections are cut at once."""
     writers: list[asyncio.StreamWriter] = field(default_factory=list)
-    """Both ends of each connection."""
+    """Both ends of each connection that was made since the last cut."""
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.interrupted:

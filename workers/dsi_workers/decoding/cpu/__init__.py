@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 
-#: Numbers of a vector. Inputs of a product have a multiple of so many.
+#: Numbers in one vector. The number of inputs of a product is a multiple of it.
 LANES = 16
-#: Outputs of a tile of weights, and vectors that have a lane for each of them.
+#: A tile has the weights of 32 outputs. Two vectors have a lane for each of these outputs.
 OUTPUTS, VECTORS = 32, 2
-#: Inputs whose products are added up before they are added to those of other inputs: a sum of many numbers is less exact. So many
-#: weights of a tile stay in a core's fastest cache.
-INPUTS = 192
-#: Positions for which attention computes scores together.
-POSITIONS = 4
+#: The products of 192 inputs are added up to one sum, and then these sums are added: one long sum would be less exact. The
+#: weights of a tile for 192 inputs fit into the L1 cache.
+INPUTS_PER_SUM = 192
+#: Attention computes the scores of this number of positions together.
+POSITIONS_TOGETHER = 4
 #: Inputs that have one scale where they are rounded to 8 bits, as weights of 4 bits do.
 GROUP = 32
 #: Products of whole numbers that become one sum of 32 bits.

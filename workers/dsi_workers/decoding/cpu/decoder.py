@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dsi_workers.decoding.attention import AttentionShape
-from dsi_workers.decoding.cpu import GROUP, LANES, POSITIONS, ROWS_TOGETHER
+from dsi_workers.decoding.cpu import GROUP, LANES, POSITIONS_TOGETHER, ROWS_TOGETHER
 from dsi_workers.decoding.cpu.arena import Arena, Array
 from dsi_workers.decoding.cpu.kernels import after_attention, attention_of, before_attention, logits_of
 from dsi_workers.decoding.cpu.linear import TileLinear, as_array, input_dtype
@@ -61,6 +61,7 @@ class CpuDecoder:
         self._cos, self._sin = (as_array(table.float()) for table in (decoder.cos, decoder.sin))
         self._epsilon, self._scaling = np.float32(decoder.epsilon), np.float32(decoder.scaling)
         self._input_dtype = input_dtype(decoder.dtype if bits is None else torch.int8)
+        #: What `_room_for` gives parts of, with the most rows of any pass so far. Empty before the first pass.
         self._room: list[Array] = []
         self._cache: SlotCache | None = None
         #: Of each layer, the keys and values of each slot: [kv_heads, capacity, dim].
@@ -123,8 +124,8 @@ class CpuDecoder:
 
     def _compile(self) -> None:
         """Compute a pass of each kind, so that no user waits until kernels are compiled."""
-        cache = SlotCache(len(self._layers), slots=1, capacity=4 * POSITIONS)
-        for rows in (1, 4 * POSITIONS):
+        cache = SlotCache(len(self._layers), slots=1, capacity=4 * POSITIONS_TOGETHER)
+        for rows in (1, 4 * POSITIONS_TOGETHER):
             cache.segments = [Segment(0, 0, rows, rows)]
             self(PackedBatch([0] * rows, range(rows), cache.segments, [0], range(rows)), cache, lambda: None)
 

@@ -6,7 +6,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from dsi_workers.decoding.cpu import LANES, OUTPUTS, POSITIONS
+from dsi_workers.decoding.cpu import LANES, OUTPUTS, POSITIONS_TOGETHER
 
 INT32, FLOAT32 = ir.IntType(32), ir.FloatType()
 _BYTES = ir.IntType(8).as_pointer()
@@ -130,11 +130,11 @@ def add_to(builder, vector, out, row, column):
 
 
 def store_scores(builder, sums, out, row, column):
-    """out[row:, column : column + POSITIONS] = the sums: POSITIONS for each row."""
+    """out[row:, column : column + POSITIONS_TOGETHER] = the sums: POSITIONS_TOGETHER for each row."""
     index, to = row.type, 0
     for vector in sums:
-        for begin in range(0, vector.type.count, POSITIONS):
-            part = picked(builder, vector, vector, range(begin, begin + POSITIONS))
+        for begin in range(0, vector.type.count, POSITIONS_TOGETHER):
+            part = picked(builder, vector, vector, range(begin, begin + POSITIONS_TOGETHER))
             store(builder, part, place_in(builder, out, builder.add(row, index(to)), column))
             to += 1
 

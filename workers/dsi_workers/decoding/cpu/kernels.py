@@ -16,7 +16,7 @@ import math
 import numba
 import numpy as np
 
-from dsi_workers.decoding.cpu import LANES, POSITIONS, ROWS_TOGETHER, kernel_cache
+from dsi_workers.decoding.cpu import LANES, POSITIONS_TOGETHER, ROWS_TOGETHER, kernel_cache
 from dsi_workers.decoding.cpu.bfloat16 import float_of_bits, narrow, wide
 from dsi_workers.decoding.cpu.products import multiply
 from dsi_workers.decoding.cpu.vectors import HAS_WIDE_VECTORS, scores, weighted_sums
@@ -156,7 +156,7 @@ def _weigh(scores, row, begin, first, last, end):
 @numba.njit(error_model="numpy", cache=kernel_cache())
 def _score(queries, count, keys, begin, end, out):
     """out[query, position] = the product of both, for the first `count` queries and at least the positions [begin, end)."""
-    for position in range(begin, end, POSITIONS):
+    for position in range(begin, end, POSITIONS_TOGETHER):
         query = 0
         while HAS_WIDE_VECTORS and query + 4 <= count:  # as many as there are registers for
             _scores_of_4(queries, query, keys, position, out)
@@ -226,9 +226,9 @@ def attention_of(heads: int, kv_heads: int, dim: int, normed: bool):
 
         qkv: [width, (heads + 2 kv_heads) dim] in float32, the queries, keys and values of the positions from `first` on; they are
         overwritten. query_norm, key_norm: [dim]. cos, sin: [positions, dim] in float32. keys, values: the slot, [kv_heads,
-        capacity, dim]; the capacity is a multiple of POSITIONS. window: how many positions each row reads, 0 for all. chunk: each
-        row reads only those of its own chunk of so many positions, 0 for all. queries, sums: [ROWS_TOGETHER heads / kv_heads,
-        dim] and scores: [the same, capacity], in float32, are room. out: [width, heads dim].
+        capacity, dim]; the capacity is a multiple of POSITIONS_TOGETHER. window: how many positions each row reads, 0 for all.
+        chunk: each row reads only those of its own chunk of so many positions, 0 for all. queries, sums: [ROWS_TOGETHER heads /
+        kv_heads, dim] and scores: [the same, capacity], in float32, are room. out: [width, heads dim].
         """
         width = len(qkv)
         for row in range(width):
@@ -252,7 +252,7 @@ def attention_of(heads: int, kv_heads: int, dim: int, normed: bool):
                         at = (shared * group + head) * dim
                         for i in range(dim):
                             queries[row * group + head, i] = qkv[begin_row + row, at + i] * scale
-                _score(queries, rows * group, keys[shared], begin - begin % POSITIONS, end, scores)
+                _score(queries, rows * group, keys[shared], begin - begin % POSITIONS_TOGETHER, end, scores)
                 for row in range(rows):
                     position = first + begin_row + row
                     for query in range(row * group, (row + 1) * group):

@@ -7,12 +7,12 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from dsi_workers.decoding.cpu import GROUP, INPUTS, OUTPUTS, SUMMED, VECTORS, kernel_cache
+from dsi_workers.decoding.cpu import GROUP, INPUTS_PER_SUM, OUTPUTS, SUMMED, VECTORS, kernel_cache
 from dsi_workers.decoding.cpu.vectors import HAS_WIDE_VECTORS, products
 from dsi_workers.decoding.cpu.whole_vectors import whole_products
 
-#: The most rows that are multiplied at once by a tile, and by half of a tile: there are registers for so many sums. With whole
-#: numbers there are two sums for each output.
+#: The most rows that are multiplied at once by a tile, and by half of a tile: registers hold that many sums. With whole numbers
+#: each output needs two registers: one for a sum of whole numbers, and one for a sum in float32.
 _ROWS, _ROWS_OF_HALF = (8, 0) if HAS_WIDE_VECTORS else (2, 6)
 _WHOLE_ROWS, _WHOLE_ROWS_OF_HALF = (4, 0) if HAS_WIDE_VECTORS else (2, 4)
 #: Weights that are multiplied by all rows before the next weights are: so many that they stay in a core's own cache.
@@ -165,8 +165,8 @@ def _by_tiles(parts):
     def multiply_them(given, row, tiles, scale, first, count, out, column):
         size = given[0].shape[1]
         for number in range(count):
-            for begin in range(0, size, INPUTS):
-                end = min(begin + INPUTS, size)
+            for begin in range(0, size, INPUTS_PER_SUM):
+                end = min(begin + INPUTS_PER_SUM, size)
                 first_part(given, row, begin, end, tiles, scale, first + number, out, column + number * OUTPUTS)
                 if in_parts:
                     last_part(given, row, begin, end, tiles, scale, first + number, out, column + number * OUTPUTS)

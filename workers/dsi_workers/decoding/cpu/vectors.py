@@ -15,21 +15,21 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from dsi_workers.decoding.cpu import INPUTS, LANES, OUTPUTS, POSITIONS, VECTORS, has_feature
+from dsi_workers.decoding.cpu import INPUTS_PER_SUM, LANES, OUTPUTS, POSITIONS_TOGETHER, VECTORS, has_feature
 from dsi_workers.decoding.cpu import instructions as emit
 
 #: A vector of LANES numbers fits into one register, of which there are 32 (AVX-512).
 HAS_WIDE_VECTORS = has_feature("avx512f")
-#: How far ahead weights are fetched. Measured on a Zen 4. (A part of a tile fetches the weights that it takes of the next INPUTS:
-#: memory then has the time of all parts.)
+#: How far ahead weights are fetched where a whole tile is computed. Measured on a Zen 4. Where a tile is computed in parts, each
+#: part fetches its share of the weights of the next INPUTS_PER_SUM inputs: memory then has the time of all parts.
 _AHEAD_BYTES = 2048
 #: Sums of two products of bfloat16 each, added to float32 (AVX512_BF16).
 _BFLOAT16_PRODUCTS = "llvm.x86.avx512bf16.dpbf16ps.512"
 
 
 def products(rows, vectors):
-    """Return the function that adds the products of `rows` rows with a tile of weights. `vectors`: only for the outputs of
-    these."""
+    """Return the function that adds the products of `rows` rows with a tile of weights. `vectors`: the numbers of the
+    vectors whose outputs are computed, of the VECTORS that a tile has."""
 
     @intrinsic
     def of_rows(context, x, row, begin, end, tiles, tile, out, column):
@@ -56,12 +56,12 @@ def products(rows, vectors):
             beside, vector_bytes = 32 // kind.bitwidth, 2 * LANES * kind.bitwidth // 8
 
             def fetch(place):
-                """Fetch ahead. A part of a tile fetches its share of the next INPUTS, since memory has the time of all parts."""
+                """Fetch the weights that are needed next."""
                 ahead, share = builder.mul(place, index(OUTPUTS)), len(vectors) * vector_bytes
                 if len(vectors) == VECTORS:
                     return emit.fetch(builder, builder.gep(first, [ahead]), _AHEAD_BYTES, share)
-                of_parts_before = vectors[0] * LANES * INPUTS
-                ahead = builder.mul(builder.add(begin, index(INPUTS)), index(OUTPUTS))
+                of_parts_before = vectors[0] * LANES * INPUTS_PER_SUM
+                ahead = builder.mul(builder.add(begin, index(INPUTS_PER_SUM)), index(OUTPUTS))
                 ahead = builder.add(ahead, builder.mul(builder.sub(place, begin), index(len(vectors) * LANES)))
                 return emit.fetch(builder, builder.gep(first, [builder.add(ahead, index(of_parts_before))]), 0, share)
 
@@ -95,11 +95,11 @@ def products(rows, vectors):
 
 
 def scores(rows):
-    """Return the function that computes the scores of `rows` queries for POSITIONS positions."""
+    """Return the function that computes the scores of `rows` queries for POSITIONS_TOGETHER positions."""
 
     @intrinsic
     def of_rows(context, queries, row, keys, position, out):
-        """out[row : row + rows, position : position + POSITIONS] = the products of these queries and keys.
+        """out[row : row + rows, position : position + POSITIONS_TOGETHER] = the products of these queries and keys.
 
         queries: [any, dim] in float32. keys: [positions, dim]. out: [any, positions] in float32. All are contiguous.
         """
@@ -114,7 +114,7 @@ def scores(rows):
             ]
             firsts = [
                 builder.gep(keys.data, [builder.mul(builder.add(position, index(number)), dim)])
-                for number in range(POSITIONS)
+                for number in range(POSITIONS_TOGETHER)
             ]
 
             def step(place, totals):
@@ -122,7 +122,7 @@ def scores(rows):
                 given = [emit.load(builder, builder.gep(first, [place]), LANES) for first in inputs]
                 return emit.added(builder, given, wide, totals)
 
-            totals = emit.loop(builder, index(0), dim, LANES, rows * POSITIONS, step, LANES)
+            totals = emit.loop(builder, index(0), dim, LANES, rows * POSITIONS_TOGETHER, step, LANES)
             emit.store_scores(builder, emit.sums(builder, totals, LANES), out, row, position)
 
         return types.void(queries, row, keys, position, out), emit.without_result(generate)
@@ -168,7 +168,7 @@ def weighted_sums(rows, vectors):
 
 
 def _in_bfloat16(builder, inputs, weights, totals):
-    """The next totals, of two products more."""
+    """Add the products of two inputs to each total (AVX512_BF16). Returns the new totals."""
     multiply = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(totals[0].type, [totals[0].type, emit.PAIRS, emit.PAIRS]), _BFLOAT16_PRODUCTS
     )

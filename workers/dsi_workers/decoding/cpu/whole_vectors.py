@@ -1,7 +1,7 @@
 """The innermost loops of products with weights of 8 or 4 bits: whole numbers are multiplied, a group of inputs at a time.
 
 This takes less time than to convert each weight to float32. The inputs are rounded to 8 bits, with one scale for each GROUP of
-them, and a processor multiplies 32 or 64 such numbers with one instruction (AVX-VNNI, AVX512_VNNI) or with three (AVX2).
+them, and a processor multiplies 32 or 64 such numbers with one instruction (AVX-VNNI, AVX512_VNNI) or with two or three (AVX2).
 Sums of whole numbers are exact, so they do not depend on the instructions.
 """
 
@@ -22,18 +22,19 @@ _SUMS = _NUMBERS // SUMMED
 #: Vectors of weights of a group and a part: each has SUMMED inputs.
 _STEPS = GROUP // SUMMED
 _HAS_VNNI, _HAS_AVX2 = has_feature("avx512vnni") or has_feature("avxvnni"), has_feature("avx2")
-#: How far ahead weights are fetched. Measured on a Zen 4, which fetches those of 8 bits sooner by itself if it has AVX-512.
+#: How far ahead weights are fetched. Measured on a Zen 4. There, with AVX-512, weights of 8 bits come sooner if none are fetched.
 _AHEAD_BYTES = 4096
 #: Numbers with the signs of others, or 0 where these are 0. (AVX2)
 _SIGN = "llvm.x86.avx2.psign.b"
-_NO = ir.Constant(ir.IntType(1), 0)
+#: Tells `llvm.abs` that -128 is allowed.
+_FALSE = ir.Constant(ir.IntType(1), 0)
 _KIND = ir.VectorType(ir.IntType(8), _NUMBERS)
 _PAIRS, _WHOLE = ir.VectorType(ir.IntType(16), _NUMBERS // 2), ir.VectorType(emit.INT32, _SUMS)
 
 
 def whole_products(rows, vectors):
-    """Return the function that multiplies `rows` rows by a tile of weights of 8 or of 4 bits. `vectors`: only for the outputs of
-    these."""
+    """Return the function that multiplies `rows` rows by a tile of weights of 8 or of 4 bits. `vectors`: the numbers of
+    the vectors whose outputs are computed, of the VECTORS that a tile has."""
     parts = [part for part in range(OUTPUTS // _SUMS) if part * _SUMS // LANES in vectors]
 
     @intrinsic
@@ -89,9 +90,8 @@ def whole_products(rows, vectors):
                 at = builder.add(row, index(to)), builder.add(column, index(parts[part] * _SUMS))
                 emit.add_to(builder, total, out, *at)
 
-        return types.void(x, factors, sums, row, begin, end, tiles, scales, tile, out, column), emit.without_result(
-            generate
-        )
+        arguments = (x, factors, sums, row, begin, end, tiles, scales, tile, out, column)
+        return types.void(*arguments), emit.without_result(generate)
 
     return of_rows
 
@@ -125,8 +125,8 @@ def _scales(builder, scales, number, part):
 
 
 def _products(builder, given, sums, weights, *, signed):
-    """For each row, the sums of products of a group, as numbers in float32. sums: of the inputs. Weights that are not `signed`
-    are below 16."""
+    """Return for each row the sums of products of a group, in float32. given: the inputs of each row. sums: the sum of each row's
+    inputs. Weights that are not `signed` are below 16."""
     in_pairs = _HAS_AVX2 and not _HAS_VNNI and not signed  # 8 steps of two products below 16 times 128 fit into 16 bits
     kind = _PAIRS if in_pairs else _WHOLE
     totals = [ir.Constant(kind, [0] * kind.count) for _ in given]
@@ -151,7 +151,10 @@ def _with_products(builder, total, weights, x, signed):
         return _call(builder, name, _WHOLE, total, *(builder.bitcast(each, _WHOLE) for each in (weights, x)))
     if _HAS_AVX2:
         if signed:  # sums of two products with 128 more would not fit into 16 bits
-            weights, x = _call(builder, "llvm.abs.v32i8", _KIND, weights, _NO), _call(builder, _SIGN, _KIND, x, weights)
+            weights, x = (
+                _call(builder, "llvm.abs.v32i8", _KIND, weights, _FALSE),
+                _call(builder, _SIGN, _KIND, x, weights),
+            )
         return builder.add(total, _sums_of_pairs(builder, _sums_of_two(builder, weights, x)))
     whole = ir.VectorType(emit.INT32, _NUMBERS)
     extend = builder.sext if signed else builder.zext
