@@ -28,7 +28,7 @@ from dsi_actors.launching.launcher import Launcher
 from dsi_actors.local_workers import start_local_workers
 from dsi_actors.models import prepare_models, target_tokenizer
 from dsi_actors.observation import Observation, Observations, Observer
-from dsi_actors.planning.tuner import Estimates
+from dsi_actors.planning.estimates import Estimates
 from dsi_actors.progress import Report, unreported
 from dsi_actors.results import Answer, TextScores
 from dsi_actors.root import Root

@@ -14,9 +14,9 @@ from dsi_actors.config import Algorithm, Config, Sampling
 from dsi_actors.errors import ConfigError
 from dsi_actors.orchestrator import Orchestrator
 from dsi_actors.planning.controller import Controller
+from dsi_actors.planning.estimates import Estimates, flat
 from dsi_actors.planning.expectation import Branching
 from dsi_actors.planning.search import best_si
-from dsi_actors.planning.tuner import Estimates, flat
 from dsi_actors.results import GenerationReport
 from dsi_actors.simulation.run import MOST_ROWS, Scenario, simulate_once
 

@@ -36,7 +36,7 @@ from dsi_actors.host.engine_choice import faster_here
 from dsi_actors.host.requirements import require_models
 from dsi_actors.models import target_tokenizer
 from dsi_actors.orchestrator import Orchestrator
-from dsi_actors.planning.tuner import Estimates
+from dsi_actors.planning.estimates import Estimates
 from dsi_actors.results import CommittedTokens, GenerationReport
 from dsi_actors.text import TextAssembler
 from dsi_actors.text_stream import PreparedText, TextRequest

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from dsi_actors.actor import Actor
 from dsi_actors.config import Sampling
-from dsi_actors.core import GenerationCore
+from dsi_actors.core import GenerationCore, Policy
 from dsi_actors.core.actions import (
     Action,
     CancelDrafts,
@@ -47,6 +47,7 @@ from dsi_actors.generation.prefix_checksums import PrefixChecksums
 from dsi_actors.logs import get_logger
 from dsi_actors.planning.arms import TOGETHER, arms_of
 from dsi_actors.planning.controller import Controller
+from dsi_actors.planning.search import Steps
 from dsi_actors.results import CommittedTokens, GenerationReport
 from dsi_actors.workforce.scheduler import Exchanged, GivenBack, Released, Requested, Scheduler
 from dsi_actors.workforce.worker_handle import WorkerHandle
@@ -56,6 +57,8 @@ log = get_logger("generation")
 
 #: How long the end of a generation waits for the replies that workers still owe, for an exact account.
 _SETTLE_S = 1.0
+#: The search for a better policy gives way to messages after so long.
+_RETUNE_S = 0.0001
 #: Of a tree, in one frame: as many parents come with its tokens.
 MOST_ROWS = MAX_TOKENS_PER_MESSAGE // 2
 
@@ -106,6 +109,8 @@ class Generation(Actor[GenerationMessage]):
         self._account = Account()
         self._answers = Answers(self._account, controller.tuner, vocabulary_size=vocabulary_size, sampling=sampling)
         self._settling = False
+        #: A search for a better policy that is not at its end.
+        self._retuning: Steps[Policy | None] | None = None
         self._draft_timeout = DraftTimeout(self._on_late_drafts)
         self._target_wait_s = target_wait_s
         self._first_target_wait_s = first_target_wait_s
@@ -178,15 +183,31 @@ class Generation(Actor[GenerationMessage]):
             useful = useful or (isinstance(action, Judged) and action.attempt is not None)
         if isinstance(event, VerificationFinished):
             self._account.settle(event.attempt, useful=useful)
-        # The scheduler lends workers one by one. A plan is made after the last of them.
-        if not (self._core.finished or self.has_control) and (policy := self._controller.retune()) is not None:
-            self._log.info("policy", wait=policy.first_wait, lookahead=policy.lookahead)
-            self._feed(PolicyChanged(policy))
+        if self._retuning is None and not self.has_control:  # workers are lent one by one: plan after the last of them
+            self._retuning = self._controller.retuning()
+            self._retune()
         self._draft_timeout.update(
             waits=self._core.waits_for_drafts,
             arrived=isinstance(event, DraftsArrived),
             expected_ms=self._controller.estimates.drafter_ms * max(1, self._core.policy.first_wait),
         )
+
+    def _retune(self) -> None:
+        """Look for a better policy a while, and go on with it when all messages that have arrived are handled."""
+        if self._retuning is None or self._core.finished:
+            return
+        until_s = time.perf_counter() + _RETUNE_S
+        try:
+            while time.perf_counter() < until_s:
+                next(self._retuning)
+        except StopIteration as end:
+            self._retuning = None
+            policy: Policy | None = end.value
+            if policy is not None:
+                self._log.info("policy", wait=policy.first_wait, lookahead=policy.lookahead)
+                self.deliver(PolicyChanged(policy))
+        else:
+            asyncio.get_running_loop().call_soon(self._retune)
 
     def _on_late_drafts(self) -> None:
         self._log.info("drafts are late: going on without")

@@ -14,7 +14,8 @@ from dsi_actors.config import NGRAM, Algorithm, Config
 from dsi_actors.core.policy import UNLIMITED
 from dsi_actors.planning.arms import TOGETHER, ArmChoice, Arms, Context, arms_of, chooses_arms
 from dsi_actors.planning.controller import Controller
-from dsi_actors.planning.tuner import Estimates, Guesser, Tuner, may_branch
+from dsi_actors.planning.estimates import Estimates, Guesser
+from dsi_actors.planning.tuner import Tuner, may_branch
 from dsi_actors.workforce.worker_handle import WorkerHandle
 from dsi_protocol import Ready
 

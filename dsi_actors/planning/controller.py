@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dsi_actors.core import Policy
 from dsi_actors.core.actions import Judged
 from dsi_actors.planning.arms import IN_TURNS, PLAIN, TOGETHER, ArmChoice, Arms, chooses_arms
-from dsi_actors.planning.tuner import Estimates, Guesser, Tuner
+from dsi_actors.planning.estimates import Estimates, Guesser
+from dsi_actors.planning.search import Steps
+from dsi_actors.planning.tuner import Tuner
 
 
 class Controller:
@@ -97,6 +99,10 @@ class Controller:
     def retune(self) -> Policy | None:
         """The policy to change to, if another one is better now."""
         return self.tuner.retune()
+
+    def retuning(self) -> Steps[Policy | None]:
+        """The same in steps."""
+        return self.tuner.retuning()
 
     def ended(self) -> None:
         self.choice.ended()

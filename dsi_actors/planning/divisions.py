@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from dsi_actors.core import Policy
+from dsi_actors.planning.estimates import Estimates
 from dsi_actors.planning.expectation import CHAIN, MAX_LOOKAHEAD, Branching, CostMs, expect
 from dsi_actors.planning.search import best_dsi, best_si
-from dsi_actors.planning.tuner import Estimates
 
 #: own: a GPU of its own. shared: on a GPU of the target, in turns with it. none: nobody drafts.
 DrafterPlace = Literal["own", "shared", "none"]

@@ -1,11 +1,14 @@
-"""The policy that should be fastest, of all that SI and DSI allow: a search over what expectation.py says of each. Pure."""
+"""The policy that should be fastest, of all that SI and DSI allow: a search over what expectation.py says of each. Pure.
+
+A search for DSI takes up to ten milliseconds and more. So it can be made in steps, between which other work is done."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
+from typing import ParamSpec, TypeAlias, TypeVar
 
 from dsi_actors.core import Policy
 from dsi_actors.core.policy import UNLIMITED
@@ -25,19 +28,43 @@ _ROWS_TIE = 0.01
 #: A tree must be this much faster than a chain: what it costs is known less well.
 _TREE_MARGIN = 0.96
 
+T = TypeVar("T")
+P = ParamSpec("P")
+#: Something that is found in steps: each `next` is one of them, and the result is what the generator returns.
+Steps: TypeAlias = Generator[None, None, T]
+Search: TypeAlias = Steps[Policy]
 
-def best_si(
+
+def in_one_go(steps: Steps[T]) -> T:
+    """Make all steps, and return the result."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+
+def _in_one_go(search: Callable[P, Search]) -> Callable[P, Policy]:
+    @functools.wraps(search)
+    def find(*args: P.args, **kwargs: P.kwargs) -> Policy:
+        return in_one_go(search(*args, **kwargs))
+
+    return find
+
+
+def search_si(
     cost_ms: CostMs, drafter_ms: float, acceptance: float, branching: Branching = CHAIN, *, most: int = MAX_LOOKAHEAD
-) -> Policy:
+) -> Search:
     """The lookahead, and the rows of a tree, that make SI fastest."""
     expected = functools.cache(lambda policy: expect(policy, cost_ms, drafter_ms, acceptance, branching))
     policies = [Policy.speculative(lookahead) for lookahead in range(1, most + 1)]
-    best = _best(policies, expected)
+    best = yield from _best(policies, expected)
     trees = [with_rows(Policy.speculative(k), rows) for rows in _rows(branching) for k in _CANDIDATES if 1 < k <= most]
-    return _better_tree(best, trees, expected)
+    return (yield from _better_tree(best, trees, expected))
 
 
-def best_dsi(
+def search_dsi(
     cost_ms: CostMs,
     drafter_ms: float,
     acceptance: float,
@@ -47,10 +74,10 @@ def best_dsi(
     most: int = MAX_LOOKAHEAD,
     queued: int | None = None,
     alone: float = 1.0,
-) -> Policy:
+) -> Search:
     """The wait after a rejection, the stagger between verifications and the rows of a tree that make DSI fastest.
 
-    The family contains AR (span 0), SI itself (`best_in_turns`), and SI that drafts on while it verifies (wait and span of k).
+    The family contains AR (span 0), SI itself (`search_in_turns`), and SI that drafts on while it verifies (wait and span of k).
     Where servers are shared, a verification waits for the forward of others to end, in which time `queued` tokens are drafted:
     so many are waited for, since that costs nothing, and no more, since who is not in the next forward waits for the one after.
 
@@ -87,33 +114,37 @@ def best_dsi(
 
     expected = functools.cache(lambda policy: expect(policy, cost_ms, drafter_ms, acceptance, branching, alone=alone))
 
-    def fastest(best: Policy, rows: int, among: Callable[[list[int], int], list[int]]) -> Policy:
+    def fastest(best: Policy, rows: int, among: Callable[[list[int], int], list[int]]) -> Search:
         """One setting at a time, until nothing gets better: they hardly depend on one another. `among`: those of all values that
         are tried beside the present one."""
         for _ in range(_MOST_ROUNDS):
             before, wait, span = best, best.first_wait, best.span
-            best = _best([policy(wait, k, span, rows) for k in among(lookaheads, best.lookahead)], expected)
-            best = _best([policy(w, best.lookahead, span, rows) for w in among(waits, wait)], expected)
-            best = _best([policy(best.first_wait, best.lookahead, s, rows) for s in among(spans, span)], expected)
+            best = yield from _best([policy(wait, k, span, rows) for k in among(lookaheads, best.lookahead)], expected)
+            best = yield from _best([policy(w, best.lookahead, span, rows) for w in among(waits, wait)], expected)
+            best = yield from _best(
+                [policy(best.first_wait, best.lookahead, s, rows) for s in among(spans, span)], expected
+            )
             if best == before:
                 break
         return best
 
     start = policy(0, lookaheads[0], spans[0], 1)
     if spans != [UNLIMITED]:
-        si = best_si(cost_ms, drafter_ms, acceptance, most=most)
+        si = yield from search_si(cost_ms, drafter_ms, acceptance, most=most)
         start = policy(min(si.lookahead, waits[-1]), lookaheads[0], si.lookahead, 1)
-    best = fastest(start, 1, _all)
+    best = yield from fastest(start, 1, _all)
     plain = Policy.distributed(best.lookahead, sp, max_ahead=best.max_ahead, span=0)
     others = [plain]
     if queued is None:
-        others.append(best_in_turns(cost_ms, drafter_ms, acceptance, sp, branching, most=most))
+        others.append((yield from search_in_turns(cost_ms, drafter_ms, acceptance, sp, branching, most=most)))
     trees = [with_rows(best, rows) for rows in _rows(branching)]
     if trees:  # what is best for a chain is nearly so for a tree
-        least_ms = min(expected(tree).ms_per_token for tree in trees)
+        fastest_tree = yield from _best(trees, expected)
+        least_ms = expected(fastest_tree).ms_per_token
         rows = next(tree.rows for tree in trees if expected(tree).ms_per_token <= least_ms * (1 + _ROWS_TIE))
-        trees = [fastest(with_rows(best, rows), rows, _near)]
-    return _better_tree(_best([best, *others], expected), trees, expected)
+        trees = [(yield from fastest(with_rows(best, rows), rows, _near))]
+    chain = yield from _best([best, *others], expected)
+    return (yield from _better_tree(chain, trees, expected))
 
 
 def _all(values: list[int], value: int) -> list[int]:
@@ -135,24 +166,30 @@ def _rows(branching: Branching) -> list[int]:
     return [rows for rows in _ROWS if rows <= branching.rows] if branching.alternatives > 0 else []
 
 
-def _better_tree(chain: Policy, trees: list[Policy], expected: Callable[[Policy], Expectation]) -> Policy:
+def _better_tree(chain: Policy, trees: list[Policy], expected: Callable[[Policy], Expectation]) -> Search:
     """The best tree, if it is clearly better than the best chain."""
     if not trees:
         return chain
-    tree = _best(trees, expected)
+    tree = yield from _best(trees, expected)
     faster = expected(tree).ms_per_token <= _TREE_MARGIN * expected(chain).ms_per_token
     return tree if faster else chain
 
 
-def best_in_turns(
+def search_in_turns(
     cost_ms: CostMs, drafter_ms: float, acceptance: float, sp: int, branching: Branching = CHAIN,
     *, most: int = MAX_LOOKAHEAD,
-) -> Policy:  # fmt: skip
+) -> Search:  # fmt: skip
     """Where drafter and targets cannot compute at the same time: SI as a policy of DSI, or plain decoding."""
-    si = best_si(cost_ms, drafter_ms, acceptance, branching, most=most)
+    si = yield from search_si(cost_ms, drafter_ms, acceptance, branching, most=most)
     if expect(si, cost_ms, drafter_ms, acceptance, branching).ms_per_token >= cost_ms(1):
         return Policy.undrafted(sp)
     return replace(si, algorithm="dsi", sp=sp)
+
+
+#: The same in one go.
+best_si = _in_one_go(search_si)
+best_dsi = _in_one_go(search_dsi)
+best_in_turns = _in_one_go(search_in_turns)
 
 
 def drafts_ahead(target_ms: float, drafter_ms: float, lookahead: int, wait: int) -> int:
@@ -160,8 +197,11 @@ def drafts_ahead(target_ms: float, drafter_ms: float, lookahead: int, wait: int)
     return min(512, math.ceil(2 * target_ms / max(drafter_ms, target_ms / 128)) + wait + 2 * lookahead)
 
 
-def _best(policies: Iterable[Policy], expected: Callable[[Policy], Expectation]) -> Policy:
-    pairs = [(policy, expected(policy)) for policy in policies]
+def _best(policies: Iterable[Policy], expected: Callable[[Policy], Expectation]) -> Search:
+    pairs: list[tuple[Policy, Expectation]] = []
+    for policy in policies:
+        pairs.append((policy, expected(policy)))
+        yield
     fastest_ms = min(expectation.ms_per_token for _, expectation in pairs)
     ties = [pair for pair in pairs if pair[1].ms_per_token <= fastest_ms * (1 + TIE)]
     return min(ties, key=lambda pair: (pair[1].target_busy_ms, pair[1].ms_per_token))[0]

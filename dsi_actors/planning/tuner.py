@@ -5,22 +5,17 @@ The orchestrator and the simulator drive this same class, as they do the core.
 
 from __future__ import annotations
 
-import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from dsi_actors.core import Policy
 from dsi_actors.core.actions import Judged
 from dsi_actors.core.policy import UNLIMITED
-from dsi_actors.planning.expectation import MAX_LOOKAHEAD, Branching, CostMs, expect
-from dsi_actors.planning.search import best_dsi, best_in_turns, best_si, with_rows
+from dsi_actors.planning.estimates import ASSUMED_ACCEPTANCE, PRIOR_WEIGHT, Estimates, Guesser
+from dsi_actors.planning.expectation import Branching, expect
+from dsi_actors.planning.plans import ACCEPTANCE_STEP, ALTERNATIVES_STEP, RATIO_STEP, Circumstances, plan
+from dsi_actors.planning.search import Search, Steps, in_one_go, with_rows
 
-#: Before anything was judged. Int8 copies of a target agree with it about so often, and more.
-ASSUMED_ACCEPTANCE = 0.8
-#: How often an alternative is right where the first choice is not, before any was seen: between what SpecInfer (arXiv 2305.09781,
-#: Table 1) found for two choices and for five.
-ASSUMED_ALTERNATIVES = 0.4
-_PRIOR_WEIGHT = 6.0
 #: Of what was judged, the share that is forgotten with each further token: what counts are the last hundred or so.
 _FORGOTTEN = 0.01
 _LATENCY_WEIGHT = 0.1
@@ -31,136 +26,12 @@ _DRAFTED, _DRAFTED_PRIOR = 64.0, 8.0
 _LEAST_MS = 1e-3
 #: While nothing is drafted, what was judged is forgotten in about so many tokens: it may be another text by then.
 _UNJUDGED = 1024
-#: Judged tokens between two looks at the policy, and how much must have changed for another one.
+#: Judged tokens between two looks at the policy.
 _LOOK_EVERY = 4
-_ACCEPTANCE_STEP = 0.04
-_ALTERNATIVES_STEP = 0.1
-_ROW_STEP = 0.05
-_RATIO_STEP = 1.1
 #: Drafter and targets slow one another down if verifications take at least this many times as long as in plain decoding.
 _SLOWED = 1.1
 #: More is not because of the other one.
 _MOST_SLOWED = 3.0
-_ALONE_STEP = 0.05
-
-
-@dataclass(slots=True)
-class Estimates:
-    """What is known of target, drafter, and how well they agree. Latency 0: not known yet."""
-
-    #: A verification of one position, and of a full window.
-    target_ms: float = 0.0
-    window_ms: float = 0.0
-    #: Positions of one verification forward.
-    window: int = 1
-    drafter_ms: float = 0.0
-    #: A verification of one position while nobody drafts: as it was measured at the start, then as it is in plain decoding.
-    calibrated_ms: float = 0.0
-    #: What each further position adds to a forward for several generations.
-    position_ms: float = 0.0
-    #: Generations that share the target server, and how long a verification of one position takes there, waiting included.
-    sharers: int = 1
-    shared_ms: float = 0.0
-    accepted: float = ASSUMED_ACCEPTANCE * _PRIOR_WEIGHT
-    judged: float = _PRIOR_WEIGHT
-    #: Of rejected drafts with an alternative beside them, those whose alternative was right.
-    alternatives: float = ASSUMED_ALTERNATIVES * _PRIOR_WEIGHT
-    offered: float = _PRIOR_WEIGHT
-    #: What each further row adds to a step of the drafter, as a share of the step.
-    drafter_row: float = 0.0
-    #: Rows of a tree that drafter and target servers take: 1 is a chain.
-    rows: int = 1
-
-    @property
-    def acceptance(self) -> float:
-        return self.accepted / self.judged
-
-    @property
-    def alternative_rate(self) -> float:
-        """The chance that an alternative is right where the first choice is wrong."""
-        return self.alternatives / self.offered
-
-    def moved_to(self, later: Estimates, share: float) -> Estimates:
-        """These, changed by a share of what differs in later ones."""
-
-        def between(before: float, after: float) -> float:
-            return before + (after - before) * (share if before > 0 else 1.0)
-
-        return replace(
-            later,
-            target_ms=between(self.target_ms, later.target_ms),
-            window_ms=between(self.window_ms, later.window_ms),
-            drafter_ms=between(self.drafter_ms, later.drafter_ms),
-            calibrated_ms=between(self.calibrated_ms, later.calibrated_ms),
-            position_ms=between(self.position_ms, later.position_ms),
-            shared_ms=between(self.shared_ms, later.shared_ms),
-        )
-
-    def cost_ms(self, positions: int, branches: int = 0, /) -> float:
-        """Of one verification that reads so many positions of the text, and so many on branches: a straight line up to a full
-        window, and again for each further window. Branches share the last forward, and lengthen it along that line."""
-        full, rest = divmod(positions, self.window)
-        target_ms, window_ms = self.latencies_ms
-        position_ms = (window_ms - target_ms) / max(1, self.window - 1)
-        ms = full * window_ms + branches * position_ms
-        if rest:
-            ms += target_ms + (rest - 1) * position_ms
-        return ms
-
-    @property
-    def promised_ms(self) -> float:
-        """What a token should take in plain decoding: as long as it was measured without a drafter beside it, or as it takes with
-        one, if that is less. 0: nothing was measured."""
-        if self.calibrated_ms <= 0:
-            return 0.0
-        return min(self.calibrated_ms, self.target_ms) + self.position_ms * (self.sharers - 1)
-
-    @property
-    def queued(self) -> int | None:
-        """Tokens that are drafted while a verification waits for the forward of others to end. None: nobody shares."""
-        if self.sharers == 1:
-            return None
-        waits_ms = self.shared_ms - self.target_ms - self.position_ms * (self.sharers - 1)
-        return int(max(0.0, waits_ms) / self.drafter_ms) if self.drafter_ms > 0 else 0
-
-    @property
-    def latencies_ms(self) -> tuple[float, float]:
-        """Of a verification of one position and of a full window, as things are.
-
-        Who shares a server with others that plan alike pays for their positions, too: each that one generation adds is added
-        by all. So what is best for each at these costs is best for all together.
-        """
-        if self.sharers == 1 or self.shared_ms <= 0:
-            return self.target_ms, self.window_ms
-        return self.shared_ms, self.shared_ms + self.position_ms * self.sharers * (self.window - 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Guesser:
-    """What the planner must know of a drafter: milliseconds of a token, and of so many judged how many were right."""
-
-    drafter_ms: float
-    accepted: float
-    judged: float
-    #: Of rejected drafts with an alternative beside them, those whose alternative was right, and how many there were.
-    alternatives: float
-    offered: float
-
-    @staticmethod
-    def of(estimates: Estimates) -> Guesser:
-        return Guesser(
-            estimates.drafter_ms, estimates.accepted, estimates.judged, estimates.alternatives, estimates.offered
-        )
-
-    @staticmethod
-    def unjudged(drafter_ms: float) -> Guesser:
-        """Only the latency is known."""
-        return Guesser.of(Estimates(drafter_ms=drafter_ms))
-
-
-def flat(target_ms: float) -> CostMs:
-    """A target whose verifications take the same time however long they are."""
-    return lambda positions, branches=0: target_ms
 
 
 class Tuner:
@@ -224,8 +95,25 @@ class Tuner:
 
     def choose(self) -> Policy:
         """The policy to begin with."""
-        self._planned_for = (replace(self.estimates), self._circumstances)
-        policy = self._best()
+        policy = in_one_go(self._choosing())
+        assert policy is not None, "nothing changes meanwhile"
+        return policy
+
+    def _choosing(self) -> Steps[Policy | None]:
+        """None: the circumstances changed between two steps."""
+        circumstances = self._circumstances
+        self._planned_for = (replace(self.estimates), circumstances)
+        search = self._search()
+        while True:
+            try:
+                next(search)
+            except StopIteration as end:
+                policy: Policy = end.value
+                break
+            yield
+            if circumstances != self._circumstances:
+                self.look_again()
+                return None
         if self.together and policy.max_ahead:  # even if each of them drafts a chain
             policy = replace(policy, branches=UNLIMITED)
         self._policy, self.in_turns = policy, self.takes_turns
@@ -240,7 +128,7 @@ class Tuner:
         known = self.estimates
         if known.drafter_ms <= 0 or self._alone == 1:
             return math.inf
-        policy = self._planned("si", 1)
+        policy = in_one_go(self._plan("si", 1))
         return (
             expect(policy, known.cost_ms, known.drafter_ms, known.acceptance, self._branching).ms_per_token
             * self._alone
@@ -284,8 +172,8 @@ class Tuner:
         """So many tokens were committed while nobody drafted."""
         self._since_look += tokens  # nothing is judged, but speculation may pay again
         known, share = self.estimates, min(1.0, tokens / _UNJUDGED)
-        known.accepted += (ASSUMED_ACCEPTANCE * _PRIOR_WEIGHT - known.accepted) * share
-        known.judged += (_PRIOR_WEIGHT - known.judged) * share
+        known.accepted += (ASSUMED_ACCEPTANCE * PRIOR_WEIGHT - known.accepted) * share
+        known.judged += (PRIOR_WEIGHT - known.judged) * share
 
     def drafted(self, tokens: int, took_ms: float, *, beside: float = 1.0) -> None:
         """`beside`: the share of this time in which something was verified. What counts is how long it would have taken beside
@@ -320,6 +208,10 @@ class Tuner:
 
     def retune(self) -> Policy | None:
         """The policy to change to, if another one is better now."""
+        return in_one_go(self.retuning())
+
+    def retuning(self) -> Steps[Policy | None]:
+        """The same in steps, none of which takes long. It can go on with measuring between them."""
         if self._fixed is not None or self._algorithm == "ar" or self._since_look < _LOOK_EVERY:
             return None
         self._since_look = 0
@@ -327,20 +219,21 @@ class Tuner:
         if circumstances == self._circumstances and not _differ(self.estimates, estimates):
             return None
         before = self._policy
-        return policy if (policy := self.choose()) != before else None
+        policy = yield from self._choosing()
+        return policy if policy != before else None
 
     def carry_over(self) -> Estimates:
         """For later generations: the latencies, and the acceptance rate as a guess of little weight."""
         known = self.estimates
         return replace(
             known,
-            accepted=known.acceptance * _PRIOR_WEIGHT,
-            judged=_PRIOR_WEIGHT,
-            alternatives=known.alternative_rate * _PRIOR_WEIGHT,
-            offered=_PRIOR_WEIGHT,
+            accepted=known.acceptance * PRIOR_WEIGHT,
+            judged=PRIOR_WEIGHT,
+            alternatives=known.alternative_rate * PRIOR_WEIGHT,
+            offered=PRIOR_WEIGHT,
         )
 
-    def _best(self) -> Policy:
+    def _search(self) -> Search:
         if self._algorithm == "ar":
             return Policy.autoregressive()
         known, sp, fixed = self.estimates, self._sp, self._fixed
@@ -353,23 +246,15 @@ class Tuner:
             return Policy.undrafted(sp)
         if target_ms <= 0 or known.drafter_ms <= 0:  # not calibrated: begin as plain decoding does, and measure
             return Policy.speculative(1) if self._algorithm == "si" else Policy.distributed(1, sp)
-        policy = self._planned(self._algorithm, max(1, min(sp, self.servers)))
+        policy = yield from self._plan(self._algorithm, max(1, min(sp, self.servers)))
         return replace(policy, sp=1 if self._algorithm == "si" else sp)
 
-    def _planned(self, algorithm: str, sp: int) -> Policy:
-        """From the estimates, of which near ones share a plan."""
-        known = self.estimates
-        target_ms, window_ms = known.latencies_ms
-        branching = self._branching
-        return _planned(
-            algorithm, sp, known.window,
-            _rounded(target_ms / known.drafter_ms), _rounded(max(target_ms, window_ms) / known.drafter_ms),
-            _stepped(known.acceptance, _ACCEPTANCE_STEP), known.queued, self.overlaps and not self.takes_turns,
-            Branching(
-                _stepped(branching.alternatives, _ALTERNATIVES_STEP), branching.rows,
-                _stepped(branching.row_share, _ROW_STEP),
-            ),
-            _stepped(self._alone, _ALONE_STEP),
+    def _plan(self, algorithm: str, sp: int) -> Search:
+        return plan(
+            Circumstances.near(
+                self.estimates, algorithm, sp, self._branching,
+                overlaps=self.overlaps and not self.takes_turns, alone=self._alone,
+            )
         )  # fmt: skip
 
     @property
@@ -387,33 +272,9 @@ def _differ(left: Estimates, right: Estimates) -> bool:
     if (left.sharers > 1) != (right.sharers > 1):
         return True
     lefts, rights = ((*known.latencies_ms, known.drafter_ms) for known in (left, right))
-    if min(*lefts, *rights) <= 0 or abs(left.acceptance - right.acceptance) > _ACCEPTANCE_STEP:
+    if min(*lefts, *rights) <= 0 or abs(left.acceptance - right.acceptance) > ACCEPTANCE_STEP:
         return True
-    if left.rows > 1 and abs(left.alternative_rate - right.alternative_rate) > _ALTERNATIVES_STEP:
+    if left.rows > 1 and abs(left.alternative_rate - right.alternative_rate) > ALTERNATIVES_STEP:
         return True
     changes = [now / lefts[-1] * rights[-1] / before for now, before in zip(lefts[:-1], rights[:-1], strict=True)]
-    return not all(1 / _RATIO_STEP < change < _RATIO_STEP for change in changes)
-
-
-def _stepped(number: float, step: float) -> float:
-    return round(number / step) * step
-
-
-def _rounded(ratio: float) -> float:
-    """To the nearest power of a step: near ratios share a plan, and plans are looked up."""
-    return _RATIO_STEP ** round(math.log(ratio, _RATIO_STEP))
-
-
-@functools.lru_cache(maxsize=1024)
-def _planned(
-    algorithm: str, sp: int, window: int, target: float, full_window: float, acceptance: float, queued: int | None,
-    overlaps: bool, branching: Branching, alone: float,
-) -> Policy:  # fmt: skip
-    """Latencies in units of the drafter's: the policy depends on nothing else."""
-    cost_ms = Estimates(target, full_window, window).cost_ms
-    most = max(1, min(MAX_LOOKAHEAD, window - 1))  # one forward verifies one window
-    if algorithm == "si":
-        return best_si(cost_ms, 1.0, acceptance, branching, most=most)
-    if not overlaps:
-        return best_in_turns(cost_ms, 1.0, acceptance, sp, branching, most=most)
-    return best_dsi(cost_ms, 1.0, acceptance, sp, branching, most=most, queued=queued, alone=alone)
+    return not all(1 / RATIO_STEP < change < RATIO_STEP for change in changes)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from dsi_actors.core import GenerationCore
 from dsi_actors.planning.arms import Arms
 from dsi_actors.planning.controller import Controller
-from dsi_actors.planning.tuner import Estimates
+from dsi_actors.planning.estimates import Estimates
 from dsi_actors.results import Trace
 from dsi_actors.simulation.discrete_events import DiscreteEventDriver
 from dsi_actors.simulation.scripts import AcceptanceScript, LatencyMs, independent, lognormal, recorded, replayed

@@ -45,6 +45,8 @@ _MAX_IDENTITY_BYTES = 255
 _RECEIVE_HIGH_WATER_MARK = 128
 _SEND_HIGH_WATER_MARK = 1000
 _STRANGER_HANDSHAKE_MS = 5000
+#: As plain integers: combining zmq's enumerations for each frame takes microseconds.
+_NOBLOCK, _NOBLOCK_MORE, _POLLIN = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE), int(zmq.POLLIN)
 
 
 class PeerGone(Exception):
@@ -103,7 +105,8 @@ class Gateway:
         self._loop = asyncio.get_running_loop()
         self._descriptor = int(self._socket.getsockopt(zmq.FD))
         self._loop.add_reader(self._descriptor, self._on_readable)
-        self._look_again = False
+        #: A look at the socket is due in the loop; one is under way.
+        self._look_again = self._reading = False
         self._paused = False
         self._closed = False
 
@@ -116,8 +119,8 @@ class Gateway:
         if self._closed:
             raise PeerGone
         try:
-            self._socket.send(identity, zmq.NOBLOCK | zmq.SNDMORE)
-            self._socket.send(frame, zmq.NOBLOCK)
+            self._socket.send(identity, _NOBLOCK_MORE)
+            self._socket.send(frame, _NOBLOCK)
             self.sent += 1
         except zmq.ZMQError as error:  # EHOSTUNREACH: not connected; EAGAIN: its queue of a thousand frames is full
             raise PeerGone(error.strerror) from None
@@ -137,25 +140,35 @@ class Gateway:
             self._authenticator = None
 
     def _look_soon(self) -> None:
-        """The descriptor tells of news once only, and sending takes note of them, too."""
-        if not self._look_again and not self._paused and self._readable():
+        """The descriptor tells of news once only, and sending takes note of them, too. While frames are read they are seen."""
+        if not self._reading and not self._look_again and not self._paused and self._readable():
             self._look_again = True
             self._loop.call_soon(self._on_readable)
 
     def _on_readable(self) -> None:
         if self._paused:
             return
-        self._look_again = False
+        self._look_again, self._reading = False, True
+        all_read = False
+        try:
+            all_read = self._read()
+        finally:
+            self._reading = False
+            if not all_read:
+                self._look_soon()
+
+    def _read(self) -> bool:
+        """Hand on the frames that are there, as many as one turn may have. False: there may be more."""
         turned_away = 0
         for _ in range(_FRAMES_PER_TURN):
             if self._closed or not self._readable():
-                return
+                return True
             turned_away += not self._take()
             if turned_away >= _FRAMES_PER_TURN_IN_A_FLOOD:
                 self._paused = True
                 self._loop.call_later(_FLOOD_PAUSE_S, self._after_pause)
-                return
-        self._look_soon()
+                return True  # it is looked at again after the pause
+        return False
 
     def _after_pause(self) -> None:
         self._paused = False
@@ -163,14 +176,14 @@ class Gateway:
             self._on_readable()
 
     def _readable(self) -> bool:
-        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & _POLLIN)
 
     def _take(self) -> bool:
         """Read one message and hand it on. False if it came from a peer that has no say, and was not looked at."""
         if self._keyring is None:
-            frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            frames = self._socket.recv_multipart(_NOBLOCK)
         else:
-            parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            parts = self._socket.recv_multipart(_NOBLOCK, copy=False)
             if str(parts[-1].get("User-Id")) not in self._keyring.allowed:
                 return False
             frames = [part.bytes for part in parts]

@@ -11,7 +11,7 @@ import dsi_actors
 from dsi_actors.core.actions import EmitTokens, StartDraft
 from dsi_actors.core.events import VerificationFinished
 from dsi_actors.generation.knowledge import Knowledge
-from dsi_actors.planning.tuner import Estimates
+from dsi_actors.planning.estimates import Estimates
 from dsi_protocol import Ready
 from support.engines import make_tiny_model
 from support.timed import timed_config

@@ -10,7 +10,8 @@ import pytest
 import dsi_actors
 from dsi_actors.config import Config, Sampling
 from dsi_actors.core import GenerationCore, Policy
-from dsi_actors.core.events import PolicyChanged
+from dsi_actors.core.actions import Action
+from dsi_actors.core.events import Event, PolicyChanged
 from dsi_actors.generation.account import Account
 from dsi_actors.generation.answers import Misbehaved, Withdrawn
 from dsi_actors.generation.generation import Generation
@@ -18,7 +19,9 @@ from dsi_actors.generation.knowledge import Knowledge
 from dsi_actors.generation.messages import Granted, Reclaimed
 from dsi_actors.planning.arms import TOGETHER
 from dsi_actors.planning.controller import Controller
-from dsi_actors.planning.tuner import Estimates, Tuner
+from dsi_actors.planning.estimates import Estimates
+from dsi_actors.planning.search import Steps
+from dsi_actors.planning.tuner import Tuner
 from dsi_actors.workforce.scheduler import Scheduler
 from dsi_actors.workforce.worker_handle import WorkerHandle
 from dsi_protocol import (
@@ -222,20 +225,59 @@ async def test_what_to_do_with_workers_is_planned_once_all_are_lent() -> None:
     known = Estimates(26.0, 26.0, 32, drafter_ms=2.5, calibrated_ms=26.0)
     controller = Controller.with_one_drafter("dsi", 3, None, known)
     planned: list[Policy] = []
+    has_planned = asyncio.Event()
+
+    def observe(number: int, what: Event | Action) -> None:
+        if isinstance(what, PolicyChanged):
+            planned.append(what.policy)
+            has_planned.set()
+
     generation = Generation(
         1, GenerationCore((1, 2), policy=controller.begin(), max_tokens=400), Scheduler(), controller, NOTHING_KNOWN,
         vocabulary_size=1000, sampling=Sampling(max_tokens=400), correlation="g", first_target_wait_s=3600.0,
         target_wait_s=3600.0, on_tokens=lambda tokens: None, on_end=lambda error: None,
-        observe=lambda number, what: planned.append(what.policy) if isinstance(what, PolicyChanged) else None,
+        observe=observe,
     )  # fmt: skip
     task = asyncio.create_task(generation.run())
     await asyncio.sleep(0)
     for lent in (drafter, *targets):
         generation.grant(lent.worker)
-    await asyncio.sleep(0)
+    await has_planned.wait()
     generation.stop()
     await task
     assert planned == [Tuner("dsi", 3, None, controller.estimates).choose()]
+
+
+async def test_messages_are_handled_while_a_better_policy_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = 0
+
+    def search_without_end(tuner: Tuner) -> Steps[Policy | None]:
+        nonlocal steps
+        while True:
+            steps += 1
+            yield
+
+    monkeypatch.setattr(Tuner, "retuning", search_without_end)
+    target = Lent(1, "target")
+    controller = Controller.with_one_drafter("dsi", 1, None, Estimates(20.0, 20.0, 8, drafter_ms=2.0))
+    ended = asyncio.Event()
+    generation = Generation(
+        1, GenerationCore((1, 2), policy=controller.begin(), max_tokens=40), Scheduler(), controller, NOTHING_KNOWN,
+        vocabulary_size=1000, sampling=Sampling(max_tokens=40), correlation="g", first_target_wait_s=3600.0,
+        target_wait_s=3600.0, on_tokens=lambda tokens: None, on_end=lambda error: ended.set(),
+    )  # fmt: skip
+    task = asyncio.create_task(generation.run())
+    await asyncio.sleep(0)
+    generation.grant(target.worker)
+    steps_at_answer: list[int] = []
+    while not ended.is_set():
+        asked = [message for message in target.sent if isinstance(message, Verify)]
+        if len(asked) > len(steps_at_answer):
+            steps_at_answer.append(steps)
+            target.worker.on_reply(Verified(1, asked[-1].attempt, asked[-1].start, (7,), (), 1, 20_000, False))
+        await asyncio.sleep(0)
+    assert steps_at_answer == sorted(set(steps_at_answer)), "it went on between any two of them"
+    await task
 
 
 @pytest.mark.parametrize("tops", [((), ()), ((5, 6), (-1.0,)), ((5, 1000), (-1.0, -2.0)), ((5, 6, 7), (-1.0,) * 3)])

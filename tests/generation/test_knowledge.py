@@ -11,7 +11,7 @@ from dsi_actors.core.actions import Judged
 from dsi_actors.generation.knowledge import Knowledge, can_overlap, rows_of_trees
 from dsi_actors.planning.arms import TOGETHER
 from dsi_actors.planning.controller import Controller
-from dsi_actors.planning.tuner import Estimates
+from dsi_actors.planning.estimates import Estimates
 from dsi_actors.workforce.worker_handle import WorkerHandle
 from dsi_protocol import Hello, Ready
 

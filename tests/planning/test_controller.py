@@ -13,7 +13,8 @@ from dsi_actors.core.actions import Judged
 from dsi_actors.core.policy import UNLIMITED
 from dsi_actors.planning.arms import TOGETHER, ArmChoice, Arms, chooses_arms
 from dsi_actors.planning.controller import Controller
-from dsi_actors.planning.tuner import Estimates, Guesser, Tuner
+from dsi_actors.planning.estimates import Estimates, Guesser
+from dsi_actors.planning.tuner import Tuner
 
 KINDS = ["a", "b"]
 LOOKUP = "ngram"

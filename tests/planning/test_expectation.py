@@ -14,9 +14,10 @@ from dsi_actors.core import Policy
 from dsi_actors.planning import search
 from dsi_actors.planning.arms import ArmChoice, Arms
 from dsi_actors.planning.controller import Controller
+from dsi_actors.planning.estimates import Estimates, flat
 from dsi_actors.planning.expectation import Branching, Expectation, equation_1_servers, expect, limit
 from dsi_actors.planning.search import TIE, best_dsi, best_in_turns, best_si, with_rows
-from dsi_actors.planning.tuner import Estimates, Tuner, flat
+from dsi_actors.planning.tuner import Tuner
 from dsi_actors.simulation.run import Scenario, simulate_once
 
 PAIRS = [
@@ -194,6 +195,30 @@ def test_where_both_slow_one_another_down_less_is_verified_at_once_and_more_toge
 def test_without_alternatives_the_limit_is_that_of_a_chain() -> None:
     assert limit(20.0, 2.0, 0.75) == pytest.approx(0.75 * 2 + 0.25 * 20)
     assert limit(2.0, 20.0, 0.75) == 2.0, "a slow drafter is of no use"
+
+
+def test_a_search_is_made_of_short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages of workers wait for a step of it while a generation runs. It took up to 14 ms in one piece."""
+    asked = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Expectation:
+        nonlocal asked
+        asked += 1
+        return expect(*args, **kwargs)
+
+    monkeypatch.setattr(search, "expect", counted)
+    known = Estimates(20.0, 30.0, 32).cost_ms, 3.0, 0.8, 3, Branching(0.35, rows=1024)
+    steps, longest = search.search_dsi(*known), 0
+    while True:
+        before = asked
+        try:
+            next(steps)
+        except StopIteration as end:
+            policy = end.value
+            break
+        longest = max(longest, asked - before)
+    assert policy == best_dsi(*known)
+    assert longest <= 2
 
 
 @pytest.mark.parametrize(("target_ms", "drafter_ms", "acceptance"), PUBLISHED)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from dsi_actors.core.actions import Judged
+from dsi_actors.planning.estimates import Estimates, Guesser, flat
 from dsi_actors.planning.expectation import expect
 from dsi_actors.planning.search import best_dsi
-from dsi_actors.planning.tuner import Estimates, Guesser, Tuner, flat
+from dsi_actors.planning.tuner import Tuner
 
 
 def feed(tuner: Tuner, target_ms: float, drafter_ms: float, acceptance: float, tokens: int = 400) -> None:
@@ -89,6 +90,24 @@ def test_fewer_servers_change_the_plan() -> None:
     assert after is not None
     assert after.sp == before.sp == 4, "more may come back"
     assert after.first_wait > before.first_wait
+
+
+def test_a_search_ends_where_the_circumstances_change_meanwhile() -> None:
+    tuner = Tuner("dsi", 4, None, Estimates(21.7, 21.7, 32, 1.3))
+    before = tuner.choose()
+    tuner.servers = 2
+    tuner.judged(Judged(accepted=8, judged=10))
+    steps = tuner.retuning()
+    next(steps)
+    tuner.judged(Judged(accepted=8, judged=10))
+    next(steps)  # measuring goes on meanwhile
+    tuner.servers = 1
+    with pytest.raises(StopIteration) as end:
+        next(steps)
+    assert end.value.value is None
+    after = tuner.retune()
+    assert after is not None
+    assert after.first_wait > before.first_wait, "with one server now"
 
 
 @pytest.mark.parametrize("lie_ms", [0.0, 1e12])

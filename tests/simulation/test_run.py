@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
+from dsi_actors.planning.estimates import flat
 from dsi_actors.planning.search import best_si
-from dsi_actors.planning.tuner import flat
 from dsi_actors.results import Trace
 from dsi_actors.simulation.run import Scenario, simulate
 
