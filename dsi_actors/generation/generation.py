@@ -251,7 +251,7 @@ class Generation(Actor[GenerationMessage]):
         trees = self._controller.tuner.may_branch and rows_of(self._servers.values()) > 1
         another = self._controller.committed(
             tokens, self._account.commit(tokens), self._core.committed,
-            drafts=len(self._drafters) > 0, drafters=arms_of(kinds, trees=trees),
+            drafts=any(lent.has_read for lent in self._drafters), drafters=arms_of(kinds, trees=trees),
         )  # fmt: skip
         if another is not None:
             self._log.info("another drafter", kinds=self._kinds_of(another))
@@ -377,7 +377,7 @@ class Generation(Actor[GenerationMessage]):
             now_s, now_verified_ms = time.perf_counter(), self._account.verified_ms
             waited_ms = (now_s - max(asked_s, lent.heard_s)) * 1e3
             verified_ms = now_verified_ms - max(asked_verified_ms, lent.heard_verified_ms)
-            lent.heard_s, lent.heard_verified_ms = now_s, now_verified_ms
+            lent.heard_s, lent.heard_verified_ms, lent.has_read = now_s, now_verified_ms, True
             in_use = lent is self._drafters.leader
             self.deliver(
                 self._answers.drafted(request, worker, block, waited_ms, in_use=in_use, verified_ms=verified_ms)
@@ -386,6 +386,7 @@ class Generation(Actor[GenerationMessage]):
         def on_reply(reply: Reply | None) -> None:
             self._pending -= 1
             cancelled = request.attempt <= lent.cancelled_to or self._core.finished
+            lent.has_read = lent.has_read or not cancelled
             self.deliver(self._answers.to_draft(request, worker, reply, cancelled=cancelled))
 
         self._pending += 1

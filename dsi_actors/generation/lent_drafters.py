@@ -19,6 +19,8 @@ class LentDrafter:
     last_attempt: int = 0
     #: Requests up to this attempt are cancelled.
     cancelled_to: int = 0
+    #: Whether it has come to the end of the text once: until then it reads.
+    has_read: bool = False
     #: When it sent its last block of drafts, in seconds of time.perf_counter.
     heard_s: float = 0.0
     #: For how long its generation had verified something by then.

@@ -248,6 +248,37 @@ async def test_what_to_do_with_workers_is_planned_once_all_are_lent() -> None:
     assert planned == [Tuner("dsi", 3, None, controller.estimates).choose()]
 
 
+async def test_a_drafter_is_not_judged_while_it_reads_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is committed meanwhile is plain decoding, beside which somebody reads: it says nothing of what a drafter is worth."""
+    counted: list[bool] = []
+    monkeypatch.setattr(Controller, "committed", lambda self, *args, drafts, drafters: counted.append(drafts))
+    target, drafter = Lent(1, "target"), Lent(2, "drafter")
+    controller = Controller.with_one_drafter("dsi", 1, None, Estimates(20.0, 20.0, 8, drafter_ms=2.0))
+    generation = Generation(
+        1, GenerationCore((1, 2), policy=Policy.distributed(2, 1), max_tokens=40), Scheduler(), controller, NOTHING_KNOWN,
+        vocabulary_size=1000, sampling=Sampling(max_tokens=40), correlation="g", first_target_wait_s=3600.0,
+        target_wait_s=3600.0, on_tokens=lambda tokens: None, on_end=lambda error: None,
+    )  # fmt: skip
+    task = asyncio.create_task(generation.run())
+    await asyncio.sleep(0)
+    generation.receive(Granted(drafter.worker))
+    generation.receive(Granted(target.worker))
+
+    async def commit() -> None:
+        asked = [message for message in target.sent if isinstance(message, Verify)][-1]
+        target.worker.on_reply(Verified(1, asked.attempt, asked.start, (7,), (), 1, 20_000, False))
+        await asyncio.sleep(0)
+
+    await commit()
+    await commit()
+    asked = [message for message in drafter.sent if isinstance(message, Draft)][-1]
+    drafter.worker.on_reply(Drafted(1, asked.attempt, asked.start, (9,), False, 2000))
+    await commit()
+    assert counted == [False, False, True]
+    generation.stop()
+    await task
+
+
 async def test_messages_are_handled_while_a_better_policy_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = 0
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 
 from dsi_protocol import (
+    Cancel,
     CloseGeneration,
     Draft,
     Drafted,
@@ -157,6 +158,33 @@ def test_a_generation_that_is_closed_in_the_middle_of_a_step_harms_no_other(
     assert "failed" not in capsys.readouterr().out
     assert tokens_of(socket.sent, OTHER) == tokens_of(alone, THIRD) != []
     assert not remembers(engine, ONE)
+
+
+@pytest.mark.parametrize("asked_anew", [True, False])
+@pytest.mark.parametrize("role", ["target", "drafter"])
+def test_a_prompt_is_read_on_if_a_later_request_needs_it(
+    role: str, asked_anew: bool, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that was slower than others was given up and asked anew, each time before it came to the end of a chunk."""
+    engine = load_engine(
+        "transformers",
+        role=role,
+        model=str(model),
+        device="cpu:0",
+        options={"calibrate": False, "quantization": "none"},
+    )
+    ended: list[bool] = []
+
+    def step(tasks: Any, interrupt: Any) -> None:
+        ended.append(False)
+        ModelEngine.step(cast("ModelEngine", engine), tasks, interrupt)
+        ended[-1] = True
+
+    monkeypatch.setattr(engine, "step", step)
+    later = [(1, go_on(role, ONE))] if asked_anew else []
+    served(engine, MidStepSocket((1, Cancel(ONE, 1)), *later), OPEN, ask(role, ONE))
+    assert ended[0] == asked_anew
+    assert all(ended[1:]), "once the prompt is read a cancel takes effect as before"
 
 
 def test_what_is_open_is_remembered(model: Path) -> None:

@@ -113,6 +113,17 @@ class WorkQueue:
     def remove(self, work: Work) -> None:
         self._works.remove(work)
 
+    def needs_prompt(self, session: Session) -> bool:
+        """Whether the session has not read its prompt, and some request needs it.
+
+        A step that reads a part of a prompt then goes on, although its own request was cancelled. A worker that is slower than
+        others is given up and asked anew, further on in the text. If it read the same part from the start each time, it might
+        never come to its end.
+        """
+        return session.computed < session.prompt_length and any(
+            work.session is session and work.wanted() for work in self._works
+        )
+
     def choose(self, works: Sequence[Work], engine: Engine) -> list[Work]:
         """Choose the requests for the next step from `works`, which has one request per session.
 

@@ -87,6 +87,7 @@ def load_model(
     kernels: bool = True,
     exact: bool = True,
     layers: OptionValue | None = None,
+    prompt_threads: int = 1,
     ranks: Ranks | None = None,
 ) -> Loaded:
     """Load the model in `directory`.
@@ -94,7 +95,8 @@ def load_model(
     `reference`: the model's name in error messages. `rows`: the usual number of rows of a product, for packing weights.
     `most_positions`: an upper limit for the length of a generation. `kernels`: use our own kernels, for a GPU or a CPU.
     `exact`: the bits of the logits matter, as for a target. `layers`: keep only so many of the model's layers, the first
-    ones. `ranks`: the group among which the weights are divided; None: this process has all of them.
+    ones. `prompt_threads`: how many threads compute a prompt where our kernels for CPUs do. `ranks`: the group among which the
+    weights are divided; None: this process has all of them.
 
     Raises EngineError and ModelError.
     """
@@ -113,7 +115,7 @@ def load_model(
         """Lay out the weights of our own layers for the kernels that shall compute with them."""
         for_cpu = _kernels_for_cpu(decoder, bits) if kernels else None
         if for_cpu is not None:
-            return for_cpu(decoder, bits=bits)
+            return for_cpu(decoder, bits=bits, prompt_threads=prompt_threads)
         decoder.replace_linear_layers(convert)
         if exact:
             _choose_block_rows(decoder)

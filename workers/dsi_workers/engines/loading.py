@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -42,7 +43,8 @@ def load_model_engine(model: str, *, device: str, drafter: bool, options: Mappin
     """Load a model and return its engine, warmed up.
 
     Options: dtype (auto, float32, bfloat16, float16); quantization (none, int8, int4, or auto, which is int8 for a drafter on a
-    CPU); window, max_length, slots, threads (whole numbers); memory_share (of a GPU's memory, the part that
+    CPU); window, max_length, slots, threads (whole numbers); prompt_threads (how many threads compute a prompt by our kernels for
+    CPUs; by default two, if there are two cores); memory_share (of a GPU's memory, the part that
     is used where slots or max_length is missing: see memory.py); kernels (false: passes are computed by torch's own
     operations, whose bits differ from those of our kernels); calibrate (false: latencies are not measured); adapter (the
     directory of a LoRA adapter to merge into the model). For a drafter also: lookup (true: it checks guesses of prompt lookup
@@ -90,7 +92,8 @@ def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, 
     setup = Setup(
         device=devices[0], threads=whole_option(options, "threads", 1), directory=str(directory), reference=model, dtype=dtype,
         quantization=quantization, rows=window, most_positions=max_length, kernels=options.get("kernels", True) is not False,
-        exact=exact, layers=layers, slots=slots + branch_slots,
+        exact=exact, layers=layers, prompt_threads=whole_option(options, "prompt_threads", prompt_threads()),
+        slots=slots + branch_slots,
     )  # fmt: skip
     loaded, forward = load_group(devices, setup) if len(devices) > 1 else load_whole(setup)
     with ExitStack() as on_error:
@@ -126,6 +129,12 @@ def _backend_of(
     backend.compute([prompt], Never())
     backend.warm_up()
     return backend
+
+
+def prompt_threads() -> int:
+    """How many threads compute a prompt by our kernels for CPUs, if nobody says. Other workers take the other cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(2, cores)
 
 
 def _refuse_mixed(devices: Sequence[str], on: torch.device) -> None:

@@ -28,6 +28,7 @@ class Setup:
     kernels: bool
     exact: bool
     layers: OptionValue | None
+    prompt_threads: int
     #: Slots of the KV cache, those of branches included.
     slots: int
     rank: int = 0

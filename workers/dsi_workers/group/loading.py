@@ -57,7 +57,7 @@ def load_part(setup: Setup, ranks: Collectives | None) -> Loaded:
     return load_model(
         Path(setup.directory), torch_device(setup.device), reference=setup.reference, dtype=setup.dtype,
         quantization=setup.quantization, rows=setup.rows, most_positions=setup.most_positions, kernels=setup.kernels,
-        exact=setup.exact, layers=setup.layers, ranks=ranks,
+        exact=setup.exact, layers=setup.layers, prompt_threads=setup.prompt_threads, ranks=ranks,
     )  # fmt: skip
 
 
