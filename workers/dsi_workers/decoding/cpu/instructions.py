@@ -9,6 +9,7 @@ from numba.core import cgutils
 from dsi_workers.decoding.cpu import LANES, OUTPUTS, POSITIONS_TOGETHER
 
 INT32, FLOAT32 = ir.IntType(32), ir.FloatType()
+VECTOR = ir.VectorType(FLOAT32, LANES)
 _BYTES = ir.IntType(8).as_pointer()
 
 
@@ -48,25 +49,31 @@ def without_result(generate):
     return code
 
 
-def loop(builder, begin, end, step, count, body, lanes):
+def loop(builder, begin, end, step, count, body, kind):
     """Call the body for each place in range(begin, end, step), of which there is one at least. It gets `count` vectors of this
-    length, at first zeros, and returns the next ones. Returns the last ones."""
-    kind = ir.VectorType(FLOAT32, lanes)
+    kind, at first zeros, and returns the next ones. Returns the last ones."""
     before, inside, after = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("after")
     builder.branch(inside)
     builder.position_at_end(inside)
     place = builder.phi(begin.type)
     vectors = [builder.phi(kind) for _ in range(count)]
     following = body(place, vectors)
+    end_of_body = builder.block  # it may have loops of its own
     next_place = builder.add(place, begin.type(step))
     place.add_incoming(begin, before)
-    place.add_incoming(next_place, inside)
+    place.add_incoming(next_place, end_of_body)
     for vector, new in zip(vectors, following, strict=True):
-        vector.add_incoming(ir.Constant(kind, [0.0] * lanes), before)
-        vector.add_incoming(new, inside)
+        vector.add_incoming(ir.Constant(kind, None), before)
+        vector.add_incoming(new, end_of_body)
     builder.cbranch(builder.icmp_signed("<", next_place, end), inside, after)
     builder.position_at_end(after)
     return following
+
+
+def hidden(builder, number):
+    """The number, of which the compiler then knows nothing: it leaves a loop of so many rounds as it is written."""
+    kind = ir.FunctionType(number.type, [number.type])
+    return builder.asm(kind, "", "=r,0", [number], side_effect=False)
 
 
 def added(builder, given, wide, totals):

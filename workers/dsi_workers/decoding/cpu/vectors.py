@@ -83,7 +83,7 @@ def products(rows, vectors):
                     totals = emit.added(builder, x, [of_both[number] for of_both in both], totals)
                 return totals
 
-            totals = emit.loop(builder, begin, end, 2, rows * len(vectors), step, LANES)
+            totals = emit.loop(builder, begin, end, 2, rows * len(vectors), step, emit.VECTOR)
             for number, total in enumerate(totals):
                 to, part = divmod(number, len(vectors))
                 at = builder.add(row, index(to)), builder.add(column, index(LANES * vectors[part]))
@@ -122,7 +122,7 @@ def scores(rows):
                 given = [emit.load(builder, builder.gep(first, [place]), LANES) for first in inputs]
                 return emit.added(builder, given, wide, totals)
 
-            totals = emit.loop(builder, index(0), dim, LANES, rows * POSITIONS_TOGETHER, step, LANES)
+            totals = emit.loop(builder, index(0), dim, LANES, rows * POSITIONS_TOGETHER, step, emit.VECTOR)
             emit.store_scores(builder, emit.sums(builder, totals, LANES), out, row, position)
 
         return types.void(queries, row, keys, position, out), emit.without_result(generate)
@@ -156,7 +156,7 @@ def weighted_sums(rows, vectors):
                 given = [emit.same(builder, builder.load(builder.gep(of_row, [position]))) for of_row in of_rows]
                 return emit.added(builder, given, wide, totals)
 
-            totals = emit.loop(builder, begin, end, 1, rows * vectors, step, LANES)
+            totals = emit.loop(builder, begin, end, 1, rows * vectors, step, emit.VECTOR)
             for number, total in enumerate(totals):
                 to, part = divmod(number, vectors)
                 at = builder.add(row, index(to)), builder.add(first, index(LANES * part))

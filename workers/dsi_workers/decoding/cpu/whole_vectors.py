@@ -30,6 +30,9 @@ _SIGN = "llvm.x86.avx2.psign.b"
 _FALSE = ir.Constant(ir.IntType(1), 0)
 _KIND = ir.VectorType(ir.IntType(8), _NUMBERS)
 _PAIRS, _WHOLE = ir.VectorType(ir.IntType(16), _NUMBERS // 2), ir.VectorType(emit.INT32, _SUMS)
+_FLOATS = ir.VectorType(emit.FLOAT32, _SUMS)
+#: Weights of 4 bits are summed in 16 bits: 8 steps of two products below 16 times 128 fit into these.
+_IN_PAIRS = _HAS_AVX2 and not _HAS_VNNI
 
 
 def whole_products(rows, vectors):
@@ -62,16 +65,20 @@ def whole_products(rows, vectors):
                 from_here = builder.gep(tiles.data, [builder.mul(number, index(group_bytes))])
                 if 0 in vectors and (bits == 4 or not HAS_WIDE_VECTORS):
                     emit.fetch(builder, from_here, _AHEAD_BYTES, group_bytes)
-                weights = [_weights(builder, from_here, part, bits) for part in parts]
-                scaling = [_scales(builder, scales, number, part) if bits == 4 else None for part in parts]
                 of_rows = [builder.add(builder.mul(builder.add(row, index(to)), groups), group) for to in range(rows)]
-                given = [_inputs(builder, builder.gep(x.data, [builder.mul(at, index(GROUP))])) for at in of_rows]
+                given = [builder.gep(x.data, [builder.mul(at, index(GROUP))]) for at in of_rows]
                 factor = [builder.load(builder.gep(factors.data, [at])) for at in of_rows]
                 total = [builder.load(builder.gep(sums.data, [at])) for at in of_rows]
+                if bits == 4 and _IN_PAIRS:
+                    products = _products_in_pairs(builder, given, from_here, parts)
+                else:
+                    products = _products(builder, given, total, from_here, parts, bits)
                 found = list(totals)
-                for place, (of_part, scale) in enumerate(zip(weights, scaling, strict=True)):
-                    for to, product in enumerate(_products(builder, given, total, of_part, signed=bits == 8)):
+                for place, part in enumerate(parts):
+                    scale = _scales(builder, scales, number, part) if bits == 4 else None
+                    for to in range(rows):
                         at = to * len(parts) + place
+                        product = products[at]
                         if scale is not None:
                             product = builder.fmul(product, scale[0])
                             of_inputs = builder.fmul(builder.sitofp(total[to], emit.FLOAT32), factor[to])
@@ -83,7 +90,7 @@ def whole_products(rows, vectors):
 
             group = index(GROUP)
             totals = emit.loop(
-                builder, builder.sdiv(begin, group), builder.sdiv(end, group), 1, rows * len(parts), step, _SUMS
+                builder, builder.sdiv(begin, group), builder.sdiv(end, group), 1, rows * len(parts), step, _FLOATS
             )
             for place, total in enumerate(totals):
                 to, part = divmod(place, len(parts))
@@ -96,23 +103,22 @@ def whole_products(rows, vectors):
     return of_rows
 
 
-def _inputs(builder, pointer):
-    """The inputs of a group, SUMMED in each vector, as often as there are outputs."""
+def _inputs(builder, pointer, step):
+    """The SUMMED inputs of a step, as often as there are outputs."""
     words = builder.bitcast(pointer, emit.INT32.as_pointer())
-    loaded = [builder.load(builder.gep(words, [emit.INT32(step)])) for step in range(_STEPS)]
-    return [builder.bitcast(emit.same(builder, word, _SUMS), _KIND) for word in loaded]
+    return builder.bitcast(emit.same(builder, builder.load(builder.gep(words, [step])), _SUMS), _KIND)
 
 
-def _weights(builder, pointer, part, bits):
-    """The weights of a group for the outputs of a part: a vector for each step."""
-    loaded = [
-        emit.load(builder, builder.gep(pointer, [emit.INT32(SUMMED * OUTPUTS * step + _NUMBERS * part)]), _NUMBERS)
-        for step in range(_STEPS * bits // 8)
-    ]
-    if bits == 8:
-        return loaded
+def _weights(builder, pointer, part, step):
+    """The weights of a step for the outputs of a part, or of two steps in 4 bits."""
+    first = builder.add(builder.mul(step, step.type(SUMMED * OUTPUTS)), step.type(_NUMBERS * part))
+    return emit.load(builder, builder.gep(pointer, [first]), _NUMBERS)
+
+
+def _in_bytes(builder, weights):
+    """Two vectors of weights, the first in the lower 4 bits of each byte, the second in the higher ones."""
     lower, four = (ir.Constant(_KIND, [number] * _NUMBERS) for number in (15, 4))
-    return [builder.and_(both, lower) for both in loaded] + [builder.lshr(both, four) for both in loaded]
+    return builder.and_(weights, lower), builder.lshr(weights, four)
 
 
 def _scales(builder, scales, number, part):
@@ -124,24 +130,53 @@ def _scales(builder, scales, number, part):
     ]
 
 
-def _products(builder, given, sums, weights, *, signed):
-    """Return for each row the sums of products of a group, in float32. given: the inputs of each row. sums: the sum of each row's
-    inputs. Weights that are not `signed` are below 16."""
-    in_pairs = _HAS_AVX2 and not _HAS_VNNI and not signed  # 8 steps of two products below 16 times 128 fit into 16 bits
-    kind = _PAIRS if in_pairs else _WHOLE
-    totals = [ir.Constant(kind, [0] * kind.count) for _ in given]
+def _products(builder, given, sums, pointer, parts, bits):
+    """Return for each row and each part the sums of products of a group, in float32. given: where the inputs of each row are.
+    sums: the sum of each row's inputs. pointer: where the weights are."""
+    weights = []
+    for part in parts:
+        loaded = [_weights(builder, pointer, part, emit.INT32(step)) for step in range(_STEPS * bits // 8)]
+        if bits == 4:
+            lower, higher = zip(*(_in_bytes(builder, both) for both in loaded), strict=True)
+            loaded = [*lower, *higher]
+        weights.append(loaded)
+    signed, totals = bits == 8, [ir.Constant(_WHOLE, [0] * _SUMS) for _ in given]
     if signed and _HAS_VNNI:  # one factor of the instruction has no sign: the weights are computed with 128 more
-        weights = [builder.xor(each, ir.Constant(_KIND, [-128] * _NUMBERS)) for each in weights]
+        weights = [
+            [builder.xor(each, ir.Constant(_KIND, [-128] * _NUMBERS)) for each in of_part] for of_part in weights
+        ]
         totals = [emit.same(builder, builder.mul(total, emit.INT32(-128)), _SUMS) for total in sums]
-    for step, of_step in enumerate(weights):
-        for row, x in enumerate(given):
-            if in_pairs:
-                totals[row] = builder.add(totals[row], _sums_of_two(builder, of_step, x[step]))
-            else:
-                totals[row] = _with_products(builder, totals[row], of_step, x[step], signed)
-    if in_pairs:
-        totals = [_sums_of_pairs(builder, total) for total in totals]
-    return [builder.sitofp(total, ir.VectorType(emit.FLOAT32, _SUMS)) for total in totals]
+    inputs = [[_inputs(builder, first, emit.INT32(step)) for step in range(_STEPS)] for first in given]
+    found = []
+    for x, begin in zip(inputs, totals, strict=True):
+        for of_part in weights:
+            total = begin
+            for of_step, of_inputs in zip(of_part, x, strict=True):
+                total = _with_products(builder, total, of_step, of_inputs, signed)
+            found.append(builder.sitofp(total, _FLOATS))
+    return found
+
+
+def _products_in_pairs(builder, given, pointer, parts):
+    """The same for weights of 4 bits, in sums of 16 bits. A loop of its own: else the compiler would keep all inputs, for which
+    there are too few registers."""
+
+    def step(place, totals):
+        """Inputs that have weights in the same bytes."""
+        weights = [_in_bytes(builder, _weights(builder, pointer, part, place)) for part in parts]
+        for half in range(2):
+            inputs = [_inputs(builder, first, builder.add(place, place.type(half * _STEPS // 2))) for first in given]
+            of_half = [(both[half], x) for x in inputs for both in weights]
+            totals = [
+                builder.add(total, _sums_of_two(builder, *factors))
+                for total, factors in zip(totals, of_half, strict=True)
+            ]
+        return totals
+
+    index = ir.IntType(64)
+    steps = emit.hidden(builder, index(_STEPS // 2))
+    totals = emit.loop(builder, index(0), steps, 1, len(given) * len(parts), step, _PAIRS)
+    return [builder.sitofp(_sums_of_pairs(builder, total), _FLOATS) for total in totals]
 
 
 def _with_products(builder, total, weights, x, signed):
