@@ -31,8 +31,7 @@ _FALSE = ir.Constant(ir.IntType(1), 0)
 _KIND = ir.VectorType(ir.IntType(8), _NUMBERS)
 _PAIRS, _WHOLE = ir.VectorType(ir.IntType(16), _NUMBERS // 2), ir.VectorType(emit.INT32, _SUMS)
 _FLOATS = ir.VectorType(emit.FLOAT32, _SUMS)
-#: Weights of 4 bits are summed in 16 bits: 8 steps of two products below 16 times 128 fit into these.
-_IN_PAIRS = _HAS_AVX2 and not _HAS_VNNI
+_BY_STEPS = _HAS_AVX2 and not _HAS_VNNI
 
 
 def whole_products(rows, vectors):
@@ -69,8 +68,8 @@ def whole_products(rows, vectors):
                 given = [builder.gep(x.data, [builder.mul(at, index(GROUP))]) for at in of_rows]
                 factor = [builder.load(builder.gep(factors.data, [at])) for at in of_rows]
                 total = [builder.load(builder.gep(sums.data, [at])) for at in of_rows]
-                if bits == 4 and _IN_PAIRS:
-                    products = _products_in_pairs(builder, given, from_here, parts)
+                if _BY_STEPS:
+                    products = _products_by_steps(builder, given, from_here, parts, bits)
                 else:
                     products = _products(builder, given, total, from_here, parts, bits)
                 found = list(totals)
@@ -152,34 +151,39 @@ def _products(builder, given, sums, pointer, parts, bits):
         for of_part in weights:
             total = begin
             for of_step, of_inputs in zip(of_part, x, strict=True):
-                total = _with_products(builder, total, of_step, of_inputs, signed)
+                total = _with_products(builder, total, of_step, of_inputs, signed=signed)
             found.append(builder.sitofp(total, _FLOATS))
     return found
 
 
-def _products_in_pairs(builder, given, pointer, parts):
-    """The same for weights of 4 bits, in sums of 16 bits. A loop of its own: else the compiler would keep all inputs, for which
-    there are too few registers."""
+def _products_by_steps(builder, given, pointer, parts, bits):
+    """The same with AVX2, in a loop over the steps. Without it the compiler would keep all inputs, for which there are too few
+    registers. Weights of 4 bits are summed in 16 bits: 8 steps of two products below 16 times 128 fit into these."""
+    of_bytes = _STEPS * bits // 8
+    index, kind = ir.IntType(64), _WHOLE if bits == 8 else _PAIRS
 
     def step(place, totals):
-        """Inputs that have weights in the same bytes."""
-        weights = [_in_bytes(builder, _weights(builder, pointer, part, place)) for part in parts]
-        for half in range(2):
-            inputs = [_inputs(builder, first, builder.add(place, place.type(half * _STEPS // 2))) for first in given]
-            of_half = [(both[half], x) for x in inputs for both in weights]
+        loaded = [_weights(builder, pointer, part, place) for part in parts]
+        in_halves = zip(*(_in_bytes(builder, both) for both in loaded), strict=True)
+        for number, weights in enumerate([loaded] if bits == 8 else in_halves):
+            at = builder.add(place, index(number * of_bytes))
+            factors = [(of_part, x) for x in (_inputs(builder, first, at) for first in given) for of_part in weights]
             totals = [
-                builder.add(total, _sums_of_two(builder, *factors))
-                for total, factors in zip(totals, of_half, strict=True)
+                _with_products(builder, total, *both, signed=True)
+                if bits == 8
+                else builder.add(total, _sums_of_two(builder, *both))
+                for total, both in zip(totals, factors, strict=True)
             ]
         return totals
 
-    index = ir.IntType(64)
-    steps = emit.hidden(builder, index(_STEPS // 2))
-    totals = emit.loop(builder, index(0), steps, 1, len(given) * len(parts), step, _PAIRS)
-    return [builder.sitofp(_sums_of_pairs(builder, total), _FLOATS) for total in totals]
+    rounds = emit.hidden(builder, index(of_bytes))
+    totals = emit.loop(builder, index(0), rounds, 1, len(given) * len(parts), step, kind)
+    if bits == 4:
+        totals = [_sums_of_pairs(builder, total) for total in totals]
+    return [builder.sitofp(total, _FLOATS) for total in totals]
 
 
-def _with_products(builder, total, weights, x, signed):
+def _with_products(builder, total, weights, x, *, signed):
     """total + the sums of each SUMMED products."""
     if _HAS_VNNI:
         name = f"llvm.x86.avx512.vpdpbusd.{8 * _NUMBERS}"
