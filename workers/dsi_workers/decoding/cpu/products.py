@@ -187,7 +187,7 @@ def _of_whole_numbers(rows, vectors):
     of_rows = whole_products(rows, vectors)
     return _part(
         lambda given, row, begin, end, tiles, scale, tile, out, column: of_rows(
-            given[0], given[1], given[2], row, begin, end, tiles, scale, tile, out, column
+            given[0], given[1], given[2], given[3], row, begin, end, tiles, scale, tile, out, column
         )
     )
 
@@ -198,10 +198,10 @@ _add_of_whole_rows = _by_rows(_of_whole_numbers, _WHOLE_ROWS, _WHOLE_ROWS_OF_HAL
 
 @numba.njit(error_model="numpy", fastmath={"nnan", "ninf", "nsz", "reassoc"}, cache=kernel_cache())
 def _rounded(x):
-    """x in int8, the factor and the sum of each group, as whole_vectors.py takes them."""
+    """x in int8, and the factor, the sum and the scaled sum of each group, as whole_vectors.py takes them."""
     rows, groups = len(x), x.shape[1] // GROUP
     numbers, factors = np.empty(x.shape, np.int8), np.empty((rows, groups), np.float32)
-    sums = np.empty((rows, groups), np.int32)
+    sums, scaled = np.empty((rows, groups), np.int32), np.empty((rows, groups), np.float32)
     for row in range(rows):
         for group in range(groups):
             begin, largest = group * GROUP, np.float32(0)
@@ -214,8 +214,8 @@ def _rounded(x):
             total = np.int32(0)
             for i in range(GROUP):
                 total += np.int32(numbers[row, begin + i])
-            factors[row, group], sums[row, group] = factor, total
-    return numbers, factors, sums
+            factors[row, group], sums[row, group], scaled[row, group] = factor, total, np.float32(total) * factor
+    return numbers, factors, sums, scaled
 
 
 def check_products(bits: int | None = None) -> None:

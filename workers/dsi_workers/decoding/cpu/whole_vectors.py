@@ -40,22 +40,23 @@ def whole_products(rows, vectors):
     parts = [part for part in range(OUTPUTS // _SUMS) if part * _SUMS // LANES in vectors]
 
     @intrinsic
-    def of_rows(context, x, factors, sums, row, begin, end, tiles, scales, tile, out, column):
+    def of_rows(context, x, factors, sums, scaled, row, begin, end, tiles, scales, tile, out, column):
         """out[row : row + rows, column : column + OUTPUTS] += the products of the inputs [begin, end) of these rows with the
         weights of the tile.
 
         x: [any, size] in int8, within [-127, 127]. factors: [any, size / GROUP], what the numbers of a group are multiplied by.
-        sums: [any, size / GROUP] in int32, of the numbers of a group. out: [any, width]. factors and out are in float32. tiles,
-        scales: as linear.py lays them out; scales are taken for 4 bits only. All arrays are contiguous.
+        sums: [any, size / GROUP] in int32, of the numbers of a group. scaled: the same times the factors. out: [any, width].
+        factors, scaled and out are in float32. tiles, scales: as linear.py lays them out. For 8 bits scaled and scales are not
+        read, for 4 bits sums are not. All arrays are contiguous.
         """
         bits = 8 if tiles.dtype == types.int8 else 4
         group_bytes = GROUP * OUTPUTS * bits // 8
 
         def generate(context, builder, signature, arguments):
-            x, factors, sums, tiles, scales, out = (
-                emit.array_of(context, builder, signature, arguments, place) for place in (0, 1, 2, 6, 7, 9)
+            x, factors, sums, scaled, tiles, scales, out = (
+                emit.array_of(context, builder, signature, arguments, place) for place in (0, 1, 2, 3, 7, 8, 10)
             )
-            row, begin, end, tile, column = (arguments[place] for place in (3, 4, 5, 8, 10))
+            row, begin, end, tile, column = (arguments[place] for place in (4, 5, 6, 9, 11))
             index, groups = row.type, factors.shape[1]
             first = builder.mul(tile, groups)
 
@@ -67,11 +68,11 @@ def whole_products(rows, vectors):
                 of_rows = [builder.add(builder.mul(builder.add(row, index(to)), groups), group) for to in range(rows)]
                 given = [builder.gep(x.data, [builder.mul(at, index(GROUP))]) for at in of_rows]
                 factor = [builder.load(builder.gep(factors.data, [at])) for at in of_rows]
-                total = [builder.load(builder.gep(sums.data, [at])) for at in of_rows]
+                of_inputs = [builder.load(builder.gep((sums if bits == 8 else scaled).data, [at])) for at in of_rows]
                 if _BY_STEPS:
                     products = _products_by_steps(builder, given, from_here, parts, bits)
                 else:
-                    products = _products(builder, given, total, from_here, parts, bits)
+                    products = _products(builder, given, of_inputs, from_here, parts, bits)
                 found = list(totals)
                 for place, part in enumerate(parts):
                     scale = _scales(builder, scales, number, part) if bits == 4 else None
@@ -80,9 +81,8 @@ def whole_products(rows, vectors):
                         product = products[at]
                         if scale is not None:
                             product = builder.fmul(product, scale[0])
-                            of_inputs = builder.fmul(builder.sitofp(total[to], emit.FLOAT32), factor[to])
-                            of_inputs = [emit.same(builder, of_inputs, _SUMS)]
-                            (found[at],) = emit.added(builder, of_inputs, [scale[1]], [found[at]])
+                            of_row = [emit.same(builder, of_inputs[to], _SUMS)]
+                            (found[at],) = emit.added(builder, of_row, [scale[1]], [found[at]])
                         of_row = [emit.same(builder, factor[to], _SUMS)]
                         (found[at],) = emit.added(builder, of_row, [product], [found[at]])
                 return found
@@ -96,7 +96,7 @@ def whole_products(rows, vectors):
                 at = builder.add(row, index(to)), builder.add(column, index(parts[part] * _SUMS))
                 emit.add_to(builder, total, out, *at)
 
-        arguments = (x, factors, sums, row, begin, end, tiles, scales, tile, out, column)
+        arguments = (x, factors, sums, scaled, row, begin, end, tiles, scales, tile, out, column)
         return types.void(*arguments), emit.without_result(generate)
 
     return of_rows
@@ -131,7 +131,7 @@ def _scales(builder, scales, number, part):
 
 def _products(builder, given, sums, pointer, parts, bits):
     """Return for each row and each part the sums of products of a group, in float32. given: where the inputs of each row are.
-    sums: the sum of each row's inputs. pointer: where the weights are."""
+    sums: the sum of each row's inputs, for weights of 8 bits. pointer: where the weights are."""
     weights = []
     for part in parts:
         loaded = [_weights(builder, pointer, part, emit.INT32(step)) for step in range(_STEPS * bits // 8)]
