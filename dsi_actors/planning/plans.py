@@ -1,4 +1,4 @@
-"""Plans, each made once: a search takes milliseconds, and near circumstances share its result. Pure."""
+"""Plans, each made once: a search takes milliseconds, and near inputs share its result. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dsi_actors.planning.estimates import Estimates
 from dsi_actors.planning.expectation import MAX_LOOKAHEAD, Branching
 from dsi_actors.planning.search import Search, search_dsi, search_in_turns, search_si
 
-#: How near circumstances are that share a plan. The tuner plans again for no smaller change.
+#: How near the inputs are that share a plan. The tuner plans again for no smaller change.
 ACCEPTANCE_STEP = 0.04
 ALTERNATIVES_STEP = 0.1
 RATIO_STEP = 1.1
@@ -22,7 +22,7 @@ _MOST_PLANS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Circumstances:
+class PlanInputs:
     """All that a plan depends on. Latencies are in units of the drafter's."""
 
     algorithm: str
@@ -66,17 +66,17 @@ class Circumstances:
         return search_dsi(*known, self.sp, self.branching, most=most, queued=self.queued, alone=self.alone)
 
 
-_plans: dict[Circumstances, Policy] = {}
+_plans: dict[PlanInputs, Policy] = {}
 
 
-def plan(circumstances: Circumstances) -> Search:
+def plan(inputs: PlanInputs) -> Search:
     """In no steps if this was planned before."""
-    policy = _plans.get(circumstances)
+    policy = _plans.get(inputs)
     if policy is None:
-        policy = yield from circumstances.search()
+        policy = yield from inputs.search()
         while len(_plans) >= _MOST_PLANS:
             del _plans[next(iter(_plans))]
-        _plans[circumstances] = policy
+        _plans[inputs] = policy
     return policy
 
 

@@ -13,7 +13,7 @@ from dsi_actors.core.actions import Judged
 from dsi_actors.core.policy import UNLIMITED
 from dsi_actors.planning.estimates import ASSUMED_ACCEPTANCE, PRIOR_WEIGHT, Estimates, Guesser
 from dsi_actors.planning.expectation import Branching, expect
-from dsi_actors.planning.plans import ACCEPTANCE_STEP, ALTERNATIVES_STEP, RATIO_STEP, Circumstances, plan
+from dsi_actors.planning.plans import ACCEPTANCE_STEP, ALTERNATIVES_STEP, RATIO_STEP, PlanInputs, plan
 from dsi_actors.planning.search import Search, Steps, in_one_go, with_rows
 
 #: Of what was judged, the share that is forgotten with each further token: what counts are the last hundred or so.
@@ -203,7 +203,7 @@ class Tuner:
             self._since_look += what.judged
 
     def look_again(self) -> None:
-        """Circumstances changed: the next `retune` looks at them."""
+        """PlanInputs changed: the next `retune` looks at them."""
         self._since_look = _LOOK_EVERY
 
     def retune(self) -> Policy | None:
@@ -251,7 +251,7 @@ class Tuner:
 
     def _plan(self, algorithm: str, sp: int) -> Search:
         return plan(
-            Circumstances.near(
+            PlanInputs.near(
                 self.estimates, algorithm, sp, self._branching,
                 overlaps=self.overlaps and not self.takes_turns, alone=self._alone,
             )
