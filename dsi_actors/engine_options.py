@@ -8,7 +8,10 @@ from dsi_actors.errors import ConfigError
 from dsi_protocol import OptionValue
 
 #: Of engines/loading.py.
-_MODEL = "dtype quantization window max_length slots memory_share threads kernels calibrate lookup remember target layers adapter"
+_MODEL = (
+    "dtype quantization window max_length slots memory_share threads prompt_threads kernels calibrate lookup remember target "
+    "layers adapter"
+)
 #: Of engines/llama_cpp.py.
 _LLAMA_CPP = "quantization flash_attention dtype window max_length slots threads calibrate lookup remember target"
 _TIMED = "latency_ms position_ms jitter acceptance alternatives seed vocabulary_size any_vocabulary slots chunk calibrate device"

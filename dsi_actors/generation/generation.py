@@ -198,6 +198,7 @@ class Generation(Actor[GenerationMessage]):
             return
         until_s = time.perf_counter() + _RETUNE_S
         try:
+            next(self._retuning)
             while time.perf_counter() < until_s:
                 next(self._retuning)
         except StopIteration as end:
@@ -206,6 +207,8 @@ class Generation(Actor[GenerationMessage]):
             if policy is not None:
                 self._log.info("policy", wait=policy.first_wait, lookahead=policy.lookahead)
                 self.deliver(PolicyChanged(policy))
+        except Exception as error:
+            self.fail(error)
         else:
             asyncio.get_running_loop().call_soon(self._retune)
 
@@ -251,7 +254,8 @@ class Generation(Actor[GenerationMessage]):
         trees = self._controller.tuner.may_branch and rows_of(self._servers.values()) > 1
         another = self._controller.committed(
             tokens, self._account.commit(tokens), self._core.committed,
-            drafts=any(lent.has_read for lent in self._drafters), drafters=arms_of(kinds, trees=trees),
+            drafts=len(self._drafters) > 0, reads=self._drafters.read_at(self._core.committed),
+            drafters=arms_of(kinds, trees=trees),
         )  # fmt: skip
         if another is not None:
             self._log.info("another drafter", kinds=self._kinds_of(another))
@@ -273,7 +277,7 @@ class Generation(Actor[GenerationMessage]):
             self._count_servers()
             self._feed(ServerJoined(worker.number, min(rows_of([worker]), MOST_ROWS)))
         else:
-            lent = self._drafters.add(worker, self._knowledge.rank(worker.kind))
+            lent = self._drafters.add(worker, self._knowledge.rank(worker.kind), self._core.committed)
             self._plan_with_drafters()
             self._feed(DrafterJoined(worker.number, lent.rank, rows_of([worker])))
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from dsi_actors.core.actions import StartDraft
 from dsi_actors.workforce.worker_handle import WorkerHandle
 
+#: A drafter is not judged while it reads the text, but for no more tokens than these.
+_MOST_READING = 128
+
 
 @dataclass(slots=True, eq=False)
 class LentDrafter:
@@ -19,7 +22,9 @@ class LentDrafter:
     last_attempt: int = 0
     #: Requests up to this attempt are cancelled.
     cancelled_to: int = 0
-    #: Whether it has come to the end of the text once: until then it reads.
+    #: How many tokens were committed when it was lent.
+    since: int = 0
+    #: Whether it has answered, and so has read the text.
     has_read: bool = False
     #: When it sent its last block of drafts, in seconds of time.perf_counter.
     heard_s: float = 0.0
@@ -65,8 +70,12 @@ class LentDrafters:
     def workers(self) -> list[WorkerHandle]:
         return [lent.worker for lent in self]
 
-    def add(self, worker: WorkerHandle, rank: int) -> LentDrafter:
-        lent = self._lent[worker.number] = LentDrafter(worker, rank)
+    def read_at(self, committed: int) -> bool:
+        """Whether some drafter reads the text while so many tokens are committed. One that takes too long counts as slow."""
+        return any(not lent.has_read and committed - lent.since < _MOST_READING for lent in self)
+
+    def add(self, worker: WorkerHandle, rank: int, committed: int) -> LentDrafter:
+        lent = self._lent[worker.number] = LentDrafter(worker, rank, since=committed)
         self._lent = dict(sorted(self._lent.items(), key=lambda item: item[1].rank))
         self._rename()
         return lent

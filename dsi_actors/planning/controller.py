@@ -76,14 +76,15 @@ class Controller:
             self._own_from = min(self._own_from, committed)
 
     def committed(
-        self, tokens: int, took_ms: float, position: int, *, drafts: bool, drafters: Sequence[str] = ()
-    ) -> str | None:
+        self, tokens: int, took_ms: float, position: int, *, drafts: bool, reads: bool = False,
+        drafters: Sequence[str] = (),
+    ) -> str | None:  # fmt: skip
         """`tokens` tokens, up to `position`, `took_ms` after the ones before (0 where that says nothing). `drafts`: a drafter is
-        there; `drafters`: the kinds that could be had, and TOGETHER if they could be had at the same time. Returns another one
-        to ask for, if that is better."""
+        there; `reads`: one that was asked has yet to read the text; `drafters`: the kinds that could be had, and TOGETHER if they
+        could be had at the same time. Returns another one to ask for, if that is better."""
         tuner, choice = self.tuner, self.choice
         choice.position = position
-        if took_ms <= 0 or (tuner.drafting and not drafts):
+        if took_ms <= 0 or (tuner.drafting and (reads or not drafts)):
             return None  # nobody drafts though somebody should: that is neither arm
         if not tuner.drafting and choice.left_to_us:
             tuner.undrafted(tokens)

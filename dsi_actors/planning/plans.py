@@ -71,12 +71,22 @@ _plans: dict[PlanInputs, Policy] = {}
 
 def plan(inputs: PlanInputs) -> Search:
     """In no steps if this was planned before."""
-    policy = _plans.get(inputs)
-    if policy is None:
-        policy = yield from inputs.search()
-        while len(_plans) >= _MOST_PLANS:
-            del _plans[next(iter(_plans))]
-        _plans[inputs] = policy
+    search, policy = inputs.search(), _plans.get(inputs)
+    while policy is None:
+        try:
+            next(search)
+        except StopIteration as end:
+            policy = _keep(inputs, end.value)
+        else:
+            yield
+            policy = _plans.get(inputs)  # another generation may have made the same search
+    return policy
+
+
+def _keep(inputs: PlanInputs, policy: Policy) -> Policy:
+    while len(_plans) >= _MOST_PLANS:
+        del _plans[next(iter(_plans))]
+    _plans[inputs] = policy
     return policy
 
 

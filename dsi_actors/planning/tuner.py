@@ -65,6 +65,8 @@ class Tuner:
         self._drafted = _DRAFTED_PRIOR if known.drafter_ms > 0 else 0.0
         #: Whether the drafter can compute while targets do.
         self.overlaps = overlaps
+        #: Drafters that were in use before the present one.
+        self._drafters = 0
         #: Whether other generations run most of the time.
         self.among_others = False
         self._since_look = 0
@@ -87,33 +89,30 @@ class Tuner:
         return self.among_others and not self.overlaps
 
     @property
-    def _circumstances(self) -> tuple[int, bool, bool, bool, int, bool, bool]:
+    def _circumstances(self) -> tuple[int, bool, bool, bool, int, bool, bool, int]:
         return (
             self.servers, self.speculates, self.overlaps, self.among_others, self.estimates.rows, self.together,
-            self.takes_turns,
+            self.takes_turns, self._drafters,
         )  # fmt: skip
 
     def choose(self) -> Policy:
         """The policy to begin with."""
-        policy = in_one_go(self._choosing())
-        assert policy is not None, "nothing changes meanwhile"
-        return policy
+        return in_one_go(self._choosing())
 
-    def _choosing(self) -> Steps[Policy | None]:
-        """None: the circumstances changed between two steps."""
-        circumstances = self._circumstances
-        self._planned_for = (replace(self.estimates), circumstances)
-        search = self._search()
-        while True:
-            try:
-                next(search)
-            except StopIteration as end:
-                policy: Policy = end.value
-                break
-            yield
-            if circumstances != self._circumstances:
-                self.look_again()
-                return None
+    def _choosing(self) -> Search:
+        """Begins anew if the circumstances change between two steps."""
+        policy: Policy | None = None
+        while policy is None:
+            planned_for = (replace(self.estimates), self._circumstances)
+            search = self._search()
+            while policy is None and planned_for[1] == self._circumstances:
+                try:
+                    next(search)
+                except StopIteration as end:
+                    policy = end.value
+                else:
+                    yield
+        self._planned_for = planned_for
         if self.together and policy.max_ahead:  # even if each of them drafts a chain
             policy = replace(policy, branches=UNLIMITED)
         self._policy, self.in_turns = policy, self.takes_turns
@@ -185,6 +184,7 @@ class Tuner:
 
     def another_drafter(self, guesser: Guesser) -> None:
         """Another drafter is in use, of which this is known."""
+        self._drafters += 1
         self.estimates = replace(
             self.estimates, drafter_ms=guesser.drafter_ms, accepted=guesser.accepted, judged=guesser.judged,
             alternatives=guesser.alternatives, offered=guesser.offered,
@@ -203,7 +203,7 @@ class Tuner:
             self._since_look += what.judged
 
     def look_again(self) -> None:
-        """PlanInputs changed: the next `retune` looks at them."""
+        """Circumstances changed: the next look plans again."""
         self._since_look = _LOOK_EVERY
 
     def retune(self) -> Policy | None:
@@ -211,7 +211,7 @@ class Tuner:
         return in_one_go(self.retuning())
 
     def retuning(self) -> Steps[Policy | None]:
-        """The same in steps, none of which takes long. It can go on with measuring between them."""
+        """The same in steps, none of which takes long. Measurements may arrive between two of them."""
         if self._fixed is not None or self._algorithm == "ar" or self._since_look < _LOOK_EVERY:
             return None
         self._since_look = 0

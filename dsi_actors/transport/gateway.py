@@ -105,8 +105,10 @@ class Gateway:
         self._loop = asyncio.get_running_loop()
         self._descriptor = int(self._socket.getsockopt(zmq.FD))
         self._loop.add_reader(self._descriptor, self._on_readable)
-        #: A look at the socket is due in the loop; one is under way.
-        self._look_again = self._reading = False
+        #: Whether a look at the socket is due in the loop.
+        self._look_again = False
+        #: Whether frames are being read.
+        self._reading = False
         self._paused = False
         self._closed = False
 
@@ -140,8 +142,8 @@ class Gateway:
             self._authenticator = None
 
     def _look_soon(self) -> None:
-        """The descriptor tells of news once only, and sending takes note of them, too. While frames are read they are seen."""
-        if not self._reading and not self._look_again and not self._paused and self._readable():
+        """The descriptor tells of news once only, and sending takes note of them, too. While `_read` runs it sees them itself."""
+        if not (self._closed or self._reading or self._look_again or self._paused) and self._readable():
             self._look_again = True
             self._loop.call_soon(self._on_readable)
 

@@ -251,7 +251,7 @@ async def test_what_to_do_with_workers_is_planned_once_all_are_lent() -> None:
 async def test_a_drafter_is_not_judged_while_it_reads_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is committed meanwhile is plain decoding, beside which somebody reads: it says nothing of what a drafter is worth."""
     counted: list[bool] = []
-    monkeypatch.setattr(Controller, "committed", lambda self, *args, drafts, drafters: counted.append(drafts))
+    monkeypatch.setattr(Controller, "committed", lambda self, *args, drafts, reads, drafters: counted.append(reads))
     target, drafter = Lent(1, "target"), Lent(2, "drafter")
     controller = Controller.with_one_drafter("dsi", 1, None, Estimates(20.0, 20.0, 8, drafter_ms=2.0))
     generation = Generation(
@@ -274,7 +274,7 @@ async def test_a_drafter_is_not_judged_while_it_reads_the_text(monkeypatch: pyte
     asked = [message for message in drafter.sent if isinstance(message, Draft)][-1]
     drafter.worker.on_reply(Drafted(1, asked.attempt, asked.start, (9,), False, 2000))
     await commit()
-    assert counted == [False, False, True]
+    assert counted == [True, True, False]
     generation.stop()
     await task
 

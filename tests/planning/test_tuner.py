@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from dsi_actors.core.actions import Judged
+from dsi_actors.planning import plans
 from dsi_actors.planning.estimates import Estimates, Guesser, flat
 from dsi_actors.planning.expectation import expect
-from dsi_actors.planning.search import best_dsi
+from dsi_actors.planning.search import best_dsi, in_one_go
 from dsi_actors.planning.tuner import Tuner
 
 
@@ -92,22 +93,36 @@ def test_fewer_servers_change_the_plan() -> None:
     assert after.first_wait > before.first_wait
 
 
-def test_a_search_ends_where_the_circumstances_change_meanwhile() -> None:
+@pytest.mark.parametrize("servers", [[1], [2, 1], [1, 2, 1], [2, 4]])
+def test_a_search_begins_anew_where_the_circumstances_change_meanwhile(
+    servers: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plans, "_plans", {})
     tuner = Tuner("dsi", 4, None, Estimates(21.7, 21.7, 32, 1.3))
     before = tuner.choose()
-    tuner.servers = 2
+    tuner.servers = 3
     tuner.judged(Judged(accepted=8, judged=10))
     steps = tuner.retuning()
-    next(steps)
-    tuner.judged(Judged(accepted=8, judged=10))
-    next(steps)  # measuring goes on meanwhile
-    tuner.servers = 1
-    with pytest.raises(StopIteration) as end:
+    for number in servers:
         next(steps)
-    assert end.value.value is None
-    after = tuner.retune()
-    assert after is not None
-    assert after.first_wait > before.first_wait, "with one server now"
+        tuner.judged(Judged(accepted=8, judged=10))  # measuring goes on meanwhile
+        tuner.servers = number
+    found = in_one_go(steps)
+    fresh = Tuner("dsi", 4, None, tuner.estimates)
+    fresh.servers = servers[-1]
+    assert (found or before) == fresh.choose()
+    assert tuner.retune() is None, "it is the plan for what is there now"
+
+
+def test_another_drafter_ends_the_search_for_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "_plans", {})
+    tuner = Tuner("dsi", 1, None, Estimates(23.9, 23.9, 32, 1.7))
+    tuner.choose()
+    tuner.judged(Judged(accepted=0, judged=40))
+    steps = tuner.retuning()
+    next(steps)
+    tuner.another_drafter(Guesser.unjudged(11.0))
+    assert in_one_go(steps) == Tuner("dsi", 1, None, tuner.estimates).choose()
 
 
 @pytest.mark.parametrize("lie_ms", [0.0, 1e12])

@@ -160,6 +160,19 @@ def test_a_generation_that_is_closed_in_the_middle_of_a_step_harms_no_other(
     assert not remembers(engine, ONE)
 
 
+def ends_of_steps(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each step from now on, whether it came to its end."""
+    ended: list[bool] = []
+
+    def step(tasks: Any, interrupt: Any) -> None:
+        ended.append(False)
+        ModelEngine.step(cast("ModelEngine", engine), tasks, interrupt)
+        ended[-1] = True
+
+    monkeypatch.setattr(engine, "step", step)
+    return ended
+
+
 @pytest.mark.parametrize("asked_anew", [True, False])
 @pytest.mark.parametrize("role", ["target", "drafter"])
 def test_a_prompt_is_read_on_if_a_later_request_needs_it(
@@ -173,18 +186,24 @@ def test_a_prompt_is_read_on_if_a_later_request_needs_it(
         device="cpu:0",
         options={"calibrate": False, "quantization": "none"},
     )
-    ended: list[bool] = []
-
-    def step(tasks: Any, interrupt: Any) -> None:
-        ended.append(False)
-        ModelEngine.step(cast("ModelEngine", engine), tasks, interrupt)
-        ended[-1] = True
-
-    monkeypatch.setattr(engine, "step", step)
+    ended = ends_of_steps(engine, monkeypatch)
     later = [(1, go_on(role, ONE))] if asked_anew else []
     served(engine, MidStepSocket((1, Cancel(ONE, 1)), *later), OPEN, ask(role, ONE))
     assert ended[0] == asked_anew
-    assert all(ended[1:]), "once the prompt is read a cancel takes effect as before"
+    assert all(ended[1:])
+
+
+def test_once_the_prompt_is_read_a_cancel_ends_the_step_whatever_is_asked_next(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load_engine(
+        "transformers", role="drafter", model=str(model), device="cpu:0", options={"calibrate": False, "quantization": "none"}
+    )  # fmt: skip
+    ended = ends_of_steps(engine, monkeypatch)
+    first, second = ask("drafter", ONE), go_on("drafter", ONE)
+    served(engine, MidStepSocket((2, Cancel(ONE, 2)), (2, replace(second, attempt=3))), OPEN, first, second)
+    assert ended[:2] == [True, False]
+    assert all(ended[2:])
 
 
 def test_what_is_open_is_remembered(model: Path) -> None:

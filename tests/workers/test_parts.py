@@ -86,6 +86,27 @@ def test_a_cancel_ends_all_parts_in_the_same_layer() -> None:
     threads.compute(3, lambda number, may_read, has_stored: None, between_layers)
 
 
+def test_where_no_thread_can_be_started_the_next_pass_is_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+
+    def compute(number: int, may_read: Callable[[], bool], has_stored: Callable[[], None]) -> None:
+        computed.append(number)
+        may_read()
+        has_stored()
+
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    threads = PartThreads(2)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="new thread"):
+            threads.compute(2, compute, lambda: None)
+    assert computed == []
+    threads.compute(2, compute, lambda: None)
+    assert sorted(computed) == [0, 1]
+
+
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_an_error_in_a_part_is_raised_and_leaves_none_waiting(failing: int) -> None:
     def compute(number: int, may_read: Callable[[], bool], has_stored: Callable[[], None]) -> None:

@@ -116,7 +116,7 @@ class WorkerLoop:
 
     def check(self) -> None:
         self._drain(0.0)
-        wanted = any(work.wanted() or self._queue.needs_prompt(work.session) for work in self._current)
+        wanted = any(work.wanted() or self._queue.reads_on(work.session) for work in self._current)
         if not wanted or self.farewell is not None or not self._still_needed():
             raise Interrupted
 

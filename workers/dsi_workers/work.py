@@ -113,16 +113,14 @@ class WorkQueue:
     def remove(self, work: Work) -> None:
         self._works.remove(work)
 
-    def needs_prompt(self, session: Session) -> bool:
-        """Whether the session has not read its prompt, and some request needs it.
+    def reads_on(self, session: Session) -> bool:
+        """Whether the step that was chosen last reads a part of this session's prompt, which some request needs.
 
-        A step that reads a part of a prompt then goes on, although its own request was cancelled. A worker that is slower than
-        others is given up and asked anew, further on in the text. If it read the same part from the start each time, it might
-        never come to its end.
+        Then it goes on, although its own request was cancelled. A worker that is slower than others is given up and asked anew,
+        further on in the text. If it read the same part from the start each time, it might never come to its end.
         """
-        return session.computed < session.prompt_length and any(
-            work.session is session and work.wanted() for work in self._works
-        )
+        reads = self._read_last and session.computed < session.prompt_length
+        return reads and any(work.session is session and work.wanted() for work in self._works)
 
     def choose(self, works: Sequence[Work], engine: Engine) -> list[Work]:
         """Choose the requests for the next step from `works`, which has one request per session.

@@ -132,7 +132,7 @@ def _backend_of(
 
 
 def prompt_threads() -> int:
-    """How many threads compute a prompt by our kernels for CPUs, if nobody says. Other workers take the other cores."""
+    """How many threads compute a prompt by our kernels for CPUs, if nobody says. The other cores are for other workers."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(2, cores)
 

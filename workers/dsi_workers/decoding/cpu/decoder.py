@@ -66,7 +66,7 @@ class CpuDecoder:
         self._epsilon, self._scaling = np.float32(decoder.epsilon), np.float32(decoder.scaling)
         self._input_dtype = input_dtype(decoder.dtype if bits is None else torch.int8)
         self._threads = PartThreads(prompt_threads)
-        #: What `_room_for` gives parts of, with the most rows of any pass so far.
+        #: Room for the most rows of any pass so far.
         self._room: _Rows | None = None
         self._cache: SlotCache | None = None
         #: Of each layer, the keys and values of each slot: [kv_heads, capacity, dim].

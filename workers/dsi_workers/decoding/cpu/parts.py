@@ -1,14 +1,14 @@
 """A pass of many rows, as of a prompt, in several threads: each thread computes a part of the rows.
 
 Rows are computed one by one, whatever rows are beside them (kernels.py), so parts have the same bits as the whole. Only attention
-reads what other rows have stored: in each layer a part waits for the part before it. The first part waits for nothing, and the
-others are behind it by about the time that it needs for attention in one layer.
+reads what other rows have stored: in each layer a part waits for the part before it. The first part waits for nothing, and
+each of the others is behind the one before by about the time of attention in one layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import pairwise
 from queue import SimpleQueue
 from typing import NamedTuple, TypeAlias
@@ -34,7 +34,7 @@ ComputesPart: TypeAlias = Callable[[int, Callable[[], bool], Callable[[], None]]
 
 
 def parts_of(packed: PackedBatch, most: int) -> Sequence[Part]:
-    """At most so many parts of about the same size. None if the rows are not one run of positions."""
+    """At most so many parts of about the same size. An empty list if the rows are not one run of positions."""
     if len(packed.segments) != 1 or packed.per_position:
         return []
     (segment,) = packed.segments
@@ -62,12 +62,15 @@ class PartThreads:
         """Compute so many parts, the first of them in this thread. An exception of `between_layers` ends all of them."""
         #: For each part and each layer, whether the part may go on.
         signals = [SimpleQueue[bool]() for _ in range(parts + 1)]
+        given_up = False
 
         def first_may_read() -> bool:
             between_layers()
             return True
 
         def run(number: int) -> None:
+            if given_up:
+                return
             try:
                 compute(
                     number,
@@ -77,7 +80,16 @@ class PartThreads:
             finally:
                 signals[number + 1].put(False)
 
-        others = [self._pool.submit(run, number) for number in range(1, parts)]
+        others = list[Future[None]]()
+        try:
+            for number in range(1, parts):
+                others.append(self._pool.submit(run, number))
+        except RuntimeError:  # no thread can be started: what was submitted must not wait, nor compute later
+            given_up = True
+            for signal in signals:
+                signal.put(False)
+            wait(others)
+            raise
         try:
             run(0)
         finally:

@@ -157,8 +157,8 @@ def _products(builder, given, sums, pointer, parts, bits):
 
 
 def _products_by_steps(builder, given, pointer, parts, bits):
-    """The same with AVX2, in a loop over the steps. Without it the compiler would keep all inputs, for which there are too few
-    registers. Weights of 4 bits are summed in 16 bits: 8 steps of two products below 16 times 128 fit into these."""
+    """The same with AVX2, in a loop over the steps. Without the loop the compiler would keep all inputs, for which there are too
+    few registers. Weights of 4 bits are summed in 16 bits: 8 steps of two products below 16 times 128 fit into these."""
     of_bytes = _STEPS * bits // 8
     index, kind = ir.IntType(64), _WHOLE if bits == 8 else _PAIRS
 
