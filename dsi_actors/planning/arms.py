@@ -7,8 +7,8 @@ drafter's own says what it is worth: one that has no idea most of the time may b
 judged by milliseconds per committed token, measured under like conditions: in the same *context*, which is the load
 (generations that run at a time) and the length of the text, both in powers of two.
 
-One rule holds for all arms. The first WARM_UP tokens after a change are not counted (a drafter reads the text then);
-after TRIAL counted tokens, or sooner if all its guesses are wrong, an arm is known; from then on the last MEMORY tokens
+One rule holds for all arms. The first WARM_UP tokens after a change are not counted, nor those of a drafter that still reads
+the text; after TRIAL counted tokens, or sooner if all its guesses are wrong, an arm is known; from then on the last MEMORY tokens
 count. An arm that is not used is tried again after a while, and after twice as long whenever it was found to be slower
 again.
 
