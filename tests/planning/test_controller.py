@@ -392,6 +392,16 @@ def test_a_drafter_that_was_busy_is_asked_for_again() -> None:
     assert each_ms < 0.3 * PLAIN_MS + 0.7 * FAST_MS + 2
 
 
+def test_a_drafter_that_was_never_asked_does_not_keep_another_one_out() -> None:
+    """It has yet to read the text, since plain decoding is faster than with it."""
+    arms = Arms()
+    run(begun(arms, drafters=["a"]), 300, {"a": SLOW_MS}, ["a"])
+    controller = begun(arms, drafters=["a"])
+    asked = [controller.committed(1, PLAIN_MS, at, drafts=True, reads=True, drafters=KINDS) for at in range(2, 40)]
+    assert not controller.tuner.drafting
+    assert "b" in asked
+
+
 def test_another_drafter_is_planned_with_what_is_known_of_it() -> None:
     controller = begun(Arms())
     controller.drafter_joined("a", Guesser(5.0, 1.0, 2.0, 2.4, 6.0), 0)
