@@ -193,7 +193,7 @@ class Generation(Actor[GenerationMessage]):
         )
 
     def _retune(self) -> None:
-        """Look for a better policy a while, and go on with it when all messages that have arrived are handled."""
+        """Search for a better policy for about `_RETUNE_S`. The rest follows after the messages that have arrived."""
         if self._retuning is None or self._core.finished:
             return
         until_s = time.perf_counter() + _RETUNE_S
@@ -254,7 +254,7 @@ class Generation(Actor[GenerationMessage]):
         trees = self._controller.tuner.may_branch and rows_of(self._servers.values()) > 1
         another = self._controller.committed(
             tokens, self._account.commit(tokens), self._core.committed,
-            drafts=len(self._drafters) > 0, reads=self._drafters.read_at(self._core.committed),
+            drafts=len(self._drafters) > 0, reads=self._drafters.read(self._core.committed),
             drafters=arms_of(kinds, trees=trees),
         )  # fmt: skip
         if another is not None:

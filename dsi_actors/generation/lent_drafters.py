@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dsi_actors.core.actions import StartDraft
 from dsi_actors.workforce.worker_handle import WorkerHandle
 
-#: A drafter is not judged while it reads the text, but for no more tokens than these.
+#: A drafter that reads the text is not judged, until this number of tokens was committed since it was lent.
 _MOST_READING = 128
 
 
@@ -23,7 +23,7 @@ class LentDrafter:
     #: Requests up to this attempt are cancelled.
     cancelled_to: int = 0
     #: How many tokens were committed when it was lent.
-    since: int = 0
+    committed_before: int = 0
     #: Whether it has answered, and so has read the text.
     has_read: bool = False
     #: When it sent its last block of drafts, in seconds of time.perf_counter.
@@ -70,12 +70,13 @@ class LentDrafters:
     def workers(self) -> list[WorkerHandle]:
         return [lent.worker for lent in self]
 
-    def read_at(self, committed: int) -> bool:
-        """Whether some drafter reads the text while so many tokens are committed. One that takes too long counts as slow."""
-        return any(not lent.has_read and committed - lent.since < _MOST_READING for lent in self)
+    def read(self, committed: int) -> bool:
+        """Whether some drafter has yet to read the text, which has this number of committed tokens. After `_MOST_READING` further
+        tokens a drafter counts as slow, and no longer as one that reads."""
+        return any(not lent.has_read and committed - lent.committed_before < _MOST_READING for lent in self)
 
     def add(self, worker: WorkerHandle, rank: int, committed: int) -> LentDrafter:
-        lent = self._lent[worker.number] = LentDrafter(worker, rank, since=committed)
+        lent = self._lent[worker.number] = LentDrafter(worker, rank, committed_before=committed)
         self._lent = dict(sorted(self._lent.items(), key=lambda item: item[1].rank))
         self._rename()
         return lent

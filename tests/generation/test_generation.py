@@ -280,15 +280,16 @@ async def test_a_drafter_is_not_judged_while_it_reads_the_text(monkeypatch: pyte
 
 
 async def test_messages_are_handled_while_a_better_policy_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = 0
+    steps, whole = 0, 5_000_000
 
-    def search_without_end(tuner: Tuner) -> Steps[Policy | None]:
+    def long_search(tuner: Tuner) -> Steps[Policy | None]:
         nonlocal steps
-        while True:
+        for _ in range(whole):
             steps += 1
             yield
+        return None
 
-    monkeypatch.setattr(Tuner, "retuning", search_without_end)
+    monkeypatch.setattr(Tuner, "retuning", long_search)
     target = Lent(1, "target")
     controller = Controller.with_one_drafter("dsi", 1, None, Estimates(20.0, 20.0, 8, drafter_ms=2.0))
     ended = asyncio.Event()
@@ -305,6 +306,7 @@ async def test_messages_are_handled_while_a_better_policy_is_looked_for(monkeypa
         asked = [message for message in target.sent if isinstance(message, Verify)]
         if len(asked) > len(steps_at_answer):
             steps_at_answer.append(steps)
+            assert steps < whole, "the generation did not wait for the end of the search"
             target.worker.on_reply(Verified(1, asked[-1].attempt, asked[-1].start, (7,), (), 1, 20_000, False))
         await asyncio.sleep(0)
     assert steps_at_answer == sorted(set(steps_at_answer)), "it went on between any two of them"

@@ -15,6 +15,7 @@ from dsi_workers.backend import Run
 from dsi_workers.checkpoints.load import Loaded
 from dsi_workers.checkpoints.sizes import MEMORY_SHARE
 from dsi_workers.decoding.capacity import MOST_RUN_ROWS, prompt_chunk_of
+from dsi_workers.decoding.cpu.parts import MOST_THREADS
 from dsi_workers.decoding.device import keep_freed_memory, torch_device
 from dsi_workers.decoding.forward import Forward
 from dsi_workers.decoding.torch_backend import TorchBackend
@@ -92,8 +93,8 @@ def load_backend(model: str, *, device: str, exact: bool, options: Mapping[str, 
     setup = Setup(
         device=devices[0], threads=whole_option(options, "threads", 1), directory=str(directory), reference=model, dtype=dtype,
         quantization=quantization, rows=window, most_positions=max_length, kernels=options.get("kernels", True) is not False,
-        exact=exact, layers=layers, prompt_threads=whole_option(options, "prompt_threads", prompt_threads()),
-        slots=slots + branch_slots,
+        exact=exact, layers=layers, slots=slots + branch_slots,
+        prompt_threads=whole_option(options, "prompt_threads", prompt_threads(), most=MOST_THREADS),
     )  # fmt: skip
     loaded, forward = load_group(devices, setup) if len(devices) > 1 else load_whole(setup)
     with ExitStack() as on_error:

@@ -13,12 +13,12 @@ from itertools import pairwise
 from queue import SimpleQueue
 from typing import NamedTuple, TypeAlias
 
+from dsi_workers.decoding.capacity import CPU_PROMPT_CHUNK
+from dsi_workers.decoding.cpu import ROWS_TOGETHER
 from dsi_workers.decoding.packed import PackedBatch, Segment
 
-#: Fewer rows are not worth a thread, which reads all weights.
-_LEAST_ROWS = 8
-#: Parts begin at multiples of this number of rows, which kernels compute together.
-_ROWS_TOGETHER = 8
+#: More threads would have nothing to do in a chunk of a prompt.
+MOST_THREADS = CPU_PROMPT_CHUNK // ROWS_TOGETHER
 
 
 class Part(NamedTuple):
@@ -34,15 +34,16 @@ ComputesPart: TypeAlias = Callable[[int, Callable[[], bool], Callable[[], None]]
 
 
 def parts_of(packed: PackedBatch, most: int) -> Sequence[Part]:
-    """At most so many parts of about the same size. An empty list if the rows are not one run of positions."""
+    """At most this number of parts of about the same size, each of at least ROWS_TOGETHER rows where there are so many. An empty
+    list if the rows are not one run of positions."""
     if len(packed.segments) != 1 or packed.per_position:
         return []
     (segment,) = packed.segments
     width = segment.width
     if segment.fork is not None or width != len(packed.ids):
         return []
-    count = max(1, min(most, width // _LEAST_ROWS))
-    ends = [width * number // count // _ROWS_TOGETHER * _ROWS_TOGETHER for number in range(count)] + [width]
+    count = max(1, min(most, width // ROWS_TOGETHER))
+    ends = [width * number // count // ROWS_TOGETHER * ROWS_TOGETHER for number in range(count)] + [width]
     return [
         Part(
             slice(begin, end), Segment(segment.slot, segment.position + begin, end - begin, segment.position + end)
